@@ -1,0 +1,1 @@
+"""Operators of the linear-attention heads; they know nothing of Megatron."""

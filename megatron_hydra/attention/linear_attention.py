@@ -1,0 +1,175 @@
+"""The LA branch: Gated DeltaNet over a rank's LA heads, each with its own key and value.
+
+Legend: s = sequence, b = batch, n = LA heads on the rank, d = head dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from hydra_kernels.gated_delta_rule import gated_delta_rule
+from hydra_kernels.short_conv import short_conv
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_hydra.attention.projection_layout import Section
+from megatron_hydra.attention.sharded_heads import (
+    HeadModule,
+    InitHead,
+    head_parameter,
+    init_heads,
+)
+from megatron_hydra.config import HydraConfig
+from megatron_hydra.errors import UserError
+from megatron_hydra.placement import LayerPlacement
+
+_MIN_DT, _MAX_DT = 1e-3, 1e-1
+_MIN_A, _MAX_A = 1.0, 16.0
+
+
+class LinearAttentionBranch(HeadModule):
+    """Gated DeltaNet (arXiv 2412.06464) over the LA heads that one tensor-parallel rank owns.
+
+    q, k and v pass a short causal convolution with SiLU; q and k then the teacher's norm, RoPE
+    and the L2 norm. Decay exp(-exp(A_log) softplus(a + dt_bias)) is computed in float32. The
+    norms exist on every rank, as in the FA branch.
+
+    Args:
+        config: The model's configuration.
+        submodules: A `HydraAttentionSubmodules`.
+        placement: The layer's heads on all ranks.
+        layer_number: Counts from 1; seeds the heads' initialisation.
+        pg_collection: Process groups, of which `tp` is used.
+    """
+
+    float32_parameters = ("A_log", "dt_bias")
+
+    def __init__(
+        self,
+        config: HydraConfig,
+        submodules: Any,
+        placement: LayerPlacement,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.heads = placement.la_heads(pg_collection.tp.rank())
+        self.impl = choose_kernel(config.la_kernel)
+        if config.la_qk_norm:
+            norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
+            self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+            self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        all_heads, d = placement.layer_plan.la_heads, config.kv_channels
+        self.head_section = Section("", self.heads, all_heads, 1)
+        self.conv_sections = [
+            Section(name, self.heads, all_heads, d) for name in ("query", "key", "value")
+        ]
+        # A rank without LA heads has none of their parameters.
+        if config.la_short_conv and self.heads:
+            self.conv_weight = head_parameter(config, self._identity_convolution())
+        if config.la_decay and self.heads:
+            self.A_log = self._per_head("A_log", layer_number, _init_a_log)
+            self.dt_bias = self._per_head("dt_bias", layer_number, _init_dt_bias)
+
+    def forward(self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
+        """Run the recurrence over the whole sequence.
+
+        Args:
+            sections: `la_query`, `la_key`, `la_value` [s, b, n, d]; `la_decay`, `la_beta`
+                [s, b, n].
+            rotary_pos_emb: Rotary angles `[s, 1, 1, d]`, used if `config.la_rope`.
+
+        Returns:
+            `[s, b, n, d]`.
+        """
+        query, key, value = self._convolve(sections)
+        if not self.heads:
+            return value + self._idle()
+        if self.config.la_qk_norm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self.config.la_rope:
+            query, key = (
+                apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
+            )
+        query, key = (F.normalize(t.float(), dim=-1).to(value.dtype) for t in (query, key))
+        log_decay, beta = self._log_decay(sections, query), self._beta(sections, query)
+        # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
+        batch_first = (t.transpose(0, 1).contiguous() for t in (query, key, value, log_decay, beta))
+        output = gated_delta_rule(*batch_first, impl=self.impl).output
+        return output.transpose(0, 1)
+
+    def _convolve(self, sections: dict[str, Tensor]) -> list[Tensor]:
+        parts = [sections[f"la_{name}"] for name in ("query", "key", "value")]
+        if not self.config.la_short_conv or not self.heads:
+            return parts
+        s, b, n, d = parts[0].shape
+        x = torch.cat([part.reshape(s, b, n * d) for part in parts], dim=-1).transpose(0, 1)
+        x = short_conv(x.contiguous(), self.conv_weight, activation="silu", impl=self.impl)
+        return [part.view(s, b, n, d) for part in x.transpose(0, 1).split(n * d, dim=-1)]
+
+    def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
+        if not self.config.la_decay:
+            return torch.zeros(like.shape[:-1], dtype=torch.float32, device=like.device)
+        return -self.A_log.exp() * F.softplus(sections["la_decay"].float() + self.dt_bias)
+
+    def _beta(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
+        if not self.config.la_beta:
+            return torch.ones(like.shape[:-1], dtype=torch.float32, device=like.device)
+        return sections["la_beta"].float().sigmoid()
+
+    def _idle(self) -> Tensor | float:
+        # Keeps the shared norms in the graph on a rank without LA heads, so that they get their
+        # (zero) gradient there and Megatron's flattened all-reduce matches on all ranks.
+        if not self.config.la_qk_norm:
+            return 0.0
+        return 0.0 * (self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum())
+
+    def _identity_convolution(self) -> Tensor:
+        """Depthwise taps `[3 n d, kernel]` that pass each token on unchanged at the start."""
+        config = self.config
+        rows = 3 * len(self.heads) * config.kv_channels
+        taps = torch.zeros(rows, config.la_conv_kernel_size, dtype=config.params_dtype)
+        taps[:, -1] = 1.0
+        return taps
+
+    def _per_head(self, name: str, layer_number: int, init: InitHead) -> torch.nn.Parameter:
+        """One float32 number a head."""
+        config, section = self.config, dataclasses.replace(self.head_section, name=name)
+        if not config.perform_initialization:
+            return head_parameter(config, torch.empty(len(self.heads)))
+        values = init_heads(section, init, seed=config.head_init_seed, layer_number=layer_number)
+        return head_parameter(config, values)
+
+
+def choose_kernel(la_kernel: str) -> Literal["reference", "fla"]:
+    """Resolve `la_kernel` for this machine; a choice that does not fit is an error.
+
+    Raises:
+        UserError: For `fla` without a GPU, or `reference` where there is one.
+    """
+    on_gpu = torch.cuda.is_available()
+    if la_kernel == "auto":
+        return "fla" if on_gpu else "reference"
+    if la_kernel == "fla" and not on_gpu:
+        raise UserError("la_kernel is 'fla', whose Triton kernels need a GPU; use 'auto' here")
+    if la_kernel == "reference" and on_gpu:
+        raise UserError(
+            "la_kernel is 'reference', which is for machines without a GPU; use 'auto' here"
+        )
+    return la_kernel  # type: ignore[return-value]
+
+
+def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.uniform_(_MIN_A, _MAX_A, generator=generator).log_()
+
+
+def _init_dt_bias(tensor: Tensor, generator: torch.Generator) -> None:
+    # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060).
+    dt = tensor.uniform_(math.log(_MIN_DT), math.log(_MAX_DT), generator=generator).exp_()
+    tensor.copy_(dt + torch.log(-torch.expm1(-dt)))

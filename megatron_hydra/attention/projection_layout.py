@@ -1,0 +1,99 @@
+"""Rows of the fused in-projection of one tensor-parallel rank, section by section, head by head.
+
+Legend: d = head dimension, n_fa and n_la = FA and LA heads on the rank, g = query groups whose
+keys and values the rank projects (it owns them, see `LayerPlacement.group_owner`).
+
+    fa_query [n_fa d] | fa_gate [n_fa d] | fa_key [g d] | fa_value [g d] |
+    la_query [n_la d] | la_key [n_la d] | la_value [n_la d] | la_gate [n_la d] |
+    la_decay [n_la] | la_beta [n_la]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_hydra.config import HydraFields
+from megatron_hydra.placement import LayerPlacement
+
+
+@dataclass(frozen=True)
+class Section:
+    """Consecutive rows of one purpose: `width` rows for each unit, in the units' order."""
+
+    name: str
+    units: tuple[int, ...]
+    """Teacher's indices of the units here: heads, or query groups for FA keys and values."""
+    all_units: tuple[int, ...]
+    """The same over all ranks, ascending."""
+    width: int
+
+
+@dataclass(frozen=True)
+class ProjectionLayout:
+    """Which rows of a rank's in-projection belong to which head."""
+
+    sections: tuple[Section, ...]
+
+    @classmethod
+    def build(
+        cls, config: HydraFields, head_dim: int, placement: LayerPlacement, rank: int
+    ) -> ProjectionLayout:
+        """Lay out the rows for `rank`.
+
+        Args:
+            config: Decides which gates exist.
+            head_dim: d.
+            placement: The layer's heads on all ranks.
+            rank: Tensor-parallel rank.
+        """
+        fa, la = placement.fa_heads(rank), placement.la_heads(rank)
+        groups = placement.owned_groups(rank)
+        tp_size = len(placement.heads_per_rank)
+        all_fa, all_la = placement.layer_plan.fa_heads, placement.layer_plan.la_heads
+        all_groups = tuple(sorted(g for r in range(tp_size) for g in placement.owned_groups(r)))
+        d = head_dim
+        sections = [Section("fa_query", fa, all_fa, d)]
+        if config.fa_output_gate:
+            sections.append(Section("fa_gate", fa, all_fa, d))
+        sections += [Section(name, groups, all_groups, d) for name in ("fa_key", "fa_value")]
+        sections += [Section(name, la, all_la, d) for name in ("la_query", "la_key", "la_value")]
+        if config.la_output_gate != "none":
+            sections.append(Section("la_gate", la, all_la, d))
+        if config.la_decay:
+            sections.append(Section("la_decay", la, all_la, 1))
+        if config.la_beta:
+            sections.append(Section("la_beta", la, all_la, 1))
+        return cls(tuple(sections))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the rank's in-projection."""
+        return sum(len(section.units) * section.width for section in self.sections)
+
+    def rows(self, name: str, unit: int) -> slice:
+        """Rows of one head (one query group for `fa_key` and `fa_value`) in section `name`.
+
+        Raises:
+            KeyError: If this rank has no such rows.
+        """
+        start = 0
+        for section in self.sections:
+            if section.name == name and unit in section.units:
+                start += section.units.index(unit) * section.width
+                return slice(start, start + section.width)
+            start += len(section.units) * section.width
+        raise KeyError(f"no rows for unit {unit} in section {name!r} on this rank")
+
+    def split(self, projected: Tensor) -> dict[str, Tensor]:
+        """Cut `[s, b, rows]` into `{section: [s, b, units, width]}`; width 1 is dropped."""
+        sizes = [len(section.units) * section.width for section in self.sections]
+        parts = projected.split(sizes, dim=-1)
+        s, b, _ = projected.shape
+        return {
+            section.name: part
+            if section.width == 1
+            else part.reshape(s, b, len(section.units), section.width)
+            for section, part in zip(self.sections, parts, strict=True)
+        }

@@ -1,0 +1,105 @@
+"""The new configuration fields of a head-level hybrid, on top of Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hydra.errors import UserError
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "backend": ("local", "transformer_engine"),
+    "placement": ("balanced", "by_type"),
+    "la_kernel": ("auto", "reference", "fla"),
+    "la_output_gate": ("silu", "sigmoid", "none"),
+    "fa_query_scale": ("none", "inference", "always"),
+    "fusion": ("scale", "norm", "none", "gate"),
+}
+
+
+@dataclass
+class HydraFields:
+    """What a hybrid has beside Megatron's fields; a mixin, so that NeMo's config can carry it too.
+
+    Defaults follow the paper (arXiv 2606.20097) where it is known, see the comments.
+    """
+
+    vocab_size: int = 0
+    """Rows of the embedding; must divide by the tensor-parallel size (no padding rows)."""
+    seq_length: int = 2048
+    """Longest sequence the model is built for, in tokens."""
+    rotary_base: float = 10000.0
+    share_embeddings_and_output_weights: bool = False
+
+    backend: str = "local"
+    """`local` (PyTorch) or `transformer_engine`: linears, norms and core attention."""
+    placement: str = "balanced"
+    """How a layer's heads are dealt to tensor-parallel ranks: `balanced` or `by_type`."""
+    la_kernel: str = "auto"
+    """`reference` (PyTorch), `fla` (Triton) or `auto`: fla on a GPU, the reference on a CPU."""
+    head_init_seed: int = 1234
+    """Seeds the per-head initialisation, which is the same for every layout."""
+
+    # FA heads: no position encoding, query scaled by log position, output gate at identity.
+    fa_rope: bool = False
+    fa_query_scale: str = "inference"
+    """When queries are scaled by log_a(max(t - start, 0) + a): `none`, `inference` or `always`."""
+    fa_query_scale_base: float = 500.0
+    """a in the scale above (HALO, arXiv 2601.22156)."""
+    fa_query_scale_start: int = 0
+    """Positions up to this one, in tokens, keep scale 1; the training length is a good choice."""
+    fa_output_gate: bool = True
+
+    # LA heads: Gated DeltaNet (arXiv 2412.06464) with its native parts, plus RoPE on q and k.
+    la_short_conv: bool = True
+    la_conv_kernel_size: int = 4
+    la_decay: bool = True
+    la_beta: bool = True
+    la_output_gate: str = "silu"
+    """`silu` (native), `sigmoid` (twice the sigmoid: identity at the start) or `none`."""
+    la_rope: bool = True
+    la_qk_norm: bool = True
+    """Keep the teacher's q and k norms before the L2 norm."""
+
+    # Fusion, the paper's Eq 13-14 and its Table 5.
+    fusion: str = "scale"
+    """`scale` (per-head RMSNorm and scale), `norm` (no scale), `none`, `gate` (dynamic)."""
+
+    def check_hydra_fields(self: Any) -> None:
+        """Check the fields of this mixin against each other and Megatron's.
+
+        Raises:
+            UserError: On the first value that is not allowed.
+        """
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(choices)}")
+        if self.vocab_size <= 0:
+            raise UserError(f"vocab_size is {self.vocab_size}; it must be the tokenizer's size")
+        tp = self.tensor_model_parallel_size
+        for name in ("vocab_size", "num_attention_heads", "ffn_hidden_size"):
+            if (getattr(self, name) or 0) % tp:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, which does not divide by the "
+                    f"tensor-parallel size {tp}"
+                )
+        if self.fa_query_scale_base <= 1.0:
+            raise UserError(f"fa_query_scale_base is {self.fa_query_scale_base}; it must exceed 1")
+        if self.context_parallel_size > 1:
+            raise UserError("context_parallel_size must be 1: hybrid layers do not split sequences")
+
+
+@dataclass
+class HydraConfig(HydraFields, TransformerConfig):
+    """Megatron's TransformerConfig with the hybrid's fields, for use without NeMo."""
+
+    def __post_init__(self) -> None:
+        """Check and complete the fields.
+
+        Raises:
+            UserError: As :meth:`HydraFields.check_hydra_fields`.
+        """
+        self.check_hydra_fields()
+        super().__post_init__()

@@ -1,0 +1,140 @@
+"""Megatron's CUDA-only calls on a machine without a GPU: the one place that maps them to the CPU.
+
+Megatron-core asks for `torch.cuda` at many places that have nothing to do with kernels: rotary
+frequencies, gradient buffers, the model-parallel RNG, checkpoint staging. On a machine without
+CUDA :func:`install_if_needed` answers those calls with the CPU. It must run before megatron is
+imported, because megatron binds several of these names when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_installed: _CudaToCpu | None = None
+
+
+def install_if_needed() -> bool:
+    """Map `torch.cuda` calls to the CPU where no GPU is present; return whether that is so.
+
+    Does nothing where CUDA is available, so every entry point may call it. Idempotent.
+
+    Raises:
+        RuntimeError: If megatron was imported before.
+    """
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if _installed is None:
+        if "megatron.core" in sys.modules:
+            raise RuntimeError("megatron_hydra.cpu.install_if_needed() must run before megatron")
+        _replace_cuda_functions()
+        _installed = _CudaToCpu()
+        _installed.__enter__()
+    return True
+
+
+class _Stream:
+    """A stream or event on a device with one queue: everything is already in order."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        raise RuntimeError("CUDA events do not measure time on a machine without a GPU")
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+
+class _CpuGenerators:
+    """Stands for `torch.cuda.default_generators`: every device's generator is the CPU's."""
+
+    def __getitem__(self, index: int) -> torch.Generator:
+        return torch.default_generator
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"`, `.cuda()`, `.to("cuda")`, pinned memory and tensor type names."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        name = getattr(func, "__name__", "")
+        if name in ("cuda", "pin_memory"):
+            return args[0]
+        if name == "to":
+            args = tuple(_CPU if _is_cuda(value) else value for value in args)
+        if name == "type":
+            return _tensor_type(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
+
+
+def _tensor_type(func: Any, args: tuple, kwargs: dict) -> Any:
+    # Megatron buckets gradients by the names of the CUDA tensor types.
+    if len(args) > 1 and isinstance(args[1], str):
+        return func(args[0], args[1].replace("torch.cuda.", "torch."), **kwargs)
+    result = func(*args, **kwargs)
+    return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+
+def _replace_cuda_functions() -> None:
+    cuda = torch.cuda
+    answers: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "current_stream": _Stream,
+        "default_stream": _Stream,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "initial_seed": torch.initial_seed,
+        "max_memory_allocated": lambda *a, **k: 0,
+        "memory_allocated": lambda *a, **k: 0,
+        "get_device_capability": lambda *a, **k: (0, 0),
+        "is_current_stream_capturing": lambda: False,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": _Stream,
+        "Event": _Stream,
+        "default_generators": _CpuGenerators(),
+        "_lazy_call": lambda function, **k: function(),
+        # One function object a name: torch.compile keeps a table of them and refuses repeats.
+        "synchronize": lambda *a, **k: None,
+        "set_device": lambda device: None,
+        "empty_cache": lambda: None,
+        "_lazy_init": lambda: None,
+        **{f"{kind}Tensor": f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")},
+    }
+    for name, answer in answers.items():
+        setattr(cuda, name, answer)
+    cuda.random.get_rng_state = cuda.get_rng_state
+    cuda.random.set_rng_state = cuda.set_rng_state
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]

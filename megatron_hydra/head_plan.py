@@ -1,0 +1,305 @@
+"""The head plan: which attention heads keep full attention (FA) and which become linear (LA)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import read_json, write_json
+
+HeadKind = Literal["fa", "la"]
+
+SCHEMA_VERSION = 1
+_FILE_KIND = "head_plan"
+_FILE_KEYS = (
+    "schema_version",
+    "kind",
+    "num_layers",
+    "num_heads",
+    "num_query_groups",
+    "teacher_config_hash",
+    "layers",
+    "provenance",
+)
+
+
+@dataclass(frozen=True)
+class LayerHeadPlan:
+    """The kind of each query head of one layer, in the teacher's head order."""
+
+    kinds: tuple[HeadKind, ...]
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads of the layer."""
+        return len(self.kinds)
+
+    @property
+    def fa_heads(self) -> tuple[int, ...]:
+        """Indices of the heads with full attention, ascending."""
+        return tuple(head for head, kind in enumerate(self.kinds) if kind == "fa")
+
+    @property
+    def la_heads(self) -> tuple[int, ...]:
+        """Indices of the heads with linear attention, ascending."""
+        return tuple(head for head, kind in enumerate(self.kinds) if kind == "la")
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """The kind of every query head of a model; layers and heads count from 0.
+
+    Query head ``h`` belongs to query group ``h // heads_per_group``, as in Megatron and in
+    Hugging Face's grouped-query attention.
+
+    Attributes:
+        layers: One plan a layer; all have the same number of heads.
+        num_query_groups: Query groups (KV heads) a layer.
+        teacher_config_hash: Hash of the teacher's shape-giving configuration; empty for a plan
+            that was written without a teacher at hand.
+        provenance: What the plan was made from (scorer, probes, seed, versions); JSON values.
+
+    Raises:
+        UserError: If the layers disagree in size, a kind is unknown, or the heads do not divide
+            into the query groups.
+    """
+
+    layers: tuple[LayerHeadPlan, ...]
+    num_query_groups: int
+    teacher_config_hash: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.layers or not self.layers[0].kinds:
+            raise UserError("a head plan needs at least one layer with at least one head")
+        for index, layer in enumerate(self.layers):
+            if layer.num_heads != self.num_heads:
+                raise UserError(
+                    f"layer {index} of the head plan has {layer.num_heads} heads, "
+                    f"but layer 0 has {self.num_heads}"
+                )
+            for kind in layer.kinds:
+                if kind not in ("fa", "la"):
+                    raise UserError(f"layer {index} has a head of kind {kind!r}: use 'fa' or 'la'")
+        if self.num_query_groups < 1 or self.num_heads % self.num_query_groups:
+            raise UserError(
+                f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Number of query heads a layer."""
+        return self.layers[0].num_heads
+
+    @property
+    def heads_per_group(self) -> int:
+        """Number of query heads that share one key and value."""
+        return self.num_heads // self.num_query_groups
+
+    @property
+    def num_fa_heads(self) -> int:
+        """Number of heads with full attention in the whole model."""
+        return sum(len(layer.fa_heads) for layer in self.layers)
+
+    def fa_groups(self, layer: int) -> tuple[int, ...]:
+        """Query groups of ``layer`` that some FA head uses: the ones whose KV cache is kept."""
+        return tuple(sorted({head // self.heads_per_group for head in self.layers[layer].fa_heads}))
+
+    @classmethod
+    def from_fa_heads(
+        cls,
+        fa_heads: Mapping[int, Sequence[int]],
+        num_layers: int,
+        num_heads: int,
+        num_query_groups: int,
+        teacher_config_hash: str = "",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> HeadPlan:
+        """Build a plan from the FA heads of each layer; layers not named get LA heads only.
+
+        Raises:
+            UserError: If a layer is unknown, or a head is out of range or named twice.
+        """
+        for layer in fa_heads:
+            _check_index(layer, num_layers, "layer", "the head plan")
+        layers = tuple(
+            LayerHeadPlan(_kinds(fa_heads.get(layer, ()), num_heads, layer))
+            for layer in range(num_layers)
+        )
+        return cls(layers, num_query_groups, teacher_config_hash, dict(provenance or {}))
+
+    @classmethod
+    def all_fa(
+        cls, num_layers: int, num_heads: int, num_query_groups: int, teacher_config_hash: str = ""
+    ) -> HeadPlan:
+        """Build the plan that keeps every head: the teacher's own attention."""
+        kinds: list[HeadKind] = ["fa"] * num_heads
+        return cls(
+            (LayerHeadPlan(tuple(kinds)),) * num_layers, num_query_groups, teacher_config_hash
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HeadPlan:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            UserError: If a key is unknown or missing, a value has the wrong type, the version is
+                another, or a layer is missing, unknown or named twice.
+        """
+        _check_keys(data, _FILE_KEYS, "the head plan")
+        if data["kind"] != _FILE_KIND or data["schema_version"] != SCHEMA_VERSION:
+            raise UserError(
+                f"the head plan says kind {data['kind']!r}, schema version "
+                f"{data['schema_version']!r}; this release reads kind {_FILE_KIND!r}, "
+                f"version {SCHEMA_VERSION}"
+            )
+        sizes = {
+            key: _positive(data[key], key)
+            for key in ("num_layers", "num_heads", "num_query_groups")
+        }
+        if not isinstance(data["teacher_config_hash"], str):
+            raise UserError("teacher_config_hash of the head plan must be a string")
+        if not isinstance(data["provenance"], Mapping):
+            raise UserError("provenance of the head plan must be a JSON object")
+        return cls.from_fa_heads(
+            _read_layers(data["layers"], sizes["num_layers"]),
+            **sizes,
+            teacher_config_hash=data["teacher_config_hash"],
+            provenance=data["provenance"],
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values, every layer named."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": _FILE_KIND,
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "num_query_groups": self.num_query_groups,
+            "teacher_config_hash": self.teacher_config_hash,
+            "layers": [
+                {"layer": index, "fa_heads": list(layer.fa_heads)}
+                for index, layer in enumerate(self.layers)
+            ],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadPlan:
+        """Read a plan from a JSON file.
+
+        Raises:
+            UserError: As :meth:`from_dict`, or if the file cannot be read; names the file.
+        """
+        data = read_json(path, _FILE_KIND, SCHEMA_VERSION)
+        try:
+            return cls.from_dict(data)
+        except UserError as error:
+            raise UserError(f"{os.fspath(path)}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the plan as JSON.
+
+        Raises:
+            UserError: If ``path`` exists and ``overwrite`` is False, or cannot be written.
+        """
+        write_json(path, self.to_dict(), overwrite)
+
+    def check(self, min_fa_per_layer: int = 0) -> None:
+        """Check that every layer keeps at least ``min_fa_per_layer`` FA heads.
+
+        Raises:
+            UserError: Naming the first layer that has too few.
+        """
+        for index, layer in enumerate(self.layers):
+            if len(layer.fa_heads) < min_fa_per_layer:
+                raise UserError(
+                    f"layer {index} of the head plan has {len(layer.fa_heads)} FA heads, "
+                    f"but each layer needs at least {min_fa_per_layer}"
+                )
+
+    def check_teacher(
+        self, num_layers: int, num_heads: int, num_query_groups: int, config_hash: str
+    ) -> None:
+        """Check that the plan was made for this teacher.
+
+        The hashes are compared when both are known; a plan written by hand may leave its empty.
+
+        Raises:
+            UserError: If shape or hash differ.
+        """
+        plan_shape = (self.num_layers, self.num_heads, self.num_query_groups)
+        if plan_shape != (num_layers, num_heads, num_query_groups):
+            raise UserError(
+                f"the head plan is for {_describe(*plan_shape)}, but the teacher has "
+                f"{_describe(num_layers, num_heads, num_query_groups)}"
+            )
+        if self.teacher_config_hash and config_hash and self.teacher_config_hash != config_hash:
+            raise UserError(
+                f"the head plan was made for another teacher: its config hash is "
+                f"{self.teacher_config_hash[:12]}…, this teacher's is {config_hash[:12]}…"
+            )
+
+
+def _describe(num_layers: int, num_heads: int, num_query_groups: int) -> str:
+    return f"{num_layers} layers of {num_heads} heads in {num_query_groups} query groups"
+
+
+def _kinds(fa_heads: Iterable[int], num_heads: int, layer: int) -> tuple[HeadKind, ...]:
+    kinds: list[HeadKind] = ["la"] * num_heads
+    for head in fa_heads:
+        _check_index(head, num_heads, "head", f"layer {layer}")
+        if kinds[head] == "fa":
+            raise UserError(f"head {head} of layer {layer} is named twice in the head plan")
+        kinds[head] = "fa"
+    return tuple(kinds)
+
+
+def _check_index(index: object, size: int, what: str, where: str) -> None:
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
+        raise UserError(f"unknown {what} {index!r} in {where}: use 0 to {size - 1}")
+
+
+def _check_keys(data: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
+    for key in data:
+        if key not in expected:
+            raise UserError(f"unknown key {key!r} in {where}: use {', '.join(expected)}")
+    for key in expected:
+        if key not in data:
+            raise UserError(f"key {key!r} is missing in {where}")
+
+
+def _positive(value: object, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{key} of the head plan must be a positive integer, not {value!r}")
+    return value
+
+
+def _read_layers(entries: object, num_layers: int) -> dict[int, list[int]]:
+    if not isinstance(entries, list):
+        raise UserError("layers of the head plan must be a list")
+    fa_heads: dict[int, list[int]] = {}
+    for position, entry in enumerate(entries):
+        where = f"entry {position} of the head plan's layers"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{where} must be a JSON object")
+        _check_keys(entry, ("layer", "fa_heads"), where)
+        layer = entry["layer"]
+        _check_index(layer, num_layers, "layer", where)
+        if layer in fa_heads:
+            raise UserError(f"layer {layer} is named twice in the head plan")
+        if not isinstance(entry["fa_heads"], list):
+            raise UserError(f"fa_heads in {where} must be a list of head indices")
+        fa_heads[layer] = entry["fa_heads"]
+    for layer in range(num_layers):
+        if layer not in fa_heads:
+            raise UserError(f"layer {layer} is missing in the head plan")
+    return fa_heads

@@ -1,0 +1,39 @@
+"""Process groups: Megatron's model-parallel state on one process or under torchrun."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+
+def initialize_model_parallel(tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> None:
+    """Set up process group, model-parallel groups and random seeds, once.
+
+    Without torchrun's environment the process is a group of one, through an in-process store that
+    opens no port. Backend: nccl where CUDA is available, else gloo.
+
+    Args:
+        tensor: Tensor-parallel size.
+        pipeline: Pipeline-parallel size.
+        seed: Seeds PyTorch's generator and Megatron's model-parallel RNG tracker.
+    """
+    if not dist.is_initialized():
+        _initialize_process_group()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _initialize_process_group() -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,152 @@
+"""Tests of writing outputs: nothing half-written, nothing lost, nothing replaced unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_output, read_json, versions, write_beside, write_json
+
+
+def names(folder: Path) -> list[str]:
+    """Everything in the folder, hidden names too."""
+    return sorted(os.listdir(folder))
+
+
+def test_a_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out.txt"
+    with write_beside(target) as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == target.parent
+        assert not target.exists()
+    assert target.read_text() == "half"
+    assert names(target.parent) == ["out.txt"]
+
+
+def test_a_failed_block_leaves_the_earlier_output_and_no_rest(tmp_path: Path) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), write_beside(target, overwrite=True) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["out.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for name in ("first", "second"):
+        with write_beside(target, overwrite=True) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert names(target) == ["second"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_failed_folder_leaves_the_earlier_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    with pytest.raises(RuntimeError), write_beside(target, overwrite=True) as temporary:
+        temporary.mkdir()
+        (temporary / "half").touch()
+        raise RuntimeError
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_existing_output_needs_overwrite(tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(UserError, match=r"out\.json exists: name another, or pass --overwrite"):
+        write_json(target, {"a": 2})
+    assert json.loads(target.read_text()) == {"a": 1}
+    write_json(target, {"a": 3}, overwrite=True)
+    assert json.loads(target.read_text()) == {"a": 3}
+
+
+def test_a_file_never_replaces_a_folder_nor_a_folder_a_file(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "precious").touch()
+    file.write_text("precious")
+    with pytest.raises(UserError, match="is a folder, and a file is to be written"):
+        write_json(folder, {}, overwrite=True)
+    with (
+        pytest.raises(UserError, match="is a file, and a folder is to be written"),
+        write_beside(file, overwrite=True) as temporary,
+    ):
+        temporary.mkdir()
+    assert names(folder) == ["precious"]
+    assert file.read_text() == "precious"
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_the_current_folder_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    for target in (".", "..", str(inner), str(tmp_path), "/"):
+        with pytest.raises(UserError, match="holds the current folder"):
+            check_output(target, overwrite=True)
+
+
+def test_checking_changes_nothing(tmp_path: Path) -> None:
+    assert check_output(tmp_path / "a" / "b" / "out") == tmp_path / "a" / "b" / "out"
+    assert names(tmp_path) == []
+
+
+def test_unwritable_places_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file" / "out.json", Path("/proc/out.json")):
+        with pytest.raises(UserError, match=f"cannot write {target}: "):
+            write_json(target, {})
+
+
+def test_json_keeps_values_and_puts_numbers_on_one_line(tmp_path: Path) -> None:
+    data = {
+        "scores": [[0.5, -1e-9, 3.0], [1.0, 2.0, 3.0]],
+        "text": 'a "[1,\n  2]" b',
+        "empty": [],
+        "mixed": ["x", {"y": [True, None, 1]}],
+    }
+    write_json(tmp_path / "a.json", data)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == data
+    assert "[0.5, -1e-09, 3.0]" in text
+    assert "[true, null, 1]" in text
+
+
+def test_read_json_says_what_a_file_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with pytest.raises(UserError, match=r"cannot read .*a\.json: No such file"):
+        read_json(path, "plan", 1)
+    for content, sentence in [
+        ("{", "is not valid JSON"),
+        ("[]", "holds 'list', but a file of kind 'plan'"),
+        ("{}", "holds None, but a file of kind 'plan'"),
+        ('{"kind": "scores", "schema_version": 1}', "holds 'scores'"),
+        ('{"kind": "plan", "schema_version": 2}', "has schema version 2; .* reads version 1"),
+        ('{"kind": "plan"}', "has schema version None"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=sentence):
+            read_json(path, "plan", 1)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        read_json(path, "plan", 1)
+    path.write_text('{"kind": "plan", "schema_version": 1, "x": 5}')
+    assert read_json(path, "plan", 1)["x"] == 5
+
+
+def test_versions_name_python_and_only_what_is_installed() -> None:
+    found = versions()
+    assert found["python"].count(".") == 2
+    assert "torch" in found
+    assert all(value for value in found.values())
