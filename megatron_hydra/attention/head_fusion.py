@@ -30,7 +30,7 @@ class HeadFusion(HeadModule):
     `none`: neither; `gate`: as `scale`, and each branch weighted by a softmax over the two that
     depends on the token (twice its weight, so that both start at 1).
 
-    The RMSNorm has no weight of its own a channel: the output projection's columns absorb it.
+    The RMSNorm's weight by channel stays at one: the output projection's columns absorb it.
 
     Args:
         config: The model's configuration.
@@ -60,14 +60,13 @@ class HeadFusion(HeadModule):
         self.register_buffer("order", torch.tensor(order, device=device), persistent=False)
         self.norm = None
         if config.fusion != "none":
-            self.norm = _without_weight(
-                build_module(
-                    submodules.head_norm,
-                    hidden_size=config.kv_channels,
-                    config=config,
-                    eps=config.layernorm_epsilon,
-                )
+            self.norm = build_module(
+                submodules.head_norm,
+                hidden_size=config.kv_channels,
+                config=config,
+                eps=config.layernorm_epsilon,
             )
+            self.norm.requires_grad_(False)
         if config.fusion in ("scale", "gate"):
             self.head_scale = head_parameter(config, torch.ones(len(heads)))
         if config.fusion == "gate":
@@ -121,11 +120,3 @@ class HeadFusion(HeadModule):
 def _identity_gate(x: Tensor) -> Tensor:
     """A gate in (0, 2) that is 1 at zero."""
     return 2.0 * x.sigmoid()
-
-
-def _without_weight(norm: torch.nn.Module) -> torch.nn.Module:
-    """Turn the norm's weight into a constant that no checkpoint or optimizer sees."""
-    weight = norm._parameters.pop("weight")
-    assert weight is not None
-    norm.register_buffer("weight", weight.detach(), persistent=False)
-    return norm

@@ -36,8 +36,9 @@ class Alignment:
     def __init__(self, student: GPTModel, teacher: GPTModel) -> None:
         if student.config.pipeline_model_parallel_size > 1:
             raise UserError("alignment needs pipeline_model_parallel_size 1")
+        trained = list(hybrid_attention_parameters(student))
         student.requires_grad_(False)
-        for parameter in hybrid_attention_parameters(student):
+        for parameter in trained:
             parameter.requires_grad_(True)
         teacher.requires_grad_(False)
         _share_frozen_parameters(student, teacher)
@@ -87,9 +88,9 @@ class Alignment:
 
 
 def hybrid_attention_parameters(model: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """The parameters that alignment trains: all of every layer's attention."""
+    """The parameters that alignment trains: every layer's attention, but for constants."""
     for layer in model.decoder.layers:
-        yield from layer.self_attention.parameters()
+        yield from (p for p in layer.self_attention.parameters() if p.requires_grad)
 
 
 def _mean_squared_error(found: Tensor, target: Tensor, config: Any) -> Tensor:

@@ -20,6 +20,7 @@ _NEW_PARAMETERS = (
     "linear_attention.conv_weight",
     "linear_attention.A_log",
     "linear_attention.dt_bias",
+    "fusion.norm.weight",
     "fusion.head_scale",
     "fusion.gate_weight",
 )
@@ -60,6 +61,10 @@ def reuse_teacher_weights(
         head_rms: `[layers, heads]`, see :func:`measure_head_rms`; becomes the fusion's scale per
             head, so that the copied output projection sees its old scale (after Eq 13-14 of arXiv
             2606.20097). None, or a fusion without scales, leaves the layer's own start.
+        progress: Wraps the iteration over layers, as tqdm does.
+
+    Returns:
+        What was written, to report.
     """
     rest = dict(teacher_tensors)
     summary = ReuseSummary()

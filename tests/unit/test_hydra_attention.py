@@ -33,7 +33,7 @@ def _attention(**overrides):
     attention = model.decoder.layers[0].self_attention
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in attention.parameters():
+        for parameter in filter(lambda p: p.requires_grad, attention.parameters()):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return attention
 
@@ -77,9 +77,8 @@ def _by_definition(attention, x, rotary):
     heads = []
     for head, kind in enumerate(placement.layer_plan.kinds):
         if kind == "fa":
-            query, key, value = (
-                project("fa_query", head), project("fa_key", head // 2), project("fa_value", head // 2)
-            )  # fmt: skip
+            query = project("fa_query", head)
+            key, value = project("fa_key", head // 2), project("fa_value", head // 2)
             out = _fa_head(attention, query, key, value, rotary)
             if config.fa_output_gate:
                 gate = 2 * project("fa_gate", head).sigmoid()

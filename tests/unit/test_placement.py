@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -75,6 +75,39 @@ def test_balanced_splits_groups_optimally_over_more_ranks(seed: int, num_groups:
     placement = place_heads(layer, num_groups, 4, "balanced", 256, SMALL)
     expected = brute_force_dearest(layer, num_groups, 4, 256, keep_groups=False)
     assert max(placement.predicted_costs) == pytest.approx(expected, rel=1e-12)
+
+
+def fa_layer(num_heads: int, fa_heads: Sequence[int]) -> LayerHeadPlan:
+    return LayerHeadPlan(tuple("fa" if head in fa_heads else "la" for head in range(num_heads)))
+
+
+def rank_cost(num_fa_heads: int, num_la_heads: int, num_groups: int, length: int) -> float:
+    return (
+        num_fa_heads * SMALL.fa_head(length)
+        + num_la_heads * SMALL.la_head(length)
+        + num_groups * SMALL.fa_group(length)
+    )
+
+
+def test_balanced_weighs_keys_and_values_too() -> None:
+    """Groups of 2, 2, 1, 1, 1, 1 FA heads: 4 heads a rank either way, but 3 and 3 groups."""
+    layer = fa_layer(12, [0, 1, 2, 3, 4, 6, 8, 10])
+    placement = place_heads(layer, 6, 2, "balanced", 256, SMALL)
+    assert placement.predicted_costs == pytest.approx([rank_cost(4, 2, 3, 256)] * 2)
+
+
+def test_a_large_group_is_opened_before_a_small_one() -> None:
+    """1 and 7 FA heads on 4 ranks: 2 on each, and no rank owns both groups."""
+    layer = fa_layer(16, [0, *range(8, 15)])
+    placement = place_heads(layer, 2, 4, "balanced", 256, SMALL)
+    assert max(placement.predicted_costs) == pytest.approx(rank_cost(2, 2, 1, 256))
+
+
+def test_a_rank_that_opens_two_groups_holds_a_head_of_each() -> None:
+    """11 FA heads in groups of 3 on ranks of 4: the rank with 3 of them owns two groups."""
+    length = 65536
+    placement = place_heads(fa_layer(12, range(11)), 4, 3, "balanced", length, SMALL)
+    assert max(placement.predicted_costs) == pytest.approx(rank_cost(4, 0, 1, length))
 
 
 def assert_is_a_deal(placement: LayerPlacement, tp_size: int) -> None:

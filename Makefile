@@ -1,0 +1,39 @@
+# The commands of this repository; each makes the environment it needs.
+#   make quickstart   the main job, from the shipped teacher to a report (about 15 minutes)
+#   make test         all tests that need no GPU
+#   make checks       formatter, linter, types
+#   make teacher      train the quickstart's teacher anew (a GPU helps)
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test test-gpu checks teacher clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements/cpu.txt requirements/dev.txt setup.py
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+quickstart: $(INSTALLED)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
+
+# On a GPU machine, in an environment that has Transformer Engine and fla.
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu
+
+checks: $(INSTALLED)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+teacher: $(INSTALLED)
+	$(VENV)/bin/python examples/quickstart/make_teacher.py --out examples/quickstart/teacher --overwrite
+
+clean:
+	rm -rf runs build *.egg-info

@@ -1,0 +1,351 @@
+"""Checkpoint folders: model.json, plan.json, tokenizer/ and Megatron's distributed weights/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed import checkpoint as torch_checkpoint
+
+from megatron_hydra.config import HydraConfig, HydraFields
+from megatron_hydra.conversion.qwen3 import (
+    SHAPE_FIELDS,
+    check_overrides,
+    load_teacher,
+    megatron_fields,
+    teacher_hash,
+)
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import read_json, write_beside
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model import build_model
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+SCHEMA_VERSION = 1
+_TEACHER_FIELDS = (*SHAPE_FIELDS, "seq_length", "params_dtype")
+# Where and how a model runs is chosen anew at every load.
+_RUNTIME_FIELDS = ("backend", "placement", "la_kernel")
+_STORED_FIELDS = {
+    "teacher": _TEACHER_FIELDS,
+    "hybrid": (
+        *_TEACHER_FIELDS,
+        *(
+            field.name
+            for field in dataclass_fields(HydraFields)
+            if field.name not in (*_TEACHER_FIELDS, *_RUNTIME_FIELDS)
+        ),
+    ),
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model with all that was stored beside it."""
+
+    model: GPTModel
+    config: HydraConfig
+    plan: HeadPlan | None
+    """None for a teacher: Megatron's own attention in every layer."""
+    meta: Mapping[str, Any]
+    """model.json, see :func:`read_metadata`."""
+    tokenizer_folder: Path
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: GPTModel,
+    config: HydraConfig,
+    plan: HeadPlan | None,
+    tokenizer_folder: str | Path,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint folder that any tensor and pipeline layout can load.
+
+    Collective: every rank of the default process group calls it with its part of the model.
+    The folder is written beside its place and moved there when it is complete.
+
+    Args:
+        folder: On a file system that all ranks see.
+        model: Bare GPTModel, without DDP or precision wrappers.
+        config: Of the model.
+        plan: None for a teacher.
+        tokenizer_folder: Its tokenizer files are copied.
+        provenance: Plain JSON: how the weights came to be.
+        overwrite: Replace an existing folder.
+
+    Raises:
+        UserError: On every rank, before anything is written: no tokenizer, existing output,
+            unwritable place.
+    """
+    kind = "teacher" if plan is None else "hybrid"
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "config": _plain_config(config, _STORED_FIELDS[kind]),
+        "teacher_config_hash": teacher_hash(config),
+        "provenance": dict(provenance),
+    }
+    tokenizer_files = _tokenizer_files(Path(tokenizer_folder))
+    with _output_of_all_ranks(Path(folder), overwrite) as temporary:
+        if dist.get_rank() == 0:
+            (temporary / "model.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+            if plan is not None:
+                plan.save(temporary / "plan.json")
+            for file in tokenizer_files:
+                shutil.copy(file, temporary / "tokenizer" / file.name)
+        strategy = InProcessSave("torch_dist", 1)
+        dist_checkpointing.save(_sharded_weights(model), str(temporary / "weights"), strategy)
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Read and check model.json.
+
+    Returns:
+        ``schema_version``, ``kind`` (`teacher` or `hybrid`), ``config`` (HydraConfig's fields as
+        plain JSON), ``teacher_config_hash``, ``provenance``.
+
+    Raises:
+        UserError: If the folder is no checkpoint folder, or of another schema version.
+    """
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a checkpoint folder: it has no model.json")
+    kind = _peek_kind(path)
+    meta = read_json(path, kind, SCHEMA_VERSION)
+    config = meta.get("config")
+    odd = set(config if isinstance(config, dict) else ()) ^ set(_STORED_FIELDS[kind])
+    if odd:
+        raise UserError(f"the config in {path} has missing or unknown fields: {sorted(odd)}")
+    if config["params_dtype"] not in _DTYPES:
+        raise UserError(
+            f"{path} has params_dtype {config['params_dtype']!r}; allowed: {', '.join(_DTYPES)}"
+        )
+    return meta
+
+
+def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:
+    """Check overrides for a new checkpoint: a known field, of the right type, that is stored.
+
+    Args:
+        kind: `teacher` or `hybrid`.
+        overrides: HydraConfig's fields and values.
+
+    Raises:
+        UserError: Naming the field.
+    """
+    check_overrides(overrides)
+    for name in overrides:
+        if name not in _STORED_FIELDS[kind]:
+            raise UserError(
+                f"a {kind} checkpoint does not store {name}: give it where the model is loaded"
+            )
+
+
+def model_fields(
+    meta: Mapping[str, Any], params_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of HydraConfig that build the model on one rank.
+
+    Args:
+        meta: As :func:`read_metadata` returns it.
+        params_dtype: Instead of the stored one.
+    """
+    stored = dict(meta["config"])
+    dtype = _DTYPES[stored.pop("params_dtype")]
+    return {**megatron_fields(params_dtype or dtype), **stored}
+
+
+def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
+    """Build the model of a checkpoint folder at the current parallel layout and load its weights.
+
+    Collective: every rank calls it and gets its part.
+
+    Args:
+        folder: As :func:`save_checkpoint` wrote it, at any layout.
+        **config_overrides: HydraConfig's fields, such as ``backend`` or ``seq_length``.
+
+    Raises:
+        UserError: If the folder is incomplete, its parts do not belong together, or a part cannot
+            be read.
+    """
+    folder = Path(folder)
+    meta = read_metadata(folder)
+    check_overrides(config_overrides)
+    values = model_fields(meta, config_overrides.get("params_dtype"))
+    config = HydraConfig(**{**values, **_parallel_fields(), **config_overrides})
+    if teacher_hash(config) != meta["teacher_config_hash"]:
+        raise UserError(f"{folder}/model.json: the config does not match its teacher_config_hash")
+    plan = None
+    if meta["kind"] == "hybrid":
+        plan = HeadPlan.load(folder / "plan.json")
+        plan.check_teacher(
+            config.num_layers,
+            config.num_attention_heads,
+            config.num_query_groups,
+            meta["teacher_config_hash"],
+        )
+    model = build_model(
+        config,
+        plan,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    load_weights(folder, model)
+    return LoadedCheckpoint(model, config, plan, meta, folder / "tokenizer")
+
+
+def load_weights(folder: str | Path, model: GPTModel) -> None:
+    """Load a checkpoint folder's weights into a model of the same shape, at any layout.
+
+    Collective. Every parameter is read and every stored tensor used.
+
+    Raises:
+        UserError: If the weights cannot be read or are those of another model.
+    """
+    weights = Path(folder) / "weights"
+    if not (weights / "metadata.json").is_file():
+        raise UserError(f"{folder} has no complete weights: {weights}/metadata.json is missing")
+    strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
+    try:
+        state = dist_checkpointing.load(_sharded_weights(model), str(weights), strict=strict)
+    except (CheckpointingException, torch_checkpoint.CheckpointException, OSError) as error:
+        raise UserError(f"cannot load the weights {weights}: {_reason(error)}") from error
+    result = model.load_state_dict(state, strict=False)
+    missing = [key for key in result.missing_keys if "_extra_state" not in key]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
+    """Load a checkpoint folder, or a Hugging Face Qwen3 folder as a teacher on one rank.
+
+    Raises:
+        UserError: As :func:`load_checkpoint` or ``qwen3.load_teacher``, and for a Hugging Face
+            folder where the model is to be split over ranks.
+    """
+    folder = Path(path)
+    if (folder / "model.json").is_file():
+        return load_checkpoint(folder, **config_overrides)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is neither a checkpoint folder (model.json) "
+            "nor a Hugging Face folder (config.json)"
+        )
+    if _parallel_fields() != {name: 1 for name in _parallel_fields()}:
+        raise UserError(
+            f"{folder} is a Hugging Face folder, which loads on one rank only: "
+            "convert it first (megatron-hydra convert)"
+        )
+    model = load_teacher(folder, **config_overrides)
+    meta = {"kind": "teacher", "teacher_config_hash": teacher_hash(model.config)}
+    return LoadedCheckpoint(model, model.config, None, meta, folder)
+
+
+class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by the calling process.
+
+    Megatron's own writer starts a manager process and forks: a script without a main guard would
+    run twice, and a fork beside gloo's threads can hang.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            torch_strategy.mcore_to_pyt_state_dict(state, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=torch_strategy.MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False
+            ),
+        )
+
+
+_InProcessSave = InProcessSave
+
+
+@contextmanager
+def _output_of_all_ranks(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """:func:`write_beside` on rank 0; every rank gets the temporary folder, or rank 0's error."""
+    with ExitStack() as stack:
+        answer: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                temporary = stack.enter_context(write_beside(folder, overwrite))
+                for name in ("tokenizer", "weights"):
+                    (temporary / name).mkdir(parents=True)
+                answer = [str(temporary)]
+            except UserError as error:
+                answer = [error]
+            except OSError as error:
+                answer = [UserError(f"cannot write {folder}: {error.strerror}")]
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        yield Path(answer[0])
+        dist.barrier()
+    dist.barrier()
+
+
+def _sharded_weights(model: GPTModel) -> dict[str, Any]:
+    # Extra state holds Transformer Engine's FP8 scales, which are unused and absent elsewhere.
+    state = model.sharded_state_dict()
+    return {name: value for name, value in state.items() if "_extra_state" not in name}
+
+
+def _plain_config(config: HydraConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    plain = {name: getattr(config, name) for name in names}
+    plain["params_dtype"] = str(config.params_dtype).removeprefix("torch.")
+    return plain
+
+
+def _parallel_fields() -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+    }
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(file.name == "tokenizer_config.json" for file in files):
+        raise UserError(f"{folder} has no tokenizer: tokenizer_config.json is missing")
+    return files
+
+
+def _peek_kind(path: Path) -> str:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in _STORED_FIELDS:
+        raise UserError(f"{path} has kind {kind!r}; allowed: {', '.join(_STORED_FIELDS)}")
+    return kind
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointingException):
+        return "they are those of another model or head plan"
+    if isinstance(error, torch_checkpoint.CheckpointException):
+        error = next(iter(error.failures.values()))[0]  # that of the first rank that failed
+    first_sentence = str(error).partition(". ")[0] or type(error).__name__
+    return f"a file is missing or damaged ({first_sentence})"

@@ -1,0 +1,70 @@
+"""What a run records of each step: TensorBoard scalars, and a call for the progress line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+ShowStep = Callable[[int, dict[str, float]], None]
+
+
+class ScalarsCallback(pl.Callback):
+    """Writes each step's scalars to TensorBoard as `train/<name>`, on rank 0.
+
+    Scalars: `loss`, the stage's parts (`alignment/layer_00`, `alignment`, `kl`, `ce`),
+    `grad_norm`, `lr` and `tokens_per_s`, each the value of the step that it stands at.
+
+    Args:
+        folder: Of the event files.
+        tokens_per_step: Tokens of a global batch.
+        every_n_steps: Steps between two points.
+        show: Called after each step with the number of finished steps and the scalars.
+    """
+
+    def __init__(
+        self, folder: Path, tokens_per_step: int, every_n_steps: int, show: ShowStep
+    ) -> None:
+        self.folder, self.tokens_per_step = folder, tokens_per_step
+        self.every_n_steps, self.show = every_n_steps, show
+        self._writer: Any = None
+        self._step_start = self._lr = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the event file; points of steps that are run again are dropped."""
+        if trainer.is_global_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step + 1)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start the step's clock."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self._step_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+    ) -> None:
+        """Write and show the finished step."""
+        # The checkpoint callback, which runs after this one, names its folders by it.
+        pl_module.log("finished_steps", float(trainer.global_step), batch_size=1)
+        if self._writer is None:
+            return
+        seconds = time.perf_counter() - self._step_start
+        scalars = {name: float(value) for name, value in outputs.items() if name != "num_tokens"}
+        scalars["grad_norm"] = float(trainer.callback_metrics["grad_norm"])
+        scalars["lr"] = self._lr
+        scalars["tokens_per_s"] = self.tokens_per_step / seconds
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            for name, value in scalars.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
+        self.show(step, scalars)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()

@@ -1,0 +1,326 @@
+"""The training configuration: its YAML sections, `a.b=c` overrides and checks; imports no NeMo."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_hydra.errors import UserError
+
+Stage = Literal["align", "distill", "long_context"]
+
+
+@dataclass
+class ModelSection:
+    """Changes to the configuration stored in the checkpoint; None keeps what is stored there.
+
+    Only fields that leave the parameters' names and shapes alone can be changed here.
+    """
+
+    backend: Literal["local", "transformer_engine"] | None = None
+    la_kernel: Literal["auto", "reference", "fla"] | None = None
+    placement: Literal["balanced", "by_type"] | None = None
+    fa_query_scale: Literal["none", "inference", "always"] | None = None
+    fa_query_scale_start: int | None = None
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+
+
+@dataclass
+class DataSection:
+    """Megatron indexed datasets, as `megatron-hydra preprocess` writes them."""
+
+    paths: list[str]
+    """Prefixes: `PREFIX.bin` and `PREFIX.idx` exist for each."""
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    weights: list[float] = field(default_factory=list)
+    """Share of each path in the blend; empty: by size."""
+    mask_end_of_document: bool = False
+    num_workers: int = 0
+    seed: int = 1234
+
+
+@dataclass
+class TrainerSection:
+    """Length of the run and the device it runs on."""
+
+    max_steps: int
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes in bfloat16; the optimizer's weights are float32 either way."""
+    num_threads: int = 0
+    """CPU threads a rank; 0 leaves PyTorch's default."""
+    seed: int = 1234
+
+
+@dataclass
+class StrategySection:
+    """Megatron's parallel layout; the data-parallel size is what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass
+class OptimSection:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float
+    min_lr: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+
+
+@dataclass
+class TransferSection:
+    """Which stage of the transfer runs, from which weights, held to which teacher."""
+
+    stage: Stage
+    init_from: str
+    """Hybrid checkpoint folder that gives configuration, plan and first weights."""
+    teacher: str | None = None
+    """Teacher checkpoint folder (`megatron-hydra convert` without `--plan`)."""
+    kl_weight: float | None = None
+    """Weight of the Kullback-Leibler loss; default 1 to distill, 0 for long context."""
+    ce_weight: float | None = None
+    """Weight of the next-token loss; default 1."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time in the loss."""
+
+
+@dataclass
+class LogSection:
+    """The run folder and what is written there."""
+
+    folder: str
+    every_n_steps: int = 1
+    """Steps between two points in TensorBoard."""
+
+
+@dataclass
+class ResumeSection:
+    """Checkpoints of the run; the same command again goes on from the newest finished one."""
+
+    save_every_n_steps: int = 500
+    keep: int = 1
+    """Checkpoints kept at a time."""
+
+
+@dataclass
+class RunConfig:
+    """A whole training run; one field a section of the YAML file."""
+
+    data: DataSection
+    trainer: TrainerSection
+    optim: OptimSection
+    transfer: TransferSection
+    log: LogSection
+    model: ModelSection = field(default_factory=ModelSection)
+    strategy: StrategySection = field(default_factory=StrategySection)
+    resume: ResumeSection = field(default_factory=ResumeSection)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.log.folder)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default spelled out."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides and check the result.
+
+    Args:
+        path: The YAML file.
+        overrides: Each `section.key=value`; the value is read as YAML.
+
+    Raises:
+        UserError: If the file cannot be read, or a key or value is not allowed.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold the sections {_names(RunConfig)}")
+    for override in overrides:
+        _apply_override(raw, override)
+    config = _build(RunConfig, raw, where="")
+    _check(config)
+    return config
+
+
+def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str | None:
+    """The first `section.key` among ``sections`` whose value differs, or None."""
+    for section in sections:
+        for item in fields(getattr(old, section)):
+            if getattr(getattr(old, section), item.name) != getattr(
+                getattr(new, section), item.name
+            ):
+                return f"{section}.{item.name}"
+    return None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not (equals and dot and section and name):
+        raise UserError(f"override {override!r} must read section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of override {override!r} is not valid YAML") from error
+    target = raw.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"config section {section} must hold key: value lines")
+    target[name] = value
+
+
+def _build(cls: type, raw: Any, where: str) -> Any:
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise UserError(f"config section {where} must hold key: value lines")
+    known = {item.name: item for item in fields(cls)}
+    for key in raw:
+        if key not in known:
+            raise UserError(_unknown_key(cls, str(key), where))
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, item in known.items():
+        full_name = f"{where}.{name}" if where else name
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], full_name)
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise UserError(f"config key {full_name} is missing: it has no default")
+    return cls(**values)
+
+
+def _unknown_key(cls: type, key: str, where: str) -> str:
+    full_name = f"{where}.{key}" if where else key
+    near = difflib.get_close_matches(key, _name_list(cls), n=1, cutoff=0.5)
+    if near:
+        nearest = f"{where}.{near[0]}" if where else near[0]
+        return f"unknown config key {full_name}: did you mean {nearest}?"
+    return f"unknown config key {full_name}; known here: {_names(cls)}"
+
+
+def _name_list(cls: type) -> list[str]:
+    return [item.name for item in fields(cls)]
+
+
+def _names(cls: type) -> str:
+    return ", ".join(_name_list(cls))
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    origin = typing.get_origin(kind)
+    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
+        return _build(kind, value, name)
+    if origin in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        return None if value is None else _convert(options[0], value, name)
+    if origin is Literal:
+        if value not in typing.get_args(kind):
+            allowed = ", ".join(str(choice) for choice in typing.get_args(kind))
+            raise UserError(f"{name} is {value!r}; allowed: {allowed}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{name} is {value!r}; a list is needed")
+        return [_convert(typing.get_args(kind)[0], item, name) for item in value]
+    return _convert_scalar(kind, value, name)
+
+
+def _convert_scalar(kind: type, value: Any, name: str) -> Any:
+    if kind is float and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-3, without a dot, as text
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    words = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
+    raise UserError(f"{name} is {value!r}; {words[kind]} is needed")
+
+
+def _check(config: RunConfig) -> None:
+    """Check values against each other, and fill in what depends on the stage."""
+    _check_positive(config)
+    transfer, data, optim = config.transfer, config.data, config.optim
+    if not data.paths:
+        raise UserError("data.paths is empty: name one indexed dataset or more")
+    if data.weights and len(data.weights) != len(data.paths):
+        raise UserError(
+            f"data.weights has {len(data.weights)} values for {len(data.paths)} data.paths"
+        )
+    if data.global_batch_size % data.micro_batch_size:
+        raise UserError(
+            f"data.global_batch_size {data.global_batch_size} does not divide by "
+            f"data.micro_batch_size {data.micro_batch_size}"
+        )
+    if optim.schedule == "cosine" and optim.min_lr > optim.lr:
+        raise UserError(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
+    if transfer.kl_weight is None:
+        transfer.kl_weight = 0.0 if transfer.stage == "long_context" else 1.0
+    if transfer.ce_weight is None:
+        transfer.ce_weight = 1.0
+    if transfer.kl_weight < 0 or transfer.ce_weight < 0:
+        raise UserError("transfer.kl_weight and transfer.ce_weight must not be negative")
+    if transfer.kl_weight == 0 and transfer.ce_weight == 0:
+        raise UserError("transfer.kl_weight and transfer.ce_weight are both 0: nothing to train")
+    if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight > 0):
+        raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
+    if config.strategy.pipeline_model_parallel_size > 1 and transfer.stage != "long_context":
+        raise UserError(
+            "strategy.pipeline_model_parallel_size must be 1 for stages align and distill: "
+            "their losses need every layer of the teacher on the rank"
+        )
+    if config.strategy.sequence_parallel and config.strategy.tensor_model_parallel_size == 1:
+        raise UserError("strategy.sequence_parallel needs tensor_model_parallel_size above 1")
+
+
+def _check_positive(config: RunConfig) -> None:
+    at_least_one = {
+        "data": ("seq_length", "micro_batch_size", "global_batch_size"),
+        "trainer": ("max_steps",),
+        "strategy": ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+        "transfer": ("chunk_tokens",),
+        "log": ("every_n_steps",),
+        "resume": ("save_every_n_steps", "keep"),
+    }
+    for section, names in at_least_one.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                raise UserError(f"{section}.{name} is {value}; it must be 1 or more")
+    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad"):
+        value = getattr(config.optim, name)
+        if value < 0:
+            raise UserError(f"optim.{name} is {value}; it must be 0 or more")

@@ -1,0 +1,191 @@
+"""The hybrid as a NeMo model: configuration, weights, teacher and the losses of the three stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    model_parallel_cuda_manual_seed,
+    reduce_from_tensor_model_parallel_region,
+)
+from nemo.collections import llm
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor
+
+from megatron_hydra.config import HydraFields
+from megatron_hydra.conversion.checkpoint import load_checkpoint, load_weights
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model import build_model
+from megatron_hydra.nemo.config import TransferSection
+from megatron_hydra.transfer.alignment import Alignment
+from megatron_hydra.transfer.losses import distillation_loss
+
+# What a forward step hands to the loss reduction: the loss to minimise as a sum over tokens, the
+# number of tokens, and the parts to log, each a sum over tokens.
+StepOutput = dict[str, Any]
+
+
+@dataclass
+class HydraGPTConfig(HydraFields, llm.GPTConfig):
+    """NeMo's GPTConfig with the hybrid's fields; builds through :func:`build_model`."""
+
+    plan: HeadPlan | None = None
+    # Megatron's GPTModel prefers this to the argument that build_model passes.
+    position_embedding_type: str = "rope"  # type: ignore[assignment]
+    # Losses are sums over tokens; gradients are divided by the tokens of the whole batch, so that
+    # neither the number of micro-batches nor of data-parallel ranks shows.
+    calculate_per_token_loss: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the fields; NeMo runs this again once the parallel sizes are set."""
+        super().__post_init__()
+        self.check_hydra_fields()
+
+    def configure_model(
+        self,
+        tokenizer: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build this rank's part of the model."""
+        return build_model(
+            self,  # type: ignore[arg-type]
+            self.plan,
+            pre_process=pre_process or parallel_state.is_pipeline_first_stage(),
+            post_process=post_process or parallel_state.is_pipeline_last_stage(),
+            vp_stage=vp_stage,
+        )
+
+
+class HydraModel(llm.GPTModel):
+    """A hybrid with the loss of its stage.
+
+    Args:
+        config: Of the hybrid.
+        transfer: Stage, first weights, teacher and loss weights.
+        seed: Of Megatron's model-parallel random numbers.
+        teacher_overrides: Configuration fields that the teacher is built with.
+    """
+
+    def __init__(
+        self,
+        config: HydraGPTConfig,
+        transfer: TransferSection,
+        seed: int = 1234,
+        teacher_overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.transfer = transfer
+        self.seed = seed
+        self.teacher_overrides = dict(teacher_overrides or {})
+        # In a list, so that no module, state dict, DDP or optimizer finds it.
+        self._teacher: list[GPTModel] = []
+        self._alignment: Alignment | None = None
+
+    def configure_model(self, vp_stage: int | None = None) -> None:
+        """Build the student, load its first weights, and load the frozen teacher."""
+        if hasattr(self, "module"):
+            return
+        # NeMo seeds this itself only where CUDA is available.
+        model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
+        self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
+        load_weights(Path(self.transfer.init_from), self.module)
+        if self.transfer.teacher is not None:
+            teacher = load_checkpoint(self.transfer.teacher, **self.teacher_overrides).model
+            self._teacher = [teacher.eval().requires_grad_(False)]
+        if self.transfer.stage == "align":
+            self._alignment = Alignment(self.module, self._teacher[0])
+
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Tensor]:
+        """The next micro-batch, on the model's device."""
+        batch = next(dataloader_iter)
+        batch = batch[0] if isinstance(batch, tuple) else batch
+        return {
+            name: batch[name].cuda(non_blocking=True)
+            for name in ("tokens", "position_ids", "labels", "loss_mask")
+        }
+
+    def forward_step(self, batch: dict[str, Tensor]) -> StepOutput | Tensor:
+        """The stage's loss, or hidden states where the pipeline goes on.
+
+        Args:
+            batch: `tokens`, `position_ids`, `labels` `[b, s]` integers, `loss_mask` `[b, s]`.
+        """
+        if not parallel_state.is_pipeline_last_stage():
+            return self(batch["tokens"], batch["position_ids"])
+        if self._alignment is not None:
+            return self._alignment_step(self._alignment, batch)
+        return self._distillation_step(batch)
+
+    def _alignment_step(self, alignment: Alignment, batch: dict[str, Tensor]) -> StepOutput:
+        num_tokens = batch["tokens"].numel()
+        layers = alignment.forward(batch["tokens"], batch["position_ids"])
+        losses = torch.stack(list(layers.values())) * num_tokens
+        shown = losses.detach()
+        if self.config.sequence_parallel:  # each rank has its tokens' share
+            shown = reduce_from_tensor_model_parallel_region(shown)
+        parts = {f"alignment/{layer}": loss for layer, loss in zip(layers, shown, strict=True)}
+        parts["alignment"] = parts["loss"] = shown.sum()
+        return _step_output(losses.sum(), num_tokens, parts)
+
+    def _distillation_step(self, batch: dict[str, Tensor]) -> StepOutput:
+        losses = distillation_loss(
+            bare_model(self.module),
+            self._teacher[0] if self.transfer.kl_weight else None,
+            batch["tokens"],
+            batch["position_ids"],
+            batch["labels"],
+            batch["loss_mask"],
+            kl_weight=self.transfer.kl_weight,
+            ce_weight=self.transfer.ce_weight,
+            chunk_tokens=self.transfer.chunk_tokens,
+        )
+        parts = {"loss": losses.loss_sum, "ce": losses.ce_sum}
+        if self.transfer.kl_weight:
+            parts["kl"] = losses.kl_sum
+        return _step_output(losses.loss_sum, losses.num_tokens, parts)
+
+    @property
+    def training_loss_reduction(self) -> MegatronLossReduction:
+        """Sums the parts over micro-batches and data-parallel ranks."""
+        return _SumReduction()
+
+
+class _SumReduction(MegatronLossReduction):
+    """From sums over tokens to means over the batch's tokens."""
+
+    def forward(
+        self, batch: Any, forward_out: StepOutput
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        num_tokens = forward_out["num_tokens"]
+        sums = torch.stack([num_tokens.float(), *forward_out["parts"].values()])
+        return forward_out["loss"], num_tokens, {"sums": sums, "names": forward_out["parts"].keys()}
+
+    def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        names = ["num_tokens", *losses_reduced_per_micro_batch[0]["names"]]
+        sums = torch.stack([micro_batch["sums"] for micro_batch in losses_reduced_per_micro_batch])
+        total = sums.sum(dim=0)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(total, group=group)
+        means = total / total[0].clamp(min=1)
+        return dict(zip(names, means.unbind(), strict=True))
+
+
+def bare_model(module: Any) -> GPTModel:
+    """Take DDP and precision wrappers off a model."""
+    while not isinstance(module, GPTModel):
+        module = module.module
+    return module
+
+
+def _step_output(loss: Tensor, num_tokens: int | Tensor, parts: dict[str, Tensor]) -> StepOutput:
+    count = torch.as_tensor(num_tokens, dtype=torch.int, device=loss.device)
+    detached = {name: part.detach().float() for name, part in parts.items()}
+    return {"loss": loss, "num_tokens": count, "parts": detached}

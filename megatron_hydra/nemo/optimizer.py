@@ -1,0 +1,127 @@
+"""AdamW and its learning-rate schedule for NeMo's loop on megatron-core 0.16."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import nemo.lightning as nl
+import torch
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from nemo.core.optim import McoreDistributedOptimizer
+from nemo.lightning.pytorch.optim import LRSchedulerModule
+
+from megatron_hydra.nemo.config import OptimSection
+
+# Tensors of one small vector a head: two-dimensional, but no matrices of the model.
+_PER_HEAD_SUFFIXES = (".conv_weight", ".A_log", ".dt_bias", ".head_scale", ".gate_weight")
+
+
+def skips_weight_decay(parameter: torch.nn.Parameter, name: str) -> bool:
+    """Whether a parameter is a norm, a bias or a per-head vector, which are not decayed."""
+    return parameter.dim() == 1 or name.endswith(_PER_HEAD_SUFFIXES)
+
+
+def make_optimizer(
+    section: OptimSection, max_steps: int, use_distributed_optimizer: bool, bf16: bool
+) -> HydraOptimizerModule:
+    """The optimizer and schedule of a run.
+
+    Args:
+        section: Learning rate, schedule and Adam's constants.
+        max_steps: Length of the run, in optimizer steps.
+        use_distributed_optimizer: Split optimizer state over data-parallel ranks.
+        bf16: Train bfloat16 weights with float32 main copies in the optimizer.
+    """
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        use_distributed_optimizer=use_distributed_optimizer,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        barrier_with_L1_time=False,
+    )
+    return HydraOptimizerModule(config, HydraScheduler(section, max_steps))
+
+
+class HydraOptimizerModule(nl.MegatronOptimizerModule):
+    """Megatron's optimizer, made as megatron-core 0.16 wants it (NeMo 2.7 calls it as 0.15 did)."""
+
+    def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
+        """Make Megatron's optimizer for the DDP-wrapped chunks of a `MegatronParallel`."""
+        predicate = ParamWithNamePredicate(name="skips_weight_decay", fn=skips_weight_decay)
+        optimizer = get_megatron_optimizer(
+            self.config,
+            [chunk.module for chunk in model],
+            config_overrides={ParamKey(with_name_predicate=predicate): {"wd_mult": 0.0}},
+        )
+        for group in optimizer.param_groups:
+            # Megatron's own scheduler, which NeMo does not use, would apply this.
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
+        for part in optimizer.chained_optimizers:
+            _start_adam_state(part.optimizer)
+        return [McoreDistributedOptimizer(optimizer)]
+
+
+class HydraScheduler(LRSchedulerModule):
+    """Linear warm-up, then a cosine down to the least rate, or a constant rate.
+
+    Args:
+        section: Rates, schedule and warm-up.
+        max_steps: Step at which the cosine ends.
+    """
+
+    def __init__(self, section: OptimSection, max_steps: int) -> None:
+        super().__init__()
+        self.section = section
+        self.max_steps = max_steps
+
+    def scheduler(self, model: Any, optimizers: Any) -> dict[str, Any]:
+        """Lightning's description of the schedule."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizers, lambda step: learning_rate(step, self.section, self.max_steps) / self.base
+        )
+        return {
+            "optimizer": optimizers,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
+        }
+
+    @property
+    def base(self) -> float:
+        """The rate that the schedule's factors multiply."""
+        return self.section.lr or 1.0
+
+
+def learning_rate(step: int, section: OptimSection, max_steps: int) -> float:
+    """The learning rate of optimizer step ``step``, counted from 0."""
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / (section.warmup_steps + 1)
+    if section.schedule == "constant":
+        return section.lr
+    progress = (step - section.warmup_steps) / max(1, max_steps - section.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return section.min_lr + (section.lr - section.min_lr) * cosine
+
+
+def _start_adam_state(optimizer: torch.optim.Optimizer | None) -> None:
+    """Give PyTorch's Adam the state of step 0.
+
+    Megatron makes this state itself when it loads a checkpoint into a fresh optimizer, but
+    without `step`, which PyTorch's Adam has and Transformer Engine's has not; loading then fails.
+    """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }

@@ -1,0 +1,81 @@
+"""The run folder: what stands where, which checkpoint a run goes on from; imports no NeMo."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_output, write_beside
+from megatron_hydra.nemo.config import RunConfig, difference, load_config
+
+# Sections that decide the result; a run that goes on may change the others.
+_FIXED_SECTIONS = ("model", "data", "trainer", "optim", "transfer")
+
+
+class RunFolder:
+    """Paths of a run, and the state it was left in.
+
+    Args:
+        config: Of the run; its `log.folder` is this folder.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = config.folder
+        self.config_file = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.hybrid = self.path / "hybrid"
+        self.data_index = self.path / "data_index"
+        self.nemo_logs = self.path / "nemo_logs"
+
+    def is_complete(self) -> bool:
+        """Whether the trained hybrid is written."""
+        return (self.hybrid / "model.json").is_file()
+
+    def check(self) -> None:
+        """Check that the run can be started here or go on.
+
+        Raises:
+            UserError: If the folder cannot be written, or holds a run of another configuration.
+        """
+        check_output(self.path, overwrite=True)
+        if not self.config_file.is_file():
+            return
+        changed = difference(load_config(self.config_file), self.config, _FIXED_SECTIONS)
+        if changed is not None:
+            raise UserError(
+                f"{self.path} holds a run with another {changed}: choose another log.folder, "
+                "or pass --overwrite to start anew"
+            )
+
+    def remove(self) -> None:
+        """Remove an earlier run.
+
+        Raises:
+            UserError: If the folder holds something that is no run.
+        """
+        if not self.path.exists():
+            return
+        if any(self.path.iterdir()) and not self.config_file.is_file():
+            raise UserError(f"{self.path} is no run folder: it has no config.yaml; not removed")
+        # Renamed first: another rank may be making its folders at this moment.
+        removed = self.path.rename(self.path.with_name(f".{self.path.name}.{os.getpid()}.removed"))
+        shutil.rmtree(removed)
+
+    def write_config(self) -> None:
+        """Write the resolved configuration."""
+        with write_beside(self.config_file, overwrite=True) as temporary:
+            temporary.write_text(self.config.to_yaml(), encoding="utf-8")
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest finished checkpoint; unfinished ones do not count."""
+        finished = [
+            folder
+            for folder in self.checkpoints.glob("step_*")
+            # NeMo marks a checkpoint as unfinished by a file beside it while it writes.
+            if folder.is_dir() and not folder.with_name(f"{folder.name}-unfinished").exists()
+        ]
+        return max(finished, key=lambda folder: folder.name, default=None)

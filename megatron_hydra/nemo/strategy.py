@@ -1,0 +1,75 @@
+"""NeMo's Megatron strategy, with checkpoints that a machine without a GPU can read and write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nemo.lightning as nl
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo.lightning.io.pl import MegatronCheckpointIO
+
+from megatron_hydra.conversion.checkpoint import _InProcessSave as InProcessSave
+from megatron_hydra.nemo.config import StrategySection
+
+
+def make_strategy(section: StrategySection, backend: str) -> HydraStrategy:
+    """The strategy of the YAML's section.
+
+    Args:
+        section: The parallel layout.
+        backend: Of the process groups: `gloo` or `nccl`.
+    """
+    return HydraStrategy(
+        tensor_model_parallel_size=section.tensor_model_parallel_size,
+        pipeline_model_parallel_size=section.pipeline_model_parallel_size,
+        sequence_parallel=section.sequence_parallel,
+        ddp=DistributedDataParallelConfig(
+            check_for_nan_in_grad=True,
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=section.use_distributed_optimizer,
+        ),
+        process_group_backend=backend,
+        checkpoint_io=_InProcessCheckpointIO(),
+        ckpt_async_save=False,
+        ckpt_optim_fully_reshardable=True,
+    )
+
+
+class HydraStrategy(nl.MegatronStrategy):
+    """`nl.MegatronStrategy` whose optimizer state loads without CUDA."""
+
+    def load_optimizer_state_dict(
+        self, checkpoint: Mapping[str, Any], selective_restore: bool = False
+    ) -> None:
+        """Load the optimizers' states; NeMo's own makes a CUDA device mesh first, for FSDP."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+class _InProcessCheckpointIO(MegatronCheckpointIO):
+    """NeMo's checkpoints, written without a helper process and read without CUDA.
+
+    The helper that Megatron starts at every save outlives a killed run, and costs a second or two.
+    """
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        sharded_state_dict: Any = None,
+        map_location: Any = None,
+        strict: Any = None,
+    ) -> dict[str, Any]:
+        # Nothing may be missing, unlike in NeMo's own: a run that goes on goes on exactly.
+        return dist_checkpointing.load(
+            sharded_state_dict, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+        )
+
+    def _determine_dist_ckpt_save_strategy(self) -> FullyParallelSaveStrategyWrapper:
+        return FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), None, False)

@@ -1,0 +1,259 @@
+"""One training run: YAML sections to NeMo's objects, `llm.train`, and the trained hybrid at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import nemo.lightning as nl
+import torch
+from lightning_utilities.core import rank_zero
+from nemo.collections import llm
+from nemo.utils import logging as nemo_logging
+
+from megatron_hydra.conversion.checkpoint import (
+    model_fields,
+    read_metadata,
+    save_checkpoint,
+)
+from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import versions
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
+from megatron_hydra.nemo.config import RunConfig
+from megatron_hydra.nemo.data import check_datasets, make_data_module
+from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
+from megatron_hydra.nemo.optimizer import make_optimizer
+from megatron_hydra.nemo.run_folder import RunFolder
+from megatron_hydra.nemo.strategy import make_strategy
+
+
+class TrainingRun:
+    """A checked run; nothing is written and no process group made before :meth:`run`.
+
+    Args:
+        config: The run's configuration.
+
+    Raises:
+        UserError: If checkpoint, teacher, data, layout or device do not fit.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        _quieten()
+        self.config = config
+        self.folder = RunFolder(config)
+        self.on_gpu = _use_gpu(config)
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._check_layout()
+        self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
+        if config.transfer.teacher is not None:
+            self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
+        self.model_config = self._model_config()
+        check_datasets(config.data, self.model_config.vocab_size)
+
+    def run(
+        self, show: ShowStep, start_anew: bool = False, command: Sequence[str] = ()
+    ) -> None:
+        """Train from the newest finished checkpoint, or from the start, and write the hybrid.
+
+        Args:
+            show: Called on rank 0 after each step with finished steps and scalars.
+            start_anew: Leave an earlier run's checkpoints, which rank 0 is removing, aside.
+            command: Recorded as provenance.
+        """
+        config = self.config
+        if config.trainer.num_threads:
+            torch.set_num_threads(config.trainer.num_threads)
+        torch.manual_seed(config.trainer.seed)
+        checkpoint = None if start_anew else self.folder.newest_checkpoint()
+        model = HydraModel(
+            self.model_config, config.transfer, config.trainer.seed, self._runtime_fields()
+        )
+        llm.train(
+            model=model,
+            data=make_data_module(config.data, self._end_of_document(), self.folder.data_index),
+            trainer=self._trainer(show),
+            log=_Logger(
+                explicit_log_dir=str(self.folder.nemo_logs),
+                log_global_rank_0_only=True,
+            ),
+            resume=nl.AutoResume(resume_from_path=str(checkpoint)) if checkpoint else None,
+            optim=make_optimizer(
+                config.optim,
+                config.trainer.max_steps,
+                config.strategy.use_distributed_optimizer,
+                self._bf16,
+            ),
+        )
+        self._write_hybrid(model, command)
+
+    def _trainer(self, show: ShowStep) -> nl.Trainer:
+        config = self.config
+        scalars = ScalarsCallback(
+            self.folder.tensorboard,
+            config.data.global_batch_size * config.data.seq_length,
+            config.log.every_n_steps,
+            show,
+        )
+        return nl.Trainer(
+            accelerator="gpu" if self.on_gpu else "cpu",
+            devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+            max_steps=config.trainer.max_steps,
+            strategy=make_strategy(config.strategy, "nccl" if self.on_gpu else "gloo"),
+            plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if self._bf16 else None,
+            callbacks=[scalars, self._checkpoint_callback()],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            val_check_interval=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+
+    def _checkpoint_callback(self) -> nl.ModelCheckpoint:
+        resume = self.config.resume
+        return nl.ModelCheckpoint(
+            dirpath=str(self.folder.checkpoints),
+            filename="step_{finished_steps:08.0f}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=resume.save_every_n_steps,
+            monitor="finished_steps",
+            mode="max",
+            save_top_k=resume.keep,
+            save_last=False,
+            save_optim_on_train_end=True,
+            always_save_context=False,
+            save_context_on_train_end=False,
+            verbose=False,
+        )
+
+    def _write_hybrid(self, model: HydraModel, command: Sequence[str]) -> None:
+        provenance = {
+            "stage": self.config.transfer.stage,
+            "init_from": self.meta["provenance"],
+            "max_steps": self.config.trainer.max_steps,
+            "command": list(command),
+            "versions": versions(),
+        }
+        save_checkpoint(
+            self.folder.hybrid,
+            bare_model(model.module),
+            self.model_config,  # type: ignore[arg-type]
+            self.model_config.plan,
+            f"{self.config.transfer.init_from}/tokenizer",
+            provenance,
+            overwrite=True,
+        )
+
+    def _check_layout(self) -> None:
+        strategy, data = self.config.strategy, self.config.data
+        if self.world_size % strategy.model_parallel_size:
+            raise UserError(
+                f"{self.world_size} ranks do not divide by tensor_model_parallel_size x "
+                f"pipeline_model_parallel_size = {strategy.model_parallel_size}"
+            )
+        data_parallel = self.world_size // strategy.model_parallel_size
+        if data.global_batch_size % (data.micro_batch_size * data_parallel):
+            raise UserError(
+                f"data.global_batch_size {data.global_batch_size} does not divide by "
+                f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel "
+                "ranks"
+            )
+        if strategy.use_distributed_optimizer and not self.on_gpu:
+            raise UserError(
+                "strategy.use_distributed_optimizer needs a GPU: PyTorch's Adam cannot load its "
+                "checkpoints"
+            )
+
+    def _check_teacher(self, teacher: dict[str, Any]) -> None:
+        if teacher["config"]["vocab_size"] != self.meta["config"]["vocab_size"] or (
+            self.config.transfer.stage == "align"
+            and teacher["teacher_config_hash"] != self.meta["teacher_config_hash"]
+        ):
+            raise UserError(
+                f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
+                f"{self.config.transfer.init_from}: their shapes differ"
+            )
+
+    def _model_config(self) -> HydraGPTConfig:
+        config, model = self.config, self.config.model
+        chosen = {
+            name: getattr(model, name)
+            for name in ("la_kernel", "placement", "fa_query_scale", "fa_query_scale_start")
+            if getattr(model, name) is not None
+        }
+        if model.recompute:
+            chosen |= {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            }
+        stored = model_fields(self.meta)
+        seq_length = max(stored["seq_length"], config.data.seq_length)
+        return HydraGPTConfig(
+            **{
+                **stored,
+                **self._runtime_fields(),
+                **chosen,
+                "seq_length": seq_length,
+                "tensor_model_parallel_size": config.strategy.tensor_model_parallel_size,
+                "pipeline_model_parallel_size": config.strategy.pipeline_model_parallel_size,
+            },
+            plan=HeadPlan.load(f"{config.transfer.init_from}/plan.json"),
+        )
+
+    def _runtime_fields(self) -> dict[str, Any]:
+        """What student and teacher have in common of how they run."""
+        fields: dict[str, Any] = {"sequence_parallel": self.config.strategy.sequence_parallel}
+        if self.config.model.backend is not None:
+            fields["backend"] = self.config.model.backend
+        if self._bf16:
+            fields |= megatron_fields(torch.bfloat16)
+        return fields
+
+    @property
+    def _bf16(self) -> bool:
+        return self.config.trainer.precision == "bf16"
+
+    def _end_of_document(self) -> int:
+        if not self.config.data.mask_end_of_document:
+            return -1  # never read
+        return load_tokenizer(self.config.transfer.init_from).eos_token_id
+
+
+class _Logger(nl.NeMoLogger):
+    """NeMo's logger, whose look at the checkpoint callbacks asks for nvidia-resiliency-ext."""
+
+    def _setup_trainer_model_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+def _use_gpu(config: RunConfig) -> bool:
+    available = torch.cuda.is_available()
+    if config.trainer.accelerator == "gpu" and not available:
+        raise UserError("trainer.accelerator is 'gpu', but PyTorch finds no GPU here")
+    if config.trainer.accelerator == "cpu" and available:
+        raise UserError(
+            "trainer.accelerator is 'cpu' on a machine with a GPU: Megatron would use the GPU; "
+            "hide it (CUDA_VISIBLE_DEVICES=) or choose 'auto'"
+        )
+    return available
+
+
+def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:
+    meta = read_metadata(folder)
+    if meta["kind"] != kind:
+        raise UserError(f"{key} {folder} is a {meta['kind']} checkpoint; a {kind} is needed")
+    return meta
+
+
+def _quieten() -> None:
+    """Keep the notes and warnings of NeMo, Lightning and Megatron off the terminal."""
+    nemo_logging.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
+    rank_zero.log.setLevel(logging.ERROR)

@@ -1,0 +1,185 @@
+"""The report's charts: matplotlib figures as inline SVG that stand alone in a page."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from megatron_hydra.report.training_runs import Curve, TrainingRun
+
+INK = "#1f2933"
+MUTED = "#7b8794"
+# Okabe and Ito's palette, told apart by readers with any colour vision.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_STYLE: Any = {
+    "svg.fonttype": "none",  # Text stays text: it can be searched, and takes the page's font.
+    "svg.hashsalt": "megatron_hydra",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "xtick.color": "#52606d",
+    "ytick.color": "#52606d",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+_MAX_POINTS = 600
+
+
+@contextmanager
+def chart_style() -> Iterator[None]:
+    """matplotlib's settings for every chart of the page."""
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def to_svg(figure: Figure, name: str, label: str) -> str:
+    """``figure`` as an SVG element whose ids start with ``name`` and that screen readers call
+    ``label``."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Many figures share the page, so their ids must differ.
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def draw_losses(run: TrainingRun) -> Figure:
+    """The run's losses by step; the layers of an alignment loss thin, below the sum."""
+    figure, ax = _panel("loss")
+    layers, parts = run.layer_alignment, run.loss_parts
+    for (title, curve), colour in zip(parts.items(), PALETTE, strict=False):
+        _plot_noisy(ax, curve, INK if layers else colour, "all layers" if layers else title)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.92, len(layers)))
+    for index, (curve, colour) in enumerate(zip(layers, colours, strict=True)):
+        label = f"layer {index}" if index in (0, len(layers) - 1) else None
+        ax.plot(*_smooth(curve), color=colour, linewidth=0.9, alpha=0.9, label=label)
+    values = np.concatenate([curve.values for curve in (*layers, *parts.values())])
+    if values.min() > 0 and values.max() > 10 * values.min():
+        ax.set_yscale("log")
+    ax.set_ylabel("mean squared error" if list(parts) == ["alignment"] else "nats per token")
+    ax.legend(
+        loc="lower right", bbox_to_anchor=(1.03, 1.01), ncols=3, handlelength=1.0,
+        handletextpad=0.4, columnspacing=1.0, borderaxespad=0.0,
+    )  # fmt: skip
+    return figure
+
+
+def draw_curve(curve: Curve, title: str, unit: str, from_zero: bool = False) -> Figure:
+    """One scalar of a run by step."""
+    figure, ax = _panel(title)
+    _plot_noisy(ax, curve, PALETTE[0], None)
+    ax.set_ylabel(unit)
+    if from_zero:
+        ax.set_ylim(0, 1.08 * float(curve.values.max()) or 1.0)
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure
+
+
+def draw_cache(
+    lines: Sequence[tuple[str, float, float]], training_length: int, longest: int
+) -> Figure:
+    """Memory of one sequence by its length.
+
+    Args:
+        lines: Name, bytes a token, constant bytes.
+        training_length: Where the teacher was trained, in tokens; marked.
+        longest: Right end of the axis, in tokens.
+    """
+    figure = Figure(figsize=(6.2, 3.0))
+    ax = figure.add_subplot()
+    lengths = np.geomspace(max(1, training_length // 8), longest, 200)
+    # Broken lines above a solid one: lines that lie on each other stay visible.
+    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
+    for (name, per_token, constant), colour, dash in zip(lines, PALETTE, dashes, strict=False):
+        need = per_token * lengths + constant
+        ax.plot(lengths, need, color=colour, linestyle=dash, linewidth=1.8, label=_plain(name))
+    ax.axvline(training_length, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+    ax.annotate(
+        "training length", (training_length, 1), xycoords=("data", "axes fraction"),
+        xytext=(4, -2), textcoords="offset points", va="top", color="#52606d", fontsize=8.5,
+    )  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: format_count(value))
+    ax.yaxis.set_major_formatter(lambda value, _: format_bytes(value))
+    ax.set_xlabel("sequence length (tokens)")
+    ax.set_ylabel("cache and state of one sequence")
+    ax.legend(loc="lower right")
+    return figure
+
+
+def format_bytes(value: float) -> str:
+    """Bytes with a binary unit, as ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:,.3g} TiB"
+
+
+def format_count(value: float) -> str:
+    """A length in tokens, as ``512``, ``4K`` or ``1M`` where that is exact."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if value >= size and value % size == 0:
+            return f"{value / size:,.0f}{unit}"
+    return f"{value:,.0f}"
+
+
+def _plain(name: str) -> str:
+    """A user's name as matplotlib text: a dollar sign starts no formula."""
+    return name.replace("$", r"\$")
+
+
+def _panel(title: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(3.7, 2.7))
+    ax = figure.add_subplot()
+    ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    ax.set_xlabel("step")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure, ax
+
+
+def _plot_noisy(ax: Axes, curve: Curve, colour: str, label: str | None) -> None:
+    """Every step thin and pale, the running mean on top."""
+    ax.plot(*_thin(curve.steps, curve.values), color=colour, linewidth=0.7, alpha=0.3)
+    ax.plot(*_smooth(curve), color=colour, linewidth=1.6, label=label)
+
+
+def smoothing_window(num_points: int) -> int:
+    """Points in the running mean: a fiftieth of the run, odd."""
+    return num_points // 50 // 2 * 2 + 1
+
+
+def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
+    window = smoothing_window(len(curve.values))
+    half = window // 2
+    mean = np.convolve(curve.values, np.full(window, 1.0 / window), mode="valid")
+    return _thin(curve.steps[half : len(curve.steps) - half], mean)
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``_MAX_POINTS`` of the points, the last one kept: a page must stay small."""
+    stride = -(-len(steps) // _MAX_POINTS)
+    keep = slice((len(steps) - 1) % stride, None, stride)
+    return steps[keep], values[keep]

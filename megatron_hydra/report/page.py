@@ -1,0 +1,167 @@
+"""The report's page: its inputs held against each other, its headline, its parts put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+
+from matplotlib.figure import Figure
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_output, write_beside
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.heatmap import draw_head_map
+from megatron_hydra.report import sections
+from megatron_hydra.report.charts import chart_style, to_svg
+from megatron_hydra.report.evaluation_results import Evaluation, ModelResult, read_evaluation
+from megatron_hydra.report.training_runs import TrainingRun, read_run
+from megatron_hydra.selection.scores import HeadScores
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def write_report(
+    out: str | os.PathLike[str],
+    *,
+    scores: str | os.PathLike[str],
+    plan: str | os.PathLike[str],
+    evaluation: str | os.PathLike[str],
+    runs: Mapping[str, str | os.PathLike[str]],
+    command: str = "",
+    teacher_config_hash: str = "",
+    overwrite: bool = False,
+) -> Path:
+    """Read the outputs of a transfer and write one self-contained HTML page.
+
+    Args:
+        out: The page.
+        scores: What ``megatron-hydra score`` wrote.
+        plan: What ``megatron-hydra plan`` wrote.
+        evaluation: What ``megatron-hydra evaluate`` wrote.
+        runs: Run folders by the names that the page gives them, in order.
+        command: The command that makes the page, for its provenance.
+        teacher_config_hash: Hash of the teacher that plan and scores must be of; empty: unchecked.
+        overwrite: Replace an existing page.
+
+    Raises:
+        UserError: If an input is missing or odd, or they do not belong together.
+    """
+    target = check_output(out, overwrite)
+    if not runs:
+        raise UserError("no training run given: pass --run NAME=FOLDER for each stage")
+    page = render_report(
+        HeadScores.load(scores),
+        HeadPlan.load(plan),
+        read_evaluation(evaluation),
+        [read_run(name, folder) for name, folder in runs.items()],
+        command=command,
+        teacher_config_hash=teacher_config_hash,
+    )
+    with write_beside(target, overwrite) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def render_report(
+    scores: HeadScores,
+    plan: HeadPlan,
+    evaluation: Evaluation,
+    runs: Sequence[TrainingRun],
+    *,
+    command: str = "",
+    teacher_config_hash: str = "",
+) -> str:
+    """The page as HTML; see :func:`write_report`.
+
+    Raises:
+        UserError: If the inputs do not belong together.
+    """
+    _check_together(scores, plan, evaluation, teacher_config_hash)
+    sources = {
+        "scores": scores.provenance,
+        "plan": plan.provenance,
+        "evaluation": evaluation.provenance,
+    }
+    with chart_style():
+        parts = [
+            sections.section("Heads", _heads(scores, plan)),
+            sections.section("Evaluation", sections.evaluation_table(evaluation)),
+            sections.section("Needle grid", sections.needle_grids(evaluation)),
+            sections.section("Memory", sections.cache_section(evaluation)),
+            sections.section("Training", sections.training_section(runs)),
+            sections.section("Provenance", sections.provenance_section(sources, runs, command)),
+        ]
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=sections.escape(_title(plan)),
+        summary=sections.escape(_summary(plan, evaluation)),
+        tiles=sections.tiles(evaluation),
+        sections="".join(parts),
+    )
+
+
+def _check_together(
+    scores: HeadScores, plan: HeadPlan, evaluation: Evaluation, teacher_config_hash: str
+) -> None:
+    for config_hash in (scores.teacher_config_hash, teacher_config_hash):
+        plan.check_teacher(
+            scores.num_layers, scores.num_heads, scores.num_query_groups, config_hash
+        )
+    num_heads = plan.num_layers * plan.num_heads
+    for model in evaluation.models:
+        if model.num_heads != num_heads:
+            raise UserError(
+                f"model {model.name!r} of the evaluation has {model.num_heads} heads, "
+                f"but the plan has {num_heads}: was it made for another teacher?"
+            )
+    if not _hybrids_of(plan, evaluation):
+        raise UserError(
+            f"the evaluation has no hybrid with the plan's {plan.num_fa_heads} FA heads: "
+            "it is not an evaluation of this plan"
+        )
+
+
+def _hybrids_of(plan: HeadPlan, evaluation: Evaluation) -> list[ModelResult]:
+    """Hybrids that can be of this plan: its count of FA heads, its share of the cache."""
+    stored = sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
+    share = stored / (plan.num_layers * plan.num_query_groups)
+    expected = share * evaluation.teacher.cache_bytes_per_token
+    return [
+        model
+        for model in evaluation.models
+        if model.kind == "hybrid"
+        and model.num_fa_heads == plan.num_fa_heads
+        and abs(model.cache_bytes_per_token - expected) <= 0.01 * expected
+    ]
+
+
+def _title(plan: HeadPlan) -> str:
+    return f"{plan.num_fa_heads} of {plan.num_layers * plan.num_heads} heads on full attention"
+
+
+def _summary(plan: HeadPlan, evaluation: Evaluation) -> str:
+    task, length = evaluation.headline_cell
+    teacher = evaluation.teacher
+
+    def accuracy(model: ModelResult) -> float:
+        return model.accuracy[task, length].value
+
+    best = max(_hybrids_of(plan, evaluation), key=accuracy)
+    share = plan.num_fa_heads / (plan.num_layers * plan.num_heads)
+    cache = best.cache_bytes_per_token / teacher.cache_bytes_per_token
+    return (
+        f"With {share:.0%} of the heads on full attention and the rest on linear attention, "
+        f"“{best.name}” stores {cache:.0%} of the teacher's cache a token and answers "
+        f"{accuracy(best):.1%} of {sections.task_name(task).lower()} samples at {length:,} tokens; "
+        f"the teacher answers {accuracy(teacher):.1%}."
+    )
+
+
+def _heads(scores: HeadScores, plan: HeadPlan) -> str:
+    figure = Figure(figsize=(2.3 + 0.48 * plan.num_heads, 0.6 + 0.36 * plan.num_layers))
+    draw_head_map(scores, plan, figure.add_subplot())
+    svg = to_svg(figure, "heads", "score of each head, with the plan")
+    scorer = sections.escape(scores.scorer.replace("_", " "))
+    caption = f"Score of each head by {scorer}; layers and heads count from 0."
+    return sections.figure(svg, caption) + sections.plan_table(plan)

@@ -1,0 +1,150 @@
+"""The curves and the configuration of a training run, from its folder."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import read_json
+
+LOSS_PARTS = {
+    "train/alignment": "alignment",
+    "train/kl": "KL",
+    "train/ce": "cross entropy",
+    "train/loss": "total",
+}
+"""Tags of the losses and what the page calls them."""
+_LAYER_PREFIX = "train/alignment/layer_"
+_REQUIRED = ("train/grad_norm", "train/tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A scalar by optimizer step; ``steps`` ascending, ``values`` of the same length."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run of one stage.
+
+    Attributes:
+        name: What the user calls it.
+        curves: By TensorBoard tag.
+        config_yaml: The resolved configuration, as written to the run folder.
+        config: The same, parsed.
+        provenance: Of the trained hybrid.
+    """
+
+    name: str
+    folder: Path
+    curves: dict[str, Curve]
+    config_yaml: str
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    @property
+    def loss_parts(self) -> dict[str, Curve]:
+        """The losses to draw, by title: parts that are on, and the total of two or more."""
+        found = {
+            title: self.curves[tag]
+            for tag, title in LOSS_PARTS.items()
+            if tag in self.curves and np.any(self.curves[tag].values)
+        }
+        if len(found) == 2:  # The total of one part is that part.
+            found.pop("total", None)
+        return found
+
+    @property
+    def layer_alignment(self) -> list[Curve]:
+        """Alignment of each layer, in order; empty where the run has none."""
+        tags = [tag for tag in self.curves if tag.startswith(_LAYER_PREFIX)]
+        return [self.curves[tag] for tag in sorted(tags, key=lambda tag: (len(tag), tag))]
+
+
+def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
+    """Read ``config.yaml``, every event file below ``tensorboard/``, and the hybrid's provenance.
+
+    A run that was stopped and resumed has several event files with steps in common; of each step
+    the last written value counts.
+
+    Raises:
+        UserError: If the folder, its configuration, the events, a curve or the trained hybrid is
+            missing, a curve has a single point, or a value is not finite.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"run {name}: folder {folder} does not exist")
+    config_yaml, config = _read_config(name, folder)
+    files = sorted((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    if not files:
+        raise UserError(f"run {name}: no TensorBoard event file below {folder / 'tensorboard'}")
+    meta = folder / "hybrid" / "model.json"
+    if not meta.is_file():
+        raise UserError(f"run {name}: {folder} has no hybrid/model.json: it has not finished")
+    provenance = read_json(meta, "hybrid", 1).get("provenance", {})
+    run = TrainingRun(name, folder, _read_curves(files), config_yaml, config, provenance)
+    _check_curves(run)
+    return run
+
+
+def _read_config(name: str, folder: Path) -> tuple[str, Mapping[str, Any]]:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"run {name}: {folder} has no config.yaml, so it is not a training run")
+    text = path.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"run {name}: {path} is not valid YAML: {error}") from error
+    if not isinstance(config, Mapping):
+        raise UserError(f"run {name}: {path} must hold the sections of a run's configuration")
+    return text, config
+
+
+def _read_curves(files: list[Path]) -> dict[str, Curve]:
+    # Imported here: TensorBoard takes seconds to load, and only this function needs it.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    last: dict[str, dict[int, tuple[float, float]]] = {}
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            points = last.setdefault(tag, {})
+            for event in events.Scalars(tag):
+                if event.step not in points or points[event.step][0] <= event.wall_time:
+                    points[event.step] = (event.wall_time, event.value)
+    return {
+        tag: Curve(np.array(sorted(points)), np.array([points[step][1] for step in sorted(points)]))
+        for tag, points in last.items()
+    }
+
+
+def _check_curves(run: TrainingRun) -> None:
+    found = ", ".join(sorted(run.curves)) or "none"
+    if not run.loss_parts:
+        raise UserError(
+            f"run {run.name}: {run.folder} has no loss curve; needed is one of "
+            f"{', '.join(LOSS_PARTS)}, found: {found}"
+        )
+    for tag in _REQUIRED:
+        if tag not in run.curves:
+            raise UserError(f"run {run.name}: {run.folder} has no curve {tag}; found: {found}")
+    for tag, curve in run.curves.items():
+        if not tag.startswith("train/"):
+            continue
+        if len(curve.steps) < 2:
+            raise UserError(f"run {run.name}: curve {tag} has a single point")
+        for step, value in zip(curve.steps, curve.values, strict=True):
+            if not math.isfinite(value):
+                raise UserError(f"run {run.name}: {tag} is {value} at step {step}")

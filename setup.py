@@ -1,0 +1,48 @@
+"""Package description: three top-level packages from three folders, and their optional parts."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "megatron_hydra/__init__.py").read_text(encoding="utf-8")
+)
+assert VERSION is not None
+
+setup(
+    name="megatron-hydra",
+    version=VERSION[1],
+    description="Turn a pretrained transformer into a head-level hybrid of full and linear "
+    "attention, with Megatron and NeMo",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=[
+        *find_packages(include=["megatron_hydra", "megatron_hydra.*"]),
+        *find_packages("kernels", include=["hydra_kernels", "hydra_kernels.*"]),
+        *find_packages("tools", include=["hydra_tools", "hydra_tools.*"]),
+    ],
+    # No package is named `kernels` or `tools`: the first would shadow Hugging Face's.
+    package_dir={"hydra_kernels": "kernels/hydra_kernels", "hydra_tools": "tools/hydra_tools"},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "numpy<3",
+        "safetensors",
+        "tokenizers",
+        "transformers>=4.57,<5",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        # nemo-toolkit's own extras pull speech packages: requirements/nemo.txt lists what its
+        # language-model parts import, to be installed with --no-deps.
+        "nemo": ["nemo-toolkit==2.7.3", "lightning==2.4.0", "nemo_run", "nvidia-modelopt"],
+        "te": ["transformer-engine[pytorch]>=2.9", "fla-core==0.6.0"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+    },
+    entry_points={"console_scripts": ["megatron-hydra = hydra_tools.cli:main"]},
+)

@@ -1,0 +1,93 @@
+"""The `transformer_engine` backend on a GPU against `local`, held to a float32 oracle.
+
+bf16 runs of the two backends may differ by their rounding alone: each is compared with the same
+layer in float32 on PyTorch's reference kernels, and Transformer Engine's error may be at most
+twice that of `local`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_hydra.cpu import install_if_needed
+
+pytestmark = pytest.mark.gpu
+
+install_if_needed()
+
+from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
+
+from megatron_hydra.conversion.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
+from megatron_hydra.conversion.qwen3 import megatron_fields  # noqa: E402
+from megatron_hydra.model import build_model  # noqa: E402
+from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
+from megatron_hydra.testing.tiny import tiny_config, tiny_plan, token_batch  # noqa: E402
+
+SIZES = dict(hidden_size=512, ffn_hidden_size=768, kv_channels=64, seq_length=512, vocab_size=512)
+
+
+def _model(backend: str, dtype: torch.dtype):
+    initialize_model_parallel()
+    overrides = {**megatron_fields(dtype), **SIZES, "backend": backend, "init_method_std": 0.05}
+    model = build_model(tiny_config(**overrides), tiny_plan()).cuda()
+    return model if dtype == torch.float32 else model.bfloat16()
+
+
+def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor) -> dict:
+    x = x.to(attention.in_proj.weight.dtype).requires_grad_()
+    output, _ = attention(x, rotary_pos_emb=rotary)
+    output.backward(upstream.to(output.dtype))
+    results = {"output": output, "input gradient": x.grad}
+    for name, parameter in attention.named_parameters():
+        if parameter.requires_grad:
+            results[name] = parameter.grad
+    return {name: value.detach().float() for name, value in results.items()}
+
+
+def test_layer_equals_local_within_bf16_tolerance(record_property):
+    oracle_layer = _model("local", torch.float32).decoder.layers[0].self_attention
+    oracle_layer.linear_attention.impl = "reference"
+    weights = {k: v for k, v in oracle_layer.state_dict().items() if v is not None}
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, upstream = (torch.randn(256, 2, 512, device="cuda", generator=generator) for _ in range(2))
+    rotary = RotaryEmbedding(64, 1.0, rotary_base=10000)(256)
+    oracle = _run(oracle_layer, x.bfloat16().float(), rotary, upstream.bfloat16().float())
+    errors = {}
+    for backend in ("local", "transformer_engine"):
+        layer = _model(backend, torch.bfloat16).decoder.layers[0].self_attention
+        layer.load_state_dict(weights, strict=False)
+        assert layer.linear_attention.impl == "fla"
+        found = _run(layer, x, rotary, upstream)
+        assert found.keys() == oracle.keys()
+        errors[backend] = {
+            name: ((found[name] - value).norm() / value.norm()).item()
+            for name, value in oracle.items()
+        }
+    for name, local in errors["local"].items():
+        ours = errors["transformer_engine"][name]
+        record_property(name, f"relative error: local {local:.2e}, transformer_engine {ours:.2e}")
+        assert ours <= 2 * max(local, 4e-3), name
+
+
+def test_model_trains_and_its_checkpoint_loads_into_local(tmp_path):
+    model = _model("transformer_engine", torch.bfloat16)
+    tokens, positions = (t.cuda() for t in token_batch(model.config, length=128))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(10):
+        loss = model(tokens, positions, None, labels=tokens).float().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    save_checkpoint(
+        tmp_path / "hybrid", model, model.config, tiny_plan(), tmp_path / "tokenizer", {}
+    )
+    local = load_checkpoint(tmp_path / "hybrid", backend="local").model.cuda().bfloat16()
+    with torch.no_grad():
+        logits = [m.eval()(tokens, positions, None).float() for m in (model, local)]
+    assert (logits[0] - logits[1]).norm() / logits[0].norm() < 2e-2

@@ -1,0 +1,189 @@
+"""Tests of the command line: dispatch, exit codes, and the plan verb from end to end."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hydra_tools import cli
+
+from megatron_hydra import __version__
+from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.scores import HeadScores
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    """Two layers of 4 heads in 2 groups; three heads have evidence."""
+    rows = [[0.0, 0.9, 0.0, 0.0], [0.4, 0.3, -0.1, 0.0]]
+    path = tmp_path / "scores.json"
+    HeadScores(2, 4, 2, "abc", "hand", rows, {}, rows, {}).save(path)
+    return path
+
+
+def plan_arguments(scores: Path, *more: str) -> list[str]:
+    out = scores.with_name("plan.json")
+    return ["plan", "--scores", str(scores), "--out", str(out), *more]
+
+
+def install_verb(monkeypatch: pytest.MonkeyPatch, raises: BaseException) -> None:
+    """Put a `score` verb in place that raises."""
+
+    def run(args: object) -> int:
+        raise raises
+
+    module = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "hydra_tools.score", module)  # type: ignore[arg-type]
+
+
+def test_user_errors_are_one_sentence_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install_verb(monkeypatch, UserError("the cup is empty: fill it"))
+    assert cli.main(["score"]) == 2
+    assert capsys.readouterr().err == "megatron-hydra: error: the cup is empty: fill it\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_verb(monkeypatch, ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["score"])
+
+
+def test_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_verb(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["score"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["--version"], 0, f"megatron-hydra {__version__}"),
+        (["--help"], 0, "choose the heads that keep full attention"),
+        ([], 2, "no verb given: use one of score, plan"),
+        (["pln"], 2, "unknown verb 'pln': did you mean 'plan'?"),
+        (["zzz"], 2, "unknown verb 'zzz': use one of score, plan"),
+        (["plan"], 2, "the following arguments are required: --scores"),
+        (["plan", "--scores", "s", "--out", "o", "--fa-ratio", "x"], 2, "'x' is no ratio"),
+        (["plan", "--scores", "s", "--out", "o", "--fa-ratio", "1/0"], 2, "'1/0' is no ratio"),
+    ],
+)
+def test_help_and_usage_errors(
+    arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert exit_info.value.code == code
+    assert text in (captured.err if code else captured.out)
+
+
+def test_plan_writes_plan_and_picture_and_tells_what_it_chose(
+    scores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = plan_arguments(scores, "--fa-ratio", "1/2", "--min-fa-per-layer", "1")
+    assert cli.main(arguments) == 0
+    plan = HeadPlan.load(scores.with_name("plan.json"))
+    assert [layer.fa_heads for layer in plan.layers] == [(0, 1), (0, 1)]
+    assert plan.teacher_config_hash == "abc"
+    assert plan.provenance["command"].startswith("megatron-hydra")
+    png = scores.with_name("plan.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 400
+    assert height > 300
+    out = capsys.readouterr().out
+    assert "layer 0 │[·][9]│ ·  · │ 2 FA, 1 of 2 groups stored" in out
+    assert "layer 1 │[4][3]│ ·  · │ 2 FA, 1 of 2 groups stored" in out
+    assert "4 of 8 heads keep full attention (FA), 4 become linear (LA)" in out
+    assert "KV cache: 50% of the teacher's (2 of 4 query groups are stored)" in out
+    assert "ties: 1 FA heads won over a head of equal score" in out
+    assert "no evidence: 1 FA heads" in out
+    assert "\x1b" not in out, "no colours where there is no terminal"
+
+
+def test_random_plan_keeps_the_budget_and_says_so(
+    scores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--fa-heads", "3", "--min-fa-per-layer", "1", "--random-seed", "7")
+    assert cli.main(plan_arguments(scores, *more)) == 0
+    plan = HeadPlan.load(scores.with_name("plan.json"))
+    plan.check(min_fa_per_layer=1)
+    assert plan.num_fa_heads == 3
+    assert (plan.provenance["policy"], plan.provenance["seed"]) == ("random", 7)
+    out = capsys.readouterr().out
+    assert "drawn at random with seed 7: the scores decided nothing" in out
+    assert "ties" not in out
+
+
+def test_rounded_budget_is_said(scores: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(plan_arguments(scores, "--fa-ratio", "1/3")) == 0
+    assert "the ratio asks for 2.667 heads: rounded to 3" in capsys.readouterr().out
+
+
+def test_colours_appear_on_a_terminal(
+    scores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert cli.main(plan_arguments(scores, "--fa-heads", "2")) == 0
+    assert capsys.readouterr().out.count("●") == 1 + 2  # the legend and two heads
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert cli.main(plan_arguments(scores, "--fa-heads", "2", "--overwrite")) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--fa-heads", "9"], "9 FA heads asked for, but the model has 8 heads"),
+        (["--fa-heads", "1", "--min-fa-per-layer", "1"], "cannot give 1 to each of 2 layers"),
+        (["--fa-heads", "1", "--min-fa-per-layer", "1", "--random-seed", "0"], "cannot give 1"),
+        (["--fa-ratio", "2"], "ratio of FA heads 2 must be above 0 and at most 1"),
+        (["--fa-heads", "1", "--png", "/proc/plan.png"], "cannot write /proc/plan.png"),
+        (["--fa-heads", "1", "--scores", "none.json"], "cannot read none.json"),
+        (["--fa-heads", "1", "--out", "{folder}/plan.png"], "would both be written to"),
+        (["--fa-heads", "1", "--out", "{folder}/scores.json"], "exists: name another"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(
+    scores: Path, more: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [text.format(folder=scores.parent) for text in more]
+    before = sorted(os.listdir(scores.parent))
+    assert cli.main(plan_arguments(scores, *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-hydra: error: ")
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert sorted(os.listdir(scores.parent)) == before
+
+
+def test_existing_outputs_need_overwrite(scores: Path) -> None:
+    assert cli.main(plan_arguments(scores, "--fa-heads", "2")) == 0
+    assert cli.main(plan_arguments(scores, "--fa-heads", "3")) == 2
+    assert HeadPlan.load(scores.with_name("plan.json")).num_fa_heads == 2
+    assert cli.main(plan_arguments(scores, "--fa-heads", "3", "--overwrite")) == 0
+    assert HeadPlan.load(scores.with_name("plan.json")).num_fa_heads == 3
+
+
+def test_plan_starts_without_pytorch() -> None:
+    """Choosing heads is quick, so its command must not wait for imports it does not need."""
+    code = (
+        "import sys; from hydra_tools import cli, plan; "
+        "heavy = {'torch', 'megatron', 'nemo', 'transformers', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

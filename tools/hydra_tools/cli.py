@@ -1,0 +1,88 @@
+"""The console script ``megatron-hydra <verb>``: one file a verb, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import megatron_hydra
+from megatron_hydra.errors import UserError
+
+# In the order of the work. Each is a module of this package with `add_arguments(parser)` and
+# `run(args) -> int`; importing one may be slow (PyTorch, Megatron), so only the called one is.
+VERBS = {
+    "score": "measure how much each attention head of a teacher matters",
+    "plan": "choose the heads that keep full attention, from scores and a budget",
+    "convert": "turn a teacher and a plan into a hybrid checkpoint",
+    "preprocess": "write text as Megatron's indexed token files",
+    "train": "run one stage of the transfer from a YAML file; start it with torchrun",
+    "evaluate": "measure retrieval and perplexity of models",
+    "report": "write one HTML page about a transfer",
+}
+_LOGGERS = ("megatron_hydra", "hydra_kernels", "hydra_tools")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in VERBS:
+        return _without_verb(arguments)
+    _log_to_stderr()
+    try:
+        return _run(arguments[0], arguments[1:])
+    except UserError as error:
+        print(f"megatron-hydra: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("megatron-hydra: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"hydra_tools.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"megatron-hydra {verb}",
+        description=f"{VERBS[verb].capitalize()}.",
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(arguments)))
+
+
+def _without_verb(arguments: list[str]) -> int:
+    """``--help``, ``--version``, or an error that names the nearest verb."""
+    width = max(map(len, VERBS))
+    parser = argparse.ArgumentParser(
+        prog="megatron-hydra",
+        usage="megatron-hydra <verb> [options]",
+        description=megatron_hydra.__doc__,
+        epilog="verbs, in the order of the work:\n"
+        + "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+        + "\n\nmegatron-hydra <verb> --help tells the options of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"megatron-hydra {megatron_hydra.__version__}"
+    )
+    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    options, _ = parser.parse_known_args(arguments)
+    if options.verb is None:
+        parser.error(f"no verb given: use one of {', '.join(VERBS)}")
+    near = difflib.get_close_matches(options.verb, VERBS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(VERBS)}"
+    parser.error(f"unknown verb {options.verb!r}: {hint}")
+
+
+def _log_to_stderr() -> None:
+    """Show what our own packages log; other packages keep their own level."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""``megatron-hydra convert``: a Qwen3 folder and a head plan become a checkpoint folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_hydra import cpu
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_output, versions
+from megatron_hydra.head_plan import HeadPlan
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
+
+    from megatron_hydra.config import HydraConfig
+
+_BATCH_SEQUENCES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face Qwen3 folder")
+    parser.add_argument(
+        "--plan", type=Path, help="what `plan` wrote; else the teacher is converted"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the checkpoint folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--calibration-text",
+        type=Path,
+        help="text to measure the scale of each teacher head on (default: Python's documentation)",
+    )
+    parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
+    parser.add_argument(
+        "--calibration-length", type=int, default=256, metavar="N", help="tokens a sequence"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="name=value", help="model options, such as fa_rope=true"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; print what came from the teacher and what is new."""
+    check_output(args.out, args.overwrite)
+    cpu.install_if_needed()
+    import torch
+
+    from megatron_hydra.conversion import checkpoint, qwen3
+    from megatron_hydra.parallel import initialize_model_parallel
+
+    overrides = parse_overrides(args.overrides)
+    checkpoint.check_stored("hybrid" if args.plan else "teacher", overrides)
+    overrides["params_dtype"] = getattr(torch, args.dtype)
+    config = qwen3.hydra_config(args.teacher, **overrides)
+    plan = _load_plan(args.plan, config) if args.plan else None
+    batches = _calibration_batches(args) if plan and config.fusion in ("scale", "gate") else []
+    tensors = qwen3.read_weights(args.teacher)
+    initialize_model_parallel()
+    if plan is None:
+        model = _build_teacher(config, tensors)
+    else:
+        model = _build_hybrid(config, plan, tensors, batches)
+    provenance = {
+        "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
+        "versions": versions(),
+        "calibration_tokens": sum(batch.numel() for batch in batches),
+    }
+    checkpoint.save_checkpoint(
+        args.out, model, config, plan, args.teacher, provenance, args.overwrite
+    )
+    print(f"checkpoint: {args.out}")
+    return 0
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read ``name=value`` arguments; values are JSON (``true``, ``4``, ``1e-6``) or plain words.
+
+    Raises:
+        UserError: For an argument without ``=`` and for a name that stands twice.
+    """
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not (name and equals and text):
+            raise UserError(f"model option {argument!r} must be name=value, as in fa_rope=true")
+        if name in overrides:
+            raise UserError(f"model option {name} is given twice")
+        try:
+            overrides[name] = json.loads(text)
+        except ValueError:
+            overrides[name] = text
+    return overrides
+
+
+def _load_plan(path: Path, config: HydraConfig) -> HeadPlan:
+    from megatron_hydra.conversion.qwen3 import teacher_hash
+
+    plan = HeadPlan.load(path)
+    plan.check_teacher(
+        config.num_layers,
+        config.num_attention_heads,
+        config.num_query_groups,
+        teacher_hash(config),
+    )
+    return plan
+
+
+def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
+    """Cut the calibration text into token batches `[b, s]`, int64."""
+    import torch
+
+    from megatron_hydra.conversion.qwen3 import load_tokenizer
+    from megatron_hydra.selection.probes import local_text, read_text
+
+    length, wanted = args.calibration_length, args.calibration_tokens
+    if not 0 < length <= wanted:
+        raise UserError(
+            f"--calibration-length is {length}; allowed: 1 to --calibration-tokens, {wanted}"
+        )
+    text = read_text(args.calibration_text) if args.calibration_text else local_text()
+    text = text[: 16 * wanted]  # more than enough characters for any language and tokenizer
+    tokenizer = load_tokenizer(args.teacher)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(tokens) < wanted:
+        raise UserError(
+            f"the calibration text has {len(tokens)} tokens, fewer than "
+            f"--calibration-tokens, {wanted}"
+        )
+    sequences = torch.tensor(tokens[: wanted // length * length]).view(-1, length)
+    return list(sequences.split(_BATCH_SEQUENCES))
+
+
+def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
+    from megatron_hydra.conversion.qwen3 import load_weights_into
+    from megatron_hydra.model import build_model
+
+    model = build_model(config, None)
+    load_weights_into(model, tensors)
+    return model
+
+
+def _build_hybrid(
+    config: HydraConfig, plan: HeadPlan, tensors: Mapping[str, Tensor], batches: Sequence[Tensor]
+) -> GPTModel:
+    from megatron_hydra.conversion.qwen3 import megatron_tensors
+    from megatron_hydra.model import build_model
+    from megatron_hydra.transfer.weight_reuse import measure_head_rms, reuse_teacher_weights
+
+    head_rms = None
+    if batches:
+        teacher = _build_teacher(config, tensors)
+        head_rms = measure_head_rms(teacher, tqdm(batches, desc="head scales", unit="batch"))
+        del teacher
+    model = build_model(config, plan)
+    summary = reuse_teacher_weights(
+        model,
+        megatron_tensors(config, tensors),
+        head_rms,
+        progress=lambda layers: tqdm(layers, desc="weights", unit="layer"),
+    )
+    num_heads = plan.num_layers * plan.num_heads
+    print(f"heads: {plan.num_fa_heads} with full attention of {num_heads}")
+    for title, counts in (("from the teacher", summary.reused), ("new", summary.new)):
+        print(f"{title}: {counts.total():,} values")
+        for part, count in counts.most_common():
+            print(f"  {count:>15,}  {part}")
+    return model

@@ -1,0 +1,189 @@
+"""``megatron-hydra evaluate``: needle tasks, perplexity and cache size of a list of models."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from hydra_tools.score import parse_tasks
+from megatron_hydra import cpu
+from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.cache import cache_bytes_per_token, state_bytes
+from megatron_hydra.evaluation.perplexity import perplexity, text_windows
+from megatron_hydra.evaluation.results import (
+    ModelResult,
+    RetrievalResult,
+    evaluation_file,
+    format_table,
+)
+from megatron_hydra.evaluation.ruler import (
+    TaskSample,
+    answered_right,
+    make_task_samples,
+    needle_depths,
+)
+from megatron_hydra.files import check_output, versions, write_json
+from megatron_hydra.selection.probes import TASKS, local_text, read_text, split_held_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_COMPARED_CHARACTERS = 20_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        metavar="NAME=FOLDER",
+        help="a model and its name in the results; give as many as are to be compared",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the results to write (JSON)")
+    parser.add_argument(
+        "--tasks",
+        default="single,multi_key",
+        metavar="LIST",
+        help=f"of {', '.join(TASKS)}; the first one's needle grid is kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lengths", type=_lengths, default=(256, 512, 1024), metavar="N,N,…", help="in tokens"
+    )
+    parser.add_argument(
+        "--training-length", type=int, default=256, metavar="N", help="noted in the results"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=100, metavar="N", help="of each task at each length"
+    )
+    parser.add_argument("--depths", type=int, default=5, metavar="N", help="of the needle grid")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="haystacks and perplexity text; a tenth of it, held out, is used (default: Python's "
+        "documentation)",
+    )
+    parser.add_argument(
+        "--perplexity-tokens", type=int, default=16384, metavar="N", help="predicted at most"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate every model on the same samples; write the results; print a table."""
+    check_output(args.out, args.overwrite)
+    folders = parse_models(args.model)
+    if args.training_length < 1:
+        raise UserError(f"--training-length is {args.training_length}; it must be above 0")
+    tasks, depths = parse_tasks(args.tasks), needle_depths(args.depths)
+    cpu.install_if_needed()
+    from megatron_hydra.parallel import initialize_model_parallel
+
+    text = read_text(args.text) if args.text else local_text()
+    tokenizer = _common_tokenizer(folders, text)
+    # Held out, as far as the models were trained on the same text.
+    _, held_out = split_held_out(tokenizer.encode(text, add_special_tokens=False))
+    samples = make_task_samples(
+        tokenizer, held_out, tasks, args.lengths, args.num_samples, depths, args.seed
+    )
+    windows = text_windows(held_out, args.lengths, args.perplexity_tokens)
+
+    initialize_model_parallel()
+    results = [
+        _evaluate(name, folder, samples, windows, args.lengths) for name, folder in folders.items()
+    ]
+    provenance = {
+        "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
+        "text": str(args.text) if args.text else "Python's documentation",
+        "perplexity_tokens": len(windows) - 1,
+        "seed": args.seed,
+        "versions": versions(),
+    }
+    write_json(args.out, evaluation_file(results, args.training_length, provenance), args.overwrite)
+    print("accuracy in % with 95% interval\n" + format_table(results))
+    print(f"\nevaluation: {args.out}")
+    return 0
+
+
+def parse_models(arguments: Sequence[str]) -> dict[str, Path]:
+    """Read ``NAME=FOLDER`` arguments.
+
+    Raises:
+        UserError: For an argument without ``=``, a repeated name, a missing folder.
+    """
+    folders: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--model {argument!r} must be NAME=FOLDER, as in teacher=models/qwen")
+        if name in folders:
+            raise UserError(f"--model names {name!r} twice: each model needs its own name")
+        if not Path(folder).is_dir():
+            raise UserError(f"model folder {folder} does not exist")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of lengths: write 256,512")
+    lengths = tuple(int(word) for word in words)
+    if len(set(lengths)) < len(lengths):
+        raise argparse.ArgumentTypeError(f"{text!r} names a length twice")
+    return lengths
+
+
+def _common_tokenizer(folders: Mapping[str, Path], text: str) -> Any:
+    """The models' tokenizer; samples are shared, so all must encode text alike."""
+    from megatron_hydra.conversion.qwen3 import load_tokenizer
+
+    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    first = next(iter(tokenizers))
+    expected = tokenizers[first].encode(text[:_COMPARED_CHARACTERS], add_special_tokens=False)
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.encode(text[:_COMPARED_CHARACTERS], add_special_tokens=False) != expected:
+            raise UserError(
+                f"models {first!r} and {name!r} have different tokenizers: "
+                "models evaluated together share their samples"
+            )
+    return tokenizers[first]
+
+
+def _evaluate(
+    name: str,
+    folder: Path,
+    samples: Sequence[TaskSample],
+    windows: Tensor,
+    lengths: Sequence[int],
+) -> ModelResult:
+    from megatron_hydra.conversion.checkpoint import load_any_model
+
+    loaded = load_any_model(folder)
+    model, config, plan = loaded.model.eval(), loaded.config, loaded.plan
+    num_heads = config.num_layers * config.num_attention_heads
+
+    def progress(items: Any, description: str) -> Any:
+        return tqdm(items, desc=f"{name}: {description}", unit="batch")
+
+    right = answered_right(model, [sample.sample for sample in samples], progress)
+    return ModelResult(
+        name=name,
+        path=str(folder),
+        kind="teacher" if plan is None else "hybrid",
+        plan_name="" if plan is None else str(plan.provenance.get("policy", "")),
+        num_fa_heads=num_heads if plan is None else plan.num_fa_heads,
+        num_heads=num_heads,
+        cache_bytes_per_token=cache_bytes_per_token(config, plan),
+        state_bytes=state_bytes(config, plan),
+        retrieval=RetrievalResult.count(samples, right),
+        grid_task=samples[0].task,
+        perplexity={length: perplexity(model, windows, length, progress) for length in lengths},
+    )

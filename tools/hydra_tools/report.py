@@ -1,0 +1,67 @@
+"""``megatron-hydra report``: one HTML page from the files that the other verbs wrote."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.report import write_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--scores", required=True, type=Path, help="what `score` wrote")
+    parser.add_argument("--plan", required=True, type=Path, help="what `plan` wrote")
+    parser.add_argument("--evaluation", required=True, type=Path, help="what `evaluate` wrote")
+    parser.add_argument(
+        "--run",
+        required=True,
+        action="append",
+        metavar="NAME=FOLDER",
+        help="a training run and its name on the page; give one a stage, in order",
+    )
+    parser.add_argument("--teacher", type=Path, help="check that plan and scores are of this one")
+    parser.add_argument("--out", required=True, type=Path, help="the HTML page to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and print its path."""
+    page = write_report(
+        args.out,
+        scores=args.scores,
+        plan=args.plan,
+        evaluation=args.evaluation,
+        runs=_parse_runs(args.run),
+        command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
+        teacher_config_hash=_teacher_hash(args.teacher) if args.teacher else "",
+        overwrite=args.overwrite,
+    )
+    print(f"report: {page}")
+    return 0
+
+
+def _parse_runs(arguments: Sequence[str]) -> dict[str, Path]:
+    runs: dict[str, Path] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not (name and equals and folder):
+            raise UserError(f"--run {argument!r} must be NAME=FOLDER, as in stage1=runs/stage1")
+        if name in runs:
+            raise UserError(f"--run names {name!r} twice: each run needs its own name")
+        runs[name] = Path(folder)
+    return runs
+
+
+def _teacher_hash(folder: Path) -> str:
+    # Imported here: conversion loads Megatron, which the page itself does not need.
+    from megatron_hydra import cpu
+
+    cpu.install_if_needed()
+    from megatron_hydra.conversion.qwen3 import config_hash
+
+    return config_hash(folder)

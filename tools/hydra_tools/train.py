@@ -1,0 +1,130 @@
+"""`megatron-hydra train`, or `torchrun -m hydra_tools.train`: one stage of the transfer from YAML.
+
+Imports stay inside functions where they are heavy: a config with a typo is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.nemo.config import RunConfig, load_config
+from megatron_hydra.nemo.run_folder import RunFolder
+
+_SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
+_SECONDS_FOR_RANK_0 = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run first")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or go on with, one stage; return the exit code."""
+    config = load_config(args.config, args.overrides)
+    folder = RunFolder(config)
+    is_first_rank = _rank() == 0
+    if not args.overwrite:
+        folder.check()
+        if folder.is_complete():
+            if is_first_rank:
+                print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
+            return 0
+    training = _prepare(config)
+    if is_first_rank:
+        if args.overwrite:
+            folder.remove()
+        folder.check()
+        folder.write_config()
+    progress = _Progress(config)
+    training.run(progress.show, start_anew=args.overwrite, command=sys.argv)
+    progress.close()
+    if is_first_rank:
+        print(f"trained model: {folder.hybrid}")
+    return 0
+
+
+def main() -> int:
+    """Entry point under torchrun."""
+    parser = argparse.ArgumentParser(prog="hydra_tools.train", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except UserError as error:
+        if _rank() != 0:
+            # Rank 0 says the same, and torchrun then ends this rank. Were this one to end first,
+            # torchrun could end rank 0 before it has spoken.
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(f"megatron-hydra: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _prepare(config: RunConfig) -> Any:
+    """Import the heavy parts and check the run."""
+    gc.disable()  # a tenth of the import time goes to collecting nothing
+    from megatron_hydra import cpu
+
+    cpu.install_if_needed()
+    with warnings.catch_warnings(), _only_errors_logged():
+        warnings.simplefilter("ignore")  # NeMo warns of every optional package
+        from megatron_hydra.nemo.training import TrainingRun
+    gc.enable()
+    return TrainingRun(config)
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+class _Progress:
+    """One updating line: step, rate, time left and losses; made at the first finished step."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.bar: Any = None
+
+    def show(self, step: int, scalars: dict[str, float]) -> None:
+        """Move the line to ``step`` finished steps."""
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(
+                desc=self.config.transfer.stage,
+                total=self.config.trainer.max_steps,
+                initial=step - 1,
+                unit="step",
+                dynamic_ncols=True,
+            )
+        text = ", ".join(f"{name} {scalars[name]:.4g}" for name in _SHOWN if name in scalars)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        """Leave the finished line standing."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
