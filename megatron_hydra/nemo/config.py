@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -91,6 +92,16 @@ class OptimSection:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
+
+    def learning_rate(self, step: int, max_steps: int) -> float:
+        """The rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.min_lr + (self.lr - self.min_lr) * cosine
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The hybrid as a NeMo model: configuration, weights, teacher and the losses of the three stages."""
+"""The hybrid as a NeMo model: configuration, weights, teacher and the losses of each stage."""
 
 from __future__ import annotations
 

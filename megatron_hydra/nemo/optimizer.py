@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import nemo.lightning as nl
@@ -85,29 +84,14 @@ class HydraScheduler(LRSchedulerModule):
 
     def scheduler(self, model: Any, optimizers: Any) -> dict[str, Any]:
         """Lightning's description of the schedule."""
+        section, max_steps = self.section, self.max_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizers, lambda step: learning_rate(step, self.section, self.max_steps) / self.base
+            optimizers, lambda step: section.learning_rate(step, max_steps) / (section.lr or 1.0)
         )
         return {
             "optimizer": optimizers,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
         }
-
-    @property
-    def base(self) -> float:
-        """The rate that the schedule's factors multiply."""
-        return self.section.lr or 1.0
-
-
-def learning_rate(step: int, section: OptimSection, max_steps: int) -> float:
-    """The learning rate of optimizer step ``step``, counted from 0."""
-    if step < section.warmup_steps:
-        return section.lr * (step + 1) / (section.warmup_steps + 1)
-    if section.schedule == "constant":
-        return section.lr
-    progress = (step - section.warmup_steps) / max(1, max_steps - section.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return section.min_lr + (section.lr - section.min_lr) * cosine
 
 
 def _start_adam_state(optimizer: torch.optim.Optimizer | None) -> None:

@@ -1,4 +1,4 @@
-"""One training run: YAML sections to NeMo's objects, `llm.train`, and the trained hybrid at the end."""
+"""One training run: YAML sections to NeMo's objects, `llm.train`, the trained hybrid."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ class TrainingRun:
         self.model_config = self._model_config()
         check_datasets(config.data, self.model_config.vocab_size)
 
-    def run(
-        self, show: ShowStep, start_anew: bool = False, command: Sequence[str] = ()
-    ) -> None:
+    def run(self, show: ShowStep, start_anew: bool = False, command: Sequence[str] = ()) -> None:
         """Train from the newest finished checkpoint, or from the start, and write the hybrid.
 
         Args:
@@ -255,5 +253,6 @@ def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:
 def _quieten() -> None:
     """Keep the notes and warnings of NeMo, Lightning and Megatron off the terminal."""
     nemo_logging.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
     rank_zero.log.setLevel(logging.ERROR)

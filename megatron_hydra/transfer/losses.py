@@ -135,7 +135,7 @@ def chunked_distillation_loss(
             whoever hands it in sums over TP.
         student_weight: [v, h], this rank's rows of the output weights, in vocabulary order.
         teacher_hidden: [n, h of the teacher] or None.
-        teacher_weight: [v, h of the teacher] or None.
+        teacher_weight: [v, h of the teacher], or None as teacher_hidden.
         labels: [n] integer, indices into the whole vocabulary.
         loss_mask: [n] floating point.
         kl_weight: Factor on the KL divergence.
@@ -152,11 +152,11 @@ def chunked_distillation_loss(
     _check_settings(kl_weight, chunk_tokens, temperature, teacher_hidden is not None)
     _check_shapes(student_hidden, student_weight, labels, loss_mask)
     if teacher_hidden is not None:
-        if teacher_weight is None or teacher_weight.shape[0] != student_weight.shape[0]:
+        if teacher_weight.shape[0] != student_weight.shape[0]:
             raise UserError(
                 f"teacher and student must share one vocabulary, but on this rank the student's "
-                f"output weights are {tuple(student_weight.shape)} and the teacher's "
-                f"{None if teacher_weight is None else tuple(teacher_weight.shape)}"
+                f"output weights are {tuple(student_weight.shape)}, the teacher's "
+                f"{tuple(teacher_weight.shape)}"
             )
         _check_shapes(teacher_hidden, teacher_weight, labels, loss_mask)
     _check_labels(labels, loss_mask, shards)
@@ -187,11 +187,10 @@ class _VocabShards:
 
     @property
     def first(self) -> int:
-        """The first vocabulary entry of this rank."""
         return 0 if self.group is None else self.group.rank() * self.size
 
     def all_reduce(self, x: Tensor, op: ReduceOp.RedOpType) -> Tensor:
-        """Reduce x, made by this call's caller, over the ranks in place."""
+        """Reduce x over the ranks in place; x is contiguous and the caller's own."""
         if self.num_shards > 1:
             dist.all_reduce(x, op=op, group=self.group)
         return x
@@ -276,16 +275,13 @@ def _chunk_loss(
 ) -> tuple[Tensor | float, Tensor, Tensor | None]:
     """KL and cross entropy sums of c rows, and the weighted loss's gradient of the logits.
 
+    Overwrites the logits, student and teacher [c, v].
+
     Two collectives: the maxima, then all sums at once. With d = logits less their maximum,
     e = exp(d), Z = sum of e over the whole vocabulary, and T = 1:
 
         CE = log Z_s - d_s[label]
         KL = sum(e_t (d_t - d_s)) / Z_t - log Z_t + log Z_s
-
-    Args:
-        student: [c, v] logits, overwritten.
-        teacher: [c, v] logits, overwritten, or None.
-        labels, loss_mask: [c].
     """
     shards, softening = settings.shards, 1 / settings.temperature
     logits = [student] if teacher is None else [student, teacher]

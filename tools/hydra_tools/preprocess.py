@@ -1,4 +1,4 @@
-"""`megatron-hydra preprocess`: text, or text mixed with retrieval, to a Megatron indexed dataset."""
+"""`megatron-hydra preprocess`: text, with or without retrieval, to a Megatron indexed dataset."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def gated_delta_rule(
         initial_state: [b, heads, d_k, d_v] or None for zeros.
         output_final_state: return the state after the last token as well.
         impl: "reference" is PyTorch on any device; "fla" is flash-linear-attention's Triton
-            kernels, CUDA alone. Neither stands in for the other.
+            kernels, CUDA alone. Neither stands in for the other. On Hopper GPUs with Triton 3.4
+            to 3.7.0, whose code for fla's backward is wrong, fla's backward raises unless the
+            package tilelang is installed.
         chunk_size: tokens solved together; "fla" takes 16, 32 or 64.
 
     Raises:

@@ -1,0 +1,103 @@
+"""The paper's model at TP 8, built without memory: parameter count and heads of every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.testing import run_distributed
+
+pytestmark = pytest.mark.dist
+
+TP_SIZE = 8
+NUM_LAYERS, NUM_HEADS, NUM_GROUPS, HIDDEN, HEAD_DIM, FFN, VOCAB = 28, 16, 8, 2048, 128, 6144, 151936
+QWEN3_1P7B = dict(
+    model_type="qwen3",
+    num_hidden_layers=NUM_LAYERS,
+    hidden_size=HIDDEN,
+    intermediate_size=FFN,
+    num_attention_heads=NUM_HEADS,
+    num_key_value_heads=NUM_GROUPS,
+    head_dim=HEAD_DIM,
+    vocab_size=VOCAB,
+    max_position_embeddings=40960,
+    rope_theta=1000000,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+)
+# 112 of 448 heads keep full attention, four a layer, whose groups shift from layer to layer.
+FA_HEADS = {
+    layer: sorted((layer * 3 + step) % NUM_HEADS for step in (0, 1, 4, 7))
+    for layer in range(NUM_LAYERS)
+}
+
+
+def test_parameters_and_heads_at_tp_8(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_1P7B))
+    run_distributed(_build_every_rank, 1, tmp_path)
+    found = json.loads((tmp_path / "counts.json").read_text())
+    assert found["teacher"] == 1_720_574_976  # Qwen3-1.7B's own count, embeddings tied
+    assert found["hybrid"] == _expected_hybrid_parameters()
+    for layer, ranks in enumerate(found["fa_heads"]):
+        assert sorted(head for rank in ranks for head in rank) == FA_HEADS[layer]
+        assert max(len(rank) for rank in ranks) <= 2
+
+
+def _expected_hybrid_parameters() -> int:
+    row = HEAD_DIM * HIDDEN
+    total = VOCAB * HIDDEN + HIDDEN  # embedding, final norm
+    for heads in FA_HEADS.values():
+        num_fa, num_groups = len(heads), len({head // 2 for head in heads})
+        num_la = NUM_HEADS - num_fa
+        total += num_fa * 2 * row + num_groups * 2 * row  # q and gate; k and v
+        total += num_la * (4 * row + 2 * HIDDEN)  # q, k, v, z; a and b
+        total += num_la * (3 * HEAD_DIM * 4 + 2)  # convolution; A_log and dt_bias
+        total += NUM_HEADS * row + NUM_HEADS  # output projection; head scales
+        total += 5 * HEAD_DIM + 2 * HIDDEN + 3 * HIDDEN * FFN  # norms; MLP
+    return total
+
+
+def _build_every_rank(folder: Path) -> None:
+    import torch.distributed as dist
+    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    from megatron.core import parallel_state
+
+    from megatron_hydra.conversion.qwen3 import hydra_config
+    from megatron_hydra.head_plan import HeadPlan
+    from megatron_hydra.model import build_model
+
+    config = hydra_config(
+        folder,
+        tensor_model_parallel_size=TP_SIZE,
+        perform_initialization=False,
+        params_dtype=torch.bfloat16,
+    )
+    plan = HeadPlan.from_fa_heads(FA_HEADS, NUM_LAYERS, NUM_HEADS, NUM_GROUPS)
+    counts = {"teacher": 0, "hybrid": 0}
+    fa_heads = None
+    for rank in range(TP_SIZE):
+        dist.init_process_group("fake", rank=rank, world_size=TP_SIZE, store=dist.HashStore())
+        parallel_state.initialize_model_parallel(TP_SIZE)
+        for name, of_model in (("teacher", None), ("hybrid", plan)):
+            with torch.device("meta"):
+                model = build_model(config, of_model)
+            assert all(p.is_meta for p in model.parameters())
+            counts[name] += sum(_share(p, rank) for p in model.parameters())
+        layers = model.decoder.layers
+        fa_heads = fa_heads or [[] for _ in layers]
+        for ranks, layer in zip(fa_heads, layers, strict=True):
+            attention = layer.self_attention
+            assert attention.in_proj.weight.shape[0] == attention.layout.num_rows
+            ranks.append(attention.full_attention.heads)
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    (folder / "counts.json").write_text(json.dumps({**counts, "fa_heads": fa_heads}))
+
+
+def _share(parameter: torch.nn.Parameter, rank: int) -> int:
+    """Elements that count: a replicated parameter once."""
+    sharded = getattr(parameter, "tensor_model_parallel", False)
+    return parameter.numel() if sharded or rank == 0 else 0

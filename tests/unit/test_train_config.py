@@ -1,0 +1,159 @@
+"""The training YAML: resolution, overrides, and the one sentence that each mistake gets."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.nemo.config import OptimSection, RunConfig, difference, load_config
+from megatron_hydra.nemo.run_folder import RunFolder
+
+MINIMAL = {
+    "data": {"paths": ["d"], "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 2},
+    "trainer": {"max_steps": 3},
+    "optim": {"lr": "1e-3"},
+    "transfer": {"stage": "distill", "init_from": "hybrid", "teacher": "teacher"},
+    "log": {"folder": "run"},
+}
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_overrides_win_and_values_are_read_as_yaml(config_file: Path) -> None:
+    config = load_config(
+        config_file,
+        ["optim.lr=2e-4", "strategy.tensor_model_parallel_size=2", "data.weights=[1]",
+         "strategy.sequence_parallel=true", "transfer.teacher=other"],
+    )  # fmt: skip
+    assert config.optim.lr == 2e-4  # YAML 1.1 reads both spellings as text
+    assert config.strategy.tensor_model_parallel_size == 2
+    assert config.strategy.sequence_parallel is True
+    assert config.data.weights == [1.0]
+    assert config.transfer.teacher == "other"
+
+
+def test_resolved_config_reads_back_as_itself(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.to_yaml())
+    assert load_config(resolved) == config
+    assert yaml.safe_load(resolved.read_text())["optim"]["beta2"] == 0.95
+
+
+@pytest.mark.parametrize(
+    ("stage", "kl_weight"), [("align", 1.0), ("distill", 1.0), ("long_context", 0.0)]
+)
+def test_loss_weights_follow_the_stage(config_file: Path, stage: str, kl_weight: float) -> None:
+    transfer = load_config(config_file, [f"transfer.stage={stage}"]).transfer
+    assert (transfer.kl_weight, transfer.ce_weight) == (kl_weight, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("optim.warmup=3", "unknown config key optim.warmup: did you mean optim.warmup_steps?"),
+        ("optimizer.lr=3", "unknown config key optimizer: did you mean optim?"),
+        ("trainer.max_steps=many", "trainer.max_steps is 'many'; an integer is needed"),
+        ("trainer.max_steps=true", "trainer.max_steps is True; an integer is needed"),
+        ("trainer.max_steps=1.5", "trainer.max_steps is 1.5; an integer is needed"),
+        ("trainer.max_steps=0", "trainer.max_steps is 0; it must be 1 or more"),
+        ("strategy.sequence_parallel=1", "strategy.sequence_parallel is 1; true or false"),
+        ("data.paths=text", "data.paths is 'text'; a list is needed"),
+        ("data.paths=[]", "data.paths is empty"),
+        ("data.weights=[1, 2]", "data.weights has 2 values for 1 data.paths"),
+        ("data.micro_batch_size=3", "data.global_batch_size 2 does not divide"),
+        ("transfer.stage=align1", "transfer.stage is 'align1'; allowed: align, distill, long_c"),
+        ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
+        ("strategy.pipeline_model_parallel_size=2", "must be 1 for stages align and distill"),
+        ("optim.min_lr=1", "optim.min_lr 1.0 is above optim.lr 0.001"),
+        ("optim.lr", "override 'optim.lr' must read section.key=value"),
+        ("optim.lr=[", "the value of override 'optim.lr=[' is not valid YAML"),
+    ],
+)
+def test_each_mistake_gets_its_sentence(config_file: Path, override: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_learning_rate_warms_up_then_falls_to_its_least_value() -> None:
+    cosine = OptimSection(lr=1.0, min_lr=0.2, warmup_steps=3)
+    rates = [cosine.learning_rate(step, 103) for step in range(104)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[53] == pytest.approx(0.6)  # half way between
+    assert rates[103] == pytest.approx(0.2)
+    assert all(before > after for before, after in pairwise(rates[3:]))
+    constant = OptimSection(lr=1.0, schedule="constant", warmup_steps=1)
+    assert [constant.learning_rate(step, 9) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("data: [")
+    with pytest.raises(UserError, match=r"broken\.yaml is not valid YAML"):
+        load_config(broken)
+    with pytest.raises(UserError, match=r"cannot read the config .*nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    broken.write_text("data: {paths: [d]}")
+    with pytest.raises(UserError, match=r"config key data\.seq_length is missing"):
+        load_config(broken)
+
+
+def _config(config_file: Path, *overrides: str) -> RunConfig:
+    folder = config_file.parent / "run"
+    return load_config(config_file, [f"log.folder={folder}", *overrides])
+
+
+def test_run_goes_on_only_with_what_decides_its_result_unchanged(config_file: Path) -> None:
+    config = _config(config_file)
+    RunFolder(config).write_config()
+    RunFolder(_config(config_file, "resume.keep=3")).check()
+    with pytest.raises(UserError, match=r"holds a run with another optim\.lr"):
+        RunFolder(_config(config_file, "optim.lr=1")).check()
+    assert difference(config, _config(config_file, "data.seed=5"), ["data"]) == "data.seed"
+
+
+def test_newest_finished_checkpoint_is_found(config_file: Path) -> None:
+    folder = RunFolder(_config(config_file))
+    assert folder.newest_checkpoint() is None
+    for name in ("step_00000002", "step_00000010", "step_00000012"):
+        (folder.checkpoints / name).mkdir(parents=True)
+    (folder.checkpoints / "step_00000012-unfinished").touch()
+    assert folder.newest_checkpoint() == folder.checkpoints / "step_00000010"
+
+
+def test_only_run_folders_are_removed(config_file: Path) -> None:
+    folder = RunFolder(_config(config_file))
+    folder.path.mkdir()
+    (folder.path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is no run folder"):
+        folder.remove()
+    folder.write_config()
+    folder.remove()
+    assert not folder.path.exists()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/stage*.yaml")), ids=str)
+def test_examples_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.transfer.stage == path.stem.split("_", 1)[1]
+
+
+def test_qwen3_stages_train_on_the_papers_tokens() -> None:
+    """0.3B, 1.0B and 1.0B tokens (arXiv 2606.20097), within one step."""
+    wanted = {"stage1_align": 0.3e9, "stage2_distill": 1.0e9, "stage3_long_context": 1.0e9}
+    for name, num_tokens in wanted.items():
+        config = load_config(EXAMPLES / "qwen3_1p7b" / f"{name}.yaml")
+        per_step = config.data.seq_length * config.data.global_batch_size
+        assert abs(config.trainer.max_steps * per_step - num_tokens) <= per_step
