@@ -20,4 +20,4 @@ exec torchrun \
     --rdzv-endpoint="$HEAD_NODE:${RENDEZVOUS_PORT:-29500}" \
     --rdzv-id="${RENDEZVOUS_ID:-hydra}" \
     -m hydra_tools.train \
-    "$@" "trainer.num_nodes=$NUM_NODES"
+    "$@"

@@ -22,7 +22,7 @@ step() {
 }
 
 train() {
-    step "$1" "$2/hybrid" torchrun --nproc-per-node 2 -m hydra_tools.train "${@:3}"
+    step "$1" "$2/hybrid" env OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m hydra_tools.train "${@:3}"
 }
 
 documents=(megatron-hydra preprocess --tokenizer $teacher --retrieval-fraction 0.5)
@@ -52,7 +52,7 @@ for stage in stage1_align stage2_distill stage3_long_context; do
     previous=$stage/hybrid
 done
 
-step "evaluate" $out/evaluation.json megatron-hydra evaluate --out $out/evaluation.json \
+step "evaluate" $out/evaluation.json megatron-hydra evaluate --num-samples 60 --out $out/evaluation.json \
     --model "teacher=$out/teacher" \
     --model "hybrid, untrained=$out/converted" \
     --model "hybrid, trained=$out/stage3_long_context/hybrid" \

@@ -279,9 +279,6 @@ class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
         )
 
 
-_InProcessSave = InProcessSave
-
-
 @contextmanager
 def _output_of_all_ranks(folder: Path, overwrite: bool) -> Iterator[Path]:
     """:func:`write_beside` on rank 0; every rank gets the temporary folder, or rank 0's error."""

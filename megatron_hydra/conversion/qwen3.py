@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -378,7 +379,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     nested = Path(folder) / "tokenizer"
     source = nested if nested.is_dir() else Path(folder)
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+        # Whole texts are tokenised and cut afterwards: the tokenizer's own limit does not apply.
+        limits = {"model_max_length": sys.maxsize}
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, **limits)
     except Exception as error:  # transformers raises whatever its tokenizer class meets
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load a tokenizer from {source}: {first_line}") from error

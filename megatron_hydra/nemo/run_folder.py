@@ -51,19 +51,22 @@ class RunFolder:
                 "or pass --overwrite to start anew"
             )
 
-    def remove(self) -> None:
-        """Remove an earlier run.
+    def check_removable(self) -> None:
+        """Check that the folder holds a run or nothing.
 
         Raises:
-            UserError: If the folder holds something that is no run.
+            UserError: If it holds something else.
         """
-        if not self.path.exists():
-            return
-        if any(self.path.iterdir()) and not self.config_file.is_file():
+        if self.path.exists() and any(self.path.iterdir()) and not self.config_file.is_file():
             raise UserError(f"{self.path} is no run folder: it has no config.yaml; not removed")
-        # Renamed first: another rank may be making its folders at this moment.
-        removed = self.path.rename(self.path.with_name(f".{self.path.name}.{os.getpid()}.removed"))
-        shutil.rmtree(removed)
+
+    def remove(self) -> None:
+        """Remove the folder, which :meth:`check_removable` has passed."""
+        if self.path.exists():
+            # Renamed first: another rank may be making its folders at this moment.
+            removed = self.path.with_name(f".{self.path.name}.{os.getpid()}.removed")
+            self.path.rename(removed)
+            shutil.rmtree(removed)
 
     def write_config(self) -> None:
         """Write the resolved configuration."""

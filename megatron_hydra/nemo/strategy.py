@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo.lightning as nl
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
@@ -15,21 +16,23 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning.io.pl import MegatronCheckpointIO
 
-from megatron_hydra.conversion.checkpoint import _InProcessSave as InProcessSave
+from megatron_hydra.conversion.checkpoint import InProcessSave
 from megatron_hydra.nemo.config import StrategySection
 
 
-def make_strategy(section: StrategySection, backend: str) -> HydraStrategy:
+def make_strategy(section: StrategySection, backend: str, dtype: torch.dtype) -> HydraStrategy:
     """The strategy of the YAML's section.
 
     Args:
         section: The parallel layout.
         backend: Of the process groups: `gloo` or `nccl`.
+        dtype: Of the hidden states that go from one pipeline stage to the next.
     """
     return HydraStrategy(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
         pipeline_model_parallel_size=section.pipeline_model_parallel_size,
         sequence_parallel=section.sequence_parallel,
+        pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(
             check_for_nan_in_grad=True,
             grad_reduce_in_fp32=True,

@@ -102,7 +102,11 @@ class TrainingRun:
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             max_steps=config.trainer.max_steps,
-            strategy=make_strategy(config.strategy, "nccl" if self.on_gpu else "gloo"),
+            strategy=make_strategy(
+                config.strategy,
+                "nccl" if self.on_gpu else "gloo",
+                torch.bfloat16 if self._bf16 else torch.float32,
+            ),
             plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if self._bf16 else None,
             callbacks=[scalars, self._checkpoint_callback()],
             logger=False,
@@ -162,6 +166,11 @@ class TrainingRun:
                 f"data.global_batch_size {data.global_batch_size} does not divide by "
                 f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel "
                 "ranks"
+            )
+        if self._bf16 and not strategy.use_distributed_optimizer:
+            raise UserError(
+                "trainer.precision bf16 needs strategy.use_distributed_optimizer: Megatron's plain "
+                "optimizer cannot save bfloat16 and float32 parameters side by side"
             )
         if strategy.use_distributed_optimizer and not self.on_gpu:
             raise UserError(

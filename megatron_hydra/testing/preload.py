@@ -1,4 +1,4 @@
-"""What a rank needs imported; the fork server imports it once, so that a test's ranks start fast."""
+"""What a rank imports: the fork server does it once, so that the ranks of a test start fast."""
 
 from megatron_hydra.cpu import install_if_needed
 

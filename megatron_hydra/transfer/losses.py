@@ -5,8 +5,7 @@ Shapes: n tokens (rows), c rows of a chunk, h hidden size, v vocabulary entries 
 No logits of all tokens ever exist: a chunk's logits are computed from hidden states and output
 weights, used for loss and gradient at once, and dropped. Gradients are taken in the forward pass,
 as the loss is a scalar: backward merely scales them. Against recomputing in backward this saves
-two of six matrix products a chunk, for one float32 buffer of the output weights' size, which
-lives from the forward to the backward of one micro-batch.
+two of six matrix products a chunk, for one float32 buffer of the output weights' size.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_hydra.testing import run_distributed
 
@@ -85,7 +84,11 @@ def _build_every_rank(folder: Path) -> None:
             with torch.device("meta"):
                 model = build_model(config, of_model)
             assert all(p.is_meta for p in model.parameters())
-            counts[name] += sum(_share(p, rank) for p in model.parameters())
+            counts[name] += sum(
+                p.numel()
+                for key, p in model.named_parameters()
+                if rank == 0 or "norm" not in key  # norms alone are replicated
+            )
         layers = model.decoder.layers
         fa_heads = fa_heads or [[] for _ in layers]
         for ranks, layer in zip(fa_heads, layers, strict=True):
@@ -95,9 +98,3 @@ def _build_every_rank(folder: Path) -> None:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
     (folder / "counts.json").write_text(json.dumps({**counts, "fa_heads": fa_heads}))
-
-
-def _share(parameter: torch.nn.Parameter, rank: int) -> int:
-    """Elements that count: a replicated parameter once."""
-    sharded = getattr(parameter, "tensor_model_parallel", False)
-    return parameter.numel() if sharded or rank == 0 else 0

@@ -138,8 +138,9 @@ def test_only_run_folders_are_removed(config_file: Path) -> None:
     folder.path.mkdir()
     (folder.path / "thesis.tex").touch()
     with pytest.raises(UserError, match="is no run folder"):
-        folder.remove()
+        folder.check_removable()
     folder.write_config()
+    folder.check_removable()
     folder.remove()
     assert not folder.path.exists()
 

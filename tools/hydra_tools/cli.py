@@ -7,6 +7,7 @@ import difflib
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 import megatron_hydra
@@ -79,6 +80,8 @@ def _without_verb(arguments: list[str]) -> int:
 
 def _log_to_stderr() -> None:
     """Show what our own packages log; other packages keep their own level."""
+    # Megatron warns of every optional package that is absent, and of its own internal calls.
+    warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)

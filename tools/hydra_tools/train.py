@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     folder = RunFolder(config)
     is_first_rank = _rank() == 0
-    if not args.overwrite:
+    if args.overwrite:
+        if is_first_rank:
+            folder.check_removable()
+    else:
         folder.check()
         if folder.is_complete():
             if is_first_rank:
