@@ -66,7 +66,7 @@ def perplexity(
     inputs, labels = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
     size = max(1, MAX_TOKENS // length)
     total = 0.0
-    for start in progress(range(0, len(inputs), size), f"perplexity {length}"):
+    for start in progress(range(0, len(inputs), size), f"perplexity {length}", "batch"):
         batch = inputs[start : start + size]
         positions = torch.arange(length, device=batch.device).expand_as(batch)
         losses = model(batch, positions, None, labels=labels[start : start + size])

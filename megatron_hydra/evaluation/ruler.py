@@ -113,7 +113,7 @@ def answered_right(
         progress: Shows the batches.
     """
     right: list[bool] = []
-    for batch in progress(_batches(samples), "needles"):
+    for batch in progress(_batches(samples), "needles", "batch"):
         tokens, answers = teacher_forced(batch)
         predicted = answer_logits(model, tokens, answers.shape[1]).argmax(dim=-1)
         right.extend((predicted.cpu() == answers).all(dim=1).tolist())

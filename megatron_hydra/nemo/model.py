@@ -44,8 +44,8 @@ class HydraGPTConfig(HydraFields, llm.GPTConfig):
 
     def __post_init__(self) -> None:
         """Check the fields; NeMo runs this again once the parallel sizes are set."""
-        super().__post_init__()
         self.check_hydra_fields()
+        super().__post_init__()
 
     def configure_model(
         self,

@@ -217,9 +217,11 @@ class TrainingRun:
 
     def _runtime_fields(self) -> dict[str, Any]:
         """What student and teacher have in common of how they run."""
-        fields: dict[str, Any] = {"sequence_parallel": self.config.strategy.sequence_parallel}
-        if self.config.model.backend is not None:
-            fields["backend"] = self.config.model.backend
+        by_device = "transformer_engine" if self.on_gpu else "local"
+        fields: dict[str, Any] = {
+            "sequence_parallel": self.config.strategy.sequence_parallel,
+            "backend": self.config.model.backend or by_device,
+        }
         if self._bf16:
             fields |= megatron_fields(torch.bfloat16)
         return fields

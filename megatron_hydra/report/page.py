@@ -10,12 +10,12 @@ from string import Template
 from matplotlib.figure import Figure
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.results import Evaluation, ModelResult, read_evaluation
 from megatron_hydra.files import check_output, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.heatmap import draw_head_map
 from megatron_hydra.report import sections
 from megatron_hydra.report.charts import chart_style, to_svg
-from megatron_hydra.report.evaluation_results import Evaluation, ModelResult, read_evaluation
 from megatron_hydra.report.training_runs import TrainingRun, read_run
 from megatron_hydra.selection.scores import HeadScores
 
@@ -117,23 +117,15 @@ def _check_together(
             )
     if not _hybrids_of(plan, evaluation):
         raise UserError(
-            f"the evaluation has no hybrid with the plan's {plan.num_fa_heads} FA heads: "
+            f"the evaluation has no hybrid with exactly the plan's {plan.num_fa_heads} FA heads: "
             "it is not an evaluation of this plan"
         )
 
 
 def _hybrids_of(plan: HeadPlan, evaluation: Evaluation) -> list[ModelResult]:
-    """Hybrids that can be of this plan: its count of FA heads, its share of the cache."""
-    stored = sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
-    share = stored / (plan.num_layers * plan.num_query_groups)
-    expected = share * evaluation.teacher.cache_bytes_per_token
-    return [
-        model
-        for model in evaluation.models
-        if model.kind == "hybrid"
-        and model.num_fa_heads == plan.num_fa_heads
-        and abs(model.cache_bytes_per_token - expected) <= 0.01 * expected
-    ]
+    """Hybrids of this very plan: a control has as many FA heads, but others."""
+    fa_heads = tuple(layer.fa_heads for layer in plan.layers)
+    return [model for model in evaluation.models if model.plan == fa_heads]
 
 
 def _title(plan: HeadPlan) -> str:

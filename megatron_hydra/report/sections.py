@@ -10,6 +10,13 @@ from typing import Any
 
 import yaml
 
+from megatron_hydra.evaluation.results import (
+    Accuracy,
+    Cell,
+    Evaluation,
+    ModelResult,
+    NeedleGrid,
+)
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.charts import (
     draw_cache,
@@ -17,13 +24,6 @@ from megatron_hydra.report.charts import (
     draw_losses,
     smoothing_window,
     to_svg,
-)
-from megatron_hydra.report.evaluation_results import (
-    Accuracy,
-    Cell,
-    Evaluation,
-    ModelResult,
-    NeedleGrid,
 )
 from megatron_hydra.report.training_runs import TrainingRun
 

@@ -162,7 +162,7 @@ def _run_in_batches(
     batches = tokens.split(max(1, _MAX_TOKENS // tokens.shape[1]))
     runs = [
         run_with_answer_activations(model, batch, num_answer_tokens)
-        for batch in progress(batches, f"run {name}")
+        for batch in progress(batches, f"run {name}", "batch")
     ]
     by_layer = zip(*(run.head_outputs for run in runs), strict=True)
     return AnswerActivations(
@@ -199,7 +199,7 @@ def _patched_readouts(
     at_once = max(1, _MAX_PATCHED_POSITIONS // right.numel())
     residual = clean.embedding
     rows = []
-    for index in progress(range(len(layers)), f"patch {name}"):
+    for index in progress(range(len(layers)), f"patch {name}", "layer"):
         row = []
         for heads in torch.arange(num_heads).split(at_once):
             outputs = _swap_heads(

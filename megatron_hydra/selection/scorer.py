@@ -89,13 +89,13 @@ class ScorerResult:
 
 
 class Progress(Protocol):
-    """Shows how far a loop is, for example ``lambda items, what: tqdm(items, desc=what)``."""
+    """Shows how far a loop is, as tqdm does; ``unit`` names one item."""
 
-    def __call__(self, items: Sequence[Item], description: str) -> Iterable[Item]:
+    def __call__(self, items: Sequence[Item], description: str, unit: str) -> Iterable[Item]:
         """Yield the items."""
 
 
-def no_progress(items: Sequence[Item], description: str) -> Iterable[Item]:
+def no_progress(items: Sequence[Item], description: str, unit: str) -> Iterable[Item]:
     """Yield the items and show nothing."""
     return items
 

@@ -69,7 +69,9 @@ def _save_initial_weights(folder: Path, overrides: dict) -> None:
     model = _build(overrides)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms, scales: nothing may stay at its neutral value
+            if (
+                parameter.ndim == 1 and parameter.requires_grad
+            ):  # norms, scales: nothing may stay at its neutral value
                 generator = torch.Generator().manual_seed(parameter.numel())
                 noise = torch.rand(parameter.shape, generator=generator)
                 replicated = not getattr(parameter, "tensor_model_parallel", False)
@@ -115,7 +117,9 @@ def _train(folder: Path, overrides: dict, name: str) -> None:
         loss.backward()
         finalize_model_grads([wrapped])
         if step == 0:
-            result["gradients"] = _whole(model, lambda p: p.main_grad)
+            result["gradients"] = _whole(
+                model, lambda p: p.main_grad if p.requires_grad else p.data
+            )
         _, norm, _ = optimizer.step()
         result["losses"].append(loss.detach())
         result["norms"].append(torch.tensor(norm))
@@ -138,6 +142,10 @@ def _build(overrides: dict):
     # A standard deviation that makes logits and gradients of order one.
     config = tiny_config(tensor_model_parallel_size=tp_size, init_method_std=0.2, **overrides)
     return build_model(config, tiny_plan())
+
+
+def _gradient(parameter):
+    return parameter.main_grad if parameter.requires_grad else parameter.data
 
 
 def _whole(model, value) -> dict[str, torch.Tensor]:

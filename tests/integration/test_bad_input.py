@@ -206,6 +206,59 @@ def test_broken_plan(
     assert message in _refuse(inputs, capsys, CONVERT)
 
 
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """A converted teacher and hybrid, a dataset, and a good `run.yaml` for them."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text(ENOUGH_TEXT)
+    HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(folder / "plan.json")
+    convert = ["convert", "--teacher", str(teacher), "--out"]
+    assert cli.main([*convert, f"{folder}/teacher"]) == 0
+    plan = ["--plan", f"{folder}/plan.json", "--calibration-tokens", "256"]
+    assert cli.main([*convert, f"{folder}/hybrid", *plan]) == 0
+    text = ["--input", f"{folder}/text.txt", "--out", f"{folder}/data"]
+    assert cli.main(["preprocess", "--tokenizer", str(teacher), *text]) == 0
+    (folder / "run.yaml").write_text(
+        f"data: {{paths: [{folder}/data], seq_length: 16, micro_batch_size: 1, "
+        "global_batch_size: 1}\n"
+        "trainer: {max_steps: 2}\n"
+        "optim: {lr: 1e-3}\n"
+        f"transfer: {{stage: align, init_from: {folder}/hybrid, teacher: {folder}/teacher}}\n"
+        f"log: {{folder: {folder}/run}}\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("optim.lrr=1", "did you mean"),
+        ("trainer.max_steps=many", "max_steps"),
+        ("data.seq_length=999999", "999999"),
+        ("data.paths=[IN/nothing]", "IN/nothing"),
+        ("transfer.init_from=IN/nothing", "IN/nothing"),
+        ("transfer.init_from=IN/teacher", "hybrid"),
+        ("transfer.teacher=IN/hybrid", "teacher"),
+        ("strategy.tensor_model_parallel_size=2", "1 ranks do not divide"),
+        ("strategy.tensor_model_parallel_size=3", "does not divide by the tensor-parallel size 3"),
+        ("log.folder=IN/text.txt/run", "cannot write"),
+    ],
+)
+def test_bad_training_run(
+    trained_on: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: str,
+    message: str,
+) -> None:
+    # NeMo's import enables faulthandler, which wants a real stderr: capfd, not capsys.
+    if "size=3" in overrides:
+        monkeypatch.setenv("WORLD_SIZE", "3")
+    command = f"train --config IN/run.yaml {overrides.replace('IN/', f'{trained_on}/')}"
+    refused = _refuse(trained_on, capfd, command)
+    assert message.replace("IN/", f"{trained_on}/") in refused
+
+
 def test_good_input_passes(inputs: Path) -> None:
     """Else every refusal above could be of something else."""
     for verb in ("convert", "plan", "preprocess"):

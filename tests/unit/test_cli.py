@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import struct
 import subprocess
@@ -10,7 +11,7 @@ import types
 from pathlib import Path
 
 import pytest
-from hydra_tools import cli
+from hydra_tools import cli, train
 
 from megatron_hydra import __version__
 from megatron_hydra.errors import UserError
@@ -175,11 +176,13 @@ def test_existing_outputs_need_overwrite(scores: Path) -> None:
     assert HeadPlan.load(scores.with_name("plan.json")).num_fa_heads == 3
 
 
-def test_plan_starts_without_pytorch() -> None:
-    """Choosing heads is quick, so its command must not wait for imports it does not need."""
+@pytest.mark.parametrize(("verb", "others"), [("plan", {"matplotlib"}), ("report", set())])
+def test_verbs_without_a_model_start_without_pytorch(verb: str, others: set[str]) -> None:
+    """They are quick, so they must not wait for imports they do not need."""
+    heavy = {"torch", "megatron", "nemo", "transformers"} | others
     code = (
-        "import sys; from hydra_tools import cli, plan; "
-        "heavy = {'torch', 'megatron', 'nemo', 'transformers', 'matplotlib'} & set(sys.modules); "
+        f"import sys; from hydra_tools import cli, {verb}; "
+        f"heavy = {heavy} & sys.modules.keys(); "
         "sys.exit(str(heavy) if heavy else 0)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")])}
@@ -187,3 +190,27 @@ def test_plan_starts_without_pytorch() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "start"),
+    [
+        ({}, "megatron-hydra train"),
+        ({"WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2 -m hydra_tools.train"),
+        ({"WORLD_SIZE": "6"}, "torchrun --nnodes 3 --nproc-per-node 2 -m hydra_tools.train"),
+    ],
+)
+def test_recorded_training_command_can_be_typed_again(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], start: str
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["/somewhere/hydra_tools/train.py"])
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    typed = ["--config", "a.yaml", "data.seed=4", "--overwrite"]
+    command = train._command(parser.parse_args(typed))
+    assert command == [*start.split(), *typed]

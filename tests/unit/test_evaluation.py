@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +18,23 @@ from megatron_hydra.errors import UserError
 
 cpu.install_if_needed()
 
+from hydra_tools import evaluate  # noqa: E402
 from hydra_tools.cli import main  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
 from megatron_hydra.config import HydraConfig  # noqa: E402
+from megatron_hydra.conversion.checkpoint import save_checkpoint  # noqa: E402
 from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields  # noqa: E402
 from megatron_hydra.evaluation import perplexity as perplexity_module  # noqa: E402
 from megatron_hydra.evaluation import ruler  # noqa: E402
 from megatron_hydra.evaluation.cache import cache_bytes_per_token, state_bytes  # noqa: E402
 from megatron_hydra.evaluation.perplexity import perplexity, text_windows  # noqa: E402
-from megatron_hydra.evaluation.results import Accuracy, RetrievalResult  # noqa: E402
+from megatron_hydra.evaluation.results import (  # noqa: E402
+    Accuracy,
+    NeedleGrid,
+    count_right,
+    read_evaluation,
+)
 from megatron_hydra.evaluation.ruler import (  # noqa: E402
     answered_right,
     make_task_samples,
@@ -35,7 +43,6 @@ from megatron_hydra.evaluation.ruler import (  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.report.evaluation_results import read_evaluation  # noqa: E402
 from megatron_hydra.selection.probes import TASKS, NeedleSample, NeedleTask  # noqa: E402
 from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
@@ -175,18 +182,14 @@ def test_grid_and_accuracy_count_the_same_samples(folder: Path) -> None:
     samples = make_task_samples(tokenizer, text, tasks, [260, 320], 4, depths, seed=0)
     # single at 260: depth 0 right twice, depth 1 once; single at 320: depth 1 once.
     right = [True, True, True, False] + [False, True, False, False] + [True] * 8
-    result = RetrievalResult.count(samples, right)
-    assert result.grid("single") == {
-        "task": "single",
-        "lengths": [260, 320],
-        "depths": [0.0, 1.0],
-        "accuracy": [[1.0, 0.5], [0.0, 0.5]],
-    }
-    assert {cell: (a.num_right, a.num_samples) for cell, a in result.tasks().items()} == {
-        ("single", 260): (3, 4),
-        ("single", 320): (1, 4),
-        ("multi_key_2", 260): (4, 4),
-        ("multi_key_2", 320): (4, 4),
+    assert NeedleGrid.count("single", samples, right) == NeedleGrid(
+        "single", (260, 320), (0.0, 1.0), ((1.0, 0.5), (0.0, 0.5))
+    )
+    assert count_right(samples, right, lambda sample: (sample.task, sample.length)) == {
+        ("single", 260): Accuracy(3, 4),
+        ("single", 320): Accuracy(1, 4),
+        ("multi_key_2", 260): Accuracy(4, 4),
+        ("multi_key_2", 320): Accuracy(4, 4),
     }
 
 
@@ -194,7 +197,7 @@ def test_grid_and_accuracy_count_the_same_samples(folder: Path) -> None:
     ("num_right", "low", "high"), [(0, 0.0, 0.0370), (50, 0.4038, 0.5962), (97, 0.9155, 0.9897)]
 )
 def test_wilson_interval_of_100_samples(num_right: int, low: float, high: float) -> None:
-    assert Accuracy(num_right, 100).interval() == pytest.approx((low, high), abs=1e-4)
+    assert Accuracy(num_right, 100).interval == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize("fields", [{}, {"la_short_conv": False}, {"params_dtype": torch.bfloat16}])
@@ -265,6 +268,7 @@ def test_command_writes_what_the_report_reads(
     ("arguments", "message"),
     [
         (["--model", "b=missing"], "model folder missing does not exist"),
+        (["--model", "b=."], r"\. is not a checkpoint folder"),
         (["--model", "teacher=."], "names 'teacher' twice"),
         (["--model", "unnamed"], "must be NAME=FOLDER"),
         (["--num-samples", "7"], "a multiple of 5"),
@@ -292,3 +296,27 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert error.count("megatron-hydra: error: ") == 1
     assert re.search(message, error), error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["llama", "no plan"])
+def test_a_bad_model_folder_is_named_before_samples_are_built(
+    damage: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / "bad"
+    if damage == "llama":
+        shutil.copytree(folder, bad)
+        (bad / "config.json").write_text('{"model_type": "llama"}')
+        message = "model_type 'llama'"
+    else:
+        model = random_model(PLAN)
+        save_checkpoint(bad, model, model.config, PLAN, folder, {})
+        (bad / "plan.json").unlink()
+        message = "cannot read .*plan.json"
+    monkeypatch.setattr(evaluate, "read_text", lambda path: pytest.fail("text was read first"))
+    command = ["evaluate", "--model", f"good={folder}", "--model", f"bad={bad}", "--text", "x"]
+    assert main([*command, "--out", str(tmp_path / "out.json")]) == 2
+    assert re.search(message, capsys.readouterr().err)

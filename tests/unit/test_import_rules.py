@@ -35,7 +35,7 @@ ALLOWED_PARTS = {
     "heatmap": FOUNDATION | {"selection"},
     "nemo": MIDDLE,
     "evaluation": MIDDLE,
-    "report": MIDDLE,
+    "report": MIDDLE | {"evaluation"},
     "testing": MIDDLE | {"nemo", "evaluation", "report"},
 }
 STANDARD_LIBRARY_ONLY = ("errors.py", "files.py", "head_plan.py", "placement.py")

@@ -15,8 +15,8 @@ from hydra_tools import report as verb
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation import results
+from megatron_hydra.evaluation.results import Accuracy, read_evaluation
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.report.evaluation_results import read_evaluation
 from megatron_hydra.report.sections import crossover_tokens
 from megatron_hydra.report.training_runs import read_run
 from megatron_hydra.selection.scores import HeadScores
@@ -24,6 +24,8 @@ from megatron_hydra.selection.scores import HeadScores
 LAYERS, HEADS, GROUPS = 2, 4, 2
 LENGTHS = (64, 128)
 HASH = "0123456789abcdef"
+PLAN = [[3], [3]]
+CONTROL = [[2], [3]]  # as many heads a layer, as many query groups
 NAMES = ("teacher", "hybrid, untrained", "hybrid, trained", "random heads, trained")
 
 
@@ -53,26 +55,24 @@ def write_run(folder: Path, losses: Mapping[str, Sequence[float]]) -> Path:
     return folder
 
 
-def model_result(name: str, accuracy: float, fa_heads: int, cache: float) -> dict[str, Any]:
-    """One model of an evaluation file."""
+def model_result(
+    name: str, num_right: int, plan: list[list[int]] | None, cache: int
+) -> dict[str, Any]:
+    """One model of an evaluation file; each cell has 50 samples."""
+    right = Accuracy(num_right, 50)
     return {
         "name": name,
         "path": f"runs/{name}",
-        "kind": "teacher" if name == "teacher" else "hybrid",
-        "plan_name": "" if name == "teacher" else "plan.json",
-        "fa_heads": fa_heads,
+        "kind": "teacher" if plan is None else "hybrid",
+        "plan_name": "" if plan is None else "highest_scores",
+        "plan": plan,
+        "fa_heads": LAYERS * HEADS if plan is None else sum(map(len, plan)),
         "total_heads": LAYERS * HEADS,
         "cache_bytes_per_token": cache,
-        "state_bytes": 0 if name == "teacher" else 5000,
-        "perplexity": {str(length): 10.0 / accuracy for length in LENGTHS},
+        "state_bytes": 0 if plan is None else 5000,
+        "perplexity": {str(length): 10.0 / right.value for length in LENGTHS},
         "tasks": [
-            {
-                "task": task,
-                "length": length,
-                "accuracy": accuracy,
-                "num_samples": 50,
-                "interval": [accuracy - 0.07, accuracy + 0.01],
-            }
+            {"task": task, "length": length, **right.to_dict()}
             for task in ("single", "multi_key")
             for length in LENGTHS
         ],
@@ -80,14 +80,15 @@ def model_result(name: str, accuracy: float, fa_heads: int, cache: float) -> dic
             "task": "single",
             "lengths": list(LENGTHS),
             "depths": [0.0, 0.5, 1.0],
-            "accuracy": [[accuracy] * 3] * len(LENGTHS),
+            "accuracy": [[right.value] * 3] * len(LENGTHS),
         },
     }
 
 
 def evaluation_data() -> dict[str, Any]:
     """An evaluation of a teacher and three hybrids that keep half of the query groups."""
-    figures = zip(NAMES, (0.98, 0.08, 0.94, 0.42), (8, 2, 2, 2), (1024, 512, 512, 512), strict=True)
+    plans, caches = (None, PLAN, PLAN, CONTROL), (1024, 512, 512, 512)
+    figures = zip(NAMES, (49, 4, 47, 21), plans, caches, strict=True)
     return {
         "schema_version": 1,
         "kind": "evaluation",
@@ -122,7 +123,7 @@ def arguments(tmp_path: Path, runs: dict[str, Path]) -> argparse.Namespace:
         provenance,
     ).save(tmp_path / "scores.json")  # fmt: skip
     HeadPlan.from_fa_heads(
-        {0: [3], 1: [3]}, LAYERS, HEADS, GROUPS, HASH, {"scorer": "activation_patching"}
+        dict(enumerate(PLAN)), LAYERS, HEADS, GROUPS, HASH, {"scorer": "activation_patching"}
     ).save(tmp_path / "plan.json")
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation_data()))
     parser = argparse.ArgumentParser()
@@ -174,7 +175,7 @@ def test_inputs_figures_stand_in_the_page(arguments, capsys):
     assert "stores 50% of the teacher's cache a token" in page.text
     assert "answers 94.0% of single needle samples at 64 tokens" in page.text
     # Perplexity, interval, samples, training lengths, losses, memory and crossover.
-    for figure in ("10.64", "87.0–95.0", "n = 50", "2×", "KL 2 → 0.25", "512 50% 5,000 10"):
+    for figure in ("10.64", "83.8–97.9", "n = 50", "2×", "KL 2 → 0.25", "512 50% 5,000 10"):
         assert figure in page.text
     for record in (
         "data.seed = 4321",
@@ -229,6 +230,10 @@ def _unfinish(run: Path) -> None:
     (run / "hybrid" / "model.json").unlink()
 
 
+def _set_task(**values: object) -> Callable[[Any], Any]:
+    return lambda data: data["models"][1]["tasks"][0].update(values)
+
+
 def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
     return lambda data: data["models"][model].__setitem__(key, value)
 
@@ -239,20 +244,39 @@ def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
         (_drop("tasks"), "'hybrid, untrained'.* has no 'tasks'"),
         (_drop("grid"), "has no 'grid'"),
         (lambda d: d["models"][1]["tasks"].pop(), "'hybrid, untrained' has no result .*multi_key"),
-        (lambda d: d["models"][1]["tasks"][0].update(accuracy=1.2), "accuracy 1.2; .* 0 to 1"),
-        (lambda d: d["models"][1]["tasks"][0].update(num_samples=0), "num_samples 0"),
+        (_set_task(num_right=60), "num_right 60; .* 0 to 50"),
+        (_set_task(num_right=3.5), "num_right 3.5; it must be a whole number"),
+        (_set_task(accuracy=1.2), "accuracy 1.2; its counts give 0.08"),
+        (_set_task(num_samples=0), "num_samples 0"),
         (lambda d: d["models"][1]["grid"]["accuracy"].pop(), "row for each of its 2 lengths"),
         (lambda d: d["models"][1]["grid"].update(depths=[0, 50, 100]), "depths has 1 50"),
-        (lambda d: d["models"][1]["grid"].update(lengths=["short"]), "has 0 'short'"),
+        (lambda d: d["models"][1]["grid"].update(lengths=["short"]), "lengths has 0 'short'"),
         (_set("perplexity", {"64": 2.0}), "has no perplexity at length 128"),
         (_set("perplexity", {"64": float("nan"), "128": 2.0}), "64 nan"),
-        (lambda d: d["models"][1]["tasks"][0].update(interval=[0.5, 0.6]), "must hold 0.08"),
+        (_set_task(interval=[0.5, 0.6]), r"interval \[0.5, 0.6\]; its counts give"),
+        (_drop("plan"), "has no 'plan'"),
+        (_set("plan", [[3], [4]]), r"plan \[\[3\], \[4\]\]; it must list"),
+        (_set("plan", [[3, 3], []]), "must list"),
+        (_set("plan", [[3], [3], []]), "must list"),
+        (_set("plan", [3, 3]), "must list"),
+        (_set("plan", []), "must list"),
+        (_set("plan", [[3], [2, 3]]), "fa_heads 2, but by its plan it is 3"),
+        (_set("plan", None), "kind 'hybrid', but by its plan it is 'teacher'"),
         (_drop("state_bytes"), "has no 'state_bytes'"),
         (_set("name", "teacher"), "names repeat"),
-        (_set("kind", "teacher"), "2 models of kind 'teacher'"),
-        (_set("kind", "student"), "'student'; allowed: 'teacher', 'hybrid'"),
-        (_set("total_heads", 448), "448 heads, but the plan has 8"),
-        (lambda d: [m.update(fa_heads=4) for m in d["models"][1:]], "no hybrid with the plan's 2"),
+        (
+            lambda d: d["models"][1].update(kind="teacher", plan=None, fa_heads=8),
+            "2 models of kind 'teacher'",
+        ),
+        (_set("kind", "student"), "'student', but by its plan it is 'hybrid'"),
+        (
+            lambda d: d["models"][0].update(total_heads=448, fa_heads=448),
+            "448 heads, but the plan has 8",
+        ),
+        (
+            lambda d: [m.update(plan=CONTROL) for m in d["models"][1:]],
+            "no hybrid with exactly the plan's 2 FA heads",
+        ),
         (lambda d: d.update(kind="head_plan"), "kind 'evaluation' is needed"),
         (lambda d: d.pop("training_length"), "has no 'training_length'"),
     ],
@@ -336,19 +360,24 @@ def test_crossover_is_the_first_length_that_needs_less(tmp_path):
 
 
 def test_what_evaluation_writes_is_read(tmp_path):
-    samples = {("single", 64, 0.0): (9, 10), ("single", 64, 1.0): (6, 10)}
-    counts = {cell: results.Accuracy(*found) for cell, found in samples.items()}
-    retrieval = results.RetrievalResult(counts)
-    models = [
-        results.ModelResult(kind, "m", kind, "", 8, 8, 1024, 0, retrieval, "single", {64: 3.5})
-        for kind in ("teacher", "hybrid")
-    ]
-    path = tmp_path / "evaluation.json"
-    path.write_text(json.dumps(results.evaluation_file(models, 64, {"seed": 3})))
-    evaluation = read_evaluation(path)
-    assert evaluation.headline_cell == ("single", 64)
-    accuracy = evaluation.teacher.accuracy["single", 64]
-    assert (accuracy.value, accuracy.num_samples) == (0.75, 20)
-    assert accuracy.interval == results.Accuracy(15, 20).interval()
-    assert evaluation.models[1].grid.accuracy == ((0.9, 0.6),)
-    assert evaluation.models[1].perplexity == {64: 3.5}
+    accuracy = {("single", 64): Accuracy(15, 20), ("multi_key", 64): Accuracy(3, 20)}
+    grid = results.NeedleGrid("single", (64,), (0.0, 1.0), ((0.9, 0.6),))
+    models = tuple(
+        results.ModelResult("m" * n, "m", plan, "", 8, 1024, 9, accuracy, grid, {64: 3.5})
+        for n, plan in enumerate([None, ((3,), ()), ((), (0, 2))])
+    )
+    written = results.Evaluation(models, 64, {"seed": 3})
+    written.save(tmp_path / "evaluation.json")
+    assert read_evaluation(tmp_path / "evaluation.json") == written
+    assert written.headline_cell == ("single", 64)
+
+
+def test_a_control_with_as_many_heads_is_not_the_plans_hybrid(arguments, tmp_path):
+    def favour_control(data):
+        best = [{**task, **Accuracy(50, 50).to_dict()} for task in data["models"][3]["tasks"]]
+        data["models"][3]["tasks"] = best
+
+    edit_json(tmp_path / "evaluation.json", favour_control)
+    verb.run(arguments)
+    summary = Page(arguments.out).text.partition("; the teacher answers")[0]
+    assert "“hybrid, trained” stores 50%" in summary and "random" not in summary

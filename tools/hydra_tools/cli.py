@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in VERBS:
         return _without_verb(arguments)
-    _log_to_stderr()
+    log_to_stderr()
     try:
         return _run(arguments[0], arguments[1:])
     except UserError as error:
@@ -78,7 +78,7 @@ def _without_verb(arguments: list[str]) -> int:
     parser.error(f"unknown verb {options.verb!r}: {hint}")
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     """Show what our own packages log; other packages keep their own level."""
     # Megatron warns of every optional package that is absent, and of its own internal calls.
     warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.")

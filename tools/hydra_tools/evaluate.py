@@ -17,9 +17,10 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.cache import cache_bytes_per_token, state_bytes
 from megatron_hydra.evaluation.perplexity import perplexity, text_windows
 from megatron_hydra.evaluation.results import (
+    Evaluation,
     ModelResult,
-    RetrievalResult,
-    evaluation_file,
+    NeedleGrid,
+    count_right,
     format_table,
 )
 from megatron_hydra.evaluation.ruler import (
@@ -28,7 +29,8 @@ from megatron_hydra.evaluation.ruler import (
     make_task_samples,
     needle_depths,
 )
-from megatron_hydra.files import check_output, versions, write_json
+from megatron_hydra.files import check_output, versions
+from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.probes import TASKS, local_text, read_text, split_held_out
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
 
+    for folder in folders.values():
+        _check_readable(folder)
     text = read_text(args.text) if args.text else local_text()
     tokenizer = _common_tokenizer(folders, text)
     # Held out, as far as the models were trained on the same text.
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "versions": versions(),
     }
-    write_json(args.out, evaluation_file(results, args.training_length, provenance), args.overwrite)
+    Evaluation(tuple(results), args.training_length, provenance).save(args.out, args.overwrite)
     print("accuracy in % with 95% interval\n" + format_table(results))
     print(f"\nevaluation: {args.out}")
     return 0
@@ -141,6 +145,17 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
+def _check_readable(folder: Path) -> None:
+    """Read a model's small files, so that a bad folder is named before anything takes long."""
+    from megatron_hydra.conversion.checkpoint import read_metadata
+    from megatron_hydra.conversion.qwen3 import read_qwen3_config
+
+    if (folder / "config.json").is_file():
+        read_qwen3_config(folder)
+    elif read_metadata(folder)["kind"] == "hybrid":
+        HeadPlan.load(folder / "plan.json")
+
+
 def _common_tokenizer(folders: Mapping[str, Path], text: str) -> Any:
     """The models' tokenizer; samples are shared, so all must encode text alike."""
     from megatron_hydra.conversion.qwen3 import load_tokenizer
@@ -168,22 +183,20 @@ def _evaluate(
 
     loaded = load_any_model(folder)
     model, config, plan = loaded.model.eval(), loaded.config, loaded.plan
-    num_heads = config.num_layers * config.num_attention_heads
 
-    def progress(items: Any, description: str) -> Any:
-        return tqdm(items, desc=f"{name}: {description}", unit="batch")
+    def progress(items: Any, description: str, unit: str) -> Any:
+        return tqdm(items, desc=f"{name}: {description}", unit=unit)
 
     right = answered_right(model, [sample.sample for sample in samples], progress)
     return ModelResult(
         name=name,
         path=str(folder),
-        kind="teacher" if plan is None else "hybrid",
+        plan=None if plan is None else tuple(layer.fa_heads for layer in plan.layers),
         plan_name="" if plan is None else str(plan.provenance.get("policy", "")),
-        num_fa_heads=num_heads if plan is None else plan.num_fa_heads,
-        num_heads=num_heads,
+        num_heads=config.num_layers * config.num_attention_heads,
         cache_bytes_per_token=cache_bytes_per_token(config, plan),
         state_bytes=state_bytes(config, plan),
-        retrieval=RetrievalResult.count(samples, right),
-        grid_task=samples[0].task,
+        accuracy=count_right(samples, right, lambda sample: (sample.task, sample.length)),
+        grid=NeedleGrid.count(samples[0].task, samples, right),
         perplexity={length: perplexity(model, windows, length, progress) for length in lengths},
     )

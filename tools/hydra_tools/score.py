@@ -175,8 +175,8 @@ def _make_probes(
     ]
 
 
-def _progress(items: Any, description: str) -> Any:
-    return tqdm(items, desc=description)
+def _progress(items: Any, description: str, unit: str) -> Any:
+    return tqdm(items, desc=description, unit=unit)
 
 
 def _provenance(args: argparse.Namespace, result: ScorerResult) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hydra_tools.cli import log_to_stderr
 from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.config import RunConfig, load_config
 from megatron_hydra.nemo.run_folder import RunFolder
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         folder.check()
         folder.write_config()
     progress = _Progress(config)
-    training.run(progress.show, start_anew=args.overwrite, command=sys.argv)
+    training.run(progress.show, start_anew=args.overwrite, command=_command(args))
     progress.close()
     if is_first_rank:
         print(f"trained model: {folder.hybrid}")
@@ -63,6 +64,8 @@ def main() -> int:
     """Entry point under torchrun."""
     parser = argparse.ArgumentParser(prog="hydra_tools.train", description=__doc__)
     add_arguments(parser)
+    if _rank() == 0:
+        log_to_stderr()
     try:
         return run(parser.parse_args())
     except UserError as error:
@@ -94,6 +97,18 @@ def _only_errors_logged() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _command(args: argparse.Namespace) -> list[str]:
+    """What a user types on each node; ``sys.argv`` has this file's place on this machine."""
+    start = ["megatron-hydra", "train"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
+        num_local = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // num_local
+        nodes = [] if num_nodes == 1 else ["--nnodes", str(num_nodes)]
+        start = ["torchrun", *nodes, "--nproc-per-node", str(num_local), "-m", "hydra_tools.train"]
+    overwrite = ["--overwrite"] if args.overwrite else []
+    return [*start, "--config", args.config, *args.overrides, *overwrite]
 
 
 def _rank() -> int:
