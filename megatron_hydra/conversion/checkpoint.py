@@ -234,21 +234,34 @@ def load_weights(folder: str | Path, model: GPTModel) -> None:
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a model folder is a checkpoint folder; else it is a Hugging Face folder.
+
+    Raises:
+        UserError: If it is neither, or does not exist.
+    """
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
+    if (folder / "model.json").is_file():
+        return True
+    if (folder / "config.json").is_file():
+        return False
+    raise UserError(
+        f"{folder} is neither a checkpoint folder (model.json) "
+        "nor a Hugging Face folder (config.json)"
+    )
+
+
 def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
     """Load a checkpoint folder, or a Hugging Face Qwen3 folder as a teacher on one rank.
 
     Raises:
-        UserError: As :func:`load_checkpoint` or ``qwen3.load_teacher``, and for a Hugging Face
-            folder where the model is to be split over ranks.
+        UserError: As :func:`load_checkpoint` or ``qwen3.load_teacher``, for a folder that is
+            neither, and for a Hugging Face folder where the model is to be split over ranks.
     """
     folder = Path(path)
-    if (folder / "model.json").is_file():
+    if is_checkpoint_folder(folder):
         return load_checkpoint(folder, **config_overrides)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} is neither a checkpoint folder (model.json) "
-            "nor a Hugging Face folder (config.json)"
-        )
     if _parallel_fields() != {name: 1 for name in _parallel_fields()}:
         raise UserError(
             f"{folder} is a Hugging Face folder, which loads on one rank only: "

@@ -268,7 +268,7 @@ def test_command_writes_what_the_report_reads(
     ("arguments", "message"),
     [
         (["--model", "b=missing"], "model folder missing does not exist"),
-        (["--model", "b=."], r"\. is not a checkpoint folder"),
+        (["--model", "b=."], r"\. is neither a checkpoint folder"),
         (["--model", "teacher=."], "names 'teacher' twice"),
         (["--model", "unnamed"], "must be NAME=FOLDER"),
         (["--num-samples", "7"], "a multiple of 5"),

@@ -120,7 +120,7 @@ def parse_models(arguments: Sequence[str]) -> dict[str, Path]:
     """Read ``NAME=FOLDER`` arguments.
 
     Raises:
-        UserError: For an argument without ``=``, a repeated name, a missing folder.
+        UserError: For an argument without ``=`` or a repeated name.
     """
     folders: dict[str, Path] = {}
     for argument in arguments:
@@ -129,8 +129,6 @@ def parse_models(arguments: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--model {argument!r} must be NAME=FOLDER, as in teacher=models/qwen")
         if name in folders:
             raise UserError(f"--model names {name!r} twice: each model needs its own name")
-        if not Path(folder).is_dir():
-            raise UserError(f"model folder {folder} does not exist")
         folders[name] = Path(folder)
     return folders
 
@@ -147,10 +145,10 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _check_readable(folder: Path) -> None:
     """Read a model's small files, so that a bad folder is named before anything takes long."""
-    from megatron_hydra.conversion.checkpoint import read_metadata
+    from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
     from megatron_hydra.conversion.qwen3 import read_qwen3_config
 
-    if (folder / "config.json").is_file():
+    if not is_checkpoint_folder(folder):
         read_qwen3_config(folder)
     elif read_metadata(folder)["kind"] == "hybrid":
         HeadPlan.load(folder / "plan.json")
