@@ -13,6 +13,8 @@ install: $(INSTALLED)
 
 $(INSTALLED): requirements/cpu.txt requirements/dev.txt setup.py
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	# torch alone with what its build asks for: one with CUDA cannot be imported without it.
+	$(VENV)/bin/pip install --quiet --constraint requirements/cpu.txt torch
 	$(VENV)/bin/pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -25,6 +25,7 @@ setup(
     ],
     # No package is named `kernels` or `tools`: the first would shadow Hugging Face's.
     package_dir={"hydra_kernels": "kernels/hydra_kernels", "hydra_tools": "tools/hydra_tools"},
+    package_data={"megatron_hydra.report": ["*.html"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -37,9 +38,26 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        # nemo-toolkit's own extras pull speech packages: requirements/nemo.txt lists what its
-        # language-model parts import, to be installed with --no-deps.
-        "nemo": ["nemo-toolkit==2.7.3", "lightning==2.4.0", "nemo_run", "nvidia-modelopt"],
+        # What its language-model parts import beside its own requirements. nemo-toolkit's extras
+        # name these too, but among speech packages.
+        "nemo": [
+            "nemo-toolkit==2.7.3",
+            "lightning==2.4.0",
+            "nemo_run",
+            "leptonai<0.27",  # what nemo_run imports of it is gone from later ones
+            "nvidia-modelopt",
+            "nv-one-logger-core",
+            "nv-one-logger-pytorch-lightning-integration",
+            "nv-one-logger-training-telemetry",
+            "datasets",
+            "einops",
+            "hydra-core",
+            "pandas",
+            "psutil",
+            "sentencepiece",
+            "tensorstore",
+            "tiktoken",
+        ],
         "te": ["transformer-engine[pytorch]>=2.9", "fla-core==0.6.0"],
         "flash-attn": ["flash-attn>=2.7"],
         "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit"],

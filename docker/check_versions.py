@@ -1,23 +1,21 @@
-"""Fails an image's build when a package is not the version meant, or another copy shadows it."""
+"""Fails an image's build when a package is not the version meant, or another copy shadows it.
+
+python docker/check_versions.py megatron-core==0.16.1 transformers==4.57.6
+"""
 
 import importlib.util
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
-# Distribution -> version, and the module that it must be imported as.
-WANTED = {
-    "megatron-core": ("0.16.1", "megatron.core"),
-    "nemo-toolkit": ("2.7.3", "nemo"),
-    "lightning": ("2.4.0", "lightning"),
-    "transformers": ("4.57.6", "transformers"),
-    "fla-core": ("0.6.0", "fla"),
-}
+# The module that a distribution must be imported as, where the name is another.
+MODULES = {"megatron-core": "megatron.core", "nemo-toolkit": "nemo", "fla-core": "fla"}
 
 
-def fault(name: str) -> str | None:
-    """What is wrong with a package, or None."""
-    wanted, module = WANTED[name]
+def fault(requirement: str) -> str | None:
+    """What is wrong with a package (``name==version``), or None."""
+    name, _, wanted = requirement.partition("==")
+    module = MODULES.get(name, name)
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -33,5 +31,7 @@ def fault(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    faults = [text for text in map(fault, WANTED) if text]
+    if not sys.argv[1:]:
+        sys.exit("check_versions.py: name the packages, as in transformers==4.57.6")
+    faults = [text for text in map(fault, sys.argv[1:]) if text]
     sys.exit("\n".join(faults) if faults else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,35 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "la_output_gate": ("silu", "sigmoid", "none"),
     "fa_query_scale": ("none", "inference", "always"),
     "fusion": ("scale", "norm", "none", "gate"),
+}
+_LEAST_WHOLE = {
+    "vocab_size": 1,
+    "seq_length": 1,
+    "la_conv_kernel_size": 1,
+    "fa_query_scale_start": 0,
+}
+_ABOVE = {"fa_query_scale_base": 1.0, "rotary_base": 0.0, "layernorm_epsilon": 0.0}
+# Megatron's fields whose other values teacher and hybrid would not honour on every backend: what
+# the layer specs fix, and what the FA and LA branches have no part for.
+_MEGATRON_FIELDS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "qk_layernorm": True,
+    "layernorm_zero_centered_gamma": False,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "attention_dropout": 0.0,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "qk_l2_norm": False,
+    "qk_clip": False,
+    "apply_query_key_layer_scaling": False,
+    "attention_output_gate": False,
+    "no_rope_freq": None,
+    "experimental_attention_variant": None,
+    "multi_latent_attention": False,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+    "context_parallel_size": 1,
 }
 
 
@@ -76,8 +106,19 @@ class HydraFields:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(choices)}")
-        if self.vocab_size <= 0:
-            raise UserError(f"vocab_size is {self.vocab_size}; it must be the tokenizer's size")
+        for name, least in _LEAST_WHOLE.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"{name} is {value!r}; it must be a whole number from {least} on")
+        for name, low in _ABOVE.items():
+            value = getattr(self, name)
+            # A NaN is above nothing.
+            if type(value) not in (int, float) or not low < value < math.inf:
+                raise UserError(f"{name} is {value!r}; it must be a finite number above {low:g}")
+        for name, only in _MEGATRON_FIELDS.items():
+            value = getattr(self, name, only)  # not every Megatron has every field
+            if value != only:
+                raise UserError(f"{name} is {value!r}; hybrids and their teachers need {only!r}")
         tp = self.tensor_model_parallel_size
         for name in ("vocab_size", "num_attention_heads", "ffn_hidden_size"):
             if (getattr(self, name) or 0) % tp:
@@ -85,10 +126,6 @@ class HydraFields:
                     f"{name} is {getattr(self, name)}, which does not divide by the "
                     f"tensor-parallel size {tp}"
                 )
-        if self.fa_query_scale_base <= 1.0:
-            raise UserError(f"fa_query_scale_base is {self.fa_query_scale_base}; it must exceed 1")
-        if self.context_parallel_size > 1:
-            raise UserError("context_parallel_size must be 1: hybrid layers do not split sequences")
 
 
 @dataclass

@@ -9,10 +9,10 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_hydra.errors import UserError
 
@@ -20,19 +20,37 @@ _RECORDED_PACKAGES = ("torch", "megatron-core", "nemo-toolkit", "transformers", 
 # A line break is escaped inside a JSON string, so what follows this opening is never in one.
 _NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 
+OutputKind = Literal["file", "folder"]
 
-def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+
+def check_output(
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    kind: OutputKind | None = None,
+    marker: str | None = None,
+) -> Path:
     """Return ``path`` if an output may be written there; change nothing on disk.
 
+    Args:
+        path: Of the output.
+        overwrite: Whether an earlier output may be replaced.
+        kind: What is going to be written, where that is known before.
+        marker: File that an earlier folder must hold, unless it is empty: no other is replaced.
+
     Raises:
-        UserError: If it exists and ``overwrite`` is False, if it is a folder that the running
-            command stands in, or if nothing can be created at its place.
+        UserError: If it exists and ``overwrite`` is False, or is of another kind, if it is a
+            folder without ``marker`` or one that the running command stands in, or if nothing
+            can be created at its place.
     """
     target = Path(path)
+    if kind is not None:
+        _check_kind(target, kind)
     if target.exists() and not overwrite:
         raise UserError(f"output {target} exists: name another, or pass --overwrite")
     if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
         raise UserError(f"output {target} holds the current folder: name one inside it")
+    if marker and target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise UserError(f"output {target} holds something else: it has no {marker}; not replaced")
     ancestor = target.absolute().parent
     while not ancestor.exists():
         ancestor = ancestor.parent
@@ -45,18 +63,35 @@ def check_output(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     return target
 
 
+def check_no_input(output: Path, inputs: Iterable[Path | None]) -> None:
+    """Check that ``output`` is none of the inputs and no folder that holds one; None is none.
+
+    Raises:
+        UserError: Naming both.
+    """
+    for source in filter(None, inputs):
+        if source.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"output {output} would replace the input {source}: name another")
+
+
 @contextmanager
-def write_beside(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def write_beside(
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    kind: OutputKind | None = None,
+    marker: str | None = None,
+) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it into place when the block succeeds.
 
     The block writes a file or makes a folder there. If it raises, the temporary is removed and
-    an earlier output stays as it was. Missing parent folders are made.
+    an earlier output stays as it was. Missing parent folders are made. Arguments as for
+    :func:`check_output`.
 
     Raises:
         UserError: As :func:`check_output`, or if a file would take a folder's place or the other
             way round.
     """
-    target = check_output(path, overwrite)
+    target = check_output(path, overwrite, kind, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -113,10 +148,16 @@ def _on_one_line(match: re.Match[str]) -> str:
     return "[" + " ".join(match.group()[1:-1].split()) + "]"
 
 
+def _check_kind(target: Path, kind: OutputKind) -> None:
+    if target.exists() and target.is_dir() != (kind == "folder"):
+        found = "folder" if target.is_dir() else "file"
+        raise UserError(
+            f"output {target} is a {found}, and a {kind} is to be written: name another"
+        )
+
+
 def _replace(temporary: Path, target: Path) -> None:
-    if target.exists() and target.is_dir() != temporary.is_dir():
-        old, new = ("folder", "file") if target.is_dir() else ("file", "folder")
-        raise UserError(f"output {target} is a {old}, and a {new} is to be written: name another")
+    _check_kind(target, "folder" if temporary.is_dir() else "file")
     if target.is_dir() and not target.is_symlink():
         # A folder cannot be renamed over a full one: step the old one aside, so that at every
         # moment one complete version exists on disk.

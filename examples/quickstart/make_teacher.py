@@ -2,8 +2,8 @@
 
 Text of the local Python is mixed with needles and questions about them. The learning rate stays
 constant until held-out retrieval reaches the target, then decays; the log that is written beside
-the weights also shows that a few heads do the retrieval. ``make teacher`` runs this: 50 million
-tokens, under two minutes on one H100, an hour or two on two CPU cores.
+the weights also shows which heads do the retrieval (``--ablate-only`` measures it anew). ``make
+teacher`` runs this: 50 million tokens, under two minutes on one H100.
 """
 
 from __future__ import annotations
@@ -11,35 +11,41 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from retrieval import (
+    LENGTH,
+    SEED_EVALUATED,
+    SEED_SCORED,
+    ablation_study,
+    accuracy,
+    describe,
+    make_samples,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, versions, write_beside, write_json
 from megatron_hydra.selection import probes
 
-LENGTH = 256
 VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"
+LOG_FILE = "training_log.json"
 TEXT_SHARE = 0.2  # of the sequences; the others hold needles in text
 CURRICULUM = ((64, 0), (128, 1), (LENGTH, 2))  # (tokens of a sequence, from which phase on)
-NUM_EVALUATED = 256
 LENGTHS_EVALUATED = (LENGTH, 2 * LENGTH, 4 * LENGTH)
-SEED_SCORED, SEED_EVALUATED = 1_000_001, 2_000_003  # neither is a training seed
 
 SETTINGS = {  # of the shipped teacher
     "seed": 4,
@@ -195,128 +201,6 @@ def _train_step(
     return loss.detach()
 
 
-def make_samples(
-    tokenizer: Any, text_tokens: list[int], task: probes.NeedleTask, length: int, seed: int
-) -> torch.Tensor:
-    """Held-out samples [b, s]; the answer is the last ``NUM_VALUE_DIGITS`` tokens."""
-    rng = random.Random(seed)
-    samples = [
-        probes.make_needle_sample(rng, tokenizer, text_tokens, length, rng.random(), task.num_keys)
-        for _ in range(NUM_EVALUATED)
-    ]
-    return torch.tensor([sample.tokens + sample.answer for sample in samples])
-
-
-@torch.no_grad()
-def answer_log_probs(model: Qwen3ForCausalLM, samples: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [b, digits, vocab] at the positions that predict the answer."""
-    chunks = []
-    for chunk in torch.split(samples, 64):
-        logits = model(input_ids=chunk.to(model.device), use_cache=False).logits
-        chunks.append(logits[:, -probes.NUM_VALUE_DIGITS - 1 : -1].log_softmax(-1).cpu())
-    return torch.cat(chunks)
-
-
-def accuracy(model: Qwen3ForCausalLM, samples: torch.Tensor) -> float:
-    """Share of samples whose every digit is the likeliest token (greedy decoding's exact match)."""
-    answers = samples[:, -probes.NUM_VALUE_DIGITS :]
-    return (answer_log_probs(model, samples).argmax(-1) == answers).all(-1).float().mean().item()
-
-
-Head = tuple[int, int]  # layer, head
-
-
-@contextmanager
-def edited_heads(
-    model: Qwen3ForCausalLM, edit: Callable[[int, torch.Tensor], torch.Tensor]
-) -> Iterator[None]:
-    """Pass the input [b, s, heads * head dim] of each ``o_proj`` through ``edit(layer, input)``."""
-    hooks = [
-        layer.self_attn.o_proj.register_forward_pre_hook(
-            lambda _, inputs, index=index: (edit(index, inputs[0]),)
-        )
-        for index, layer in enumerate(model.model.layers)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def head_means(model: Qwen3ForCausalLM, samples: torch.Tensor) -> list[torch.Tensor]:
-    """Each layer's mean head outputs [heads * head dim]."""
-    means: list[torch.Tensor] = []
-
-    def note(_: int, outputs: torch.Tensor) -> torch.Tensor:
-        means.append(outputs.mean((0, 1)))
-        return outputs
-
-    with edited_heads(model, note), torch.no_grad():
-        model(input_ids=samples.to(model.device), use_cache=False)
-    return means
-
-
-def ablated(
-    model: Qwen3ForCausalLM, heads: list[Head], means: list[torch.Tensor]
-) -> AbstractContextManager[None]:
-    """Put the mean in place of these heads' outputs."""
-
-    def replace(layer: int, outputs: torch.Tensor) -> torch.Tensor:
-        outputs = outputs.clone()
-        for head in (head for at, head in heads if at == layer):
-            part = slice(head * model.config.head_dim, (head + 1) * model.config.head_dim)
-            outputs[..., part] = means[layer][part]
-        return outputs
-
-    return edited_heads(model, replace)
-
-
-def ablation_proof(
-    model: Qwen3ForCausalLM, tokenizer: Any, text_tokens: list[int], num_heads: int = 3
-) -> dict[str, Any]:
-    """Accuracy without the heads that matter most, and without as many random heads.
-
-    The heads are ranked by what one head's mean-ablation costs the answer's log-probability on
-    single-needle samples of another seed.
-    """
-    task = probes.TASKS["single"]
-    scored = make_samples(tokenizer, text_tokens, task, LENGTH, SEED_SCORED)[:64]
-    samples = make_samples(tokenizer, text_tokens, task, LENGTH, SEED_EVALUATED)
-    means = head_means(model, scored)
-
-    def answer_score(heads: list[Head]) -> float:
-        with ablated(model, heads, means):
-            log_probs = answer_log_probs(model, scored)
-        answers = scored[:, -probes.NUM_VALUE_DIGITS :, None]
-        return log_probs.gather(-1, answers).mean().item()
-
-    def ablated_accuracy(heads: list[Head]) -> float:
-        with ablated(model, heads, means):
-            return accuracy(model, samples)
-
-    layers, heads = range(model.config.num_hidden_layers), range(model.config.num_attention_heads)
-    every = list(itertools.product(layers, heads))
-    whole = answer_score([])
-    costs = {head: whole - answer_score([head]) for head in tqdm(every, desc="ablate", unit="head")}
-    ranked = sorted(every, key=lambda head: -costs[head])
-    rng = random.Random(SEED_EVALUATED)
-    draws = [sorted(rng.sample(every, num_heads)) for _ in range(21)]
-    randoms = [ablated_accuracy(draw) for draw in draws]
-    return {
-        "task": task.name,
-        "length_tokens": LENGTH,
-        "ablation": "mean of the head's output before the output projection",
-        "accuracy": ablated_accuracy([]),
-        "top_heads": ranked[:num_heads],
-        "accuracy_without_top_heads": ablated_accuracy(ranked[:num_heads]),
-        "random_draws": draws,
-        "accuracy_without_random_heads": randoms,
-        "median_accuracy_without_random_heads": median(randoms),
-        "log_prob_cost": [[round(costs[layer, head], 4) for head in heads] for layer in layers],
-    }
-
-
 @torch.no_grad()
 def perplexity(model: Qwen3ForCausalLM, text_tokens: list[int], max_rows: int = 100) -> float:
     """Perplexity of held-out text in pieces of the training length."""
@@ -341,6 +225,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="examples/quickstart/teacher", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument(
+        "--ablate-only", action="store_true", help="measure the heads of the teacher in --out anew"
+    )
     parser.add_argument("--text", help="UTF-8 text file; default: text of this Python")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-seconds", type=float, default=1e9, help="stop training then")
@@ -349,10 +236,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def ablate_again(args: argparse.Namespace) -> int:
+    """Measure the heads of the teacher in ``--out``; write that part of its log anew."""
+    path = Path(args.out) / LOG_FILE
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device).eval()
+    text = probes.read_text(args.text) if args.text else probes.local_text()
+    _, held_out = probes.split_held_out(
+        tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    )
+    log = json.loads(path.read_text(encoding="utf-8"))
+    log["ablation"] = ablation_study(model, tokenizer, held_out)
+    write_json(path, log, overwrite=True)
+    print(describe(log["ablation"]))
+    return 0
+
+
 def main() -> int:
-    """Train, prove, save."""
+    """Train, measure, save."""
     args = parse_arguments()
-    check_output(args.out, args.overwrite)
+    if args.ablate_only:
+        return ablate_again(args)
+    check_output(args.out, args.overwrite, "folder", marker=LOG_FILE)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
@@ -375,17 +280,13 @@ def main() -> int:
     model.eval()
     log["accuracy"] = evaluate(model, tokenizer, held_out)
     log["perplexity_held_out"] = perplexity(model, held_out)
-    log["ablation"] = proof = ablation_proof(model, tokenizer, held_out)
+    log["ablation"] = ablation_study(model, tokenizer, held_out)
     with write_beside(args.out, args.overwrite) as folder:
         model.float().cpu().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(Path(folder) / "training_log.json", log)
+        write_json(Path(folder) / LOG_FILE, log)
     print(f"{log['steps']} steps in {log['seconds']} s; accuracy {log['accuracy']}")
-    print(
-        f"single needle: {proof['accuracy']:.3f}; without heads {proof['top_heads']} "
-        f"{proof['accuracy_without_top_heads']:.3f}; without as many random heads (median) "
-        f"{proof['median_accuracy_without_random_heads']:.3f}"
-    )
+    print(describe(log["ablation"]))
     if log["accuracy"]["single"][str(LENGTH)] < 0.9:
         raise UserError("the teacher retrieves less than 90%: train longer (--max-steps)")
     return 0

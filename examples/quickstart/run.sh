@@ -16,7 +16,9 @@ step() {
     if [ -e "$output" ]; then
         echo "== $what: have $output"
     else
-        printf '== %s (%d:%02d)\n   %s\n' "$what" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$*"
+        printf '== %s (%d:%02d)\n  ' "$what" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+        printf ' %q' "$@" # quoted, so that the line can be pasted
+        printf '\n'
         "$@"
     fi
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -108,6 +109,9 @@ class HydraAttention(MegatronModule):
         branch = (config, submodules, self.placement, layer_number, pg_collection)
         self.full_attention = FullAttentionBranch(*branch)
         self.linear_attention = LinearAttentionBranch(*branch)
+        if tp_rank == 0:
+            core = submodules.core_attention
+            _log_choice(getattr(core, "__name__", str(core)), self.linear_attention.impl)
         self.fusion = HeadFusion(config, submodules, self.placement, pg_collection)
         self.linear_proj = build_module(
             submodules.linear_proj,
@@ -230,12 +234,19 @@ class HydraAttention(MegatronModule):
         if self.pg_collection.tp.rank() == 0 and placement.tp_size > 1:
             dearest = max(placement.predicted_costs)
             logger.info(
-                "layer %d, placement %s: FA heads a rank %s, predicted cost a rank %s",
+                "layer %d, placement %s at %d tokens: FA heads a rank %s, predicted cost a rank %s",
                 self.layer_number - 1,
                 self.config.placement,
+                self.config.seq_length,
                 [placement.fa_heads(rank) for rank in range(placement.tp_size)],
                 [f"{cost / dearest:.2f}" for cost in placement.predicted_costs],
             )
+
+
+@cache
+def _log_choice(core_attention: str, la_kernel: str) -> None:
+    """Once a process and choice: all layers of a model run alike."""
+    logger.info("FA heads run on %s, LA heads on the kernel %r", core_attention, la_kernel)
 
 
 def _leave(tensor: Tensor) -> None:

@@ -9,16 +9,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_hydra.config import HydraConfig, HydraFields
+from megatron_hydra.conversion.distributed_weights import (
+    InProcessSave,
+    load_weights,
+    sharded_weights,
+)
 from megatron_hydra.conversion.qwen3 import (
     SHAPE_FIELDS,
     check_overrides,
@@ -49,6 +52,12 @@ _STORED_FIELDS = {
         ),
     ),
 }
+_META_FIELDS = {"config": dict, "teacher_config_hash": str, "provenance": dict}
+# A field without a default is a number of heads, channels or the like.
+_FIELD_TYPES = {
+    field.name: int if field.default is None else type(field.default)
+    for field in dataclass_fields(HydraConfig)
+} | {"params_dtype": str}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -104,16 +113,16 @@ def save_checkpoint(
         "teacher_config_hash": teacher_hash(config),
         "provenance": dict(provenance),
     }
-    tokenizer_files = _tokenizer_files(Path(tokenizer_folder))
+    tokenizer = tokenizer_files(Path(tokenizer_folder))
     with _output_of_all_ranks(Path(folder), overwrite) as temporary:
         if dist.get_rank() == 0:
             (temporary / "model.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
             if plan is not None:
                 plan.save(temporary / "plan.json")
-            for file in tokenizer_files:
+            for file in tokenizer:
                 shutil.copy(file, temporary / "tokenizer" / file.name)
         strategy = InProcessSave("torch_dist", 1)
-        dist_checkpointing.save(_sharded_weights(model), str(temporary / "weights"), strategy)
+        dist_checkpointing.save(sharded_weights(model), str(temporary / "weights"), strategy)
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
@@ -131,15 +140,28 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a checkpoint folder: it has no model.json")
     kind = _peek_kind(path)
     meta = read_json(path, kind, SCHEMA_VERSION)
-    config = meta.get("config")
-    odd = set(config if isinstance(config, dict) else ()) ^ set(_STORED_FIELDS[kind])
-    if odd:
-        raise UserError(f"the config in {path} has missing or unknown fields: {sorted(odd)}")
-    if config["params_dtype"] not in _DTYPES:
-        raise UserError(
-            f"{path} has params_dtype {config['params_dtype']!r}; allowed: {', '.join(_DTYPES)}"
-        )
+    for name, wanted in _META_FIELDS.items():
+        if not isinstance(meta.get(name), wanted):
+            raise UserError(f"{path} has no {name}, or one that is no {wanted.__name__}")
+    _check_config(path, meta["config"], _STORED_FIELDS[kind])
+    if (
+        teacher_hash(cast(HydraConfig, SimpleNamespace(**meta["config"])))
+        != (meta["teacher_config_hash"])
+    ):
+        raise UserError(f"{path}: the config does not match its teacher_config_hash")
     return meta
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer, which a checkpoint folder keeps a copy of.
+
+    Raises:
+        UserError: If the folder has no tokenizer.
+    """
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(file.name == "tokenizer_config.json" for file in files):
+        raise UserError(f"{folder} has no tokenizer: tokenizer_config.json is missing")
+    return files
 
 
 def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:
@@ -192,8 +214,6 @@ def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckp
     check_overrides(config_overrides)
     values = model_fields(meta, config_overrides.get("params_dtype"))
     config = HydraConfig(**{**values, **_parallel_fields(), **config_overrides})
-    if teacher_hash(config) != meta["teacher_config_hash"]:
-        raise UserError(f"{folder}/model.json: the config does not match its teacher_config_hash")
     plan = None
     if meta["kind"] == "hybrid":
         plan = HeadPlan.load(folder / "plan.json")
@@ -211,27 +231,6 @@ def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckp
     )
     load_weights(folder, model)
     return LoadedCheckpoint(model, config, plan, meta, folder / "tokenizer")
-
-
-def load_weights(folder: str | Path, model: GPTModel) -> None:
-    """Load a checkpoint folder's weights into a model of the same shape, at any layout.
-
-    Collective. Every parameter is read and every stored tensor used.
-
-    Raises:
-        UserError: If the weights cannot be read or are those of another model.
-    """
-    weights = Path(folder) / "weights"
-    if not (weights / "metadata.json").is_file():
-        raise UserError(f"{folder} has no complete weights: {weights}/metadata.json is missing")
-    strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
-    try:
-        state = dist_checkpointing.load(_sharded_weights(model), str(weights), strict=strict)
-    except (CheckpointingException, torch_checkpoint.CheckpointException, OSError) as error:
-        raise UserError(f"cannot load the weights {weights}: {_reason(error)}") from error
-    result = model.load_state_dict(state, strict=False)
-    missing = [key for key in result.missing_keys if "_extra_state" not in key]
-    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
@@ -272,26 +271,6 @@ def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoin
     return LoadedCheckpoint(model, model.config, None, meta, folder)
 
 
-class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
-    """Megatron's torch_dist format, written by the calling process.
-
-    Megatron's own writer starts a manager process and forks: a script without a main guard would
-    run twice, and a fork beside gloo's threads can hang.
-    """
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        torch_checkpoint.save(
-            torch_strategy.mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
-            planner=torch_strategy.MCoreSavePlanner(
-                dedup_replicated_tensors=False, flatten_state_dict=False
-            ),
-        )
-
-
 @contextmanager
 def _output_of_all_ranks(folder: Path, overwrite: bool) -> Iterator[Path]:
     """:func:`write_beside` on rank 0; every rank gets the temporary folder, or rank 0's error."""
@@ -299,7 +278,9 @@ def _output_of_all_ranks(folder: Path, overwrite: bool) -> Iterator[Path]:
         answer: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                temporary = stack.enter_context(write_beside(folder, overwrite))
+                temporary = stack.enter_context(
+                    write_beside(folder, overwrite, kind="folder", marker="model.json")
+                )
                 for name in ("tokenizer", "weights"):
                     (temporary / name).mkdir(parents=True)
                 answer = [str(temporary)]
@@ -315,12 +296,6 @@ def _output_of_all_ranks(folder: Path, overwrite: bool) -> Iterator[Path]:
     dist.barrier()
 
 
-def _sharded_weights(model: GPTModel) -> dict[str, Any]:
-    # Extra state holds Transformer Engine's FP8 scales, which are unused and absent elsewhere.
-    state = model.sharded_state_dict()
-    return {name: value for name, value in state.items() if "_extra_state" not in name}
-
-
 def _plain_config(config: HydraConfig, names: tuple[str, ...]) -> dict[str, Any]:
     plain = {name: getattr(config, name) for name in names}
     plain["params_dtype"] = str(config.params_dtype).removeprefix("torch.")
@@ -334,28 +309,26 @@ def _parallel_fields() -> dict[str, int]:
     }
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(file.name == "tokenizer_config.json" for file in files):
-        raise UserError(f"{folder} has no tokenizer: tokenizer_config.json is missing")
-    return files
-
-
 def _peek_kind(path: Path) -> str:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in _STORED_FIELDS:
+    if not isinstance(kind, str) or kind not in _STORED_FIELDS:
         raise UserError(f"{path} has kind {kind!r}; allowed: {', '.join(_STORED_FIELDS)}")
     return kind
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, CheckpointingException):
-        return "they are those of another model or head plan"
-    if isinstance(error, torch_checkpoint.CheckpointException):
-        error = next(iter(error.failures.values()))[0]  # that of the first rank that failed
-    first_sentence = str(error).partition(". ")[0] or type(error).__name__
-    return f"a file is missing or damaged ({first_sentence})"
+def _check_config(path: Path, config: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    odd = set(config) ^ set(names)
+    if odd:
+        raise UserError(f"the config in {path} has missing or unknown fields: {sorted(odd)}")
+    for name, value in config.items():
+        wanted = _FIELD_TYPES[name]
+        if type(value) not in ((int, float) if wanted is float else (wanted,)):
+            raise UserError(f"{path} has {name} {value!r}; it must be a {wanted.__name__}")
+    if config["params_dtype"] not in _DTYPES:
+        raise UserError(
+            f"{path} has params_dtype {config['params_dtype']!r}; allowed: {', '.join(_DTYPES)}"
+        )

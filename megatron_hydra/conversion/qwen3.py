@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
@@ -82,7 +83,7 @@ def read_qwen3_config(folder: str | Path) -> dict[str, Any]:
     _refuse_unsupported(path, raw)
     given = {name: value for name, value in raw.items() if value is not None}
     config = {**_DEFAULTS, "num_key_value_heads": raw.get("num_attention_heads"), **given}
-    rope = raw.get("rope_parameters") or {}
+    rope = raw.get("rope_parameters") or {}  # an object, as _refuse_unsupported has seen
     config["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     _check_values(path, config)
     return {name: config[name] for name in (*_FIELDS, "max_position_embeddings")}
@@ -92,12 +93,16 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
     architectures = raw.get("architectures") or ["Qwen3ForCausalLM"]
     if architectures != ["Qwen3ForCausalLM"]:
         raise UserError(f"{path} has architectures {architectures}; allowed: Qwen3ForCausalLM")
+    for name, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
+        if not isinstance(raw.get(name) or kind(), kind):
+            word = "an object" if kind is dict else "a list"
+            raise UserError(f"{path} has {name} {raw[name]!r}; it must be {word} or null")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise UserError(f"{path} has rope_scaling {rope_type!r}; only plain RoPE is supported")
-    layer_types = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if layer_types or raw.get("use_sliding_window"):
+    sliding = any(kind != "full_attention" for kind in raw.get("layer_types") or ())
+    if sliding or raw.get("use_sliding_window"):
         raise UserError(f"{path} has sliding-window layers; only full attention is supported")
     for name, allowed in (("hidden_act", "silu"), ("attention_bias", False)):
         if raw.get(name, allowed) != allowed:
@@ -114,8 +119,12 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
             raise UserError(f"{path} has {name} {config[name]!r}; it must be a whole number > 0")
     for name in ("rms_norm_eps", "rope_theta"):
-        if not isinstance(config[name], (int, float)) or config[name] <= 0:
-            raise UserError(f"{path} has {name} {config[name]!r}; it must be a number > 0")
+        value = config[name]
+        if type(value) not in (int, float) or not 0 < value < math.inf:  # NaN is neither
+            raise UserError(f"{path} has {name} {value!r}; it must be a finite number > 0")
+    if not isinstance(config["tie_word_embeddings"], bool):
+        tied = config["tie_word_embeddings"]
+        raise UserError(f"{path} has tie_word_embeddings {tied!r}; it must be true or false")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
         raise UserError(f"{path} has {heads} attention heads, not a multiple of {groups} groups")

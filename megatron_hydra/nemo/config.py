@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,8 @@ Stage = Literal["align", "distill", "long_context"]
 class ModelSection:
     """Changes to the configuration stored in the checkpoint; None keeps what is stored there.
 
-    Only fields that leave the parameters' names and shapes alone can be changed here.
+    Only fields that leave the parameters' names and shapes alone can be changed here. The run
+    folder's config.yaml holds what was chosen for None and `auto`.
     """
 
     backend: Literal["local", "transformer_engine"] | None = None
@@ -115,9 +116,12 @@ class TransferSection:
     teacher: str | None = None
     """Teacher checkpoint folder (`megatron-hydra convert` without `--plan`)."""
     kl_weight: float | None = None
-    """Weight of the Kullback-Leibler loss; default 1 to distill, 0 for long context."""
+    """Weight of the Kullback-Leibler loss; default 1 to distill, 0 for long context.
+
+    None to align, where neither loss exists.
+    """
     ce_weight: float | None = None
-    """Weight of the next-token loss; default 1."""
+    """Weight of the next-token loss; default 1; None to align."""
     chunk_tokens: int = 1024
     """Tokens whose logits exist at one time in the loss."""
 
@@ -163,6 +167,46 @@ class RunConfig:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
+_Range = tuple[Callable[[float], bool], str]
+_COUNT: _Range = (lambda value: 1 <= value < 2**31, "1 or more, and below 2^31")
+_COUNT_OR_0: _Range = (lambda value: 0 <= value < 2**31, "0 or more, and below 2^31")
+_SEED: _Range = (lambda value: 0 <= value < 2**32, "0 or more, and below 2^32")
+_WORKERS: _Range = (lambda value: 0 <= value <= 1024, "0 to 1024")
+# Far below float32's largest number, which PyTorch's optimizer must be able to hold.
+_POSITIVE: _Range = (lambda value: 0 < value < 1e30, "above 0, and below 1e30")
+_POSITIVE_OR_0: _Range = (lambda value: 0 <= value < 1e30, "0 or more, and below 1e30")
+_BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
+# What each number may be; not-a-number is in no range.
+_RANGES: dict[str, _Range] = {
+    "model.fa_query_scale_start": _COUNT_OR_0,
+    "data.seq_length": _COUNT,
+    "data.micro_batch_size": _COUNT,
+    "data.global_batch_size": _COUNT,
+    "data.weights": _POSITIVE,
+    "data.num_workers": _WORKERS,
+    "data.seed": _SEED,
+    "trainer.max_steps": _COUNT,
+    "trainer.num_threads": _WORKERS,
+    "trainer.seed": _SEED,
+    "strategy.tensor_model_parallel_size": _COUNT,
+    "strategy.pipeline_model_parallel_size": _COUNT,
+    "optim.lr": _POSITIVE_OR_0,
+    "optim.min_lr": _POSITIVE_OR_0,
+    "optim.warmup_steps": _COUNT_OR_0,
+    "optim.weight_decay": _POSITIVE_OR_0,
+    "optim.beta1": _BELOW_1,
+    "optim.beta2": _BELOW_1,
+    "optim.eps": _POSITIVE,
+    "optim.clip_grad": _POSITIVE_OR_0,
+    "transfer.kl_weight": _POSITIVE_OR_0,
+    "transfer.ce_weight": _POSITIVE_OR_0,
+    "transfer.chunk_tokens": _COUNT,
+    "log.every_n_steps": _COUNT,
+    "resume.save_every_n_steps": _COUNT,
+    "resume.keep": _COUNT,
+}
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides and check the result.
 
@@ -189,12 +233,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str | None:
-    """The first `section.key` among ``sections`` whose value differs, or None."""
+    """The first `section.key` among ``sections`` whose value differs, or None.
+
+    What either leaves open, None or `auto`, differs from nothing.
+    """
     for section in sections:
         for item in fields(getattr(old, section)):
-            if getattr(getattr(old, section), item.name) != getattr(
-                getattr(new, section), item.name
-            ):
+            values = [getattr(getattr(config, section), item.name) for config in (old, new)]
+            if values[0] != values[1] and None not in values and "auto" not in values:
                 return f"{section}.{item.name}"
     return None
 
@@ -284,7 +330,7 @@ def _convert_scalar(kind: type, value: Any, name: str) -> Any:
 
 def _check(config: RunConfig) -> None:
     """Check values against each other, and fill in what depends on the stage."""
-    _check_positive(config)
+    _check_ranges(config)
     transfer, data, optim = config.transfer, config.data, config.optim
     if not data.paths:
         raise UserError("data.paths is empty: name one indexed dataset or more")
@@ -299,15 +345,8 @@ def _check(config: RunConfig) -> None:
         )
     if optim.schedule == "cosine" and optim.min_lr > optim.lr:
         raise UserError(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
-    if transfer.kl_weight is None:
-        transfer.kl_weight = 0.0 if transfer.stage == "long_context" else 1.0
-    if transfer.ce_weight is None:
-        transfer.ce_weight = 1.0
-    if transfer.kl_weight < 0 or transfer.ce_weight < 0:
-        raise UserError("transfer.kl_weight and transfer.ce_weight must not be negative")
-    if transfer.kl_weight == 0 and transfer.ce_weight == 0:
-        raise UserError("transfer.kl_weight and transfer.ce_weight are both 0: nothing to train")
-    if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight > 0):
+    _check_loss_weights(transfer)
+    if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
         raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
     if config.strategy.pipeline_model_parallel_size > 1 and transfer.stage != "long_context":
         raise UserError(
@@ -318,21 +357,26 @@ def _check(config: RunConfig) -> None:
         raise UserError("strategy.sequence_parallel needs tensor_model_parallel_size above 1")
 
 
-def _check_positive(config: RunConfig) -> None:
-    at_least_one = {
-        "data": ("seq_length", "micro_batch_size", "global_batch_size"),
-        "trainer": ("max_steps",),
-        "strategy": ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-        "transfer": ("chunk_tokens",),
-        "log": ("every_n_steps",),
-        "resume": ("save_every_n_steps", "keep"),
-    }
-    for section, names in at_least_one.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value < 1:
-                raise UserError(f"{section}.{name} is {value}; it must be 1 or more")
-    for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad"):
-        value = getattr(config.optim, name)
-        if value < 0:
-            raise UserError(f"optim.{name} is {value}; it must be 0 or more")
+def _check_loss_weights(transfer: TransferSection) -> None:
+    """Fill in the stage's weights; alignment has none."""
+    if transfer.stage == "align":
+        for name in ("kl_weight", "ce_weight"):
+            if getattr(transfer, name) is not None:
+                raise UserError(f"transfer.{name} is given, but stage align does not use it")
+        return
+    if transfer.kl_weight is None:
+        transfer.kl_weight = 0.0 if transfer.stage == "long_context" else 1.0
+    if transfer.ce_weight is None:
+        transfer.ce_weight = 1.0
+    if transfer.kl_weight == 0 and transfer.ce_weight == 0:
+        raise UserError("transfer.kl_weight and transfer.ce_weight are both 0: nothing to train")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Check each number alone."""
+    for key, (is_allowed, words) in _RANGES.items():
+        section, name = key.split(".")
+        values = getattr(getattr(config, section), name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not is_allowed(value):
+                raise UserError(f"{key} is {value}; it must be {words}")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from megatron.core.datasets.indexed_dataset import DType
 from nemo.collections import llm
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.config import DataSection
+from megatron_hydra.nemo.indexed_dataset import dataset_files, read_notes
 
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # Megatron's codes of integer types
+# Magic and version, the type of a token, the number of sequences and of documents. Then follow
+# the sequences' lengths (int32) and places (int64), and each document's first sequence (int64).
+_INDEX_HEADER = struct.Struct("<17sBQQ")
+_INDEX_START = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
+_SCANNED_TOKENS = 2**24
+"""Tokens of a dataset that are looked at in one go."""
 
 
 def make_data_module(
@@ -59,48 +65,82 @@ class _EndOfDocument:
 
 
 def check_datasets(section: DataSection, vocab_size: int) -> None:
-    """Check that every dataset is there, long enough, and made for this vocabulary.
+    """Check that every dataset is there and whole, long enough, and made for this vocabulary.
 
     Raises:
         UserError: On the first that is not.
     """
     for path in section.paths:
-        num_tokens = count_tokens(path)
-        if num_tokens < section.seq_length + 1:
+        try:
+            tokens = read_tokens(path)
+        except OSError as error:
+            raise UserError(f"cannot read the dataset {path}: {error.strerror}") from error
+        if len(tokens) < section.seq_length + 1:
             raise UserError(
                 f"data.seq_length is {section.seq_length}, but the dataset {path} has "
-                f"{num_tokens} tokens: at least data.seq_length + 1 are needed"
+                f"{len(tokens)} tokens: at least data.seq_length + 1 are needed"
             )
-        provenance = Path(f"{path}.json")
-        if provenance.is_file():
-            made_for = json.loads(provenance.read_text("utf-8")).get("vocab_size", 0)
-            if made_for > vocab_size:
-                raise UserError(
-                    f"the dataset {path} was made with a tokenizer of {made_for} tokens, but the "
-                    f"model has {vocab_size}"
-                )
+        _check_vocabulary(path, tokens, vocab_size)
 
 
-def count_tokens(prefix: str) -> int:
-    """Tokens in the indexed dataset ``prefix``.
+def read_tokens(prefix: str) -> np.ndarray:
+    """All tokens of the indexed dataset ``prefix``, mapped from disk.
 
     Raises:
-        UserError: If one of its two files is missing or no such dataset.
+        UserError: If one of its two files is missing, cut off, or no such dataset.
     """
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    index, tokens, _ = dataset_files(prefix)
     for file in (index, tokens):
         if not file.is_file():
             raise UserError(
                 f"no indexed dataset {prefix}: {file} is missing (see megatron-hydra preprocess)"
             )
+    dtype, num_tokens = _read_index(index)
+    if tokens.stat().st_size != num_tokens * dtype.itemsize:
+        raise UserError(
+            f"{tokens} has {tokens.stat().st_size:,} bytes, but {index} tells of {num_tokens:,} "
+            f"tokens of {dtype.itemsize} bytes: write the dataset anew"
+        )
+    return np.memmap(tokens, dtype, "r") if num_tokens else np.empty(0, dtype)
+
+
+def _read_index(index: Path) -> tuple[np.dtype, int]:
+    """The type of a token and the number of tokens."""
     with index.open("rb") as stream:
-        header = stream.read(len(_INDEX_MAGIC) + 9)
-    if not header.startswith(_INDEX_MAGIC) or len(header) < len(_INDEX_MAGIC) + 9:
+        header = stream.read(_INDEX_HEADER.size)
+    if not header.startswith(_INDEX_START) or len(header) < _INDEX_HEADER.size:
         raise UserError(f"{index} is no index of a Megatron dataset")
-    (code,) = struct.unpack_from("<B", header, len(_INDEX_MAGIC) + 8)
-    if code not in _TOKEN_BYTES:
+    _, code, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
+    is_known = code in [kind.value for kind in DType]
+    dtype = np.dtype(DType.dtype_from_code(code) if is_known else np.float32)
+    if dtype.kind not in "iu":
         raise UserError(f"{index} says that tokens are of type {code}, which is no integer type")
-    return tokens.stat().st_size // _TOKEN_BYTES[code]
+    if index.stat().st_size < len(header) + 12 * num_sequences + 8 * num_documents:
+        raise UserError(f"{index} is cut off: write the dataset anew")
+    if num_sequences == 0:
+        return dtype, 0
+    lengths = np.memmap(index, "<i4", "r", offset=len(header), shape=(num_sequences,))
+    return dtype, int(lengths.sum(dtype=np.int64))
+
+
+def _check_vocabulary(path: str, tokens: np.ndarray, vocab_size: int) -> None:
+    notes = read_notes(path)
+    if notes is not None:
+        if notes["vocab_size"] > vocab_size:
+            raise UserError(
+                f"the dataset {path} was made with a tokenizer of {notes['vocab_size']} tokens, "
+                f"but the model has {vocab_size}"
+            )
+        return
+    # Another tool's dataset does not say; an id outside the embedding would end the run midway.
+    for start in range(0, len(tokens), _SCANNED_TOKENS):
+        block = tokens[start : start + _SCANNED_TOKENS]
+        for token in (block.min(), block.max()):
+            if not 0 <= token < vocab_size:
+                raise UserError(
+                    f"the dataset {path} holds token {token}, but the model has {vocab_size} "
+                    f"tokens: allowed are 0 to {vocab_size - 1}"
+                )
 
 
 def _blend(section: DataSection) -> list[Any]:

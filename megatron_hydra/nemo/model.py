@@ -19,12 +19,13 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
 from megatron_hydra.config import HydraFields
-from megatron_hydra.conversion.checkpoint import load_checkpoint, load_weights
+from megatron_hydra.conversion.checkpoint import load_checkpoint
+from megatron_hydra.conversion.distributed_weights import load_weights
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
 from megatron_hydra.nemo.config import TransferSection
 from megatron_hydra.transfer.alignment import Alignment
-from megatron_hydra.transfer.losses import distillation_loss
+from megatron_hydra.transfer.distillation import distillation_loss
 
 # What a forward step hands to the loss reduction: the loss to minimise as a sum over tokens, the
 # number of tokens, and the parts to log, each a sum over tokens.

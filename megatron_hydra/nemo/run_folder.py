@@ -39,17 +39,25 @@ class RunFolder:
         """Check that the run can be started here or go on.
 
         Raises:
-            UserError: If the folder cannot be written, or holds a run of another configuration.
+            UserError: If the folder cannot be written, or holds results of another configuration.
         """
         check_output(self.path, overwrite=True)
-        if not self.config_file.is_file():
+        if not self.config_file.is_file() or not self._has_results():
             return
-        changed = difference(load_config(self.config_file), self.config, _FIXED_SECTIONS)
+        try:
+            earlier = load_config(self.config_file)
+        except UserError as error:
+            raise UserError(f"{self.config_file}, of an earlier run: {error}") from error
+        changed = difference(earlier, self.config, _FIXED_SECTIONS)
         if changed is not None:
             raise UserError(
                 f"{self.path} holds a run with another {changed}: choose another log.folder, "
                 "or pass --overwrite to start anew"
             )
+
+    def _has_results(self) -> bool:
+        """Whether there is something to go on from; a run that failed at once has nothing."""
+        return self.is_complete() or self.newest_checkpoint() is not None
 
     def check_removable(self) -> None:
         """Check that the folder holds a run or nothing.

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo.lightning.io.pl import MegatronCheckpointIO
 
-from megatron_hydra.conversion.checkpoint import InProcessSave
+from megatron_hydra.conversion.distributed_weights import InProcessSave, damage_named
 from megatron_hydra.nemo.config import StrategySection
 
 
@@ -70,9 +70,10 @@ class _InProcessCheckpointIO(MegatronCheckpointIO):
         strict: Any = None,
     ) -> dict[str, Any]:
         # Nothing may be missing, unlike in NeMo's own: a run that goes on goes on exactly.
-        return dist_checkpointing.load(
-            sharded_state_dict, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED
-        )
+        with damage_named(Path(path)):
+            return dist_checkpointing.load(
+                sharded_state_dict, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+            )
 
     def _determine_dist_ckpt_save_strategy(self) -> FullyParallelSaveStrategyWrapper:
         return FullyParallelSaveStrategyWrapper(InProcessSave("torch_dist", 1), None, False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import nemo.lightning as nl
@@ -14,11 +17,14 @@ from lightning_utilities.core import rank_zero
 from nemo.collections import llm
 from nemo.utils import logging as nemo_logging
 
+from megatron_hydra.attention.linear_attention import choose_kernel
 from megatron_hydra.conversion.checkpoint import (
     model_fields,
     read_metadata,
     save_checkpoint,
+    tokenizer_files,
 )
+from megatron_hydra.conversion.distributed_weights import check_weights
 from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
@@ -31,9 +37,15 @@ from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.run_folder import RunFolder
 from megatron_hydra.nemo.strategy import make_strategy
 
+logger = logging.getLogger(__name__)
+
 
 class TrainingRun:
     """A checked run; nothing is written and no process group made before :meth:`run`.
+
+    Attributes:
+        config: The run's configuration, with what was chosen in place of None and `auto`.
+        folder: Its run folder.
 
     Args:
         config: The run's configuration.
@@ -45,15 +57,17 @@ class TrainingRun:
     def __init__(self, config: RunConfig) -> None:
         _quieten()
         self.config = config
-        self.folder = RunFolder(config)
         self.on_gpu = _use_gpu(config)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._check_layout()
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
+        tokenizer_files(self._tokenizer)  # or the trained hybrid could not be written
         if config.transfer.teacher is not None:
             self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
         self.model_config = self._model_config()
         check_datasets(config.data, self.model_config.vocab_size)
+        self.config = self._resolved()
+        self.folder = RunFolder(self.config)
 
     def run(self, show: ShowStep, start_anew: bool = False, command: Sequence[str] = ()) -> None:
         """Train from the newest finished checkpoint, or from the start, and write the hybrid.
@@ -68,6 +82,13 @@ class TrainingRun:
             torch.set_num_threads(config.trainer.num_threads)
         torch.manual_seed(config.trainer.seed)
         checkpoint = None if start_anew else self.folder.newest_checkpoint()
+        if checkpoint is not None:
+            check_weights(checkpoint / "weights")
+        logger.info(
+            "accelerator %s; %s",
+            config.trainer.accelerator,
+            f"going on from {checkpoint}" if checkpoint else "starting at step 0",
+        )
         model = HydraModel(
             self.model_config, config.transfer, config.trainer.seed, self._runtime_fields()
         )
@@ -143,12 +164,17 @@ class TrainingRun:
             "command": list(command),
             "versions": versions(),
         }
+        # The run is placed for its own length; the model still reaches as far as it did before.
+        model_config = copy.copy(self.model_config)
+        model_config.seq_length = max(
+            self.meta["config"]["seq_length"], self.config.data.seq_length
+        )
         save_checkpoint(
             self.folder.hybrid,
             bare_model(model.module),
-            self.model_config,  # type: ignore[arg-type]
+            model_config,  # type: ignore[arg-type]
             self.model_config.plan,
-            f"{self.config.transfer.init_from}/tokenizer",
+            self._tokenizer,
             provenance,
             overwrite=True,
         )
@@ -201,19 +227,28 @@ class TrainingRun:
                 "recompute_method": "uniform",
                 "recompute_num_layers": 1,
             }
-        stored = model_fields(self.meta)
-        seq_length = max(stored["seq_length"], config.data.seq_length)
         return HydraGPTConfig(
             **{
-                **stored,
+                **model_fields(self.meta),
                 **self._runtime_fields(),
                 **chosen,
-                "seq_length": seq_length,
+                "seq_length": config.data.seq_length,
                 "tensor_model_parallel_size": config.strategy.tensor_model_parallel_size,
                 "pipeline_model_parallel_size": config.strategy.pipeline_model_parallel_size,
             },
             plan=HeadPlan.load(f"{config.transfer.init_from}/plan.json"),
         )
+
+    def _resolved(self) -> RunConfig:
+        """The configuration as the run takes it, for its folder."""
+        names = ("backend", "placement", "fa_query_scale", "fa_query_scale_start")
+        model = replace(
+            self.config.model,
+            la_kernel=choose_kernel(self.model_config.la_kernel),
+            **{name: getattr(self.model_config, name) for name in names},
+        )
+        trainer = replace(self.config.trainer, accelerator="gpu" if self.on_gpu else "cpu")
+        return replace(self.config, model=model, trainer=trainer)
 
     def _runtime_fields(self) -> dict[str, Any]:
         """What student and teacher have in common of how they run."""
@@ -227,13 +262,23 @@ class TrainingRun:
         return fields
 
     @property
+    def _tokenizer(self) -> Path:
+        return Path(self.config.transfer.init_from) / "tokenizer"
+
+    @property
     def _bf16(self) -> bool:
         return self.config.trainer.precision == "bf16"
 
     def _end_of_document(self) -> int:
         if not self.config.data.mask_end_of_document:
             return -1  # never read
-        return load_tokenizer(self.config.transfer.init_from).eos_token_id
+        token = load_tokenizer(self._tokenizer).eos_token_id
+        if token is None:
+            raise UserError(
+                f"data.mask_end_of_document is on, but the tokenizer {self._tokenizer} has no "
+                "end-of-text token"
+            )
+        return token
 
 
 class _Logger(nl.NeMoLogger):
@@ -258,6 +303,7 @@ def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:
     meta = read_metadata(folder)
     if meta["kind"] != kind:
         raise UserError(f"{key} {folder} is a {meta['kind']} checkpoint; a {kind} is needed")
+    check_weights(Path(folder) / "weights")
     return meta
 
 

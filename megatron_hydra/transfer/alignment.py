@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.transfer.losses import without_output_layer
+from megatron_hydra.transfer.hidden_states import without_output_layer
 
 
 class Alignment:

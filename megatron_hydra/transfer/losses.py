@@ -10,18 +10,11 @@ two of six matrix products a chunk, for one float32 buffer of the output weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
-from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
@@ -44,69 +37,6 @@ class DistillationParts(NamedTuple):
     kl_sum: Tensor
     ce_sum: Tensor
     num_tokens: Tensor
-
-
-def distillation_loss(
-    student: torch.nn.Module,
-    teacher: torch.nn.Module | None,
-    tokens: Tensor,
-    position_ids: Tensor,
-    labels: Tensor,
-    loss_mask: Tensor,
-    *,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    temperature: float = 1.0,
-) -> DistillationParts:
-    """Run student and teacher on a batch and compare what they predict.
-
-    Without a teacher (and kl_weight 0) it is the next-token loss, in chunks.
-
-    Args:
-        student: Megatron GPTModel, bare or wrapped (DDP, Float16Module), holding the last
-            pipeline stage.
-        teacher: The same for the teacher; runs without gradients. Its hidden size may differ.
-        tokens: [b, s] integer.
-        position_ids: [b, s] integer.
-        labels: [b, s] integer, the next tokens; read only where the loss mask is not 0.
-        loss_mask: [b, s] floating point, weight of each token.
-        kl_weight: Factor on the KL divergence.
-        ce_weight: Factor on the cross entropy.
-        chunk_tokens: Tokens whose logits exist at once.
-        temperature: Softens both distributions of the KL; see `chunked_distillation_loss`.
-
-    Raises:
-        UserError: As `chunked_distillation_loss`.
-    """
-    student_model = _gpt_model(student)
-    group = student_model.pg_collection.tp
-    student_hidden = _final_hidden_states(student, tokens, position_ids)  # [s, b, h]
-    if not student_model.config.sequence_parallel:
-        # Each rank's gradient comes from its part of the vocabulary: summed over TP in backward.
-        # With sequence parallel the gather's backward does that.
-        student_hidden = copy_to_tensor_model_parallel_region(student_hidden, group=group)
-    teacher_hidden = teacher_weight = None
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_hidden = _final_hidden_states(teacher, tokens, position_ids).flatten(0, 1)
-        teacher_weight = _output_weight(_gpt_model(teacher))
-    # Labels follow the hidden states' order, token by token of all sequences, rather than the
-    # other way round: a transposed gradient would not be contiguous, and megatron-core 0.16 drops
-    # the all-reduce of such a tensor.
-    return chunked_distillation_loss(
-        student_hidden.flatten(0, 1),
-        _output_weight(student_model),
-        teacher_hidden,
-        teacher_weight,
-        labels.t().flatten(),
-        loss_mask.t().flatten(),
-        kl_weight=kl_weight,
-        ce_weight=ce_weight,
-        chunk_tokens=chunk_tokens,
-        temperature=temperature,
-        tp_group=group,
-    )
 
 
 def chunked_distillation_loss(
@@ -325,44 +255,6 @@ def _loss_dtype(weight: Tensor) -> torch.dtype:
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """[c, v], multiplied in the weights' dtype as Megatron does, then in float32 at least."""
     return (hidden.to(weight.dtype) @ weight.t()).to(_loss_dtype(weight))
-
-
-def _gpt_model(model: torch.nn.Module) -> Any:
-    """The GPTModel inside its wrappers."""
-    gpt_model = get_attr_wrapped_model(model, "post_process", return_model_obj=True)
-    if not gpt_model.post_process:
-        raise ValueError("the loss belongs to the last pipeline stage: this model has no output")
-    return gpt_model
-
-
-@contextmanager
-def without_output_layer(gpt_model: Any) -> Iterator[None]:
-    """GPTModel's forward returns what the final norm gives: as on a stage before the last.
-
-    The decoder keeps its own `post_process`, so the final norm stays.
-    """
-    gpt_model.post_process = False
-    try:
-        yield
-    finally:
-        gpt_model.post_process = True
-
-
-def _final_hidden_states(model: torch.nn.Module, tokens: Tensor, position_ids: Tensor) -> Tensor:
-    """[s, b, h] after the final norm, whole on every TP rank."""
-    gpt_model = _gpt_model(model)
-    with without_output_layer(gpt_model):
-        hidden = model(tokens, position_ids, attention_mask=None)
-    if gpt_model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, group=gpt_model.pg_collection.tp)
-    return hidden
-
-
-def _output_weight(gpt_model: Any) -> Tensor:
-    """[v, h], this TP rank's rows: the embedding's where they are tied."""
-    if gpt_model.share_embeddings_and_output_weights:
-        return gpt_model.shared_embedding_or_output_weight()
-    return gpt_model.output_layer.weight
 
 
 def _check_settings(

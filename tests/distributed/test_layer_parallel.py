@@ -117,9 +117,7 @@ def _train(folder: Path, overrides: dict, name: str) -> None:
         loss.backward()
         finalize_model_grads([wrapped])
         if step == 0:
-            result["gradients"] = _whole(
-                model, lambda p: p.main_grad if p.requires_grad else p.data
-            )
+            result["gradients"] = _whole(model, _gradient)
         _, norm, _ = optimizer.step()
         result["losses"].append(loss.detach())
         result["norms"].append(torch.tensor(norm))

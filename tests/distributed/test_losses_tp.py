@@ -94,7 +94,7 @@ def check_on_gpt_model(tp_size: int, tied: bool, sequence_parallel: bool) -> Non
 
     from megatron_hydra.model import build_model
     from megatron_hydra.testing.tiny import tiny_config, token_batch
-    from megatron_hydra.transfer.losses import distillation_loss
+    from megatron_hydra.transfer.distillation import distillation_loss
 
     config = tiny_config(
         tensor_model_parallel_size=tp_size,

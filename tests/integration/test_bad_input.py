@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra_tools import cli
@@ -121,7 +125,10 @@ def test_existing_output_is_kept(
 ) -> None:
     suffixes = {"preprocess": ".idx"}  # its output is a prefix
     taken = inputs.parent / f"out{suffixes.get(verb, '')}"
-    taken.write_text("an earlier result")
+    if verb == "convert":
+        taken.mkdir()
+    earlier = taken / "model.json" if verb == "convert" else taken
+    earlier.write_text("an earlier result")
     message = _refuse(inputs, capsys, VERBS[verb])
     assert f"{taken} exists" in message and "--overwrite" in message
 
@@ -242,6 +249,13 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
         ("strategy.tensor_model_parallel_size=2", "1 ranks do not divide"),
         ("strategy.tensor_model_parallel_size=3", "does not divide by the tensor-parallel size 3"),
         ("log.folder=IN/text.txt/run", "cannot write"),
+        ("optim.beta1=1.5", "optim.beta1 is 1.5"),
+        ("trainer.num_threads=-1", "trainer.num_threads is -1"),
+        ("data.seed=-1", "data.seed is -1"),
+        ("data.num_workers=-1", "data.num_workers is -1"),
+        ("optim.lr=.nan", "optim.lr is nan"),
+        ("data.weights=[0]", "data.weights is 0.0"),
+        ("model.fa_query_scale_start=-600", "model.fa_query_scale_start is -600"),
     ],
 )
 def test_bad_training_run(
@@ -257,6 +271,102 @@ def test_bad_training_run(
     command = f"train --config IN/run.yaml {overrides.replace('IN/', f'{trained_on}/')}"
     refused = _refuse(trained_on, capfd, command)
     assert message.replace("IN/", f"{trained_on}/") in refused
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    def cut(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:-3])
+
+    return cut
+
+
+def _write(name: str, text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return write
+
+
+def _edit_model(edit: Callable[[dict], Any]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "hybrid/model.json"
+        model = json.loads(path.read_text())
+        edit(model)
+        path.write_text(json.dumps(model))
+
+    return change
+
+
+def _token_outside(folder: Path) -> None:
+    """A dataset of another tool, which leaves no note of its vocabulary."""
+    (folder / "data.json").unlink()
+    tokens = np.memmap(folder / "data.bin", np.uint16, "r+")
+    tokens[1000] = 264
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_cut("data.bin"), "data.bin has 89,999 bytes, but"),
+        (_cut("data.idx"), "data.idx is cut off"),
+        (_write("data.idx", "MMIDIDX"), "data.idx is no index of a Megatron dataset"),
+        (_write("data.json", "{"), "cannot read IN/data.json"),
+        (_write("data.json", '{"vocab_size": 265, "num_documents": 1, "num_tokens": 45001}'),
+         "made with a tokenizer of 265 tokens, but the model has 264"),
+        (_token_outside, "data holds token 264, but the model has 264 tokens"),
+        (_cut("hybrid/weights/.metadata"), ".metadata is missing or damaged"),
+        (_cut("hybrid/weights/common.pt"), "common.pt is missing or damaged"),
+        (_write("hybrid/weights/metadata.json", "{"), "metadata.json is missing or damaged"),
+        (_write("teacher/weights/metadata.json", "{}"), "metadata.json is missing or damaged"),
+        (_edit_model(lambda model: model.pop("teacher_config_hash")), "has no teacher_config_hash"),
+        (_edit_model(lambda model: model.pop("provenance")), "has no provenance"),
+        (_edit_model(lambda model: model["config"].update(seq_length="x")), "seq_length 'x'"),
+        (_edit_model(lambda model: model["config"].update(num_layers=3)), "teacher_config_hash"),
+        (lambda folder: shutil.rmtree(folder / "hybrid/tokenizer"), "has no tokenizer"),
+    ],
+)  # fmt: skip
+def test_damaged_training_input(
+    trained_on: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder = Path(shutil.copytree(trained_on, tmp_path / "run"))
+    config = folder / "run.yaml"
+    config.write_text(config.read_text().replace(str(trained_on), str(folder)))
+    spoil(folder)
+    refused = _refuse(folder, capfd, "train --config IN/run.yaml")
+    assert message.replace("IN/", f"{folder}/") in refused
+
+
+def test_no_stack_is_dumped_when_torchrun_ends_a_rank(
+    trained_on: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _refuse(trained_on, capfd, "train --config IN/run.yaml transfer.init_from=nowhere")
+    assert "nemo" in sys.modules
+    assert not faulthandler.unregister(signal.SIGTERM)  # it was not registered
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": null}', "line 2"),
+        (b'{"text": 5}', "line 2"),
+        (b'{"txt": "a"}', "line 2"),
+        (b'["text"]', "line 2"),
+        (b'{"text": "\\ud800"}', "line 2"),
+        (b'{"text": "a', "line 2"),
+        (b'{"text": "\xff"}', "is not UTF-8"),
+    ],
+)
+def test_bad_json_lines(
+    inputs: Path, capsys: pytest.CaptureFixture[str], line: bytes, message: str
+) -> None:
+    (inputs / "text.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    refused = _refuse(inputs, capsys, PREPROCESS.replace("text.txt", "text.jsonl"))
+    assert message in refused and "text.jsonl" in refused
 
 
 def test_good_input_passes(inputs: Path) -> None:

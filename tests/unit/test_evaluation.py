@@ -253,7 +253,10 @@ def test_command_writes_what_the_report_reads(
     assert (teacher.grid.task, teacher.grid.lengths) == ("single", (200, 300))
     assert teacher.cache_bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert evaluation.provenance["perplexity_tokens"] == 1200
-    assert "multi_key_2 300" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "multi_key_2 300" in printed
+    # The tiny teacher's config.json says 128 positions.
+    assert "teacher is built for 128 tokens: its results at 200, 300 tokens are beyond" in printed
 
     before = out.read_bytes()
     assert main(command) == 2
@@ -278,6 +281,7 @@ def test_command_writes_what_the_report_reads(
         (["--lengths", "9000"], r"the text has \d+ tokens, but \d+ are needed"),
         (["--text", "nowhere.txt"], "cannot read the text file nowhere.txt"),
         (["--training-length", "0"], "--training-length is 0"),
+        (["--overwrite", "--out", "TEXT"], "text.txt would replace the input"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
@@ -289,6 +293,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out.json"
+    arguments = [str(text_file) if word == "TEXT" else word for word in arguments]
     command = ["evaluate", "--model", f"teacher={folder}", "--out", str(out)]
     command += ["--lengths", "200", "--tasks", "single", "--text", str(text_file), *arguments]
     assert main(command) == 2
@@ -320,3 +325,15 @@ def test_a_bad_model_folder_is_named_before_samples_are_built(
     command = ["evaluate", "--model", f"good={folder}", "--model", f"bad={bad}", "--text", "x"]
     assert main([*command, "--out", str(tmp_path / "out.json")]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_as_output_is_refused_before_anything_is_measured(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(evaluate, "local_text", lambda: pytest.fail("the text was read"))
+    command = ["evaluate", "--model", f"teacher={folder}", "--out", str(tmp_path), "--overwrite"]
+    assert main(command) == 2
+    assert "is a folder, and a file is to be written" in capsys.readouterr().err

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, read_json, versions, write_beside, write_json
+from megatron_hydra.files import (
+    check_no_input,
+    check_output,
+    read_json,
+    versions,
+    write_beside,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -84,6 +91,51 @@ def test_a_file_never_replaces_a_folder_nor_a_folder_a_file(tmp_path: Path) -> N
     assert names(folder) == ["precious"]
     assert file.read_text() == "precious"
     assert names(tmp_path) == ["file", "folder"]
+
+
+def test_the_kind_of_an_output_is_known_before_it_is_made(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="folder is a folder, and a file is to be written"):
+            check_output(folder, overwrite, "file")
+        with pytest.raises(UserError, match="file is a file, and a folder is to be written"):
+            check_output(file, overwrite, "folder")
+    check_output(folder, True, "folder")
+    check_output(file, True, "file")
+    check_output(tmp_path / "new", False, "folder")
+
+
+def test_only_a_folder_with_its_marker_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    check_output(target, True, "folder", marker="model.json")  # empty: nothing to lose
+    (target / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"out holds something else: it has no model\.json"):
+        check_output(target, True, "folder", marker="model.json")
+    with (
+        pytest.raises(UserError, match="holds something else"),
+        write_beside(target, True, "folder", marker="model.json") as temporary,
+    ):
+        temporary.mkdir()
+    assert names(target) == ["thesis.tex"]
+    (target / "model.json").touch()
+    check_output(target, True, "folder", marker="model.json")
+    with pytest.raises(UserError, match="exists"):
+        check_output(target, False, "folder", marker="model.json")
+
+
+def test_an_input_is_never_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "models" / "teacher"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for output in ("models/teacher", "models", "models/../models/teacher", "link"):
+        with pytest.raises(UserError, match=f"output {output} would replace the input"):
+            check_no_input(Path(output), [None, source])
+    for output in ("models/teacher/hybrid", "models/teacher2", "mod"):
+        check_no_input(Path(output), [None, source])
 
 
 def test_the_current_folder_is_never_replaced(

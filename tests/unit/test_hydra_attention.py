@@ -15,6 +15,7 @@ install_if_needed()
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
 from megatron_hydra.attention.linear_attention import choose_kernel  # noqa: E402
+from megatron_hydra.config import HydraConfig  # noqa: E402
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.layer_specs import get_hydra_layer_spec  # noqa: E402
 from megatron_hydra.model import build_model  # noqa: E402
@@ -206,6 +207,60 @@ def test_decay_rates_stay_float32_in_a_bfloat16_model():
     assert attention.in_proj.weight.dtype == torch.bfloat16
     assert torch.equal(attention.linear_attention.A_log, before)
     assert attention.fusion.head_scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("la_conv_kernel_size", 0, "a whole number from 1 on"),
+        ("la_conv_kernel_size", -1, "a whole number from 1 on"),
+        ("seq_length", 0, "a whole number from 1 on"),
+        ("seq_length", -3, "a whole number from 1 on"),
+        ("seq_length", "x", "a whole number from 1 on"),
+        ("vocab_size", 0, "a whole number from 1 on"),
+        ("fa_query_scale_start", -600, "a whole number from 0 on"),
+        ("fa_query_scale_base", math.nan, "a finite number above 1"),
+        ("fa_query_scale_base", math.inf, "a finite number above 1"),
+        ("fa_query_scale_base", 1.0, "a finite number above 1"),
+        ("rotary_base", math.nan, "a finite number above 0"),
+        ("layernorm_epsilon", math.nan, "a finite number above 0"),
+    ],
+)
+def test_values_out_of_range_are_errors(name, value, allowed):
+    with pytest.raises(UserError, match=f"^{name} is {value!r}; it must be {allowed}$"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention_dropout", 0.1),
+        ("attention_dropout", math.nan),
+        ("add_qkv_bias", True),
+        ("add_bias_linear", True),
+        ("qk_layernorm", False),
+        ("window_size", (8, 0)),
+        ("normalization", "LayerNorm"),
+        ("layernorm_zero_centered_gamma", True),
+        ("softmax_type", "learnable"),
+        ("qk_l2_norm", True),
+        ("attention_output_gate", True),
+        ("no_rope_freq", [1, 0]),
+        ("num_moe_experts", 4),
+        ("multi_latent_attention", True),
+        ("context_parallel_size", 2),
+    ],
+)
+def test_megatrons_fields_without_a_part_in_the_layer_are_errors(name, value):
+    with pytest.raises(UserError, match=f"^{name} is .*; hybrids and their teachers need "):
+        tiny_config(**{name: value})
+
+
+def test_megatrons_own_defaults_are_not_taken_for_qwen3s():
+    """A configuration of sizes alone would have LayerNorm, biases and dropout."""
+    sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=64)
+    with pytest.raises(UserError, match="normalization is 'LayerNorm'; hybrids and their teachers"):
+        HydraConfig(**sizes)
 
 
 def test_choices_that_do_not_fit_are_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,20 @@ def test_hash_follows_the_shape_alone(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling 'yarn'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling 'yarn'; it must be an object or null"),
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\]; it must be an object or null"),
+        ({"rope_theta": "REMOVE", "rope_parameters": {"rope_theta": "x"}}, "rope_theta 'x'"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"layer_types": 5}, "layer_types 5; it must be a list or null"),
+        ({"layer_types": [["full_attention"]]}, "sliding-window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps nan; it must be a finite number > 0"),
+        ({"rms_norm_eps": True}, "rms_norm_eps True"),
+        ({"rope_theta": math.inf}, "rope_theta inf"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'; it must be true or false"),
         ({"hidden_size": "REMOVE"}, "no 'hidden_size'"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers 2.5"),
         ({"num_key_value_heads": 3}, "not a multiple of 3"),
@@ -149,6 +159,7 @@ def test_missing_folder_and_config(tmp_path: Path) -> None:
         ({"fa_rope": "yes"}, "fa_rope is 'yes'; it must be a bool"),
         ({"seq_length": True}, "must be a int"),
         ({"fusion": "sum"}, "fusion is 'sum'; allowed"),
+        ({"seq_length": -3}, "seq_length is -3; it must be a whole number from 1 on"),
     ],
 )
 def test_bad_overrides_are_named(folder: Path, overrides: dict[str, Any], message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,11 +53,35 @@ def test_resolved_config_reads_back_as_itself(config_file: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("stage", "kl_weight"), [("align", 1.0), ("distill", 1.0), ("long_context", 0.0)]
+    ("stage", "weights"),
+    [("align", (None, None)), ("distill", (1.0, 1.0)), ("long_context", (0.0, 1.0))],
 )
-def test_loss_weights_follow_the_stage(config_file: Path, stage: str, kl_weight: float) -> None:
+def test_loss_weights_follow_the_stage(
+    config_file: Path, stage: str, weights: tuple[float | None, float | None]
+) -> None:
     transfer = load_config(config_file, [f"transfer.stage={stage}"]).transfer
-    assert (transfer.kl_weight, transfer.ce_weight) == (kl_weight, 1.0)
+    assert (transfer.kl_weight, transfer.ce_weight) == weights
+
+
+def _numbers(section: type) -> Iterator[str]:
+    """Names of a section's fields that hold numbers."""
+    for name, kind in typing.get_type_hints(section).items():
+        kinds = {kind, *typing.get_args(kind)}
+        if kinds & {int, float} and bool not in kinds:
+            yield name
+
+
+def test_every_number_has_a_range(config_file: Path) -> None:
+    """No number that a YAML can give reaches Megatron unchecked: none takes -1, and none NaN."""
+    num_fields = 0
+    for section, kind in typing.get_type_hints(RunConfig).items():
+        for name in _numbers(kind):
+            for value in ("-1", ".nan", ".inf"):
+                text = f"[{value}]" if name == "weights" else value
+                with pytest.raises(UserError, match=rf"^{section}\.{name} is .*(must be|needed)"):
+                    load_config(config_file, [f"{section}.{name}={text}"])
+            num_fields += 1
+    assert num_fields > 20
 
 
 @pytest.mark.parametrize(
@@ -73,6 +99,10 @@ def test_loss_weights_follow_the_stage(config_file: Path, stage: str, kl_weight:
         ("data.weights=[1, 2]", "data.weights has 2 values for 1 data.paths"),
         ("data.micro_batch_size=3", "data.global_batch_size 2 does not divide"),
         ("transfer.stage=align1", "transfer.stage is 'align1'; allowed: align, distill, long_c"),
+        ("optim.beta1=1.5", "optim.beta1 is 1.5; it must be 0 or more, and below 1"),
+        ("optim.eps=0", "optim.eps is 0.0; it must be above 0, and below 1e30"),
+        ("data.weights=[0]", "data.weights is 0.0; it must be above 0, and below 1e30"),
+        ("data.seed=4294967296", "data.seed is 4294967296; it must be 0 or more, and below 2^32"),
         ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
         ("strategy.pipeline_model_parallel_size=2", "must be 1 for stages align and distill"),
         ("optim.min_lr=1", "optim.min_lr 1.0 is above optim.lr 0.001"),
@@ -115,13 +145,40 @@ def _config(config_file: Path, *overrides: str) -> RunConfig:
     return load_config(config_file, [f"log.folder={folder}", *overrides])
 
 
-def test_run_goes_on_only_with_what_decides_its_result_unchanged(config_file: Path) -> None:
+def test_alignment_refuses_weights_of_losses_that_it_has_not(config_file: Path) -> None:
+    with pytest.raises(UserError, match=r"transfer\.ce_weight is given, but stage align does not"):
+        load_config(config_file, ["transfer.stage=align", "transfer.ce_weight=1"])
+
+
+@pytest.mark.parametrize("result", ["hybrid/model.json", "checkpoints/step_00000004/weights"])
+def test_run_goes_on_only_with_what_decides_its_result_unchanged(
+    config_file: Path, result: str
+) -> None:
     config = _config(config_file)
-    RunFolder(config).write_config()
+    folder = RunFolder(config)
+    folder.write_config()
+    changed = RunFolder(_config(config_file, "optim.lr=1"))
+    changed.check()  # a run that failed before its first checkpoint may be put right
+    (folder.path / result).parent.mkdir(parents=True)
+    (folder.path / result).touch()
     RunFolder(_config(config_file, "resume.keep=3")).check()
     with pytest.raises(UserError, match=r"holds a run with another optim\.lr"):
-        RunFolder(_config(config_file, "optim.lr=1")).check()
-    assert difference(config, _config(config_file, "data.seed=5"), ["data"]) == "data.seed"
+        changed.check()
+    folder.config_file.write_text("data: [")
+    with pytest.raises(UserError, match=r"config\.yaml, of an earlier run: .* not valid YAML"):
+        changed.check()
+
+
+def test_what_was_left_open_differs_from_nothing(config_file: Path) -> None:
+    def found(old: list[str], new: list[str]) -> str | None:
+        configs = (_config(config_file, *overrides) for overrides in (old, new))
+        return difference(*configs, ["model", "trainer", "data"])
+
+    chosen = ["model.backend=local", "model.la_kernel=reference", "trainer.accelerator=cpu"]
+    assert found(chosen, []) is None
+    assert found(chosen, ["model.backend=transformer_engine"]) == "model.backend"
+    assert found(chosen, ["trainer.accelerator=gpu"]) == "trainer.accelerator"
+    assert found([], ["data.seed=5"]) == "data.seed"
 
 
 def test_newest_finished_checkpoint_is_found(config_file: Path) -> None:

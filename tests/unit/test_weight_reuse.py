@@ -14,6 +14,10 @@ from megatron_hydra import cpu
 
 cpu.install_if_needed()
 
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+
 from megatron_hydra.conversion import qwen3  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model import build_model  # noqa: E402
@@ -54,12 +58,34 @@ def _hybrid(folder: Path, plan: HeadPlan, head_rms: Tensor | None = None, **fiel
     return model, summary
 
 
+def _megatrons_own_model(folder: Path) -> GPTModel:
+    """The teacher of Megatron's modules alone: its local spec, attention and norms unchanged."""
+    config = qwen3.hydra_config(folder)
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"),
+        config.vocab_size,
+        config.seq_length,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+    )
+    ours = [m for m in model.modules() if type(m).__module__.startswith("megatron_hydra")]
+    attention = model.decoder.layers[0].self_attention
+    assert not ours and isinstance(attention.core_attention, DotProductAttention)
+    qwen3.load_weights_into(model, qwen3.read_weights(folder))
+    return model
+
+
 def test_hybrid_of_fa_heads_alone_is_the_teacher(folder: Path) -> None:
+    """Held to Megatron's own modules, to our teacher and to transformers."""
     hybrid, summary = _hybrid(folder, HeadPlan.all_fa(2, 4, 2), **PLAIN)
-    expected = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)(_tokens()).logits
+    reference = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = _logits(hybrid)
-    torch.testing.assert_close(logits, _logits(qwen3.load_teacher(folder)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits, expected.detach(), atol=1e-4, rtol=0)
+    for model in (_megatrons_own_model(folder), qwen3.load_teacher(folder)):
+        torch.testing.assert_close(logits, _logits(model), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, reference(_tokens()).logits, atol=1e-4, rtol=0)
     assert summary.new.total() == 0
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, versions
+from megatron_hydra.files import check_no_input, check_output, versions
 from megatron_hydra.head_plan import HeadPlan
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", type=Path, help="what `plan` wrote; else the teacher is converted"
     )
     parser.add_argument("--out", required=True, type=Path, help="the checkpoint folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier checkpoint")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--calibration-text",
@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
-    check_output(args.out, args.overwrite)
+    check_no_input(args.out, (args.teacher, args.plan, args.calibration_text))
+    check_output(args.out, args.overwrite, "folder", marker="model.json")
     cpu.install_if_needed()
     import torch
 

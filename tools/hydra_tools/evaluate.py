@@ -29,7 +29,7 @@ from megatron_hydra.evaluation.ruler import (
     make_task_samples,
     needle_depths,
 )
-from megatron_hydra.files import check_output, versions
+from megatron_hydra.files import check_no_input, check_output, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.probes import TASKS, local_text, read_text, split_held_out
 
@@ -80,8 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
-    check_output(args.out, args.overwrite)
     folders = parse_models(args.model)
+    check_no_input(args.out, (*folders.values(), args.text))
+    check_output(args.out, args.overwrite, "file")
     if args.training_length < 1:
         raise UserError(f"--training-length is {args.training_length}; it must be above 0")
     tasks, depths = parse_tasks(args.tasks), needle_depths(args.depths)
@@ -181,6 +182,12 @@ def _evaluate(
 
     loaded = load_any_model(folder)
     model, config, plan = loaded.model.eval(), loaded.config, loaded.plan
+    beyond = [length for length in lengths if length > config.seq_length]
+    if beyond:
+        print(
+            f"{name} is built for {config.seq_length} tokens: its results at "
+            f"{', '.join(map(str, beyond))} tokens are beyond that"
+        )
 
     def progress(items: Any, description: str, unit: str) -> Any:
         return tqdm(items, desc=f"{name}: {description}", unit=unit)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import versions
+from megatron_hydra.files import check_no_input, versions
 
 _RETRIEVAL_ARGUMENTS = ("seq_length", "num_documents")
 
@@ -45,8 +45,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     cpu.install_if_needed()
     from megatron_hydra.conversion.qwen3 import load_tokenizer
-    from megatron_hydra.nemo.indexed_dataset import check_dataset_output, write_indexed_dataset
+    from megatron_hydra.nemo.indexed_dataset import (
+        check_dataset_output,
+        dataset_files,
+        write_indexed_dataset,
+    )
 
+    for file in dataset_files(args.out):
+        check_no_input(file, [args.input])
     check_dataset_output(args.out, args.overwrite)
     tokenizer = load_tokenizer(args.tokenizer)
     mixed = args.retrieval_fraction is not None

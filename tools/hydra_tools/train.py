@@ -6,14 +6,18 @@ Imports stay inside functions where they are heavy: a config with a typo is answ
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
+import json
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra_tools.cli import log_to_stderr
@@ -47,10 +51,12 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
             return 0
     training = _prepare(config)
-    if is_first_rank:
-        if args.overwrite:
-            folder.remove()
+    folder = training.folder  # of the configuration with nothing left open
+    if is_first_rank and args.overwrite:
+        folder.remove()
+    if is_first_rank or not args.overwrite:  # else rank 0 may be removing it at this moment
         folder.check()
+    if is_first_rank:
         folder.write_config()
     progress = _Progress(config)
     training.run(progress.show, start_anew=args.overwrite, command=_command(args))
@@ -69,12 +75,23 @@ def main() -> int:
     try:
         return run(parser.parse_args())
     except UserError as error:
+        sentence = f"megatron-hydra: error: {error}"
+        if _rank() != 0:  # torchrun's signal, once rank 0 has ended
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        _tell_torchrun(sentence)
         if _rank() != 0:
             # Rank 0 says the same, and torchrun then ends this rank. Were this one to end first,
             # torchrun could end rank 0 before it has spoken.
             time.sleep(_SECONDS_FOR_RANK_0)
-        print(f"megatron-hydra: error: {error}", file=sys.stderr)
+        print(sentence, file=sys.stderr)
         return 2
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Put the sentence into torchrun's own summary, which ends what it prints."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
+        Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
 def _prepare(config: RunConfig) -> Any:
@@ -83,20 +100,27 @@ def _prepare(config: RunConfig) -> Any:
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
-    with warnings.catch_warnings(), _only_errors_logged():
-        warnings.simplefilter("ignore")  # NeMo warns of every optional package
+    with _quiet_imports():
         from megatron_hydra.nemo.training import TrainingRun
     gc.enable()
     return TrainingRun(config)
 
 
 @contextmanager
-def _only_errors_logged() -> Iterator[None]:
+def _quiet_imports() -> Iterator[None]:
+    """Without NeMo's warnings of every optional package, and without Megatron's stack dumps.
+
+    Megatron registers a dump on SIGTERM, which torchrun sends to the other ranks once one failed.
+    """
+    register, faulthandler.register = faulthandler.register, lambda *args, **kwargs: None
     logging.disable(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.disable(logging.NOTSET)
+        faulthandler.register = register
 
 
 def _command(args: argparse.Namespace) -> list[str]:
@@ -134,14 +158,23 @@ class _Progress:
                 unit="step",
                 dynamic_ncols=True,
             )
-        text = ", ".join(f"{name} {scalars[name]:.4g}" for name in _SHOWN if name in scalars)
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(_progress_text(scalars), refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
         """Leave the finished line standing."""
         if self.bar is not None:
             self.bar.close()
+
+
+def _progress_text(scalars: dict[str, float]) -> str:
+    """Losses and rates; of the layers' alignment losses the worst, as a line holds no more."""
+    shown = {name: scalars[name] for name in _SHOWN if name in scalars}
+    layers = {name: value for name, value in scalars.items() if name.startswith("alignment/")}
+    if layers:
+        worst = max(layers, key=lambda name: layers[name])
+        shown = {"loss": shown.pop("loss"), f"worst {worst}": layers[worst], **shown}
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 if __name__ == "__main__":

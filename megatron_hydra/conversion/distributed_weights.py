@@ -1,0 +1,110 @@
+"""Megatron's distributed weights: written by the calling process, read with damage named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from torch.distributed import checkpoint as torch_checkpoint
+
+from megatron_hydra.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by the calling process.
+
+    Megatron's own writer starts a manager process and forks: a script without a main guard would
+    run twice, and a fork beside gloo's threads can hang.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        torch_checkpoint.save(
+            torch_strategy.mcore_to_pyt_state_dict(state, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=torch_strategy.MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False
+            ),
+        )
+
+
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
+    """A model's part of the weights, as Megatron's checkpoints describe them."""
+    # Extra state holds Transformer Engine's FP8 scales, which are unused and absent elsewhere.
+    state = model.sharded_state_dict()
+    return {name: value for name, value in state.items() if "_extra_state" not in name}
+
+
+def load_weights(folder: str | Path, model: GPTModel) -> None:
+    """Load a checkpoint folder's weights into a model of the same shape, at any layout.
+
+    Collective. Every parameter is read and every stored tensor used.
+
+    Raises:
+        UserError: If the weights cannot be read or are those of another model.
+    """
+    weights = Path(folder) / "weights"
+    check_weights(weights)
+    strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
+    with damage_named(weights):
+        state = dist_checkpointing.load(sharded_weights(model), str(weights), strict=strict)
+    result = model.load_state_dict(state, strict=False)
+    missing = [key for key in result.missing_keys if "_extra_state" not in key]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def check_weights(weights: Path) -> None:
+    """Read all files but those of the tensors, which :func:`damage_named` watches.
+
+    Raises:
+        UserError: If one is missing or damaged.
+    """
+    if not (weights / "metadata.json").is_file():  # written last
+        raise UserError(
+            f"{weights.parent} has no complete weights: {weights}/metadata.json is missing"
+        )
+    readers = {
+        "metadata.json": lambda: maybe_load_config(str(weights)),
+        "common.pt": lambda: dist_checkpointing.load_common_state_dict(str(weights)),
+        ".metadata": lambda: torch_checkpoint.FileSystemReader(weights).read_metadata(),
+    }
+    for name, read in readers.items():
+        try:
+            read()
+        except Exception as error:  # a damaged pickle may raise anything
+            raise UserError(
+                f"cannot load the weights {weights}: {name} is missing or damaged "
+                f"({type(error).__name__})"
+            ) from error
+
+
+@contextmanager
+def damage_named(weights: Path) -> Iterator[None]:
+    """Around Megatron's loading of distributed weights.
+
+    Raises:
+        UserError: If a tensor is missing or damaged, or the weights are those of another model.
+    """
+    try:
+        yield
+    except (CheckpointingException, torch_checkpoint.CheckpointException, OSError) as error:
+        raise UserError(f"cannot load the weights {weights}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointingException):
+        return "they are those of another model or head plan"
+    if isinstance(error, torch_checkpoint.CheckpointException):
+        error = next(iter(error.failures.values()))[0]  # that of the first rank that failed
+    first_sentence = str(error).partition(". ")[0] or type(error).__name__
+    return f"a file is missing or damaged ({first_sentence})"

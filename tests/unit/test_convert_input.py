@@ -1,0 +1,109 @@
+"""``convert`` given bad places and damaged folders: one sentence, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra_tools import cli
+
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """A folder with a teacher, a plan and a folder of the user's own."""
+    write_tiny_qwen3(tmp_path / "teacher")
+    HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(tmp_path / "plan.json")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("years of work")
+    (tmp_path / "text.txt").write_text("the quick brown fox " * 2000)
+    return tmp_path
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _refused(inputs: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence of a refused command, which has changed nothing."""
+    before = _contents(inputs)
+    assert cli.main(["convert", "--overwrite", *words]) == 2
+    assert _contents(inputs) == before
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.strip())
+    return line.removeprefix("megatron-hydra: error: ")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("thesis", "thesis holds something else: it has no model.json; not replaced"),
+        ("teacher", "teacher would replace the input"),
+        ("thesis/../teacher", "teacher would replace the input"),
+        (".", "would replace the input"),
+        ("plan.json", "plan.json would replace the input"),
+        ("text.txt", "text.txt would replace the input"),
+        ("teacher/config.json", "config.json is a file, and a folder is to be written"),
+    ],
+)
+def test_overwrite_replaces_nothing_but_an_earlier_checkpoint(
+    inputs: Path, capsys: pytest.CaptureFixture[str], out: str, message: str
+) -> None:
+    message_found = _refused(
+        inputs, capsys, "--teacher", f"{inputs}/teacher", "--plan", f"{inputs}/plan.json",
+        "--calibration-text", f"{inputs}/text.txt", "--out", f"{inputs}/{out}",
+    )  # fmt: skip
+    assert message in message_found
+
+
+def test_an_earlier_checkpoint_is_replaced(inputs: Path) -> None:
+    words = ["convert", "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    assert cli.main(words) == 0
+    assert cli.main(words) == 2
+    plan = ["--plan", f"{inputs}/plan.json", "--calibration-tokens", "256", "--overwrite"]
+    assert cli.main([*words, *plan]) == 0
+    assert json.loads((inputs / "out/model.json").read_text())["kind"] == "hybrid"
+    (inputs / "empty").mkdir()
+    assert cli.main([*words[:-1], f"{inputs}/empty", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": "yarn"}, "config.json has rope_scaling 'yarn'; it must be an object"),
+        ({"layer_types": 5}, "config.json has layer_types 5; it must be a list or null"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan; it must be a finite number > 0"),
+    ],
+)
+def test_a_damaged_config_is_named(
+    inputs: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    path = inputs / "teacher/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    assert message in _refused(inputs, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("la_conv_kernel_size=0", "la_conv_kernel_size is 0; it must be a whole number from 1 on"),
+        ("la_conv_kernel_size=-1", "la_conv_kernel_size is -1"),
+        ("fa_query_scale_base=NaN", "fa_query_scale_base is nan; it must be a finite number above"),
+        ("seq_length=-3", "seq_length is -3; it must be a whole number from 1 on"),
+        ("seq_length=0", "seq_length is 0"),
+        ("fa_query_scale_start=-600", "fa_query_scale_start is -600"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["teacher", "hybrid"])
+def test_model_options_out_of_range_are_named(
+    inputs: Path, capsys: pytest.CaptureFixture[str], option: str, message: str, kind: str
+) -> None:
+    if kind == "teacher" and not option.startswith("seq_length"):
+        message = "a teacher checkpoint does not store"
+    words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out", option]
+    words += ["--plan", f"{inputs}/plan.json"] if kind == "hybrid" else []
+    assert message in _refused(inputs, capsys, *words)

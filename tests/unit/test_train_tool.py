@@ -1,0 +1,66 @@
+"""The training tool: its progress line, and what a rank does about bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra_tools.train import _Progress
+
+from megatron_hydra.nemo.config import load_config
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples/quickstart"
+RATES = {"grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 800.0}
+
+
+def _line(
+    capsys: pytest.CaptureFixture[str], stage: str, step: int, scalars: dict[str, float]
+) -> str:
+    progress = _Progress(load_config(EXAMPLES / f"{stage}.yaml"))
+    progress.show(step, scalars)
+    progress.close()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_alignment_shows_the_worst_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = {"alignment/layer_00": 0.1, "alignment/layer_01": 0.4, "alignment/layer_02": 0.25}
+    line = _line(capsys, "stage1_align", 3, {"loss": 0.75, "alignment": 0.75, **layers, **RATES})
+    assert line.startswith("align:") and " 3/" in line
+    assert "loss 0.75, worst alignment/layer_01 0.4, grad_norm 0.5, lr 0.001, tokens_per_s" in line
+
+
+def test_distillation_shows_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    line = _line(capsys, "stage2_distill", 1, {"loss": 3.0, "ce": 2.0, "kl": 1.0, **RATES})
+    assert "loss 3, kl 1, ce 2, grad_norm 0.5" in line and "worst" not in line
+
+
+def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
+    """It waits until torchrun ends it, then leaves with 2 and without a word or a stack."""
+    report = tmp_path / "report.json"
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hydra_tools.train", "--config", "nowhere.yaml"],
+        env={
+            **os.environ,
+            "PYTHONPATH": paths,
+            "RANK": "1",
+            "TORCHELASTIC_ERROR_FILE": str(report),
+        },
+        stderr=subprocess.PIPE,
+    )
+    try:
+        end = time.monotonic() + 60
+        while not report.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (2, b"")
+    assert "cannot read the config nowhere.yaml" in report.read_text()
