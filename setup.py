@@ -30,6 +30,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
         "numpy<3",
+        "scipy>=1.9",
         "safetensors",
         "tokenizers",
         "transformers>=4.57,<5",

@@ -6,8 +6,15 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 # Megatron and NeMo warn of each optional package that is absent, at import.
 warnings.filterwarnings("ignore", module="megatron|nemo")
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """NeMo, once imported, lets no handler of the root logger show warnings, pytest's included."""
+    caplog.handler.setLevel(0)

@@ -38,7 +38,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, versions, write_beside, write_json
-from megatron_hydra.selection import probes
+from megatron_hydra.selection import needles
+from megatron_hydra.selection import training_documents as documents
+from megatron_hydra.selection.text import local_text, read_text, split_held_out
 
 VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"
@@ -117,7 +119,7 @@ class TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Batch ``i`` as (tokens, loss weights), both [b, s]; drawn from the seed and ``i`` alone."""
 
     def __init__(self, tokenizer: Any, text_tokens: list[int], args: argparse.Namespace) -> None:
-        self.tokenizer, self.text_tokens, self.args = tokenizer, text_tokens, args
+        self.tokenizer, self.text, self.args = tokenizer, text_tokens, args
 
     def __len__(self) -> int:
         return int(self.args.max_steps)
@@ -126,20 +128,19 @@ class TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         torch.set_num_threads(1)
         phase = index // self.args.phase_steps
         length = max(tokens for tokens, start in CURRICULUM if start <= phase)
-        documents = [
+        rows = [
             self._document(random.Random(f"{self.args.seed}/{index}/{row}"), length)
             for row in range(self.args.batch_tokens // length)
         ]
-        weights = torch.ones(len(documents), length)
-        for row, document in enumerate(documents):
+        weights = torch.ones(len(rows), length)
+        for row, document in enumerate(rows):
             weights[row, list(document.answer_positions)] = self.args.answer_weight
-        return torch.tensor([document.tokens for document in documents]), weights
+        return torch.tensor([document.tokens for document in rows]), weights
 
-    def _document(self, rng: random.Random, length: int) -> probes.TrainingDocument:
-        text = self.text_tokens
+    def _document(self, rng: random.Random, length: int) -> documents.TrainingDocument:
         if rng.random() < TEXT_SHARE:
-            return probes.make_text_document(rng, text, length)
-        return probes.make_training_document(rng, self.tokenizer, text, length, max_keys=10)
+            return documents.make_text_document(rng, self.text, length)
+        return documents.make_training_document(rng, self.tokenizer, self.text, length, max_keys=10)
 
 
 def train(
@@ -158,7 +159,7 @@ def train(
     )
     tests = {
         name: make_samples(tokenizer, held_out, task, LENGTH, seed=SEED_SCORED)
-        for name, task in probes.TASKS.items()
+        for name, task in needles.TASKS.items()
     }
     start, history, decay_from = time.monotonic(), [], args.max_steps - args.decay_steps
     bar = tqdm(enumerate(loader), total=args.max_steps, unit="step", mininterval=5.0)
@@ -213,8 +214,8 @@ def evaluate(
     model: Qwen3ForCausalLM, tokenizer: Any, held_out: list[int]
 ) -> dict[str, dict[str, float]]:
     """Accuracy by task and length, on samples of a seed that training never looked at."""
-    found: dict[str, dict[str, float]] = {name: {} for name in probes.TASKS}
-    for (name, task), length in itertools.product(probes.TASKS.items(), LENGTHS_EVALUATED):
+    found: dict[str, dict[str, float]] = {name: {} for name in needles.TASKS}
+    for (name, task), length in itertools.product(needles.TASKS.items(), LENGTHS_EVALUATED):
         samples = make_samples(tokenizer, held_out, task, length, SEED_EVALUATED)
         found[name][str(length)] = accuracy(model, samples)
     return found
@@ -241,10 +242,8 @@ def ablate_again(args: argparse.Namespace) -> int:
     path = Path(args.out) / LOG_FILE
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device).eval()
-    text = probes.read_text(args.text) if args.text else probes.local_text()
-    _, held_out = probes.split_held_out(
-        tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    )
+    text = read_text(args.text) if args.text else local_text()
+    _, held_out = split_held_out(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     log = json.loads(path.read_text(encoding="utf-8"))
     log["ablation"] = ablation_study(model, tokenizer, held_out)
     write_json(path, log, overwrite=True)
@@ -261,10 +260,10 @@ def main() -> int:
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    text = probes.read_text(args.text) if args.text else probes.local_text()
+    text = read_text(args.text) if args.text else local_text()
     tokenizer = train_tokenizer(text)
     text_tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    training, held_out = probes.split_held_out(text_tokens)
+    training, held_out = split_held_out(text_tokens)
     model = make_model(tokenizer, args).to(device)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{size:,} parameters on {device} ({name}); {len(training):,} tokens of text")

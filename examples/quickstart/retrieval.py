@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from megatron_hydra.selection import probes
+from megatron_hydra.selection import needles
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM
@@ -29,7 +29,7 @@ Head = tuple[int, int]  # layer, head
 def make_samples(
     tokenizer: Any,
     text_tokens: list[int],
-    task: probes.NeedleTask,
+    task: needles.NeedleTask,
     length: int,
     seed: int,
     num_samples: int = NUM_EVALUATED,
@@ -37,7 +37,7 @@ def make_samples(
     """Held-out samples [b, s]; the answer is the last ``NUM_VALUE_DIGITS`` tokens."""
     rng = random.Random(seed)
     samples = [
-        probes.make_needle_sample(rng, tokenizer, text_tokens, length, rng.random(), task.num_keys)
+        needles.make_needle_sample(rng, tokenizer, text_tokens, length, rng.random(), task.num_keys)
         for _ in range(num_samples)
     ]
     return torch.tensor([sample.tokens + sample.answer for sample in samples])
@@ -49,13 +49,13 @@ def answer_log_probs(model: Qwen3ForCausalLM, samples: torch.Tensor) -> torch.Te
     chunks = []
     for chunk in torch.split(samples, 64):
         logits = model(input_ids=chunk.to(model.device), use_cache=False).logits
-        chunks.append(logits[:, -probes.NUM_VALUE_DIGITS - 1 : -1].log_softmax(-1).cpu())
+        chunks.append(logits[:, -needles.NUM_VALUE_DIGITS - 1 : -1].log_softmax(-1).cpu())
     return torch.cat(chunks)
 
 
 def accuracy(model: Qwen3ForCausalLM, samples: torch.Tensor) -> float:
     """Share of samples whose every digit is the likeliest token (greedy decoding's exact match)."""
-    answers = samples[:, -probes.NUM_VALUE_DIGITS :]
+    answers = samples[:, -needles.NUM_VALUE_DIGITS :]
     return (answer_log_probs(model, samples).argmax(-1) == answers).all(-1).float().mean().item()
 
 
@@ -96,7 +96,7 @@ class HeadAblation:
         text_tokens: list[int],
         num_samples: int = NUM_EVALUATED,
     ) -> None:
-        self.model, self.task = model, probes.TASKS["single"]
+        self.model, self.task = model, needles.TASKS["single"]
         arguments = (tokenizer, text_tokens, self.task, LENGTH)
         self.samples = make_samples(*arguments, SEED_EVALUATED, num_samples)
         self.scored = make_samples(*arguments, SEED_SCORED, NUM_SCORED)
@@ -115,7 +115,7 @@ class HeadAblation:
         """Mean log-probability of the answers' tokens without these heads."""
         with self._ablated(heads):
             log_probs = answer_log_probs(self.model, self.scored)
-        answers = self.scored[:, -probes.NUM_VALUE_DIGITS :, None]
+        answers = self.scored[:, -needles.NUM_VALUE_DIGITS :, None]
         return log_probs.gather(-1, answers).mean().item()
 
     def random_others(self, heads: Sequence[Head], num_draws: int) -> list[list[Head]]:

@@ -23,8 +23,9 @@ step() {
     fi
 }
 
+ranks=(env OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m)
 train() {
-    step "$1" "$2/hybrid" env OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m hydra_tools.train "${@:3}"
+    step "$1" "$2/hybrid" "${ranks[@]}" hydra_tools.train "${@:3}"
 }
 
 documents=(megatron-hydra preprocess --tokenizer $teacher --retrieval-fraction 0.5)
@@ -34,9 +35,13 @@ step "data, 1024 tokens a document" $out/data/long.idx \
     "${documents[@]}" --out $out/data/long --seq-length 1024 --num-documents 500 --seed 1
 
 step "score the teacher's heads" $out/scores.json \
-    megatron-hydra score --teacher $teacher --out $out/scores.json
+    "${ranks[@]}" hydra_tools.score --config examples/quickstart/score.yaml
 plan=(megatron-hydra plan --scores $out/scores.json --fa-ratio 1/4 --min-fa-per-layer 1)
 step "plan: the heads that score best" $out/plan.json "${plan[@]}" --out $out/plan.json
+step "plans at other budgets" $out/pareto.json megatron-hydra pareto --scores $out/scores.json \
+    --budgets 1/16,1/8,1/4,1/2,3/4 --context 1024 --out $out/pareto.json
+step "inspect the plan" $out/pictures megatron-hydra inspect $out/plan.json \
+    --scores $out/scores.json --pareto $out/pareto.json --pictures $out/pictures --overwrite
 step "plan: heads at random" $out/random_plan.json "${plan[@]}" --random-seed 0 --out $out/random_plan.json
 
 convert=(megatron-hydra convert --teacher $teacher)
@@ -62,5 +67,6 @@ step "evaluate" $out/evaluation.json megatron-hydra evaluate --num-samples 60 --
 rm -f $out/report.html
 step "report" $out/report.html megatron-hydra report --out $out/report.html \
     --scores $out/scores.json --plan $out/plan.json --evaluation $out/evaluation.json --teacher $teacher \
+    --pareto $out/pareto.json \
     --run stage1=$out/stage1_align --run stage2=$out/stage2_distill --run stage3=$out/stage3_long_context
 printf '== done in %d:%02d: %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$PWD/$out/report.html"

@@ -92,7 +92,7 @@ class ModelResult:
         plan: Its FA heads; None for a teacher.
         plan_name: How its plan was chosen; empty for a teacher.
         num_heads: Query heads of all layers.
-        cache_bytes_per_token: See :mod:`megatron_hydra.evaluation.cache`.
+        cache_bytes_per_token: See :mod:`megatron_hydra.selection.cost`.
         state_bytes: Likewise.
         accuracy: Of the needle tasks.
         grid: Needle grid of one of them.

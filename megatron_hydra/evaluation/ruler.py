@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection.probes import NeedleSample, NeedleTask, make_needle_sample
+from megatron_hydra.selection.needles import NeedleSample, NeedleTask, make_needle_sample
 from megatron_hydra.selection.readout import answer_logits, teacher_forced
 from megatron_hydra.selection.scorer import Progress, no_progress
 
@@ -72,7 +72,7 @@ def make_task_samples(
     Each cell is drawn from its own seed, so that it does not depend on what else is evaluated.
 
     Args:
-        tokenizer: As for :func:`~megatron_hydra.selection.probes.make_needle_sample`.
+        tokenizer: As for :func:`~megatron_hydra.selection.needles.make_needle_sample`.
         text_tokens: Text for haystacks.
         tasks: Tasks.
         lengths: In tokens.

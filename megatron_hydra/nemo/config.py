@@ -1,19 +1,17 @@
-"""The training configuration: its YAML sections, `a.b=c` overrides and checks; imports no NeMo."""
+"""The training configuration: its YAML sections and checks; imports no NeMo."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import types
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.yaml_config import read_config
 
 Stage = Literal["align", "distill", "long_context"]
 
@@ -217,17 +215,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: If the file cannot be read, or a key or value is not allowed.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold the sections {_names(RunConfig)}")
-    for override in overrides:
-        _apply_override(raw, override)
-    config = _build(RunConfig, raw, where="")
+    config: RunConfig = read_config(RunConfig, path, overrides)
     _check(config)
     return config
 
@@ -243,89 +231,6 @@ def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str |
             if values[0] != values[1] and None not in values and "auto" not in values:
                 return f"{section}.{item.name}"
     return None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.partition(".")
-    if not (equals and dot and section and name):
-        raise UserError(f"override {override!r} must read section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the value of override {override!r} is not valid YAML") from error
-    target = raw.setdefault(section, {})
-    if not isinstance(target, dict):
-        raise UserError(f"config section {section} must hold key: value lines")
-    target[name] = value
-
-
-def _build(cls: type, raw: Any, where: str) -> Any:
-    if raw is None:
-        raw = {}
-    if not isinstance(raw, dict):
-        raise UserError(f"config section {where} must hold key: value lines")
-    known = {item.name: item for item in fields(cls)}
-    for key in raw:
-        if key not in known:
-            raise UserError(_unknown_key(cls, str(key), where))
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, item in known.items():
-        full_name = f"{where}.{name}" if where else name
-        if name in raw:
-            values[name] = _convert(hints[name], raw[name], full_name)
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise UserError(f"config key {full_name} is missing: it has no default")
-    return cls(**values)
-
-
-def _unknown_key(cls: type, key: str, where: str) -> str:
-    full_name = f"{where}.{key}" if where else key
-    near = difflib.get_close_matches(key, _name_list(cls), n=1, cutoff=0.5)
-    if near:
-        nearest = f"{where}.{near[0]}" if where else near[0]
-        return f"unknown config key {full_name}: did you mean {nearest}?"
-    return f"unknown config key {full_name}; known here: {_names(cls)}"
-
-
-def _name_list(cls: type) -> list[str]:
-    return [item.name for item in fields(cls)]
-
-
-def _names(cls: type) -> str:
-    return ", ".join(_name_list(cls))
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    origin = typing.get_origin(kind)
-    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
-        return _build(kind, value, name)
-    if origin in (typing.Union, types.UnionType):
-        options = [option for option in typing.get_args(kind) if option is not type(None)]
-        return None if value is None else _convert(options[0], value, name)
-    if origin is Literal:
-        if value not in typing.get_args(kind):
-            allowed = ", ".join(str(choice) for choice in typing.get_args(kind))
-            raise UserError(f"{name} is {value!r}; allowed: {allowed}")
-        return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise UserError(f"{name} is {value!r}; a list is needed")
-        return [_convert(typing.get_args(kind)[0], item, name) for item in value]
-    return _convert_scalar(kind, value, name)
-
-
-def _convert_scalar(kind: type, value: Any, name: str) -> Any:
-    if kind is float and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-3, without a dot, as text
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    words = {float: "a number", int: "an integer", bool: "true or false", str: "text"}
-    raise UserError(f"{name} is {value!r}; {words[kind]} is needed")
 
 
 def _check(config: RunConfig) -> None:

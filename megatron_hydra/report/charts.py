@@ -1,12 +1,8 @@
-"""The report's charts: matplotlib figures as inline SVG that stand alone in a page."""
+"""The report's charts of training runs and of memory."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -14,54 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from megatron_hydra.chart_style import INK, MUTED, PALETTE, format_bytes, plain_text
 from megatron_hydra.report.training_runs import Curve, TrainingRun
 
-INK = "#1f2933"
-MUTED = "#7b8794"
-# Okabe and Ito's palette, told apart by readers with any colour vision.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_STYLE: Any = {
-    "svg.fonttype": "none",  # Text stays text: it can be searched, and takes the page's font.
-    "svg.hashsalt": "megatron_hydra",
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e7eb",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "xtick.color": "#52606d",
-    "ytick.color": "#52606d",
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-}
 _MAX_POINTS = 600
-
-
-@contextmanager
-def chart_style() -> Iterator[None]:
-    """matplotlib's settings for every chart of the page."""
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def to_svg(figure: Figure, name: str, label: str) -> str:
-    """``figure`` as an SVG element whose ids start with ``name`` and that screen readers call
-    ``label``."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, transparent=True)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Many figures share the page, so their ids must differ.
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def draw_losses(run: TrainingRun) -> Figure:
@@ -113,7 +65,7 @@ def draw_cache(
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
     for (name, per_token, constant), colour, dash in zip(lines, PALETTE, dashes, strict=False):
         need = per_token * lengths + constant
-        ax.plot(lengths, need, color=colour, linestyle=dash, linewidth=1.8, label=_plain(name))
+        ax.plot(lengths, need, color=colour, linestyle=dash, linewidth=1.8, label=plain_text(name))
     ax.axvline(training_length, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     ax.annotate(
         "training length", (training_length, 1), xycoords=("data", "axes fraction"),
@@ -129,26 +81,12 @@ def draw_cache(
     return figure
 
 
-def format_bytes(value: float) -> str:
-    """Bytes with a binary unit, as ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:,.3g} TiB"
-
-
 def format_count(value: float) -> str:
     """A length in tokens, as ``512``, ``4K`` or ``1M`` where that is exact."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
         if value >= size and value % size == 0:
             return f"{value / size:,.0f}{unit}"
     return f"{value:,.0f}"
-
-
-def _plain(name: str) -> str:
-    """A user's name as matplotlib text: a dollar sign starts no formula."""
-    return name.replace("$", r"\$")
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
-from matplotlib.figure import Figure
-
+from megatron_hydra.chart_style import chart_style, to_svg
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.results import Evaluation, ModelResult, read_evaluation
 from megatron_hydra.files import check_output, write_beside
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.heatmap import draw_head_map
+from megatron_hydra.heatmap import head_map_figure, scorer_names
 from megatron_hydra.report import sections
-from megatron_hydra.report.charts import chart_style, to_svg
+from megatron_hydra.report.selection_section import selection_section
 from megatron_hydra.report.training_runs import TrainingRun, read_run
+from megatron_hydra.selection.pareto import ParetoTable
+from megatron_hydra.selection.policy import scores_as_planned
 from megatron_hydra.selection.scores import HeadScores
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,6 +30,7 @@ def write_report(
     plan: str | os.PathLike[str],
     evaluation: str | os.PathLike[str],
     runs: Mapping[str, str | os.PathLike[str]],
+    pareto: str | os.PathLike[str] | None = None,
     command: str = "",
     teacher_config_hash: str = "",
     overwrite: bool = False,
@@ -41,6 +43,7 @@ def write_report(
         plan: What ``megatron-hydra plan`` wrote.
         evaluation: What ``megatron-hydra evaluate`` wrote.
         runs: Run folders by the names that the page gives them, in order.
+        pareto: What ``megatron-hydra pareto`` wrote; None leaves it out.
         command: The command that makes the page, for its provenance.
         teacher_config_hash: Hash of the teacher that plan and scores must be of; empty: unchecked.
         overwrite: Replace an existing page.
@@ -48,7 +51,7 @@ def write_report(
     Raises:
         UserError: If an input is missing or odd, or they do not belong together.
     """
-    target = check_output(out, overwrite)
+    target = check_output(out, overwrite, "file")
     if not runs:
         raise UserError("no training run given: pass --run NAME=FOLDER for each stage")
     page = render_report(
@@ -56,6 +59,7 @@ def write_report(
         HeadPlan.load(plan),
         read_evaluation(evaluation),
         [read_run(name, folder) for name, folder in runs.items()],
+        pareto=None if pareto is None else ParetoTable.load(pareto),
         command=command,
         teacher_config_hash=teacher_config_hash,
     )
@@ -70,6 +74,7 @@ def render_report(
     evaluation: Evaluation,
     runs: Sequence[TrainingRun],
     *,
+    pareto: ParetoTable | None = None,
     command: str = "",
     teacher_config_hash: str = "",
 ) -> str:
@@ -78,15 +83,18 @@ def render_report(
     Raises:
         UserError: If the inputs do not belong together.
     """
-    _check_together(scores, plan, evaluation, teacher_config_hash)
+    _check_together(scores, plan, evaluation, runs, teacher_config_hash)
+    scores = scores_as_planned(scores, plan)
     sources = {
         "scores": scores.provenance,
-        "plan": plan.provenance,
+        # The section on head selection shows the explanation.
+        "plan": {k: v for k, v in plan.provenance.items() if k != "explanation"},
         "evaluation": evaluation.provenance,
     }
     with chart_style():
         parts = [
             sections.section("Heads", _heads(scores, plan)),
+            sections.section("Head selection", selection_section(scores, plan, pareto)),
             sections.section("Evaluation", sections.evaluation_table(evaluation)),
             sections.section("Needle grid", sections.needle_grids(evaluation)),
             sections.section("Memory", sections.cache_section(evaluation)),
@@ -102,12 +110,19 @@ def render_report(
 
 
 def _check_together(
-    scores: HeadScores, plan: HeadPlan, evaluation: Evaluation, teacher_config_hash: str
+    scores: HeadScores,
+    plan: HeadPlan,
+    evaluation: Evaluation,
+    runs: Sequence[TrainingRun],
+    teacher_config_hash: str,
 ) -> None:
     for config_hash in (scores.teacher_config_hash, teacher_config_hash):
         plan.check_teacher(
             scores.num_layers, scores.num_heads, scores.num_query_groups, config_hash
         )
+    for run in runs:
+        if run.plan.layers != plan.layers:
+            raise UserError(f"run {run.name}: {run.folder} trained a hybrid of another plan")
     num_heads = plan.num_layers * plan.num_heads
     for model in evaluation.models:
         if model.num_heads != num_heads:
@@ -151,9 +166,7 @@ def _summary(plan: HeadPlan, evaluation: Evaluation) -> str:
 
 
 def _heads(scores: HeadScores, plan: HeadPlan) -> str:
-    figure = Figure(figsize=(2.3 + 0.48 * plan.num_heads, 0.6 + 0.36 * plan.num_layers))
-    draw_head_map(scores, plan, figure.add_subplot())
-    svg = to_svg(figure, "heads", "score of each head, with the plan")
-    scorer = sections.escape(scores.scorer.replace("_", " "))
+    svg = to_svg(head_map_figure(scores, plan), "heads", "score of each head, with the plan")
+    scorer = sections.escape(scorer_names(scores))
     caption = f"Score of each head by {scorer}; layers and heads count from 0."
     return sections.figure(svg, caption) + sections.plan_table(plan)

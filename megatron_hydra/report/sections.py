@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_hydra.chart_style import to_svg
 from megatron_hydra.evaluation.results import (
     Accuracy,
     Cell,
@@ -18,13 +19,7 @@ from megatron_hydra.evaluation.results import (
     NeedleGrid,
 )
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.report.charts import (
-    draw_cache,
-    draw_curve,
-    draw_losses,
-    smoothing_window,
-    to_svg,
-)
+from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
 from megatron_hydra.report.training_runs import TrainingRun
 
 _TASK_NAMES = {"single": "Single needle", "multi_key": "Multi-key needle"}
@@ -78,7 +73,7 @@ def plan_table(plan: HeadPlan) -> str:
         for index, layer in enumerate(plan.layers)
     ]
     head = ["Layer", "FA heads", "Count", "Query groups with a cache"]
-    return details("The plan as a table", _table(head, rows, numeric=False))
+    return details("The plan as a table", table(head, rows, numeric=False))
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -228,7 +223,7 @@ def cache_section(evaluation: Evaluation) -> str:
         "Cache and state of one sequence by its length. “Smaller from” is the shortest length at "
         "which a hybrid needs less than the teacher."
     )
-    return f"{_table(head, rows)}{figure(chart, caption)}"
+    return f"{table(head, rows)}{figure(chart, caption)}"
 
 
 def crossover_tokens(model: ModelResult, teacher: ModelResult) -> int | None:
@@ -297,8 +292,8 @@ def provenance_section(
         for name, record in sources.items()
     )
     return (
-        f"<h3>Commands</h3>{_table(['Output', 'Command'], known, numeric=False)}"
-        f'<div class="pair"><div><h3>Seeds</h3>{_table(["Input", "Seeds"], seed_rows, False)}</div>'
+        f"<h3>Commands</h3>{table(['Output', 'Command'], known, numeric=False)}"
+        f'<div class="pair"><div><h3>Seeds</h3>{table(["Input", "Seeds"], seed_rows, False)}</div>'
         f"<div><h3>Versions</h3>{_versions(sources)}</div></div>{records}"
     )
 
@@ -339,7 +334,7 @@ def _versions(sources: Mapping[str, Mapping[str, Any]]) -> str:
         return "; ".join(f"{escape(v)} ({escape(', '.join(n))})" for v, n in by_version.items())
 
     rows = [[escape(package), describe(by_version)] for package, by_version in found.items()]
-    return _table(["Package", "Version"], rows, numeric=False)
+    return table(["Package", "Version"], rows, numeric=False)
 
 
 def _as_yaml(record: Mapping[str, Any]) -> str:
@@ -351,7 +346,7 @@ def details(title: str, body: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = True) -> str:
     """A plain table; ``rows`` are HTML, the first cell of each a heading."""
     kind = ' class="numbers"' if numeric else ""
     columns = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json
+from megatron_hydra.head_plan import HeadPlan
 
 LOSS_PARTS = {
     "train/alignment": "alignment",
@@ -44,6 +45,7 @@ class TrainingRun:
         config_yaml: The resolved configuration, as written to the run folder.
         config: The same, parsed.
         provenance: Of the trained hybrid.
+        plan: Of the trained hybrid.
     """
 
     name: str
@@ -52,6 +54,7 @@ class TrainingRun:
     config_yaml: str
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    plan: HeadPlan
 
     @property
     def loss_parts(self) -> dict[str, Curve]:
@@ -93,7 +96,8 @@ def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
     if not meta.is_file():
         raise UserError(f"run {name}: {folder} has no hybrid/model.json: it has not finished")
     provenance = read_json(meta, "hybrid", 1).get("provenance", {})
-    run = TrainingRun(name, folder, _read_curves(files), config_yaml, config, provenance)
+    plan = HeadPlan.load(meta.with_name("plan.json"))
+    run = TrainingRun(name, folder, _read_curves(files), config_yaml, config, provenance, plan)
     _check_curves(run)
     return run
 

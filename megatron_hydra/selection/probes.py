@@ -1,396 +1,219 @@
-"""Text and needles: the retrieval samples that scoring, training data and evaluation share.
+"""Probes: which sub-probes there are, what capability each one asks of a model, and their pairs.
 
-RULER-style (arXiv 2404.06654): sentences of the form ``The number for amber is 4821.`` (needles)
-stand in running text (the haystack), and a question about one of them comes last. RULER's essay
-haystack is replaced by local text, and its 7-digit numbers by 4 digits.
+A sub-probe is a way to draw counterfactual pairs. The five needle sub-probes follow RULER's NIAH
+tasks (arXiv 2404.06654), but their haystack is local text instead of essays, their numbers have 4
+digits instead of 7, their UUIDs are the first 8 hexadecimal digits, and keys are plain words.
 
-Everything is drawn from a ``random.Random`` that the caller seeds; a tokenizer is any object with
-``encode(text, add_special_tokens=False) -> list[int]``.
+A tokenizer is one of transformers, or any object that encodes as :mod:`.needles` says; only
+``induction`` asks for its vocabulary.
 """
 
 from __future__ import annotations
 
-import ast
-import os
 import random
-import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal
 
 from megatron_hydra.errors import UserError
-
-NUM_VALUE_DIGITS = 4
-MIN_TEXT_CHARACTERS = 20_000
-# Common words, so that a small tokenizer has them whole and the haystack holds them too.
-_KEY_WORDS = (
-    "address argument attribute block bytes call case class code command context data default "
-    "dictionary directory error example exception expression file format frame function import "
-    "instance integer item key keyword line list message method mode module name object open "
-    "option path position print read result sequence server set state statement string support "
-    "text thread time tuple type value variable version"
+from megatron_hydra.selection.language_pairs import (
+    classification_pair,
+    induction_pair,
+    text_pair,
 )
-KEYS = tuple(_KEY_WORDS.split())
+from megatron_hydra.selection.lookup_pairs import (
+    HEX,
+    key_value_pair,
+    needle_pair,
+    needle_records_pair,
+    variable_pair,
+)
+from megatron_hydra.selection.needles import TASKS, CounterfactualPair, find_task
+
+Readout = Literal["logit_difference", "log_probability"]
+"""What is read where the clean answer is predicted: the logit of the clean answer's token less
+that of the corrupt answer's, or the log-probability of the clean answer's token."""
+MakePair = Callable[[random.Random, Any, Sequence[int], int, float], CounterfactualPair]
+"""(rng, tokenizer, text tokens, length in tokens, depth from 0 to 1) -> pair."""
 
 
 @dataclass(frozen=True)
-class NeedleTask:
-    """A retrieval task: its name and how many needles stand in the haystack.
+class Probe:
+    """Counterfactual pairs of one kind, all of one token length; checked when made.
 
     Attributes:
-        name: Name in results, for example ``single``.
-        num_keys: Needles in the haystack; one of them is asked for.
+        name: Name of the sub-probe in results.
+        capability: What it probes; scores are normalised capability by capability.
+        pairs: At least one.
+        length_tokens: Tokens of a sample with its answer.
+        seed: The pairs were drawn from it.
+        readout: How a run's answer is read.
+
+    Raises:
+        UserError: If a pair's prompts or answers are not equally long, or the answers do not
+            differ in every token (``log_probability``: are not the same).
     """
 
     name: str
-    num_keys: int
+    capability: str
+    pairs: Sequence[CounterfactualPair]
+    length_tokens: int
+    seed: int
+    readout: Readout = "logit_difference"
 
-
-TASKS = {task.name: task for task in (NeedleTask("single", 1), NeedleTask("multi_key", 8))}
-
-
-@dataclass(frozen=True)
-class NeedleSample:
-    """One question about one needle.
-
-    Attributes:
-        tokens: Context and question, without the answer.
-        answer: The value's tokens, which should come next.
-        depth: Where the needle stands in the haystack, from 0 (start) to 1 (end).
-        key: The word that is asked for.
-        value: The digits that answer.
-        answer_positions: Indices in ``tokens`` of the needle's own copy of ``answer``.
-    """
-
-    tokens: list[int]
-    answer: list[int]
-    depth: float
-    key: str
-    value: str
-    answer_positions: tuple[int, ...]
-
-
-class CounterfactualPair(NamedTuple):
-    """Two samples that differ in the needle's answer tokens only; every answer token differs."""
-
-    clean: NeedleSample
-    corrupt: NeedleSample
+    def __post_init__(self) -> None:
+        for index, pair in enumerate(self.pairs):
+            problem = _problem(pair, self.length_tokens, self.readout)
+            if problem:
+                raise UserError(f"probe {self.name!r}, pair {index}: {problem}")
 
 
 @dataclass(frozen=True)
-class TrainingDocument:
-    """A document with needles and later questions about them.
+class SubProbe:
+    """A kind of counterfactual pairs.
 
     Attributes:
-        tokens: The whole document.
-        answer_positions: Ascending indices in ``tokens`` of value tokens that stood before.
+        name: Its name in results.
+        capability: What it asks of a model.
+        description: In a few words.
+        make_pair: Draws one.
+        readout: How a run's answer is read.
     """
 
-    tokens: list[int]
-    answer_positions: tuple[int, ...]
+    name: str
+    capability: str
+    description: str
+    make_pair: MakePair
+    readout: Readout = "logit_difference"
 
 
-def local_text() -> str:
-    """English text that every CPython carries; the same for a given Python version.
+_ALL = (
+    SubProbe(
+        "niah_single_1",
+        "retrieval",
+        "a number in repeated filler sentences",
+        partial(needle_pair, noise=True),
+    ),
+    SubProbe("niah_single_2", "retrieval", "a number in running text", needle_pair),
+    SubProbe(
+        "niah_single_3",
+        "retrieval",
+        "a hexadecimal value in running text",
+        partial(needle_pair, kind=HEX),
+    ),
+    SubProbe(
+        "niah_multikey_1",
+        "retrieval",
+        "one of four numbers in running text",
+        partial(needle_pair, num_keys=4),
+    ),
+    SubProbe(
+        "niah_multikey_2", "retrieval", "one number among nothing but needles", needle_records_pair
+    ),
+    SubProbe(
+        "kv_retrieval",
+        "kv_retrieval",
+        "one value of key-value lines (Lost in the Middle, arXiv 2307.03172)",
+        key_value_pair,
+    ),
+    SubProbe(
+        "variable_tracking",
+        "tracking",
+        "the value at the end of a chain of assignments",
+        variable_pair,
+    ),
+    SubProbe(
+        "text",
+        "language_modelling",
+        "the next tokens of running text, with and without its context",
+        text_pair,
+        "log_probability",
+    ),
+    SubProbe("induction", "induction", "what followed some random tokens before", induction_pair),
+    SubProbe(
+        "classification",
+        "in_context_learning",
+        "the label of a word, by examples of two categories",
+        classification_pair,
+    ),
+)
+SUB_PROBES = {sub_probe.name: sub_probe for sub_probe in _ALL}
 
-    The language reference of ``pydoc`` and the docstrings of the standard library's top-level
-    modules, about 1.3 million characters.
+
+def find_sub_probe(spec: str) -> SubProbe:
+    """The sub-probe that a word names: one of :data:`SUB_PROBES`, or a needle task.
 
     Raises:
-        UserError: If this Python has no standard library sources.
+        UserError: If there is none.
     """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise UserError("this Python carries no pydoc topics: name a text file instead") from error
-    parts = [topics[name] for name in sorted(topics)]
-    folder = Path(sysconfig.get_path("stdlib"))
-    modules = [path for path in sorted(folder.glob("*.py")) if path.stem in sys.stdlib_module_names]
-    if not modules:
-        raise UserError(f"{folder} holds no standard library sources: name a text file instead")
-    for path in modules:
-        parts.extend(_docstrings(path))
-    return "\n\n".join(parts)
+    name = spec.strip()
+    if name in SUB_PROBES:
+        return SUB_PROBES[name]
+    if name.partition(":")[0] not in TASKS:
+        known = ", ".join((*SUB_PROBES, *TASKS))
+        raise UserError(f"unknown probe {spec!r}; known: {known}, multi_key:N")
+    task = find_task(name)
+    make_pair = partial(needle_pair, num_keys=task.num_keys)
+    return SubProbe(task.name, "retrieval", f"{task.num_keys} needles in running text", make_pair)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file to serve as haystack and language-model text.
-
-    Raises:
-        UserError: If it is missing, no UTF-8, empty or too short.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the text file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text file {path} is not UTF-8: {error}") from error
-    if len(text.strip()) < MIN_TEXT_CHARACTERS:
-        found = f"has {len(text.strip())} characters" if text.strip() else "is empty"
-        raise UserError(
-            f"the text file {path} {found}; at least {MIN_TEXT_CHARACTERS} characters are needed"
-        )
-    return text
-
-
-def split_held_out(
-    text_tokens: Sequence[int], num_blocks: int = 100
-) -> tuple[list[int], list[int]]:
-    """Cut text into blocks and hold every tenth block out: (training tokens, held-out tokens)."""
-    edges = [len(text_tokens) * i // num_blocks for i in range(num_blocks + 1)]
-    training: list[int] = []
-    held_out: list[int] = []
-    for i, (start, stop) in enumerate(pairwise(edges)):
-        (held_out if i % 10 == 9 else training).extend(text_tokens[start:stop])
-    return training, held_out
-
-
-def make_needle_sample(
-    rng: random.Random,
+def make_probe(
+    spec: str,
     tokenizer: Any,
     text_tokens: Sequence[int],
     length: int,
-    depth: float,
-    num_keys: int = 1,
-) -> NeedleSample:
-    """Draw one sample; its tokens and its answer together are ``length`` tokens.
+    num_pairs: int,
+    seed: int,
+) -> Probe:
+    """Draw a sub-probe's pairs, the depths of what is asked for spread evenly.
 
     Args:
-        rng: Source of the haystack, keys, values and places of the other needles.
-        tokenizer: Encodes the sentences; digits must be one token each.
-        text_tokens: Text from which the haystack, one running piece, is drawn.
-        length: Tokens of context, question and answer together.
-        depth: Place of the needle asked for, as a share of the haystack before it.
-        num_keys: Needles in all; the others have other keys and stand at random places.
+        spec: As for :func:`find_sub_probe`.
+        tokenizer: Of the model.
+        text_tokens: Text for haystacks and for ``text``.
+        length: Tokens of a sample with its answer.
+        num_pairs: How many.
+        seed: With the sub-probe's name it decides everything that is drawn.
 
     Raises:
-        UserError: If the needles do not fit in ``length``, the text is shorter than the haystack,
-            or the tokenizer merges digits.
+        UserError: If there is no such sub-probe, ``num_pairs`` is not positive, ``length`` is too
+            short (the message says what is needed) or more than the text has, or the tokenizer
+            splits what must be one token.
     """
-    if not 0.0 <= depth <= 1.0:
-        raise UserError(f"needle depth {depth} is outside 0 to 1")
-    keys, values = _draw_keys(rng, num_keys), [_draw_value(rng) for _ in range(num_keys)]
-    pieces = _pieces(tokenizer)
-    needles = [pieces.needle(key, value) for key, value in zip(keys, values, strict=True)]
-    question, answer = pieces.question(keys[0]), pieces.value(values[0])
-    num_fixed = sum(len(needle.tokens) for needle in needles) + len(question) + len(answer)
-    if length <= num_fixed:
-        raise UserError(
-            f"a sample of {length} tokens has no room for text and {num_keys} needles: at least "
-            f"{num_fixed + 1} tokens are needed"
+    sub_probe = find_sub_probe(spec)
+    if num_pairs < 1:
+        raise UserError(f"{num_pairs} pairs a probe: at least 1 is needed")
+    rng = random.Random(f"{sub_probe.name} {seed}")
+    depths = [(i + 0.5) / num_pairs for i in range(num_pairs)]
+    try:
+        pairs = [
+            sub_probe.make_pair(rng, tokenizer, text_tokens, length, depth) for depth in depths
+        ]
+    except UserError as error:
+        raise UserError(f"probe {sub_probe.name!r}: {error}") from error
+    return Probe(sub_probe.name, sub_probe.capability, pairs, length, seed, sub_probe.readout)
+
+
+def _problem(pair: CounterfactualPair, length_tokens: int, readout: Readout) -> str:
+    """What is wrong with a pair, in words; empty if nothing is."""
+    clean, corrupt = pair
+    split = "the tokenizer splits its two"
+    if len(clean.answer) != len(corrupt.answer):
+        lengths = f"{len(clean.answer)} and {len(corrupt.answer)} tokens"
+        return f"{split} answers differently, into {lengths}; they must be equally many"
+    if len(clean.tokens) != len(corrupt.tokens):
+        lengths = f"{len(clean.tokens)} and {len(corrupt.tokens)} tokens"
+        return f"{split} prompts differently, into {lengths}; they must be equally many"
+    if len(clean.tokens) + len(clean.answer) != length_tokens:
+        found = len(clean.tokens) + len(clean.answer)
+        return f"prompt and answer have {found} tokens; {length_tokens} were said"
+    equal = [i for i, (a, b) in enumerate(zip(clean.answer, corrupt.answer)) if a == b]
+    if readout == "log_probability" and len(equal) < len(clean.answer):
+        return "the two answers must be the same where their log-probability is read"
+    if readout == "logit_difference" and equal:
+        return (
+            f"the tokenizer gives both answers the token {clean.answer[equal[0]]} at place "
+            f"{equal[0]}; every token of the two must differ"
         )
-    text = _draw_text(rng, text_tokens, length - num_fixed)
-    cuts = [round(depth * len(text))] + [rng.randint(0, len(text)) for _ in needles[1:]]
-    order = list(range(num_keys))
-    rng.shuffle(order)  # needles at the same place stand in random order
-    order.sort(key=lambda i: cuts[i])
-    tokens, starts = _lay_out([needles[i] for i in order], [cuts[i] for i in order], text)
-    start = starts[order.index(0)]
-    positions = tuple(range(start, start + len(answer)))
-    return NeedleSample(tokens + question, answer, depth, keys[0], values[0], positions)
-
-
-def make_counterfactual_pair(
-    rng: random.Random,
-    tokenizer: Any,
-    text_tokens: Sequence[int],
-    length: int,
-    depth: float,
-    num_keys: int = 1,
-) -> CounterfactualPair:
-    """Draw a sample and its twin whose needle gives another value of equal token length.
-
-    Arguments and errors as :func:`make_needle_sample`.
-    """
-    clean = make_needle_sample(rng, tokenizer, text_tokens, length, depth, num_keys)
-    other = "".join(rng.choice([d for d in "0123456789" if d != digit]) for digit in clean.value)
-    answer = _pieces(tokenizer).value(other)
-    tokens = list(clean.tokens)
-    for position, token in zip(clean.answer_positions, answer, strict=True):
-        tokens[position] = token
-    corrupt = NeedleSample(tokens, answer, clean.depth, clean.key, other, clean.answer_positions)
-    return CounterfactualPair(clean, corrupt)
-
-
-def make_training_document(
-    rng: random.Random,
-    tokenizer: Any,
-    text_tokens: Sequence[int],
-    length: int,
-    max_keys: int = 8,
-    text_share: float | None = None,
-) -> TrainingDocument:
-    """Draw a document of exactly ``length`` tokens: needles in text, then recalled many times.
-
-    A recall is the question of :func:`make_needle_sample` or the needle's sentence once more, so
-    that every recalled value can be predicted from the context. The last tokens are a question
-    and its answer, as in the tasks.
-
-    Args:
-        rng: Source of all choices.
-        tokenizer: As for :func:`make_needle_sample`.
-        text_tokens: Text to fill with.
-        length: Tokens of the document.
-        max_keys: Largest number of needles; the number is drawn evenly from 1 to this.
-        text_share: Share of text; None draws it evenly from 0 to 0.8.
-
-    Raises:
-        UserError: As :func:`make_needle_sample`.
-    """
-    pieces = _pieces(tokenizer)
-    share = rng.uniform(0.0, 0.8) if text_share is None else text_share
-    room = length - pieces.num_question_tokens_max - NUM_VALUE_DIGITS
-    fitting = room // pieces.num_needle_tokens_max
-    if fitting < 1:
-        raise UserError(f"a training document of {length} tokens has no room for a needle")
-    keys = _draw_keys(rng, rng.randint(1, min(max_keys, fitting)))
-    facts = [(key, _draw_value(rng)) for key in keys]
-    asked = rng.choice(facts)
-    segments = [pieces.needle(*fact) for fact in facts]
-    num_used = sum(len(segment.tokens) for segment in segments)
-    limit = max(num_used, int(room * (1.0 - share)))
-    recalls = []
-    while num_used <= limit:
-        recall = (pieces.recall if rng.random() < 0.5 else pieces.needle)(*rng.choice(facts))
-        num_used += len(recall.tokens)
-        if num_used <= limit:
-            recalls.append(recall)
-    segments = _first_mentions_first(rng, segments + recalls)
-    last = pieces.question(asked[0])
-    num_text = length - sum(len(s.tokens) for s in segments) - len(last) - NUM_VALUE_DIGITS
-    document = _spread(rng, segments, _draw_text(rng, text_tokens, num_text))
-    end = range(length - NUM_VALUE_DIGITS, length)
-    tokens = document.tokens + last + pieces.value(asked[1])
-    return TrainingDocument(tokens, (*document.answer_positions, *end))
-
-
-def make_text_document(
-    rng: random.Random, text_tokens: Sequence[int], length: int
-) -> TrainingDocument:
-    """Draw a running piece of ``length`` text tokens; UserError if the text is shorter."""
-    return TrainingDocument(_draw_text(rng, text_tokens, length), ())
-
-
-class _Segment(NamedTuple):
-    """A sentence in tokens; its value stands at ``value_start``."""
-
-    tokens: list[int]
-    value_start: int
-    key: str
-
-
-class _Pieces:
-    """The template's sentences in a tokenizer's tokens."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._cache: dict[str, list[int]] = {}
-        for digit in "0123456789":
-            if len(self.encode(digit)) != 1:
-                raise UserError(
-                    f"the tokenizer encodes {digit!r} as {len(self.encode(digit))} tokens; needles "
-                    "need one token a digit"
-                )
-        value = "0" * NUM_VALUE_DIGITS
-        self.num_needle_tokens_max = max(len(self.needle(key, value).tokens) for key in KEYS)
-        self.num_question_tokens_max = max(len(self.question(key)) for key in KEYS)
-
-    def encode(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = list(self._tokenizer.encode(text, add_special_tokens=False))
-        return self._cache[text]
-
-    def value(self, digits: str) -> list[int]:
-        return [token for digit in digits for token in self.encode(digit)]
-
-    def needle(self, key: str, value: str) -> _Segment:
-        before = self.encode("\nThe number for") + self._key(key) + self.encode(" is ")
-        return _Segment(before + self.value(value) + self.encode(".\n"), len(before), key)
-
-    def question(self, key: str) -> list[int]:
-        first = self.encode("\nWhat is the number for") + self._key(key) + self.encode("?")
-        return first + self.encode(" The number for") + self._key(key) + self.encode(" is ")
-
-    def recall(self, key: str, value: str) -> _Segment:
-        before = self.question(key)
-        return _Segment(before + self.value(value) + self.encode(".\n"), len(before), key)
-
-    def _key(self, key: str) -> list[int]:
-        return self.encode(f" {key}")
-
-
-@lru_cache(maxsize=8)
-def _pieces(tokenizer: Any) -> _Pieces:
-    return _Pieces(tokenizer)
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if isinstance(node, documented):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
-
-
-def _draw_keys(rng: random.Random, num_keys: int) -> list[str]:
-    if not 1 <= num_keys <= len(KEYS):
-        raise UserError(f"{num_keys} needles were asked for; 1 to {len(KEYS)} are possible")
-    return rng.sample(KEYS, num_keys)
-
-
-def _draw_value(rng: random.Random) -> str:
-    return "".join(rng.choices("0123456789", k=NUM_VALUE_DIGITS))
-
-
-def _draw_text(rng: random.Random, text_tokens: Sequence[int], num_tokens: int) -> list[int]:
-    if num_tokens > len(text_tokens):
-        raise UserError(
-            f"the text has {len(text_tokens)} tokens, but {num_tokens} are needed: give more text "
-            "or ask for a shorter length"
-        )
-    start = rng.randint(0, len(text_tokens) - num_tokens)
-    return list(text_tokens[start : start + num_tokens])
-
-
-def _lay_out(
-    segments: Sequence[_Segment], cuts: Sequence[int], text: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Insert segments at ascending cuts of the text: (tokens, where each value starts)."""
-    tokens: list[int] = []
-    starts: list[int] = []
-    done = 0
-    for segment, cut in zip(segments, cuts, strict=True):
-        tokens.extend(text[done:cut])
-        starts.append(len(tokens) + segment.value_start)
-        tokens.extend(segment.tokens)
-        done = cut
-    tokens.extend(text[done:])
-    return tokens, starts
-
-
-def _first_mentions_first(rng: random.Random, segments: list[_Segment]) -> list[_Segment]:
-    """Shuffle, but keep the order within a key: ``segments`` lists its needle, then its recalls."""
-    waiting: dict[str, list[_Segment]] = {}
-    for segment in segments:
-        waiting.setdefault(segment.key, []).append(segment)
-    slots = [segment.key for segment in segments]
-    rng.shuffle(slots)
-    return [waiting[key].pop(0) for key in slots]
-
-
-def _spread(rng: random.Random, segments: list[_Segment], text: list[int]) -> TrainingDocument:
-    """Spread segments over the text; every value but a key's first can be known from before."""
-    cuts = sorted(rng.randint(0, len(text)) for _ in segments)
-    tokens, starts = _lay_out(segments, cuts, text)
-    seen: set[str] = set()
-    positions: list[int] = []
-    for segment, start in zip(segments, starts, strict=True):
-        if segment.key in seen:
-            positions.extend(range(start, start + NUM_VALUE_DIGITS))
-        seen.add(segment.key)
-    return TrainingDocument(tokens, tuple(positions))
+    return ""

@@ -1,4 +1,4 @@
-"""Logits where a teacher-forced answer is predicted, and the readout m(x) taken from them (Eq 9).
+"""Logits where a teacher-forced answer is predicted, and the readouts m(x) of them (Eq 9).
 
 Legend: a = answer tokens, b = batch, s = sequence, v = vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection.probes import NeedleSample
+from megatron_hydra.selection.needles import Sample
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -22,7 +22,7 @@ READOUT_DECAY = 0.9
 
 
 def teacher_forced(
-    samples: Sequence[NeedleSample], answers: Sequence[Sequence[int]] | None = None
+    samples: Sequence[Sample], answers: Sequence[Sequence[int]] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Lay samples of one length out as a batch whose last ``a`` positions predict the answers.
 
@@ -70,7 +70,7 @@ def answer_logits(model: GPTModel, tokens: Tensor, num_answer_tokens: int) -> Te
         hook.remove()
 
 
-def readout(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+def logit_difference(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     """How far the model prefers the right answer: sum_j lambda^j (z_j[a+] - z_j[a-]) / Z (Eq 9).
 
     Z is the sum of lambda^j, so that m is a mean logit difference.
@@ -89,3 +89,20 @@ def readout(logits: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
     powers = torch.arange(right.shape[1], dtype=torch.float64, device=logits.device)
     weights = READOUT_DECAY**powers
     return (chosen[..., 0] - chosen[..., 1]) @ (weights / weights.sum())
+
+
+def log_probability(logits: Tensor, right: Tensor) -> Tensor:
+    """Mean log-probability of the right tokens, for answers that have no wrong twin.
+
+    Args:
+        logits: [..., b, a, v].
+        right: Tokens a+ [b, a].
+
+    Returns:
+        [..., b], in float64 nats a token.
+    """
+    index = right.to(logits.device)[..., None].expand(*logits.shape[:-1], 1)
+    chosen = logits.gather(-1, index).squeeze(-1).double()
+    # In 16 bits a sum near 20 is known to a tenth only.
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (chosen - wide.logsumexp(dim=-1).double()).mean(dim=-1)

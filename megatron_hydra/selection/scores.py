@@ -1,99 +1,235 @@
-"""Head scores: how much each attention head of a teacher matters, as a JSON file."""
+"""Head scores: what scorers found for every attention head of a teacher, as a JSON file.
+
+The file keeps the raw effect of every head, pair and sub-probe, so that another combination, a
+resampling of the pairs or a doubt needs no new run.
+"""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
+from megatron_hydra.selection.combination import Array, Combination, combine
+from megatron_hydra.selection.cost import ModelShape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _FILE_KIND = "head_scores"
+_DIGITS = 9  # kept of an effect: more than float32 holds
 
-# One number a head: [num_layers][num_heads].
-HeadTable = Sequence[Sequence[float]]
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """What a scores file says of a sub-probe.
+
+    Attributes:
+        name: Name of the sub-probe.
+        capability: What it probes.
+        readout: `logit_difference` or `log_probability`.
+        num_pairs: Pairs drawn.
+        kept: Indices of the pairs that count; the others had too small a clean-corrupt gap.
+        gaps: m(x) - m(x') of every pair drawn, in logits or nats; empty for controls, which
+            measure nothing.
+        length_tokens: Tokens of a sample with its answer.
+        seed: The pairs were drawn from it.
+
+    Raises:
+        UserError: If ``kept`` or ``gaps`` do not fit the number of pairs.
+    """
+
+    name: str
+    capability: str
+    readout: str
+    num_pairs: int
+    kept: tuple[int, ...]
+    gaps: tuple[float, ...]
+    length_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        in_order = sorted(set(self.kept).intersection(range(self.num_pairs)))
+        if list(self.kept) != in_order or len(self.gaps) not in (0, self.num_pairs):
+            raise UserError(
+                f"sub-probe {self.name!r} of the head scores has {self.num_pairs} pairs, which "
+                f"{len(self.gaps)} gaps and kept pairs {list(self.kept)} do not fit"
+            )
+
+    @property
+    def num_dropped(self) -> int:
+        """Pairs that do not count."""
+        return self.num_pairs - len(self.kept)
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """What a scorer found for every query head; layers and heads count from 0.
+    """What scorers found for every query head; layers and heads count from 0.
 
     Attributes:
-        num_layers: Layers of the teacher.
-        num_heads: Query heads a layer.
-        num_query_groups: Query groups (KV heads) a layer.
+        shape: Sizes of the teacher.
         teacher_config_hash: Hash of the teacher's shape-giving configuration.
-        scorer: Name of the scorer.
-        scores: [num_layers][num_heads], the final score; higher keeps full attention first.
-        effects: Probe name -> [num_layers][num_heads], mean indirect effect (Eq 10).
-        consistency: [num_layers][num_heads], share of sub-probes with a notable effect (kappa,
-            Eq 12).
-        provenance: Probes with their counts and seeds, versions, command; JSON values.
+        probes: The sub-probes.
+        effects: Scorer -> sub-probe -> float64 [kept pairs, layers, heads]; a scorer may lack
+            sub-probes that it cannot read.
+        combination: How :attr:`scores` are made of the effects.
+        provenance: Command, versions, seeds; JSON values.
 
     Raises:
-        UserError: If a table has another shape or a number that is not finite.
+        UserError: If an array has another shape or a number that is not finite.
     """
 
-    num_layers: int
-    num_heads: int
-    num_query_groups: int
+    shape: ModelShape
     teacher_config_hash: str
-    scorer: str
-    scores: HeadTable
-    effects: Mapping[str, HeadTable]
-    consistency: HeadTable
+    probes: tuple[ProbeRecord, ...]
+    effects: Mapping[str, Mapping[str, Array]]
+    combination: Combination
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "num_query_groups"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} of the head scores must be a positive integer: {value!r}")
-        if self.num_heads % self.num_query_groups:
-            raise UserError(
-                f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
-            )
-        for name in ("teacher_config_hash", "scorer"):
-            if not isinstance(getattr(self, name), str):
-                raise UserError(f"{name} of the head scores must be a string")
-        for name in ("effects", "provenance"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise UserError(f"{name} of the head scores must be a JSON object")
-        object.__setattr__(self, "scores", self._table(self.scores, "scores"))
-        effects = {
-            probe: self._table(t, f"effects[{probe!r}]") for probe, t in self.effects.items()
+        records = {probe.name: probe for probe in self.probes}
+        if len(records) < len(self.probes):
+            raise UserError("two sub-probes of the head scores have the same name")
+        for scorer, by_probe in self.effects.items():
+            for name, values in by_probe.items():
+                where = f"effects of {scorer} on {name!r} in the head scores"
+                if name not in records:
+                    raise UserError(f"{where}: no such sub-probe among {', '.join(records)}")
+                shape = (len(records[name].kept), self.num_layers, self.num_heads)
+                if not shape[0]:
+                    raise UserError(f"{where}: the sub-probe keeps no pair, so it has no effects")
+                if values.shape != shape:
+                    raise UserError(f"{where} have shape {values.shape}, not {shape}")
+                if not np.isfinite(values).all():
+                    pair, layer, head = np.argwhere(~np.isfinite(values))[0]
+                    raise UserError(f"{where}: layer {layer}, head {head}, pair {pair} not finite")
+        self.scores.setflags(write=False)  # made here, so that a bad combination is said at once
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the teacher."""
+        return self.shape.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads a layer."""
+        return self.shape.num_heads
+
+    @property
+    def num_query_groups(self) -> int:
+        """Query groups (KV heads) a layer."""
+        return self.shape.num_query_groups
+
+    @cached_property
+    def scores(self) -> Array:
+        """The final score, [layers, heads]; higher keeps full attention first."""
+        return combine(self._means, self._capabilities, self.combination)
+
+    @cached_property
+    def effect_size(self) -> Array:
+        """Mean absolute mean effect over the combination's scorers and probes, [layers, heads]."""
+        sizes = [
+            np.abs(mean)
+            for scorer in self.combination.scorers
+            for mean in self._means[scorer].values()
+        ]
+        return np.asarray(np.mean(sizes, axis=0))
+
+    def mean_effects(self, scorer: str, probe: str) -> Array:
+        """Mean effect over the kept pairs by :meth:`pair_weights`, [layers, heads]."""
+        return self._means[scorer][probe]
+
+    def pair_weights(self, probe: str) -> Array:
+        """The weight of each kept pair in a mean: its gap, or 1 (``weigh_by_gap``)."""
+        record = next(record for record in self.probes if record.name == probe)
+        if record.gaps and self.combination.weigh_by_gap:
+            return np.asarray(record.gaps)[list(record.kept)]
+        return np.ones(len(record.kept))
+
+    def with_combination(self, combination: Combination) -> HeadScores:
+        """The same effects, combined in another way.
+
+        Raises:
+            UserError: If the combination names scorers or capabilities that are not there.
+        """
+        return dataclasses.replace(self, combination=combination)
+
+    @cached_property
+    def _means(self) -> dict[str, dict[str, Array]]:
+        return {
+            scorer: {
+                name: np.average(values, axis=0, weights=self.pair_weights(name))
+                for name, values in by_probe.items()
+            }
+            for scorer, by_probe in self.effects.items()
         }
-        object.__setattr__(self, "effects", effects)
-        object.__setattr__(self, "consistency", self._table(self.consistency, "consistency"))
 
-    def _table(self, rows: HeadTable, name: str) -> tuple[tuple[float, ...], ...]:
-        shape = f"[{self.num_layers}][{self.num_heads}]"
-        try:
-            table = tuple(tuple(_number(value) for value in row) for row in rows)
-        except TypeError as error:
-            raise UserError(f"{name} of the head scores must be numbers {shape}") from error
-        if len(table) != self.num_layers or any(len(row) != self.num_heads for row in table):
-            raise UserError(f"{name} of the head scores must have shape {shape}")
-        for layer, row in enumerate(table):
-            for head, value in enumerate(row):
-                if not math.isfinite(value):
-                    raise UserError(f"{name} of layer {layer}, head {head} is {value}, not finite")
-        return table
-
-    def effect_size(self, layer: int, head: int) -> float:
-        """Mean over the probes of the head's absolute indirect effect; 0 without probes."""
-        sizes = [abs(table[layer][head]) for table in self.effects.values()]
-        return math.fsum(sizes) / len(sizes) if sizes else 0.0
+    @property
+    def _capabilities(self) -> dict[str, str]:
+        return {probe.name: probe.capability for probe in self.probes}
 
     def to_dict(self) -> dict[str, Any]:
-        """The scores as JSON values."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {"schema_version": SCHEMA_VERSION, "kind": _FILE_KIND, **values}
+        """The scores as JSON values; ``scores`` is there for readers and made anew on loading."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": _FILE_KIND,
+            "teacher_config_hash": self.teacher_config_hash,
+            "shape": dataclasses.asdict(self.shape),
+            "combination": dataclasses.asdict(self.combination),
+            "scores": _to_lists(self.scores),
+            "probes": [dataclasses.asdict(probe) for probe in self.probes],
+            "provenance": dict(self.provenance),
+            "effects": {
+                scorer: {name: _to_lists(values) for name, values in by_probe.items()}
+                for scorer, by_probe in self.effects.items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HeadScores:
+        """Read what :meth:`to_dict` gave.
+
+        Raises:
+            UserError: If a key is missing or unknown, or a value has another type or shape.
+        """
+        _check_keys(data, [*(item.name for item in fields(cls)), "scores"], "the head scores")
+        if not all(isinstance(data[k], Mapping) for k in ("shape", "effects", "provenance")):
+            raise UserError("shape, effects and provenance of the head scores must be JSON objects")
+        _check_keys(data["shape"], [item.name for item in fields(ModelShape)], "shape")
+        if not isinstance(data["probes"], list):
+            raise UserError("probes of the head scores must be a list")
+        if not isinstance(data["teacher_config_hash"], str):
+            raise UserError("teacher_config_hash of the head scores must be a string")
+        for record in data["probes"]:
+            _check_keys(record, [item.name for item in fields(ProbeRecord)], "a probe's record")
+        try:
+            probes = tuple(
+                ProbeRecord(
+                    **{**record, "kept": tuple(record["kept"]), "gaps": tuple(record["gaps"])}
+                )
+                for record in data["probes"]
+            )
+            effects = {
+                scorer: {name: _to_array(rows) for name, rows in by_probe.items()}
+                for scorer, by_probe in data["effects"].items()
+            }
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"probes or effects of the head scores are malformed: {error}"
+            ) from error
+        return cls(
+            ModelShape(**data["shape"]),
+            data["teacher_config_hash"],
+            probes,
+            effects,
+            Combination.from_dict(data["combination"]),
+            data["provenance"],
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
@@ -103,15 +239,8 @@ class HeadScores:
             UserError: If the file cannot be read or is no such file; names the file.
         """
         data = read_json(path, _FILE_KIND, SCHEMA_VERSION)
-        names = [item.name for item in fields(cls)]
-        for key in data:
-            if key not in ("schema_version", "kind", *names):
-                raise UserError(f"{os.fspath(path)}: unknown key {key!r}: use {', '.join(names)}")
-        for name in names:
-            if name not in data:
-                raise UserError(f"{os.fspath(path)}: key {name!r} is missing")
         try:
-            return cls(**{name: data[name] for name in names})
+            return cls.from_dict(data)
         except UserError as error:
             raise UserError(f"{os.fspath(path)}: {error}") from error
 
@@ -124,7 +253,26 @@ class HeadScores:
         write_json(path, self.to_dict(), overwrite)
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value)
+def _check_keys(data: Any, names: Sequence[str], what: str) -> None:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{what} must be a JSON object")
+    extra = ("schema_version", "kind")
+    for key in data:
+        if key not in (*names, *extra):
+            raise UserError(f"unknown key {key!r} in {what}: use {', '.join(names)}")
+    for name in names:
+        if name not in data:
+            raise UserError(f"key {name!r} is missing in {what}")
+
+
+def _to_array(rows: Any) -> Array:
+    values = np.asarray(rows)
+    if values.dtype.kind not in "if":  # NumPy would read "0.5" and true as numbers
+        raise ValueError("effects must be numbers")
+    return values.astype(np.float64)
+
+
+def _to_lists(values: Array) -> Any:
+    if values.ndim == 0:
+        return float(f"{values.item():.{_DIGITS}g}")
+    return [_to_lists(row) for row in values]

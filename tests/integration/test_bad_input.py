@@ -18,7 +18,7 @@ from hydra_tools import cli
 from safetensors.torch import load_file, save_file
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.testing.scores import make_scores
 from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
 ENOUGH_TEXT = "The quick brown fox jumps over the lazy dog.\n" * 1000
@@ -35,8 +35,8 @@ def inputs(tmp_path: Path, teacher: Path) -> Path:
     folder = tmp_path / "inputs"
     shutil.copytree(teacher, folder / "teacher")
     HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(folder / "plan.json")
-    rows = [[0.0, 0.9, 0.0, 0.0], [0.4, 0.3, -0.1, 0.0]]
-    HeadScores(2, 4, 2, "abc", "hand", rows, {}, rows, {}).save(folder / "scores.json")
+    rows = [[0.0, 0.9, 0.0, 0.0], [0.4, 0.3, 0.0, 0.0]]
+    make_scores(rows, num_query_groups=2).save(folder / "scores.json")
     (folder / "text.txt").write_text(ENOUGH_TEXT)
     (folder / "empty.txt").write_text(" \n")
     (folder / "taken").write_text("an earlier result")
@@ -68,13 +68,17 @@ def _refuse(inputs: Path, capsys: pytest.CaptureFixture[str], command: str) -> s
 
 
 CONVERT = "convert --teacher IN/teacher --plan IN/plan.json --out OUT"
-SCORE = "score --teacher IN/teacher --out OUT --pairs 1 --length 120 --probes single"
+SCORE = (
+    "score --teacher IN/teacher --out OUT probes.pairs=1 probes.length=120 probes.names=[single]"
+)
 PLAN = "plan --scores IN/scores.json --fa-ratio 1/4 --out OUT"
+PARETO = "pareto --scores IN/scores.json --budgets 1/4,1/2 --out OUT"
+INSPECT = "inspect IN/plan.json"
 PREPROCESS = "preprocess --input IN/text.txt --tokenizer IN/teacher --out OUT"
 EVALUATE = (
     "evaluate --model teacher=IN/teacher --out OUT --lengths 120 --num-samples 5 --tasks single"
 )
-VERBS = {"convert": CONVERT, "score": SCORE, "plan": PLAN,
+VERBS = {"convert": CONVERT, "score": SCORE, "plan": PLAN, "pareto": PARETO,
          "preprocess": PREPROCESS, "evaluate": EVALUATE}  # fmt: skip
 
 
@@ -91,7 +95,7 @@ VERBS = {"convert": CONVERT, "score": SCORE, "plan": PLAN,
         (CONVERT.replace("plan.json", "scores.json"), "kind 'head_plan' is needed"),
         (PLAN.replace("scores.json", "plan.json"), "kind 'head_scores' is needed"),
         (f"{CONVERT} --calibration-text IN/empty.txt", "empty.txt is empty"),
-        (f"{SCORE} --text IN/empty.txt", "empty.txt is empty"),
+        (f"{SCORE} probes.text=IN/empty.txt", "empty.txt is empty"),
         (f"{EVALUATE} --text IN/empty.txt", "empty.txt is empty"),
         (PREPROCESS.replace("text.txt", "empty.txt"), "empty.txt is empty"),
         (
@@ -103,14 +107,23 @@ VERBS = {"convert": CONVERT, "score": SCORE, "plan": PLAN,
             f"{PREPROCESS} --retrieval-fraction 0 --seq-length 99999 --num-documents 1",
             "but 99999 are needed",
         ),
-        (SCORE.replace("--length 120", "--length 500"), "built for 128 tokens at most"),
+        (SCORE.replace("length=120", "length=500"), "built for 128 tokens at most"),
         (f"{CONVERT} fa_ropes=true", "unknown model option fa_ropes; did you mean fa_rope"),
         (f"{CONVERT} fa_rope", "must be name=value"),
         (f"{CONVERT} fa_rope=maybe", "fa_rope is 'maybe'; it must be a bool"),
         (f"{CONVERT} fusion=sum", "fusion is 'sum'; allowed"),
         (f"{CONVERT} num_layers=1", "given by the teacher"),
         (f"{CONVERT} placement=by_type", "does not store placement"),
-        (f"{PLAN.replace('1/4', '3')}", "3"),
+        (PLAN.replace("1/4", "3"), "ratio of FA heads 3 must be above 0 and at most 1"),
+        (f"{PLAN} --per-layer 2", "cannot give 2 to each of 2 layers: that takes 4"),
+        (PLAN.replace("fa-ratio", "kv-cache-ratio") + " --per-layer 1", "least possible is 1/2"),
+        (PLAN.replace("fa-ratio 1/4", "cache-gib 1"), "needs a context length"),
+        (f"{PLAN} combine.scorers=nobody", "names scorer 'nobody'"),
+        (PARETO.replace("scores.json", "plan.json"), "kind 'head_scores' is needed"),
+        (PARETO.replace("1/2", "1/100"), "ratio 1/100 of 8 heads is less than half a head"),
+        (INSPECT.replace("plan", "nothing"), "cannot read"),
+        (INSPECT.replace("plan", "scores"), "kind 'head_plan' is needed"),
+        (f"{INSPECT} --pictures OUT", "--pictures needs --scores"),
     ],
 )
 def test_bad_arguments(
@@ -371,7 +384,7 @@ def test_bad_json_lines(
 
 def test_good_input_passes(inputs: Path) -> None:
     """Else every refusal above could be of something else."""
-    for verb in ("convert", "plan", "preprocess"):
+    for verb in ("convert", "plan", "pareto", "preprocess"):
         command = VERBS[verb].replace("IN/", f"{inputs}/").replace("OUT", f"{inputs}/{verb}")
         assert cli.main(command.split()) == 0, verb
     hybrid = f"hybrid={inputs}/convert"

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_hydra.conversion.qwen3 import load_tokenizer
-from megatron_hydra.selection import probes
+from megatron_hydra.selection.text import local_text, split_held_out
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
 NUM_SAMPLES = 24
@@ -41,8 +41,8 @@ def study(retrieval: ModuleType) -> Any:
     folder = QUICKSTART / "teacher"
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(folder)
-    text = tokenizer.encode(probes.local_text(), add_special_tokens=False, verbose=False)
-    _, held_out = probes.split_held_out(text)
+    text = tokenizer.encode(local_text(), add_special_tokens=False, verbose=False)
+    _, held_out = split_held_out(text)
     return retrieval.HeadAblation(model, tokenizer, held_out, NUM_SAMPLES)
 
 

@@ -10,13 +10,15 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra_tools import cli, train
 
 from megatron_hydra import __version__
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.combination import Combination
+from megatron_hydra.testing.scores import make_scores
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def scores(tmp_path: Path) -> Path:
     """Two layers of 4 heads in 2 groups; three heads have evidence."""
-    rows = [[0.0, 0.9, 0.0, 0.0], [0.4, 0.3, -0.1, 0.0]]
+    rows = [[0.0, 0.9, 0.0, 0.0], [0.4, 0.3, 0.0, 0.0]]
     path = tmp_path / "scores.json"
-    HeadScores(2, 4, 2, "abc", "hand", rows, {}, rows, {}).save(path)
+    make_scores(rows, num_query_groups=2, teacher_config_hash="abc").save(path)
     return path
 
 
@@ -75,6 +77,8 @@ def test_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["plan"], 2, "the following arguments are required: --scores"),
         (["plan", "--scores", "s", "--out", "o", "--fa-ratio", "x"], 2, "'x' is no ratio"),
         (["plan", "--scores", "s", "--out", "o", "--fa-ratio", "1/0"], 2, "'1/0' is no ratio"),
+        (["plan", "--scores", "s", "--out", "o", "--context", "0"], 2, "'0' is no number of tok"),
+        (["plan", "--scores", "s", "--out", "o"], 2, "--fa-ratio --fa-heads --kv-cache-ratio"),
     ],
 )
 def test_help_and_usage_errors(
@@ -100,7 +104,7 @@ def test_plan_writes_plan_and_picture_and_tells_what_it_chose(
     assert png.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", png[16:24])
     assert width > 400
-    assert height > 300
+    assert height > 200
     out = capsys.readouterr().out
     assert "layer 0 │[·][9]│ ·  · │ 2 FA, 1 of 2 groups stored" in out
     assert "layer 1 │[4][3]│ ·  · │ 2 FA, 1 of 2 groups stored" in out
@@ -109,6 +113,51 @@ def test_plan_writes_plan_and_picture_and_tells_what_it_chose(
     assert "ties: 1 FA heads won over a head of equal score" in out
     assert "no evidence: 1 FA heads" in out
     assert "\x1b" not in out, "no colours where there is no terminal"
+
+
+@pytest.mark.parametrize(
+    ("budget", "heads"),
+    [
+        (("--kv-cache-ratio", "1/4"), [(1,), ()]),
+        (("--kv-cache-ratio", "0.5"), [(1,), (0, 1)]),
+        (("--kv-cache-ratio", "1/2", "--whole-groups"), [(0, 1), (0, 1)]),
+        (("--cache-gib", "1.5e-5", "--context", "128"), [(1,), ()]),
+        (("--decode-ms", "1.4e-4", "--context", "4096", "--device", "h200"), [(1,), (0, 1)]),
+        (("--fa-heads", "4", "--per-layer", "2"), [(0, 1), (0, 1)]),
+        (("--fa-heads", "2", "--multiple-of", "2"), [(0, 1), ()]),
+    ],
+)
+def test_plan_takes_every_budget_and_constraint(
+    scores: Path, budget: tuple[str, ...], heads: list[tuple[int, ...]]
+) -> None:
+    assert cli.main(plan_arguments(scores, *budget)) == 0
+    plan = HeadPlan.load(scores.with_name("plan.json"))
+    assert [layer.fa_heads for layer in plan.layers] == heads
+
+
+def test_plan_combines_the_effects_anew(tmp_path: Path) -> None:
+    """Scorer a prefers head 0, b head 1; capability x head 0, y head 1."""
+    a, b = np.array([[[0.9, 0.1]]]), np.array([[[0.1, 0.8]]])
+    effects = {"a": {"x": a, "y": 0.5 * b}, "b": {"x": b}}
+    path = tmp_path / "scores.json"
+    make_scores(effects, capabilities={"x": "x", "y": "y"}, combination=Combination(("a",))).save(
+        path
+    )
+    for overrides, head in (
+        ([], 0),
+        (["combine.weights.x=0.1"], 1),
+        (["combine.scorers=b"], 1),
+        (["combine.normalise=false", "combine.consistency=false"], 0),
+        (["combine.scorers=[b,a]", "combine.weights.y=0.1", "combine.normalise=false"], 0),
+    ):
+        out = f"{tmp_path}/plan.json"
+        command = ["plan", "--scores", str(path), "--fa-heads", "1", "--out", out, "--overwrite"]
+        assert cli.main([*command, *overrides]) == 0
+        plan = HeadPlan.load(out)
+        assert plan.layers[0].fa_heads == (head,), overrides
+        assert ("combine.scorers=b" in overrides) == (
+            plan.provenance["combination"]["scorers"] == ["b"]
+        )
 
 
 def test_random_plan_keeps_the_budget_and_says_so(
@@ -149,6 +198,14 @@ def test_colours_appear_on_a_terminal(
         (["--fa-heads", "1", "--min-fa-per-layer", "1"], "cannot give 1 to each of 2 layers"),
         (["--fa-heads", "1", "--min-fa-per-layer", "1", "--random-seed", "0"], "cannot give 1"),
         (["--fa-ratio", "2"], "ratio of FA heads 2 must be above 0 and at most 1"),
+        (["--kv-cache-ratio", "1/4", "--min-fa-per-layer", "1"], "the least possible is 1/2"),
+        (["--cache-gib", "1"], "needs a context length"),
+        (["--decode-ms", "1e-9", "--context", "64"], "the least possible is"),
+        (["--fa-heads", "3", "--whole-groups"], "ask for 2 or 4"),
+        (["--fa-heads", "2", "combine.consistancy=false"], "did you mean combine.consistency"),
+        (["--fa-heads", "2", "combine.scorers=guess"], "names scorer 'guess'"),
+        (["--fa-heads", "2", "combine.weights.poetry=1"], "capability 'poetry'"),
+        (["--fa-heads", "2", "combine.normalise=maybe"], "combine.normalise is 'maybe'"),
         (["--fa-heads", "1", "--png", "/proc/plan.png"], "cannot write /proc/plan.png"),
         (["--fa-heads", "1", "--scores", "none.json"], "cannot read none.json"),
         (["--fa-heads", "1", "--out", "{folder}/plan.png"], "would both be written to"),
@@ -176,7 +233,15 @@ def test_existing_outputs_need_overwrite(scores: Path) -> None:
     assert HeadPlan.load(scores.with_name("plan.json")).num_fa_heads == 3
 
 
-@pytest.mark.parametrize(("verb", "others"), [("plan", {"matplotlib"}), ("report", set())])
+@pytest.mark.parametrize(
+    ("verb", "others"),
+    [
+        ("plan", {"matplotlib"}),
+        ("inspect", {"matplotlib"}),
+        ("pareto", {"matplotlib"}),
+        ("report", set()),
+    ],
+)
 def test_verbs_without_a_model_start_without_pytorch(verb: str, others: set[str]) -> None:
     """They are quick, so they must not wait for imports they do not need."""
     heavy = {"torch", "megatron", "nemo", "transformers"} | others

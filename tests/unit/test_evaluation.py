@@ -27,10 +27,11 @@ from megatron_hydra.conversion.checkpoint import save_checkpoint  # noqa: E402
 from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields  # noqa: E402
 from megatron_hydra.evaluation import perplexity as perplexity_module  # noqa: E402
 from megatron_hydra.evaluation import ruler  # noqa: E402
-from megatron_hydra.evaluation.cache import cache_bytes_per_token, state_bytes  # noqa: E402
 from megatron_hydra.evaluation.perplexity import perplexity, text_windows  # noqa: E402
 from megatron_hydra.evaluation.results import (  # noqa: E402
     Accuracy,
+    Evaluation,
+    ModelResult,
     NeedleGrid,
     count_right,
     read_evaluation,
@@ -43,7 +44,12 @@ from megatron_hydra.evaluation.ruler import (  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.selection.probes import TASKS, NeedleSample, NeedleTask  # noqa: E402
+from megatron_hydra.selection.cost import (  # noqa: E402
+    ModelShape,
+    cache_bytes_per_token,
+    state_bytes,
+)
+from megatron_hydra.selection.needles import TASKS, NeedleSample, NeedleTask  # noqa: E402
 from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
 VOCAB = 32
@@ -114,7 +120,7 @@ def test_teacher_forced_match_is_greedy_decoding(
         answer = greedy(model, prompt, 3)
         if index % 4:  # 1, 2, 3: the first, second, third token is wrong
             answer[index % 4 - 1] = (answer[index % 4 - 1] + 1) % VOCAB
-        samples.append(NeedleSample(prompt, answer, 0.0, "key", "", (0, 1, 2)))
+        samples.append(NeedleSample(prompt, answer, depth=0.0, key="key", value=""))
         expected.append(greedy(model, prompt, 3) == answer)
     assert answered_right(model, samples) == expected
     assert expected == [True, False, False, False] * 2
@@ -220,18 +226,19 @@ def test_cache_and_state_are_what_the_built_model_needs(fields: dict) -> None:
             if name.endswith("conv_weight"):
                 state += parameter.shape[0] * (parameter.shape[1] - 1) * weight.element_size()
     assert cache > 0 and state > 0
-    assert cache_bytes_per_token(model.config, PLAN) == cache
-    assert state_bytes(model.config, PLAN) == state
+    shape = ModelShape.from_config(model.config)
+    assert cache_bytes_per_token(shape).of(PLAN) == cache
+    assert state_bytes(shape).of(PLAN) == state
 
 
 def test_a_teacher_caches_every_group_and_has_no_state() -> None:
-    config = random_model(None).config
-    assert cache_bytes_per_token(config, None) == 2 * 2 * 2 * 8 * 4  # layers, groups, k and v
-    assert state_bytes(config, None) == 0
-    everything = HeadPlan.all_fa(2, 4, 2)
-    assert cache_bytes_per_token(config, everything) == cache_bytes_per_token(config, None)
+    shape = ModelShape.from_config(random_model(None).config)
+    cache = cache_bytes_per_token(shape)
+    assert cache.of(None) == 2 * 2 * 2 * 8 * 4  # layers, groups, k and v
+    assert state_bytes(shape).of(None) == 0
+    assert cache.of(HeadPlan.all_fa(2, 4, 2)) == cache.of(None)
     fewer = replace(PLAN, layers=(PLAN.layers[1],) * 2)  # one head, so one group a layer
-    assert cache_bytes_per_token(config, fewer) == cache_bytes_per_token(config, None) / 2
+    assert cache.of(fewer) == cache.of(None) / 2
 
 
 def test_command_writes_what_the_report_reads(
@@ -276,7 +283,10 @@ def test_command_writes_what_the_report_reads(
         (["--model", "unnamed"], "must be NAME=FOLDER"),
         (["--num-samples", "7"], "a multiple of 5"),
         (["--depths", "0"], "at least 1 is needed"),
-        (["--tasks", "single,double"], "unknown probe 'double'"),
+        (["--tasks", "single,double"], "unknown needle task 'double'"),
+        (["--tasks", "single:3"], "'single:3' is not understood; write multi_key:N"),
+        (["--tasks", "multi_key:1"], "'multi_key:1' is not understood; write multi_key:N"),
+        (["--tasks", "multi_key:2,multi_key:02"], "--tasks names 'multi_key:02' twice"),
         (["--lengths", "40"], "no room for text"),
         (["--lengths", "9000"], r"the text has \d+ tokens, but \d+ are needed"),
         (["--text", "nowhere.txt"], "cannot read the text file nowhere.txt"),
@@ -325,6 +335,19 @@ def test_a_bad_model_folder_is_named_before_samples_are_built(
     command = ["evaluate", "--model", f"good={folder}", "--model", f"bad={bad}", "--text", "x"]
     assert main([*command, "--out", str(tmp_path / "out.json")]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_evaluation_writes_is_read(tmp_path):
+    accuracy = {("single", 64): Accuracy(15, 20), ("multi_key", 64): Accuracy(3, 20)}
+    grid = NeedleGrid("single", (64,), (0.0, 1.0), ((0.9, 0.6),))
+    models = tuple(
+        ModelResult("m" * n, "m", plan, "", 8, 1024, 9, accuracy, grid, {64: 3.5})
+        for n, plan in enumerate([None, ((3,), ()), ((), (0, 2))])
+    )
+    written = Evaluation(models, 64, {"seed": 3})
+    written.save(tmp_path / "evaluation.json")
+    assert read_evaluation(tmp_path / "evaluation.json") == written
+    assert written.headline_cell == ("single", 64)
 
 
 def test_a_folder_as_output_is_refused_before_anything_is_measured(

@@ -15,15 +15,18 @@ SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
 
 # What each part of megatron_hydra may import of the others. Whatever a part may import, those
 # above it may too; selection, transfer and conversion never import one another.
-FOUNDATION = {"errors", "files", "head_plan", "placement", "cpu"}
+FOUNDATION = {"errors", "files", "head_plan", "placement", "cpu", "yaml_config"}
 MODEL = FOUNDATION | {"config", "attention", "layer_specs", "model", "parallel"}
-MIDDLE = MODEL | {"selection", "transfer", "conversion", "heatmap"}
+CHARTS = {"chart_style", "heatmap", "selection_charts"}
+MIDDLE = MODEL | CHARTS | {"selection", "transfer", "conversion"}
 ALLOWED_PARTS = {
     "errors": set[str](),
     "files": {"errors"},
     "head_plan": {"errors", "files"},
     "placement": {"errors", "head_plan"},
     "cpu": {"errors"},
+    "yaml_config": {"errors"},
+    "chart_style": {"errors", "files"},
     "config": FOUNDATION,
     "parallel": FOUNDATION | {"config"},
     "attention": FOUNDATION | {"config"},
@@ -32,13 +35,29 @@ ALLOWED_PARTS = {
     "selection": MODEL,
     "transfer": MODEL,
     "conversion": MODEL,
-    "heatmap": FOUNDATION | {"selection"},
+    "heatmap": FOUNDATION | {"selection", "chart_style"},
+    "selection_charts": FOUNDATION | {"selection", "chart_style", "heatmap"},
     "nemo": MIDDLE,
     "evaluation": MIDDLE,
     "report": MIDDLE | {"evaluation"},
     "testing": MIDDLE | {"nemo", "evaluation", "report"},
 }
 STANDARD_LIBRARY_ONLY = ("errors.py", "files.py", "head_plan.py", "placement.py")
+# Scores and plans are read, combined, planned and compared where PyTorch is not installed: these
+# files of selection import one another, the foundation and numerics, and nothing else.
+PLANNING = (
+    "combination",
+    "scores",
+    "uncertainty",
+    "cost",
+    "budget",
+    "optimiser",
+    "explanation",
+    "policy",
+    "pareto",
+    "comparison",
+)
+NUMERICS = {"numpy", "scipy"}
 # Third-party packages and the only places that may import them.
 CONFINED = {
     "nemo": ("megatron_hydra/nemo/",),
@@ -171,6 +190,22 @@ def test_foundation_needs_the_standard_library_only(files: list[SourceFile]) -> 
     for name in STANDARD_LIBRARY_ONLY:
         packages = {item.package for item in by_path[f"megatron_hydra/{name}"].imports}
         assert packages <= allowed, f"{name} imports {packages - allowed}"
+
+
+def test_planning_needs_no_pytorch(files: list[SourceFile]) -> None:
+    own = [f"megatron_hydra.{Path(name).stem}" for name in STANDARD_LIBRARY_ONLY]
+    own += [f"megatron_hydra.selection.{name}" for name in PLANNING]
+    paths = {f"megatron_hydra/selection/{name}.py" for name in PLANNING}
+    assert paths <= {file.path for file in files}
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in files
+        if file.path in paths
+        for item in file.imports
+        if item.package not in sys.stdlib_module_names | NUMERICS
+        and not {item.module, item.module.rpartition(".")[0]} & set(own)
+    ]
+    assert not wrong, wrong
 
 
 def test_confined_packages_stay_where_they_belong(files: list[SourceFile]) -> None:

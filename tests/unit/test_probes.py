@@ -1,218 +1,354 @@
-"""Needle samples, counterfactual pairs and training documents hold what they promise."""
+"""Sub-probes, read back as text and solved by other means: pairs ask what they claim to ask."""
 
 from __future__ import annotations
 
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_hydra.conversion.qwen3 import load_tokenizer
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection import probes
+from megatron_hydra.selection.language_pairs import CATEGORIES
+from megatron_hydra.selection.lookup_pairs import NOISE
+from megatron_hydra.selection.needles import KEYS, CounterfactualPair, Sample
+from megatron_hydra.selection.probes import SUB_PROBES, Probe, make_probe
+from megatron_hydra.testing.character_tokenizer import CharacterTokenizer
+from megatron_hydra.testing.tiny_qwen3 import write_byte_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "examples/quickstart/teacher"
-NEEDLE = re.compile(r"The number for (\w+) is (\d{4})\.")
+WORDS = ("rain", "fell", "over", "quiet", "hills", "and", "nobody", "saw", "the", "old", "river")
+TEXT = " ".join(random.Random(0).choices(WORDS, k=4000))
+NEEDLE = r"\nThe number for ([\w ]+?) is ([0-9a-f]+)\.\n"
+NUM_NEEDLES = {
+    "niah_single_1": 1, "niah_single_2": 1, "niah_single_3": 1, "niah_multikey_1": 4,
+    "single": 1, "multi_key:3": 3,
+}  # fmt: skip
+LOOKED_UP = (*NUM_NEEDLES, "niah_multikey_2", "kv_retrieval", "variable_tracking")
+SPECS = (*SUB_PROBES, "single", "multi_key:3")
+WITH_COPY = (*LOOKED_UP, "induction")  # the answer stands in the prompt
 
 
-class CharacterTokenizer:
-    """One token a character, so that a test can read tokens as text without the code's help."""
+@pytest.fixture(scope="module", params=["bytes", "quickstart"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if request.param == "quickstart":
+        return load_tokenizer(TEACHER)
+    folder = tmp_path_factory.mktemp("bytes")
+    write_byte_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+def draw(spec: str, tokenizer: Any, length: int = 256, num_pairs: int = 6, seed: int = 0) -> Probe:
+    return make_probe(spec, tokenizer, encode(tokenizer, TEXT), length, num_pairs, seed)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def least_length(spec: str, tokenizer: Any) -> int:
+    """What the error message says."""
+    with pytest.raises(UserError, match="samples of 5 tokens are too short") as error:
+        draw(spec, tokenizer, 5)
+    found = re.match(r"probe '(\w+)': .*: at least (\d+) are needed", str(error.value))
+    assert found and found[1] == spec.replace(":", "_")
+    return int(found[2])
+
+
+def solve(prompt: str) -> str:
+    """Answer a question as a reader would, by what the prompt says alone."""
+    if found := re.search(r"\nWhat is the number for ([\w ]+)\? The number for \1 is $", prompt):
+        (value,) = [value for key, value in re.findall(NEEDLE, prompt) if key == found[1]]
+        return value
+    if found := re.search(r'\nKey: "([\w ]+)"\nValue: "$', prompt):
+        (value,) = re.findall(rf'"{found[1]}": "(\d{{4}})"', prompt)
+        return value
+    if found := re.search(r"\nWhat is the value of VAR (X\d\d)\? The value of VAR \1 is $", prompt):
+        values: dict[str, str] = {}
+        for name, right in re.findall(r"\nVAR (X\d\d) = (VAR X\d\d|\d{4})\.\n", prompt):
+            values[name] = values[right[4:]] if right.startswith("VAR") else right
+        return values[found[1]]
+    (asked,) = re.findall(r"\n(\w+) -> $", prompt)
+    (category,) = [category for category in CATEGORIES if asked in category]
+    (label,) = {label for word, label in examples(prompt) if word in category}
+    return label
+
+
+def examples(prompt: str) -> list[tuple[str, str]]:
+    return re.findall(r"\n(\w+) -> (\d)(?=\n)", prompt)
+
+
+def differing(pair: CounterfactualPair) -> list[int]:
+    both = zip(pair.clean.tokens, pair.corrupt.tokens, strict=True)
+    return [i for i, (a, b) in enumerate(both) if a != b]
+
+
+@pytest.mark.parametrize("length", [256, 301])
+@pytest.mark.parametrize("spec", SPECS)
+def test_prompts_and_answers_have_the_length_and_answers_differ(spec, length, tokenizer):
+    probe = draw(spec, tokenizer, length)
+    assert len(probe.pairs) == 6 and probe.length_tokens == length
+    for clean, corrupt in probe.pairs:
+        assert len(clean.tokens) + len(clean.answer) == length
+        assert len(corrupt.tokens) + len(corrupt.answer) == length
+        same = [a == b for a, b in zip(clean.answer, corrupt.answer, strict=True)]
+        assert all(same) if probe.readout == "log_probability" else not any(same)
+
+
+@pytest.mark.parametrize("spec", [*LOOKED_UP, "classification"])
+def test_a_reader_of_the_prompt_finds_the_answer(spec, tokenizer):
+    for pair in draw(spec, tokenizer, num_pairs=12).pairs:
+        for sample in pair:
+            assert solve(tokenizer.decode(sample.tokens)) == tokenizer.decode(sample.answer)
+
+
+@pytest.mark.parametrize("spec", WITH_COPY)
+def test_the_prompts_differ_in_the_answers_own_copy_alone(spec, tokenizer):
+    for pair in draw(spec, tokenizer).pairs:
+        assert tuple(differing(pair)) == pair.clean.answer_positions
+        for sample in pair:
+            assert [sample.tokens[i] for i in sample.answer_positions] == sample.answer
+
+
+@pytest.mark.parametrize("spec", [*WITH_COPY, "classification"])
+def test_what_is_asked_for_spreads_evenly_over_the_prompt(spec, tokenizer):
+    starts = [differing(pair)[0] for pair in draw(spec, tokenizer, 1200, num_pairs=5).pairs]
+    assert starts == sorted(starts)
+    for start, depth in zip(starts, (0.1, 0.3, 0.5, 0.7, 0.9), strict=True):
+        assert abs(start / 1200 - depth) < 0.15  # other sentences and the question take room
+
+
+@pytest.mark.parametrize("spec", NUM_NEEDLES)
+def test_needles_stand_in_a_running_piece_of_the_haystack(spec, tokenizer):
+    source = NOISE * 10 if spec == "niah_single_1" else TEXT
+    for clean, _ in draw(spec, tokenizer).pairs:
+        context, _, _ = tokenizer.decode(clean.tokens).rpartition("\nWhat is the number")
+        haystack, number = re.subn(NEEDLE, "", context)
+        assert number == NUM_NEEDLES[spec]
+        assert haystack and haystack in source
+
+
+def test_the_values_are_numbers_but_for_the_third_sub_probe(tokenizer):
+    for spec in LOOKED_UP:
+        values = [tokenizer.decode(pair.clean.answer) for pair in draw(spec, tokenizer).pairs]
+        long = spec == "niah_single_3"
+        assert all(re.fullmatch("[0-9a-f]{8}" if long else r"\d{4}", value) for value in values)
+        assert not long or re.search("[a-f]", "".join(values))
+
+
+@pytest.mark.parametrize("length", [256, 4096])
+@pytest.mark.parametrize(
+    ("spec", "record"), [("niah_multikey_2", NEEDLE), ("kv_retrieval", r'\n"([\w ]+)": "(\d+)",')]
+)
+def test_records_fill_the_prompt(spec, record, length, tokenizer):
+    for clean, _ in draw(spec, tokenizer, length, num_pairs=3).pairs:
+        prompt = tokenizer.decode(clean.tokens)
+        keys = [key for key, _ in re.findall(record, prompt)]
+        assert len(keys) >= 5 and len(set(keys)) == len(keys)
+        left = re.sub(record, "", prompt).rpartition("\nWhat" if "niah" in spec else "\nKey")[0]
+        assert left in TEXT
+        assert len(encode(tokenizer, left)) < 60  # as long as the longest record, at most
+        if length == 4096:
+            assert len(keys) > len(KEYS) and " " in keys[0]  # more than there are words
+
+
+@pytest.mark.parametrize("spec", ["niah_multikey_2", "kv_retrieval"])
+def test_the_record_asked_for_has_a_rival_at_the_least_length(spec, tokenizer):
+    for clean, _ in draw(spec, tokenizer, least_length(spec, tokenizer), num_pairs=100).pairs:
+        records = re.findall(r"(?<=is |: \W)\d{4}(?=\W)", tokenizer.decode(clean.tokens))
+        assert len(records) >= 2
+
+
+def test_variables_take_their_value_over_two_hops_and_have_rivals(tokenizer):
+    for clean, _ in draw("variable_tracking", tokenizer).pairs:
+        sentences = re.findall(
+            r"\nVAR (X\d\d) = (?:VAR )?(\w+)\.\n", tokenizer.decode(clean.tokens)
+        )
+        assert len(sentences) == len(dict(sentences)) == 6
+        assert sum(right.isdigit() for _, right in sentences) == 2
+        ends = set(dict(sentences)) - {right for _, right in sentences}
+        assert len(ends) == 2
+        for end in ends:
+            middle = dict(sentences)[end]
+            assert dict(sentences)[dict(sentences)[middle]].isdigit()
+
+
+def test_variable_chains_at_the_same_place_stand_in_random_order(tokenizer):
+    """With no text to stand in, all sentences are at one place."""
+    length = least_length("variable_tracking", tokenizer)
+    firsts = set()
+    for clean, _ in draw("variable_tracking", tokenizer, length, num_pairs=40).pairs:
+        first = re.findall(r" = (\d{4})\.", tokenizer.decode(clean.tokens))[0]
+        firsts.add(first == tokenizer.decode(clean.answer))
+    assert firsts == {True, False}
+
+
+def test_text_keeps_one_token_and_takes_the_rest_from_elsewhere(tokenizer):
+    """Tokens that say where they come from: what is drawn can be located."""
+    probe = make_probe("text", tokenizer, list(range(5000)), 256, 40, 0)
+    assert probe.readout == "log_probability"
+    befores, distances = 0, set()
+    for clean, corrupt in probe.pairs:
+        whole = clean.tokens + clean.answer
+        assert whole == list(range(whole[0], whole[0] + 256))
+        assert corrupt.answer == clean.answer and corrupt.tokens[-1] == clean.tokens[-1]
+        other = corrupt.tokens[:-1]
+        assert other == list(range(other[0], other[0] + len(other)))
+        assert not set(other) & set(whole)
+        befores += other[0] < whole[0]
+        distances.add(other[0] - whole[0])
+    assert 5 < befores < 35
+    assert len(distances) > 30
+
+
+def test_induction_repeats_a_cue_that_stood_once_before(tokenizer):
+    for pair in draw("induction", tokenizer).pairs:
+        for sample in pair:
+            start = sample.answer_positions[0]
+            cue = sample.tokens[-4:]
+            assert sample.tokens[start - 4 : start] == cue
+            assert sample.tokens.count(cue[-1]) == 2
+            assert all(sample.tokens.count(token) == 1 for token in sample.answer)
+
+
+def test_induction_takes_ordinary_tokens_from_all_of_the_vocabulary(tokenizer):
+    probe = draw("induction", tokenizer, num_pairs=40)
+    seen = {token for pair in probe.pairs for token in (*pair.clean.tokens, *pair.corrupt.answer)}
+    assert not seen & set(tokenizer.all_special_ids)
+    assert len(seen) == len(tokenizer) - len(tokenizer.all_special_ids)
+
+
+def test_classification_shows_as_many_of_either_category_and_asks_for_a_new_word(tokenizer):
+    seen = set()
+    for pair in draw("classification", tokenizer, num_pairs=20).pairs:
+        clean, corrupt = (tokenizer.decode(sample.tokens) for sample in pair)
+        labels = [label for _, label in examples(clean)]
+        assert len(set(labels)) == 2
+        assert all(labels.count(label) == 4 for label in labels)
+        assert [word for word, _ in examples(clean)] == [word for word, _ in examples(corrupt)]
+        assert re.sub(r"-> \d", "", clean) == re.sub(r"-> \d", "", corrupt)
+        assert re.findall(r"\n(\w+) -> $", clean)[0] not in dict(examples(clean))
+        seen |= set(labels)
+    assert len(seen) > 5
+
+
+def test_no_word_belongs_to_two_categories():
+    words = [word for category in CATEGORIES for word in category]
+    assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_seed_and_name_decide_everything(spec, tokenizer):
+    first = draw(spec, tokenizer)
+    draw("multi_key:2", tokenizer, seed=5)  # another probe changes nothing
+    assert draw(spec, tokenizer) == first
+    prompts = [pair.clean.tokens for pair in first.pairs]
+    others = [pair.clean.tokens for pair in draw(spec, tokenizer, seed=1).pairs]
+    assert not [prompt for prompt in prompts if prompt in others]
+
+
+def test_a_needle_task_is_a_probe_of_its_name():
+    tokenizer = CharacterTokenizer()
+    four = draw("multi_key:4", tokenizer, 400)
+    assert (four.name, four.capability) == ("multi_key_4", "retrieval")
+    assert draw("multi_key", tokenizer, 600).name == "multi_key"
+    text = tokenizer.decode(four.pairs[0].clean.tokens)
+    assert len(re.findall(NEEDLE, text)) == 4
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_least_length_that_is_named_is_enough_for_every_pair(spec, tokenizer):
+    least = least_length(spec, tokenizer)
+    assert least < 256
+    assert len(draw(spec, tokenizer, least, num_pairs=200).pairs) == 200
+    with pytest.raises(UserError, match=f"at least {least} are needed"):
+        draw(spec, tokenizer, least - 1)
+
+
+class Splitting(CharacterTokenizer):
+    """Two tokens for one of the characters."""
+
+    def __init__(self, character: str) -> None:
+        self.character = character
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        assert not add_special_tokens
-        return [ord(character) for character in text]
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(map(chr, tokens))
+        return super().encode(text.replace(self.character, 2 * self.character))
 
 
-class PairTokenizer(CharacterTokenizer):
-    """Splits every character in two tokens: no digit is one token."""
+class Unknowing(CharacterTokenizer):
+    """Knows no digit: all become one token."""
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return [part for token in super().encode(text) for part in (token, token)]
+        return super().encode(re.sub(r"\d", "?", text))
 
 
-TOKENIZER = CharacterTokenizer()
-TEXT = TOKENIZER.encode("The quick brown fox jumps over a lazy dog while rain is falling. " * 100)
+@pytest.mark.parametrize("spec", [*LOOKED_UP, "classification"])
+def test_a_tokenizer_that_splits_a_digit_is_refused(spec):
+    message = f"probe {spec.replace(':', '_')!r}: the tokenizer encodes '7' as 2 tokens"
+    with pytest.raises(UserError, match=message):
+        draw(spec, Splitting("7"), 1000)
 
 
-def draw(seed: int, length: int = 1000, depth: float = 0.5, num_keys: int = 4):
-    rng = random.Random(seed)
-    return probes.make_needle_sample(rng, TOKENIZER, TEXT, length, depth, num_keys)
+def test_a_tokenizer_that_splits_a_letter_is_refused_where_values_have_letters():
+    tokenizer = Splitting("b")
+    assert draw("niah_single_2", tokenizer, 500).pairs
+    with pytest.raises(UserError, match="probe 'niah_single_3': .* encodes 'b' as 2 tokens"):
+        draw("niah_single_3", tokenizer, 500, num_pairs=20)
 
 
-@pytest.mark.parametrize("num_keys", [1, 8])
-@pytest.mark.parametrize("length", [700, 1001])
-@pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
-def test_a_sample_has_the_length_and_one_true_answer(num_keys, length, depth):
-    sample = draw(3, length, depth, num_keys)
-    assert len(sample.tokens) + len(sample.answer) == length
-    text = TOKENIZER.decode(sample.tokens)
-    facts = NEEDLE.findall(text)
-    assert len(facts) == len(dict(facts)) == num_keys
-    assert dict(facts)[sample.key] == sample.value == TOKENIZER.decode(sample.answer)
-    assert text.endswith(f"What is the number for {sample.key}? The number for {sample.key} is ")
-    assert [sample.tokens[i] for i in sample.answer_positions] == sample.answer
+def test_a_tokenizer_that_cannot_tell_answers_apart_is_refused():
+    with pytest.raises(UserError, match="'single', pair 0: the tokenizer gives both answers"):
+        draw("single", Unknowing(), 500)
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("num_keys", [1, 5])
-def test_depth_is_the_share_of_the_haystack_before_the_needle(depth, num_keys):
-    sample = draw(11, 900, depth, num_keys)
-    text = TOKENIZER.decode(sample.tokens)
-    haystack_end = text.rindex("\nWhat is the number")
-    before = text[: sample.answer_positions[0]]
-    sentence = r"\nThe number for \w+ is \d{4}\.\n"
-    num_before = len(re.sub(sentence, "", before.rpartition("\nThe number for")[0]))
-    num_text = len(re.sub(sentence, "", text[:haystack_end]))
-    assert num_before == round(depth * num_text)
+def test_a_tokenizer_without_enough_tokens_is_refused():
+    class Small:
+        all_special_ids = [1]
 
+        def get_vocab(self) -> dict[str, int]:
+            return {str(i): i for i in range(20)}
 
-def test_the_haystack_is_one_running_piece_of_the_text():
-    text = TOKENIZER.decode(draw(5).tokens).rpartition("\nWhat is")[0]
-    haystack = re.sub(r"\nThe number for \w+ is \d{4}\.\n", "", text)
-    assert len(haystack) > 500
-    assert haystack in TOKENIZER.decode(TEXT)
+        def get_added_vocab(self) -> dict[str, int]:
+            return {"7": 7}
 
-
-def test_a_seed_decides_everything():
-    assert draw(7) == draw(7)
-    assert draw(7).tokens != draw(8).tokens
-    first, again = (
-        probes.make_training_document(random.Random(1), TOKENIZER, TEXT, 800) for _ in range(2)
-    )
-    assert first == again
-
-
-def test_keys_and_values_vary_over_samples():
-    samples = [draw(seed, num_keys=1) for seed in range(60)]
-    assert len({sample.key for sample in samples}) > 20
-    assert len({sample.value for sample in samples}) > 50
-
-
-@pytest.mark.parametrize("num_keys", [1, 6])
-def test_a_counterfactual_differs_in_every_answer_token_and_nowhere_else(num_keys):
-    for seed in range(20):
-        clean, corrupt = probes.make_counterfactual_pair(
-            random.Random(seed), TOKENIZER, TEXT, 800, 0.3, num_keys
-        )
-        differing = [
-            i for i, (a, b) in enumerate(zip(clean.tokens, corrupt.tokens, strict=True)) if a != b
-        ]
-        assert tuple(differing) == clean.answer_positions == corrupt.answer_positions
-        assert len(corrupt.answer) == len(clean.answer)
-        assert all(a != b for a, b in zip(clean.answer, corrupt.answer, strict=True))
-        assert corrupt.value.isdigit() and TOKENIZER.decode(corrupt.answer) == corrupt.value
-        assert dict(NEEDLE.findall(TOKENIZER.decode(corrupt.tokens)))[clean.key] == corrupt.value
-
-
-@pytest.mark.parametrize("length", [300, 801])
-@pytest.mark.parametrize("text_share", [None, 0.0, 0.9])
-def test_a_training_document_has_the_length_and_marks_exactly_the_known_values(length, text_share):
-    num_marked = 0
-    for seed in range(30):
-        document = probes.make_training_document(
-            random.Random(seed), TOKENIZER, TEXT, length, text_share=text_share
-        )
-        assert len(document.tokens) == length
-        text = TOKENIZER.decode(document.tokens)
-        known: dict[str, str] = {}
-        expected: list[int] = []
-        for match in re.finditer(r"he number for (\w+) is (\d{4})", text):
-            key, value = match.groups()
-            if key in known:
-                assert known[key] == value
-                expected.extend(range(*match.span(2)))
-            known[key] = value
-        assert list(document.answer_positions) == expected
-        assert re.search(r"\nWhat is the number for (\w+)\? The number for \1 is \d{4}$", text)
-        num_marked += len(expected)
-    if text_share == 0.0:
-        assert num_marked > 30 * 4  # more is recalled than the last question
-
-
-def test_less_text_means_more_recalled_values():
-    def count(share: float) -> int:
-        return len(
-            probes.make_training_document(
-                random.Random(0), TOKENIZER, TEXT, 2000, text_share=share
-            ).answer_positions
-        )
-
-    assert count(0.0) > 2 * count(0.8)
-
-
-def test_a_text_document_is_a_running_piece():
-    document = probes.make_text_document(random.Random(0), TEXT, 123)
-    assert len(document.tokens) == 123 and document.answer_positions == ()
-    assert TOKENIZER.decode(document.tokens) in TOKENIZER.decode(TEXT)
-
-
-def test_held_out_text_is_a_tenth_and_disjoint():
-    training, held_out = probes.split_held_out(range(10_007))
-    assert sorted(training + held_out) == list(range(10_007))
-    assert 0.09 < len(held_out) / 10_007 < 0.11
-
-
-def test_local_text_is_long_and_stable():
-    text = probes.local_text()
-    assert len(text) > 500_000
-    assert text == probes.local_text()
+    with pytest.raises(UserError, match="'induction': the tokenizer has 18 ordinary tokens"):
+        make_probe("induction", Small(), [], 256, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("spec", "arguments", "message"),
     [
-        ({"depth": 1.5}, "depth 1.5 is outside 0 to 1"),
-        ({"length": 100}, "100 tokens has no room .* 4 needles"),
-        ({"length": 10_000}, r"text has \d+ tokens, but \d+ are needed"),
-        ({"num_keys": 0}, "0 needles were asked for"),
-        ({"num_keys": 1000}, "1000 needles were asked for"),
+        ("double", {}, "unknown probe 'double'; known: niah_single_1, .*single, .*multi_key:N"),
+        ("niah_single_1:2", {}, "unknown probe 'niah_single_1:2'"),
+        ("single:3", {}, "'single:3' is not understood; write multi_key:N"),
+        ("single", {"num_pairs": 0}, "0 pairs a probe: at least 1"),
+        ("niah_single_2", {"length": 90_000}, r"'niah_single_2': the text has \d+ tokens, but"),
+        ("text", {"length": 15_000}, r"'text': the text has \d+ tokens, but 29983 are needed"),
+        ("multi_key:90", {"length": 9000}, "90 needles were asked for; 1 to 59"),
     ],
 )
-def test_a_sample_that_cannot_be_made_says_why(arguments, message):
+def test_what_cannot_be_made_says_why(spec, arguments, message):
     with pytest.raises(UserError, match=message):
-        draw(0, **arguments)
+        draw(spec, CharacterTokenizer(), **arguments)
 
 
-def test_a_training_document_that_cannot_be_made_says_why():
-    with pytest.raises(UserError, match="40 tokens has no room"):
-        probes.make_training_document(random.Random(0), TOKENIZER, TEXT, 40)
-    with pytest.raises(UserError, match="are needed"):
-        probes.make_text_document(random.Random(0), TEXT[:10], 11)
-
-
-def test_a_tokenizer_that_splits_digits_further_is_refused():
-    with pytest.raises(UserError, match="one token a digit"):
-        probes.make_needle_sample(random.Random(0), PairTokenizer(), TEXT, 1000, 0.5)
-
-
-def test_read_text_refuses_what_is_no_haystack(tmp_path):
-    cases = {"missing.txt": None, "empty.txt": b" \n", "short.txt": b"word " * 10}
-    messages = ["cannot read", "is empty", "has 49 characters; at least"]
-    for (name, content), message in zip(cases.items(), messages, strict=True):
-        if content is not None:
-            (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            probes.read_text(tmp_path / name)
-    (tmp_path / "latin.txt").write_bytes(b"\xe9" * 30_000)
-    with pytest.raises(UserError, match="not UTF-8"):
-        probes.read_text(tmp_path / "latin.txt")
-    (tmp_path / "good.txt").write_text("some words\n" * 3000)
-    assert probes.read_text(tmp_path / "good.txt") == "some words\n" * 3000
-
-
-def test_the_shipped_tokenizer_reads_a_needle_as_it_was_written():
-    """Sentences are encoded in pieces; whole they must give the same tokens."""
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TEACHER)
-    text = tokenizer.encode("words of a haystack, " * 200, add_special_tokens=False)
-    for key in probes.KEYS:
-        assert len(tokenizer.encode(f" {key}", add_special_tokens=False)) == 1
-    sample = probes.make_needle_sample(random.Random(0), tokenizer, text, 256, 0.5, 8)
-    start = sample.answer_positions[0] - 7
-    needle = sample.tokens[start : sample.answer_positions[-1] + 3]
-    written = tokenizer.decode(needle)
-    assert written == f"\nThe number for {sample.key} is {sample.value}.\n"
-    assert tokenizer.encode(written, add_special_tokens=False) == needle
+@pytest.mark.parametrize(
+    ("corrupt", "readout", "message"),
+    [
+        (Sample([1, 2], [5]), "logit_difference", "two answers differently, into 2 and 1 tokens"),
+        (Sample([1], [5, 6]), "logit_difference", "two prompts differently, into 2 and 1 tokens"),
+        (Sample([1, 2], [5, 4]), "logit_difference", "both answers the token 4 at place 1"),
+        (Sample([1, 2], [5, 6]), "log_probability", "must be the same"),
+    ],
+)
+def test_a_probe_refuses_a_pair_that_says_nothing(corrupt, readout, message):
+    good = CounterfactualPair(Sample([1, 2], [3, 4]), Sample([1, 2], [5, 6]))
+    assert Probe("mine", "retrieval", [good], 4, 0).readout == "logit_difference"
+    with pytest.raises(UserError, match=r"probe 'mine', pair 0: .* 4 tokens; 5 were said"):
+        Probe("mine", "retrieval", [good], 5, 0)
+    bad = CounterfactualPair(good.clean, corrupt)
+    pairs = [good, bad] if readout == "logit_difference" else [bad, bad]
+    with pytest.raises(UserError, match=rf"probe 'mine', pair \d: .*{message}"):
+        Probe("mine", "retrieval", pairs, 4, 0, readout)

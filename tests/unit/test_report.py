@@ -14,12 +14,16 @@ import pytest
 from hydra_tools import report as verb
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation import results
 from megatron_hydra.evaluation.results import Accuracy, read_evaluation
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.sections import crossover_tokens
 from megatron_hydra.report.training_runs import read_run
+from megatron_hydra.selection.budget import Budget, Constraints
+from megatron_hydra.selection.combination import Combination
+from megatron_hydra.selection.pareto import pareto_table
+from megatron_hydra.selection.policy import plan_from_scores
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.testing.scores import make_scores
 
 LAYERS, HEADS, GROUPS = 2, 4, 2
 LENGTHS = (64, 128)
@@ -39,6 +43,10 @@ def write_events(folder: Path, curves: Mapping[str, Sequence[float]], first_step
                 writer.add_scalar(tag, value, step)
 
 
+def head_plan(fa_heads: Sequence[Sequence[int]] = PLAN) -> HeadPlan:
+    return HeadPlan.from_fa_heads(dict(enumerate(fa_heads)), LAYERS, HEADS, GROUPS, HASH)
+
+
 def write_run(folder: Path, losses: Mapping[str, Sequence[float]]) -> Path:
     """Write a run folder with these losses, and gradient norm and speed as long."""
     num_steps = len(next(iter(losses.values())))
@@ -52,6 +60,7 @@ def write_run(folder: Path, losses: Mapping[str, Sequence[float]]) -> Path:
         "provenance": {"command": ["train", folder.name]},
     }
     (folder / "hybrid" / "model.json").write_text(json.dumps(meta))
+    head_plan().save(folder / "hybrid" / "plan.json", overwrite=True)
     return folder
 
 
@@ -118,13 +127,9 @@ def arguments(tmp_path: Path, runs: dict[str, Path]) -> argparse.Namespace:
     """The verb's arguments for inputs that belong together."""
     provenance = {"seed": 5, "versions": {"torch": "9.8.7"}, "command": "megatron-hydra score"}
     table = [[0.1 * head for head in range(HEADS)] for _ in range(LAYERS)]
-    HeadScores(
-        LAYERS, HEADS, GROUPS, HASH, "activation_patching", table, {"single": table}, table,
-        provenance,
-    ).save(tmp_path / "scores.json")  # fmt: skip
-    HeadPlan.from_fa_heads(
-        dict(enumerate(PLAN)), LAYERS, HEADS, GROUPS, HASH, {"scorer": "activation_patching"}
-    ).save(tmp_path / "plan.json")
+    scores = make_scores(table, GROUPS, teacher_config_hash=HASH, provenance=provenance)
+    scores.save(tmp_path / "scores.json")
+    head_plan().save(tmp_path / "plan.json")
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation_data()))
     parser = argparse.ArgumentParser()
     verb.add_arguments(parser)
@@ -187,7 +192,7 @@ def test_inputs_figures_stand_in_the_page(arguments, capsys):
         assert record in page.text
     for name in (*NAMES, "stage1", "stage2", "stage3"):
         assert name in page.text
-    assert page.tags.count("svg") == 2 + 3 * 3
+    assert page.tags.count("svg") == 4 + 3 * 3  # heads, ranks, capabilities, cache; 3 a run
 
 
 def test_page_is_self_contained(arguments):
@@ -224,6 +229,11 @@ def test_existing_page_stays_without_overwrite(arguments):
 
 def _drop(key: str) -> Callable[[Any], Any]:
     return lambda data: data["models"][1].pop(key)
+
+
+def _retrain(run: Path, fa_heads: list[list[int]]) -> None:
+    write_run(run, {"train/loss": [1.0, 1.0]})
+    head_plan(fa_heads).save(run / "hybrid" / "plan.json", overwrite=True)
 
 
 def _unfinish(run: Path) -> None:
@@ -300,13 +310,13 @@ def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):
         (lambda run: write_run(run, {"train/loss": [1.0]}), "single point"),
         (lambda run: write_run(run, {"train/loss": [1.0, float("nan")]}), "nan at step 1"),
         (lambda run: None, "no TensorBoard event file"),
+        (lambda run: _retrain(run, CONTROL), "trained a hybrid of another plan"),
     ],
 )
-def test_run_without_curves_is_refused(arguments, tmp_path, spoil, message):
+def test_odd_run_is_refused(arguments, tmp_path, spoil, message):
     run = tmp_path / "run"
-    run.mkdir()
+    head_plan().save(run / "hybrid" / "plan.json")
     (run / "config.yaml").write_text("a: 1\n")
-    (run / "hybrid").mkdir()
     (run / "hybrid" / "model.json").write_text('{"schema_version": 1, "kind": "hybrid"}')
     spoil(run)
     arguments.run = [f"stage1={run}"]
@@ -359,19 +369,6 @@ def test_crossover_is_the_first_length_that_needs_less(tmp_path):
     assert crossover_tokens(teacher, teacher) is None
 
 
-def test_what_evaluation_writes_is_read(tmp_path):
-    accuracy = {("single", 64): Accuracy(15, 20), ("multi_key", 64): Accuracy(3, 20)}
-    grid = results.NeedleGrid("single", (64,), (0.0, 1.0), ((0.9, 0.6),))
-    models = tuple(
-        results.ModelResult("m" * n, "m", plan, "", 8, 1024, 9, accuracy, grid, {64: 3.5})
-        for n, plan in enumerate([None, ((3,), ()), ((), (0, 2))])
-    )
-    written = results.Evaluation(models, 64, {"seed": 3})
-    written.save(tmp_path / "evaluation.json")
-    assert read_evaluation(tmp_path / "evaluation.json") == written
-    assert written.headline_cell == ("single", 64)
-
-
 def test_a_control_with_as_many_heads_is_not_the_plans_hybrid(arguments, tmp_path):
     def favour_control(data):
         best = [{**task, **Accuracy(50, 50).to_dict()} for task in data["models"][3]["tasks"]]
@@ -381,3 +378,17 @@ def test_a_control_with_as_many_heads_is_not_the_plans_hybrid(arguments, tmp_pat
     verb.run(arguments)
     summary = Page(arguments.out).text.partition("; the teacher answers")[0]
     assert "“hybrid, trained” stores 50%" in summary and "random" not in summary
+
+
+def test_selection_is_shown_as_planned_and_with_the_pareto_table(arguments, tmp_path):
+    scores = HeadScores.load(arguments.scores)
+    scores = scores.with_combination(Combination(scores.combination.scorers, normalise=True))
+    plan_from_scores(scores, Budget("fa_heads", 2)).plan.save(arguments.plan, overwrite=True)
+    arguments.pareto = tmp_path / "pareto.json"
+    budgets = [Budget("fa_heads", 4)]
+    pareto_table(scores, budgets, Constraints(), 4096, "h100").save(arguments.pareto, {})
+    verb.run(arguments)
+    page = Page(arguments.out)
+    # The file's own combination does not normalise: 0.300.
+    assert "0.3 1 1.000" in page.text and "4 FA heads" in page.text
+    assert page.tags.count("svg") == 5 + 3 * 3 and len(page.ids) == len(set(page.ids))

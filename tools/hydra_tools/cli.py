@@ -18,6 +18,8 @@ from megatron_hydra.errors import UserError
 VERBS = {
     "score": "measure how much each attention head of a teacher matters",
     "plan": "choose the heads that keep full attention, from scores and a budget",
+    "inspect": "tell what a plan keeps, what it costs, and how sure its choice is",
+    "pareto": "tabulate what several budgets keep of the scores, and what they cost",
     "convert": "turn a teacher and a plan into a hybrid checkpoint",
     "preprocess": "write text as Megatron's indexed token files",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",

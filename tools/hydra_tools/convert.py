@@ -121,7 +121,7 @@ def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
     import torch
 
     from megatron_hydra.conversion.qwen3 import load_tokenizer
-    from megatron_hydra.selection.probes import local_text, read_text
+    from megatron_hydra.selection.text import local_text, read_text
 
     length, wanted = args.calibration_length, args.calibration_tokens
     if not 0 < length <= wanted:

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from hydra_tools.score import parse_tasks
 from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.cache import cache_bytes_per_token, state_bytes
 from megatron_hydra.evaluation.perplexity import perplexity, text_windows
 from megatron_hydra.evaluation.results import (
     Evaluation,
@@ -31,7 +29,9 @@ from megatron_hydra.evaluation.ruler import (
 )
 from megatron_hydra.files import check_no_input, check_output, versions
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.probes import TASKS, local_text, read_text, split_held_out
+from megatron_hydra.selection.cost import ModelShape, cache_bytes_per_token, state_bytes
+from megatron_hydra.selection.needles import TASKS, NeedleTask, find_task
+from megatron_hydra.selection.text import local_text, read_text, split_held_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         default="single,multi_key",
         metavar="LIST",
-        help=f"of {', '.join(TASKS)}; the first one's needle grid is kept (default: %(default)s)",
+        help=f"of {', '.join(TASKS)}, multi_key:N; the first one's needle grid is kept "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--lengths", type=_lengths, default=(256, 512, 1024), metavar="N,N,…", help="in tokens"
@@ -109,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "text": str(args.text) if args.text else "Python's documentation",
         "perplexity_tokens": len(windows) - 1,
         "seed": args.seed,
+        "models": {name: _origin(folder) for name, folder in folders.items()},
         "versions": versions(),
     }
     Evaluation(tuple(results), args.training_length, provenance).save(args.out, args.overwrite)
@@ -134,6 +136,21 @@ def parse_models(arguments: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
+def parse_tasks(text: str) -> list[NeedleTask]:
+    """Read a list of needle tasks, ``single,multi_key:4``; each stands once.
+
+    Raises:
+        UserError: For an unknown task or a repetition.
+    """
+    tasks: dict[str, NeedleTask] = {}
+    for word in text.split(","):
+        task = find_task(word)
+        if task.name in tasks:
+            raise UserError(f"--tasks names {word!r} twice: {text!r}")
+        tasks[task.name] = task
+    return list(tasks.values())
+
+
 def _lengths(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdigit() and int(word) > 0 for word in words):
@@ -153,6 +170,20 @@ def _check_readable(folder: Path) -> None:
         read_qwen3_config(folder)
     elif read_metadata(folder)["kind"] == "hybrid":
         HeadPlan.load(folder / "plan.json")
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """How a model and its plan came to be, as far as its folder says."""
+    from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
+
+    if not is_checkpoint_folder(folder):
+        return {"path": str(folder)}
+    meta = read_metadata(folder)
+    origin = {"path": str(folder), "weights": meta["provenance"]}
+    if meta["kind"] == "hybrid":
+        plan = HeadPlan.load(folder / "plan.json").provenance
+        origin["plan"] = {key: value for key, value in plan.items() if key != "explanation"}
+    return origin
 
 
 def _common_tokenizer(folders: Mapping[str, Path], text: str) -> Any:
@@ -182,6 +213,7 @@ def _evaluate(
 
     loaded = load_any_model(folder)
     model, config, plan = loaded.model.eval(), loaded.config, loaded.plan
+    shape = ModelShape.from_config(config)
     beyond = [length for length in lengths if length > config.seq_length]
     if beyond:
         print(
@@ -199,8 +231,8 @@ def _evaluate(
         plan=None if plan is None else tuple(layer.fa_heads for layer in plan.layers),
         plan_name="" if plan is None else str(plan.provenance.get("policy", "")),
         num_heads=config.num_layers * config.num_attention_heads,
-        cache_bytes_per_token=cache_bytes_per_token(config, plan),
-        state_bytes=state_bytes(config, plan),
+        cache_bytes_per_token=int(cache_bytes_per_token(shape).of(plan)),
+        state_bytes=int(state_bytes(shape).of(plan)),
         accuracy=count_right(samples, right, lambda sample: (sample.task, sample.length)),
         grid=NeedleGrid.count(samples[0].task, samples, right),
         perplexity={length: perplexity(model, windows, length, progress) for length in lengths},

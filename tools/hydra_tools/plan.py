@@ -7,19 +7,27 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
+from megatron_hydra.selection.combination import Combination
+from megatron_hydra.selection.cost import costs_of, num_stored_groups
 from megatron_hydra.selection.policy import (
+    DEFAULT_CONTEXT_TOKENS,
     PlanSummary,
-    make_budget,
     plan_from_scores,
     random_plan,
 )
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.scoring_config import CombineSection
+from megatron_hydra.yaml_config import read_config
 
 # Of the terminal's 256 colours: backgrounds from light to dark, and the mark of an FA head.
 _SHADES = (255, 195, 153, 117, 75, 33, 26, 19)
@@ -32,20 +40,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--fa-ratio",
-        type=_ratio,
+        type=read_ratio,
         metavar="RATIO",
         help="share of all heads that keep full attention, as 1/4 or 0.25",
     )
     budget.add_argument(
         "--fa-heads", type=int, metavar="N", help="number of heads that keep full attention"
     )
-    parser.add_argument(
-        "--min-fa-per-layer",
-        type=int,
-        default=0,
-        metavar="N",
-        help="heads that keep full attention in every layer at least (default: 0)",
+    budget.add_argument(
+        "--kv-cache-ratio",
+        type=read_ratio,
+        metavar="RATIO",
+        help="share of the teacher's KV cache that is stored at most",
     )
+    budget.add_argument(
+        "--cache-gib",
+        type=float,
+        metavar="GIB",
+        help="KV cache and state of a sequence of --context tokens at most",
+    )
+    budget.add_argument(
+        "--decode-ms",
+        type=float,
+        metavar="MS",
+        help="predicted time a decoded token at --context tokens on --device at most",
+    )
+    add_cost_arguments(parser)
+    add_choice_arguments(parser)
     parser.add_argument(
         "--random-seed",
         type=int,
@@ -59,14 +80,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
 
 
+def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add constraints, solver and recombination."""
+    parser.add_argument(
+        "--min-fa-per-layer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="heads that keep full attention in every layer at least (default: 0)",
+    )
+    parser.add_argument(
+        "--per-layer", type=int, metavar="K", help="exactly K such heads in every layer"
+    )
+    parser.add_argument(
+        "--whole-groups",
+        action="store_true",
+        help="a query group's heads are all of one kind, so that the cache really shrinks",
+    )
+    parser.add_argument(
+        "--multiple-of",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a layer's number of such heads is a multiple of N, such as the TP size",
+    )
+    parser.add_argument(
+        "--solver",
+        choices=("exact", "greedy"),
+        default="exact",
+        help="greedy takes the best head that fits, to compare (default: exact)",
+    )
+    parser.add_argument(
+        "combine",
+        nargs="*",
+        metavar="combine.KEY=VALUE",
+        help="combine the effects in another way, as combine.consistency=false, "
+        "combine.weights.language=0.5, combine.scorers=path_patching",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Choose the heads; write plan and picture; print the head map and a summary."""
     png = args.png or args.out.with_suffix(".png")
     if png == args.out:
         raise UserError(f"plan and picture would both be written to {png}: name another")
-    check_output(args.out, args.overwrite)
-    check_output(png, args.overwrite)
-    scores = HeadScores.load(args.scores)
+    check_output(args.out, args.overwrite, "file")
+    # Written before the plan: beside none it is left over from a command that was cut off.
+    overwrite_png = args.overwrite or (args.png is None and not args.out.exists())
+    check_output(png, overwrite_png, "file")
+    scores = recombine(HeadScores.load(args.scores), args.combine)
     summary = _choose(args, scores)
     command = shlex.join(["megatron-hydra", *sys.argv[1:]])
     plan = dataclasses.replace(
@@ -76,15 +138,50 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hydra.heatmap import save_head_map
 
     kind = "the plan" if args.random_seed is None else "a random plan"
-    title = f"Head scores by {scores.scorer.replace('_', ' ')}, with {kind}"
-    save_head_map(png, scores, plan, title, args.overwrite)
+    scorers = ", ".join(scores.combination.scorers).replace("_", " ")
+    save_head_map(png, scores, plan, f"Head scores by {scorers}, with {kind}", overwrite_png)
     plan.save(args.out, args.overwrite)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(format_head_map(scores, plan, colour))
     print()
     print("\n".join(describe(summary, args.random_seed)))
+    context = args.context or DEFAULT_CONTEXT_TOKENS
+    costs = [costs_of(scores.shape, of, context, summary.budget.device) for of in (plan, None)]
+    print("\n" + "\n".join(cost_lines(*costs)))
     print(f"\nplan:    {args.out}\npicture: {png}")
     return 0
+
+
+@dataclass
+class _Overrides:
+    """What ``combine.KEY=VALUE`` may change."""
+
+    combine: CombineSection = field(default_factory=CombineSection)
+
+
+def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
+    """The same effects under another combination, without a new run.
+
+    Args:
+        scores: Their own combination holds where nothing else is said.
+        overrides: ``combine.KEY=VALUE``; scorers may be separated by commas.
+
+    Raises:
+        UserError: For an unknown key, scorer or capability, or a value of the wrong kind.
+    """
+    if not overrides:
+        return scores
+    old = dataclasses.asdict(scores.combination)
+    values = {f"combine.{name}": value for name, value in old.items()}
+    values["combine.scorers"] = list(old["scorers"])
+    words = [_as_list(word) for word in overrides]
+    new = dataclasses.asdict(read_config(_Overrides, None, words, values).combine)
+    return scores.with_combination(Combination(**{**new, "scorers": tuple(new["scorers"])}))
+
+
+def read_constraints(args: argparse.Namespace) -> Constraints:
+    """The constraints of :func:`add_choice_arguments`."""
+    return Constraints(args.min_fa_per_layer, args.per_layer, args.whole_groups, args.multiple_of)
 
 
 def format_head_map(scores: HeadScores, plan: HeadPlan, colour: bool) -> str:
@@ -119,75 +216,95 @@ def format_head_map(scores: HeadScores, plan: HeadPlan, colour: bool) -> str:
 
 
 def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
-    """Sentences on a plan: counts, KV cache, and how sure the choice is."""
-    plan, budget = summary.plan, summary.budget
-    total = plan.num_layers * plan.num_heads
-    share = summary.kv_cache_share
-    counts = summary.fa_heads_per_layer
+    """Sentences on a plan: counts, KV cache, why heads are there, how sure the choice is."""
+    plan, shape, explanation = summary.plan, summary.shape, summary.explanation
+    stored, counts = num_stored_groups(plan), summary.fa_heads_per_layer
     lines = [
-        f"{plan.num_fa_heads} of {total} heads keep full attention (FA), "
+        f"{plan.num_fa_heads} of {shape.total_heads} heads keep full attention (FA), "
         f"{summary.num_la_heads} become linear (LA); {min(counts)} to {max(counts)} FA a layer",
-        f"KV cache: {float(share):.0%} of the teacher's "
-        f"({share * plan.num_layers * plan.num_query_groups} of "
-        f"{plan.num_layers * plan.num_query_groups} query groups are stored)",
+        f"KV cache: {stored / shape.total_groups:.0%} of the teacher's "
+        f"({stored} of {shape.total_groups} query groups are stored)",
     ]
-    if budget.asked_for is not None:
+    if summary.asked_for is not None:
         lines.append(
-            f"the ratio asks for {float(budget.asked_for):.4g} heads: rounded to "
-            f"{budget.num_fa_heads}"
+            f"the ratio asks for {float(summary.asked_for):.4g} heads: rounded to "
+            f"{plan.num_fa_heads}"
         )
     if random_seed is not None:
         lines.append(f"drawn at random with seed {random_seed}: the scores decided nothing")
-        return lines
+        return [*lines, *how_sure(explanation)]
     lines.append(
-        f"ties: {summary.num_tie_filled} FA heads won over a head of equal score, by the size "
+        f"ties: {explanation.num_tie_filled} FA heads won over a head of equal score, by the size "
         f"of the effect, then by order"
     )
-    if summary.num_without_evidence:
+    if explanation.num_without_evidence:
         lines.append(
-            f"no evidence: {summary.num_without_evidence} FA heads have a score of 0 or less and "
-            f"only fill the budget"
+            f"no evidence: {explanation.num_without_evidence} FA heads have a score of 0 or less "
+            f"and only fill the budget"
         )
-    if summary.num_for_layer_minimum:
+    return [*lines, *_other_reasons(summary), *how_sure(explanation)]
+
+
+def _other_reasons(summary: PlanSummary) -> list[str]:
+    """Sentences on FA heads that their scores alone would not have kept."""
+    asked, explanation = summary.constraints, summary.explanation
+    minimum = f"--min-fa-per-layer {asked.min_fa_per_layer}"
+    if asked.per_layer is not None:
+        minimum = f"--per-layer {asked.per_layer}"
+    num_for_minimum = explanation.num_for("layer minimum")
+    num_for_group, num_for_multiple = (
+        explanation.num_for("group"),
+        explanation.num_for("multiple"),
+    )
+    lines = []
+    if num_for_minimum:
+        lines.append(f"layer minimum: {num_for_minimum} FA heads are there for {minimum} alone")
+    if num_for_group:
         lines.append(
-            f"layer minimum: {summary.num_for_layer_minimum} FA heads are there for "
-            f"--min-fa-per-layer {budget.min_fa_per_layer} alone"
+            f"groups: {num_for_group} FA heads are there because others of their query group are"
         )
+    if num_for_multiple:
+        lines.append(
+            f"multiples: {num_for_multiple} FA heads are there for --multiple-of "
+            f"{asked.multiple_of} alone"
+        )
+    num_positive = sum(score > 0 for row in explanation.scores for score in row)
+    num_kept = len(explanation.heads) - explanation.num_without_evidence
+    if summary.budget.kind not in ("fa_heads", "fa_ratio") and num_kept == num_positive:
+        lines.append("every head with a score above 0 is kept: a larger budget would add nothing")
     return lines
 
 
-def _ratio(text: str) -> Fraction:
+def read_ratio(text: str) -> Fraction:
+    """A ratio on the command line, as 1/4 or 0.25."""
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is no ratio: write 1/4 or 0.25") from None
 
 
+def _as_list(override: str) -> str:
+    """``combine.scorers=a,b`` as YAML's ``combine.scorers=[a,b]``."""
+    key, equals, value = override.partition("=")
+    if key == "combine.scorers" and not value.startswith("["):
+        value = f"[{value}]"
+    return key + equals + value
+
+
 def _choose(args: argparse.Namespace, scores: HeadScores) -> PlanSummary:
-    budget = make_budget(
-        scores.num_layers,
-        scores.num_heads,
-        fa_ratio=args.fa_ratio,
-        num_fa_heads=args.fa_heads,
-        min_fa_per_layer=args.min_fa_per_layer,
+    kinds: tuple[BudgetKind, ...] = (
+        "fa_heads",
+        "fa_ratio",
+        "kv_cache_ratio",
+        "cache_gib",
+        "decode_ms",
     )
+    (kind,) = (kind for kind in kinds if getattr(args, kind) is not None)
+    budget = Budget(kind, getattr(args, kind), args.context, args.device or "h100")
+    constraints = read_constraints(args)
     if args.random_seed is None:
-        return plan_from_scores(
-            scores,
-            fa_ratio=args.fa_ratio,
-            num_fa_heads=args.fa_heads,
-            min_fa_per_layer=args.min_fa_per_layer,
-        )[1]
-    plan = random_plan(
-        scores.num_layers,
-        scores.num_heads,
-        scores.num_query_groups,
-        budget.num_fa_heads,
-        budget.min_fa_per_layer,
-        args.random_seed,
-        scores.teacher_config_hash,
-    )
-    return PlanSummary(plan, budget)
+        return plan_from_scores(scores, budget, constraints, solver=args.solver)
+    return random_plan(scores, budget, constraints, seed=args.random_seed)
 
 
 def _group_title(plan: HeadPlan, group: int) -> str:

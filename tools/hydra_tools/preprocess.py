@@ -92,7 +92,7 @@ def _check(args: argparse.Namespace) -> None:
 def _plain_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[int]]:
     """Each text with the end-of-document token after it."""
     from megatron_hydra.nemo.indexed_dataset import read_texts
-    from megatron_hydra.selection.probes import local_text
+    from megatron_hydra.selection.text import local_text
 
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {args.tokenizer} has no end-of-text token")
@@ -105,12 +105,10 @@ def _plain_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[
 
 def _mixed_documents(args: argparse.Namespace, tokenizer: Any) -> Iterator[list[int]]:
     """Documents of equal length, so that training samples and documents coincide."""
-    from megatron_hydra.selection.probes import (
-        local_text,
+    from megatron_hydra.selection.text import local_text, read_text, split_held_out
+    from megatron_hydra.selection.training_documents import (
         make_text_document,
         make_training_document,
-        read_text,
-        split_held_out,
     )
 
     text = read_text(args.input) if args.input else local_text()

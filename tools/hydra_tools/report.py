@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FOLDER",
         help="a training run and its name on the page; give one a stage, in order",
     )
+    parser.add_argument(
+        "--pareto", type=Path, metavar="FILE", help="what `pareto` wrote, to show it on the page"
+    )
     parser.add_argument("--teacher", type=Path, help="check that plan and scores are of this one")
     parser.add_argument("--out", required=True, type=Path, help="the HTML page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         plan=args.plan,
         evaluation=args.evaluation,
         runs=_parse_runs(args.run),
+        pareto=args.pareto,
         command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
         teacher_config_hash=_teacher_hash(args.teacher) if args.teacher else "",
         overwrite=args.overwrite,

@@ -1,191 +1,260 @@
-"""``megatron-hydra score``: how much each head of a teacher matters, by activation patching."""
+"""`megatron-hydra score`, or `torchrun -m hydra_tools.score`: how much each head matters.
+
+Imports stay inside functions where they are heavy: a config with a typo is answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
+from hydra_tools import launch
 from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, versions
-from megatron_hydra.selection.activation_patching import MIN_GAP_LOGITS, ActivationPatching
-from megatron_hydra.selection.probes import (
-    TASKS,
-    NeedleTask,
-    local_text,
-    read_text,
-    split_held_out,
+from megatron_hydra.selection.combination import Array
+from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
+from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
+from megatron_hydra.selection.scores import HeadScores, ProbeRecord
+from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
+from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.selection.uncertainty import (
+    bootstrap_scores,
+    score_intervals,
+    split_half_correlation,
 )
-from megatron_hydra.selection.scorer import (
-    Probe,
-    ScorerResult,
-    assemble_scores,
-    retrieval_probe,
-)
-from megatron_hydra.selection.scores import HeadScores
 
 _NUM_TOP_HEADS = 8
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face Qwen3 folder")
-    parser.add_argument("--out", required=True, type=Path, help="the scores to write (JSON)")
-    parser.add_argument(
-        "--probes",
-        default="single,multi_key:4,multi_key:8",
-        metavar="LIST",
-        help=f"sub-probes, of {', '.join(TASKS)}; multi_key:N has N needles (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--pairs", type=int, default=8, metavar="N", help="counterfactual pairs a sub-probe"
-    )
-    parser.add_argument("--length", type=int, default=256, metavar="N", help="tokens a sample")
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs")
-    parser.add_argument(
-        "--text",
-        type=Path,
-        help="text to hide needles in; a tenth of it, held out, is used (default: Python's "
-        "documentation)",
-    )
-    parser.add_argument(
-        "--min-gap",
-        type=float,
-        default=MIN_GAP_LOGITS,
-        metavar="LOGITS",
-        help="pairs that the teacher tells apart by less are dropped (default: %(default)s)",
-    )
+    parser.add_argument("--config", help="YAML file; without it every key has its default")
+    parser.add_argument("--teacher", help="the same as model.teacher=DIR")
+    parser.add_argument("--out", help="the same as run.out=FILE: the scores to write (JSON)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Score every head; write the file; print a summary."""
-    check_output(args.out, args.overwrite)
-    tasks = parse_tasks(args.probes)
+    given = {"model.teacher": args.teacher, "run.out": args.out}
+    values = {key: value for key, value in given.items() if value is not None}
+    config = load_scoring_config(args.config, args.overrides, values)
+    check_output(config.out, args.overwrite, "file")
     cpu.install_if_needed()
-    from megatron_hydra.conversion.checkpoint import load_any_model
     from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
 
-    scorer = ActivationPatching(args.min_gap)
-    initialize_model_parallel()
-    loaded = load_any_model(args.teacher)
-    if loaded.plan is not None:
-        raise UserError(f"{args.teacher} is a hybrid: scores are measured on its teacher")
-    if args.length > loaded.config.seq_length:
-        raise UserError(
-            f"--length is {args.length}; the teacher is built for {loaded.config.seq_length} "
-            "tokens at most"
-        )
-    probes = _make_probes(args, tasks, loaded.tokenizer_folder)
-
+    _check_world_size(config)
+    initialize_model_parallel(config.model.tensor_model_parallel_size)
+    loaded = _load_teacher(config)
+    shape = ModelShape.from_config(loaded.config)
+    controls = _controls(config, shape)
+    probes = _make_probes(config, loaded.tokenizer_folder)
+    teacher_hash = loaded.meta["teacher_config_hash"]
+    # Where the scores go does not change them; everything else makes another run.
+    same = {
+        **config.to_dict(),
+        "teacher_config_hash": teacher_hash,
+        "probes": probes_digest(probes),
+    }
+    same["run"] = {"batch_tokens": config.run.batch_tokens}
+    partial = PartialFolder(config.out, same)
+    if args.overwrite and launch.rank() == 0:
+        partial.remove()
     start = time.perf_counter()
-    result = scorer.score(loaded.model.eval(), probes, _progress)
-    seconds = time.perf_counter() - start
-    scores, consistency = assemble_scores(result)
-    head_scores = HeadScores(
-        num_layers=loaded.config.num_layers,
-        num_heads=loaded.config.num_attention_heads,
-        num_query_groups=loaded.config.num_query_groups,
-        teacher_config_hash=loaded.meta["teacher_config_hash"],
-        scorer=result.scorer,
-        scores=scores.tolist(),
-        effects={probe.probe.name: probe.effects.tolist() for probe in result.probes},
-        consistency=consistency.tolist(),
-        provenance=_provenance(args, result),
-    )
-    head_scores.save(args.out, args.overwrite)
-    print("\n".join(describe(head_scores, args.min_gap)))
-    print(f"{num_patches(result):,} patched runs in {seconds:.1f} s\n\nscores: {args.out}")
+    records, effects = ScoringRun(
+        loaded.model.eval(),
+        probes,
+        _make_scorers(config),
+        partial,
+        {
+            "logit_difference": config.probes.min_gap_logits,
+            "log_probability": config.probes.min_gap_nats,
+        },
+        config.run.batch_tokens,
+        _progress,
+    ).run()
+    if launch.rank() == 0:
+        seconds = time.perf_counter() - start
+        if controls:
+            records = (
+                *records,
+                ProbeRecord(CONTROL_PROBE, CONTROL_PROBE, "none", 1, (0,), (), 0, 0),
+            )
+        scores = HeadScores(
+            shape, teacher_hash, records, {**effects, **controls}, config.combination(),
+            _provenance(config, args),
+        )  # fmt: skip
+        scores.save(config.out, args.overwrite)
+        partial.remove()
+        print("\n".join(describe(scores)))
+        print(f"measured in {seconds:.1f} s\n\nscores: {config.out}")
     return 0
 
 
-def parse_tasks(text: str) -> list[NeedleTask]:
-    """Read a list of needle tasks, ``single,multi_key:4``; each name stands once.
-
-    Raises:
-        UserError: For an unknown task, a number of needles that is not one, a repetition.
-    """
-    tasks: dict[str, NeedleTask] = {}
-    for word in text.split(","):
-        name, colon, keys = word.strip().partition(":")
-        if name not in TASKS:
-            raise UserError(f"unknown probe {name!r} in {text!r}; known: {', '.join(TASKS)}")
-        task = TASKS[name]
-        if colon:
-            if task.num_keys == 1 or not keys.isdigit() or int(keys) < 2:
-                raise UserError(f"probe {word!r} is not understood; write multi_key:N with N >= 2")
-            task = NeedleTask(f"{name}_{int(keys)}", int(keys))
-        if task.name in tasks:
-            raise UserError(f"probe {word!r} stands twice in {text!r}")
-        tasks[task.name] = task
-    return list(tasks.values())
-
-
-def describe(scores: HeadScores, min_gap: float) -> list[str]:
-    """Sentences on scores: pairs kept and dropped, the heads that matter most, how many do."""
+def describe(scores: HeadScores) -> list[str]:
+    """Sentences on scores: pairs kept and dropped, the heads that matter most, how sure that is."""
     lines = []
-    for probe in scores.provenance["probes"]:
-        lines.append(
-            f"{probe['name']}: {probe['kept']} of {probe['pairs']} pairs kept, "
-            f"{probe['dropped']} dropped for a clean-corrupt gap below {min_gap:g} logits"
-        )
-    ranked = sorted(
-        (
-            (score, layer, head)
-            for layer, row in enumerate(scores.scores)
-            for head, score in enumerate(row)
-        ),
-        key=lambda entry: (-entry[0], -scores.effect_size(*entry[1:])),
+    for probe in scores.probes:
+        if probe.gaps:
+            lines.append(
+                f"{probe.name} ({probe.capability}): {len(probe.kept)} of {probe.num_pairs} pairs "
+                f"kept, {probe.num_dropped} dropped; median gap {np.median(probe.gaps):.3g}"
+            )
+    intervals = score_intervals(bootstrap_scores(scores))
+    order = np.lexsort((-scores.effect_size.ravel(), -scores.scores.ravel()))
+    num_positive = int((scores.scores > 0).sum())
+    lines.append(f"{num_positive} of {order.size} heads have a score above 0; the highest:")
+    columns = [
+        (scorer, probe) for scorer in scores.combination.scorers for probe in scores.effects[scorer]
+    ]
+    lines.append(
+        "  layer head  score  95% interval    largest mean effect, and where (scorer, sub-probe)"
     )
-    num_positive = sum(score > 0 for score, _, _ in ranked)
-    lines.append(f"{num_positive} of {len(ranked)} heads have a score above 0; the highest:")
-    names = list(scores.effects)
-    lines.append("  layer head  score  consistency  effect on " + ", ".join(names))
-    for score, layer, head in ranked[:_NUM_TOP_HEADS]:
-        effects = "  ".join(f"{scores.effects[name][layer][head]:+.3f}" for name in names)
-        kappa = scores.consistency[layer][head]
-        lines.append(f"  {layer:>5} {head:>4}  {score:5.3f}  {kappa:11.2f}  {effects}")
+    for index in order[:_NUM_TOP_HEADS]:
+        layer, head = divmod(int(index), scores.num_heads)
+        effects = [scores.mean_effects(*column)[layer, head] for column in columns]
+        best = int(np.argmax(np.abs(effects)))
+        interval = f"{intervals.lower[layer, head]:.3f} to {intervals.upper[layer, head]:.3f}"
+        lines.append(
+            f"  {layer:>5} {head:>4}  {scores.scores[layer, head]:.3f}  {interval}  "
+            f"{effects[best]:+.3f}  {', '.join(columns[best])}"
+        )
+    lines.append(_reproducibility(scores))
     return lines
 
 
-def num_patches(result: ScorerResult) -> int:
-    """How many times one head was patched in one pair."""
-    return sum(probe.pair_effects.numel() for probe in result.probes)
+def _reproducibility(scores: HeadScores) -> str:
+    try:
+        half = split_half_correlation(scores)
+    except UserError as error:
+        return f"rank correlation between halves of the pairs: none, since {error}"
+    return (
+        f"rank correlation (Spearman) between halves of the pairs: {half.median:.2f} "
+        f"({half.lower:.2f} to {half.upper:.2f} over splits), with {half.num_pairs_per_half} pairs "
+        "or more of each sub-probe in a half"
+    )
 
 
-def _make_probes(
-    args: argparse.Namespace, tasks: Sequence[NeedleTask], tokenizer_folder: Path
-) -> list[Probe]:
+def _check_world_size(config: ScoringConfig) -> None:
+    size, tensor = int(os.environ.get("WORLD_SIZE", "1")), config.model.tensor_model_parallel_size
+    if size % tensor:
+        raise UserError(
+            f"model.tensor_model_parallel_size {tensor} does not divide the {size} ranks: start "
+            f"torchrun with a multiple of {tensor} ranks"
+        )
+
+
+def _load_teacher(config: ScoringConfig) -> Any:
+    import torch
+
+    from megatron_hydra.conversion.checkpoint import load_any_model
+
+    section = config.model
+    overrides: dict[str, Any] = {}
+    if section.dtype is not None:
+        overrides["params_dtype"] = getattr(torch, _DTYPES[section.dtype])
+    on_gpu = torch.cuda.is_available()
+    overrides["backend"] = section.backend or ("transformer_engine" if on_gpu else "local")
+    loaded = load_any_model(section.teacher, **overrides)
+    if loaded.plan is not None:
+        raise UserError(f"{section.teacher} is a hybrid: scores are measured on its teacher")
+    if config.probes.length > loaded.config.seq_length:
+        raise UserError(
+            f"probes.length is {config.probes.length}; the teacher is built for "
+            f"{loaded.config.seq_length} tokens at most"
+        )
+    if on_gpu:
+        loaded.model.cuda()
+    return loaded
+
+
+def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
     from megatron_hydra.conversion.qwen3 import load_tokenizer
 
+    section = config.probes
     tokenizer = load_tokenizer(tokenizer_folder)
-    text = read_text(args.text) if args.text else local_text()
+    text = read_text(section.text) if section.text else local_text()
     # Held out, as far as the teacher was trained on the same text.
     _, text_tokens = split_held_out(tokenizer.encode(text, add_special_tokens=False))
     return [
-        retrieval_probe(tokenizer, text_tokens, task, args.length, args.pairs, args.seed)
-        for task in tasks
+        make_probe(
+            name,
+            tokenizer,
+            text_tokens,
+            section.length,
+            section.pairs_of.get(find_sub_probe(name).name, section.pairs),
+            section.seed,
+        )
+        for name in section.names
     ]
 
 
-def _progress(items: Any, description: str, unit: str) -> Any:
-    return tqdm(items, desc=description, unit=unit)
+def _make_scorers(config: ScoringConfig) -> list[Any]:
+    from megatron_hydra.selection.ablation import MeanAblation, ZeroAblation
+    from megatron_hydra.selection.activation_patching import ActivationPatching
+    from megatron_hydra.selection.attention_score import AttentionScore
+    from megatron_hydra.selection.attribution_patching import AttributionPatching
+    from megatron_hydra.selection.path_patching import PathPatching
+
+    section = config.scorers
+    known = {
+        "activation_patching": ActivationPatching,
+        "path_patching": lambda: PathPatching(
+            section.path_patching.min_effect, section.path_patching.max_rounds
+        ),
+        "attribution_patching": lambda: AttributionPatching(section.num_rechecked),
+        "zero_ablation": ZeroAblation,
+        "mean_ablation": MeanAblation,
+        "attention_score": AttentionScore,
+    }
+    names = sorted(section.names, key=lambda name: name == "path_patching")  # after receivers
+    return [known[name]() for name in names if name in known]
 
 
-def _provenance(args: argparse.Namespace, result: ScorerResult) -> dict[str, Any]:
+def _controls(config: ScoringConfig, shape: ModelShape) -> dict[str, dict[str, Array]]:
+    section = config.scorers
     return {
-        "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
-        "teacher": str(args.teacher),
-        "text": str(args.text) if args.text else "Python's documentation",
-        "probes": [probe.counts() for probe in result.probes],
-        "min_gap_logits": args.min_gap,
-        "seed": args.seed,
+        name: {
+            CONTROL_PROBE: control_effects(
+                name,
+                shape.num_layers,
+                shape.num_heads,
+                seed=section.control_seed,
+                every=section.every,
+            )
+        }
+        for name in section.names
+        if name in CONTROLS
+    }
+
+
+def _provenance(config: ScoringConfig, args: argparse.Namespace) -> dict[str, Any]:
+    given = (("--config", args.config), ("--teacher", args.teacher), ("--out", args.out))
+    flags = [word for pair in given if pair[1] is not None for word in pair]
+    return {
+        "command": shlex.join(launch.command("score", [*flags, *args.overrides])),
+        "config": config.to_dict(),
+        "text": config.probes.text or "Python's documentation",
         "versions": versions(),
     }
+
+
+def _progress(items: Any, description: str, unit: str) -> Any:
+    return tqdm(items, desc=description, unit=unit, disable=not items)
+
+
+if __name__ == "__main__":
+    sys.exit(launch.main("score"))

@@ -8,25 +8,18 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
-import json
 import logging
-import os
-import signal
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from hydra_tools.cli import log_to_stderr
-from megatron_hydra.errors import UserError
+from hydra_tools import launch
 from megatron_hydra.nemo.config import RunConfig, load_config
 from megatron_hydra.nemo.run_folder import RunFolder
 
 _SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
-_SECONDS_FOR_RANK_0 = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, or go on with, one stage; return the exit code."""
     config = load_config(args.config, args.overrides)
     folder = RunFolder(config)
-    is_first_rank = _rank() == 0
+    is_first_rank = launch.rank() == 0
     if args.overwrite:
         if is_first_rank:
             folder.check_removable()
@@ -66,34 +59,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    """Entry point under torchrun."""
-    parser = argparse.ArgumentParser(prog="hydra_tools.train", description=__doc__)
-    add_arguments(parser)
-    if _rank() == 0:
-        log_to_stderr()
-    try:
-        return run(parser.parse_args())
-    except UserError as error:
-        sentence = f"megatron-hydra: error: {error}"
-        if _rank() != 0:  # torchrun's signal, once rank 0 has ended
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-        _tell_torchrun(sentence)
-        if _rank() != 0:
-            # Rank 0 says the same, and torchrun then ends this rank. Were this one to end first,
-            # torchrun could end rank 0 before it has spoken.
-            time.sleep(_SECONDS_FOR_RANK_0)
-        print(sentence, file=sys.stderr)
-        return 2
-
-
-def _tell_torchrun(sentence: str) -> None:
-    """Put the sentence into torchrun's own summary, which ends what it prints."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
-        Path(path).write_text(json.dumps(report), encoding="utf-8")
-
-
 def _prepare(config: RunConfig) -> Any:
     """Import the heavy parts and check the run."""
     gc.disable()  # a tenth of the import time goes to collecting nothing
@@ -108,9 +73,9 @@ def _prepare(config: RunConfig) -> Any:
 
 @contextmanager
 def _quiet_imports() -> Iterator[None]:
-    """Without NeMo's warnings of every optional package, and without Megatron's stack dumps.
+    """Without NeMo's warnings of every optional package, and without its stack dumps.
 
-    Megatron registers a dump on SIGTERM, which torchrun sends to the other ranks once one failed.
+    NeMo registers a dump on SIGTERM, which torchrun sends to the other ranks once one failed.
     """
     register, faulthandler.register = faulthandler.register, lambda *args, **kwargs: None
     logging.disable(logging.WARNING)
@@ -124,19 +89,8 @@ def _quiet_imports() -> Iterator[None]:
 
 
 def _command(args: argparse.Namespace) -> list[str]:
-    """What a user types on each node; ``sys.argv`` has this file's place on this machine."""
-    start = ["megatron-hydra", "train"]
-    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
-        num_local = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // num_local
-        nodes = [] if num_nodes == 1 else ["--nnodes", str(num_nodes)]
-        start = ["torchrun", *nodes, "--nproc-per-node", str(num_local), "-m", "hydra_tools.train"]
     overwrite = ["--overwrite"] if args.overwrite else []
-    return [*start, "--config", args.config, *args.overrides, *overwrite]
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return launch.command("train", ["--config", args.config, *args.overrides, *overwrite])
 
 
 class _Progress:
@@ -178,4 +132,4 @@ def _progress_text(scalars: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launch.main("train"))

@@ -1,0 +1,174 @@
+"""What a scorer keeps of a run, and how a run is finished from the middle with attention frozen.
+
+Legend: a = answer tokens, b = batch, h = hidden size, k = kept positions, l = layers, n = variants
+of a run side by side, s = sequence, v = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.selection.readout import answer_logits
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+_MAX_POSITIONS = 16384  # run side by side; 0.6 GB in an MLP of Qwen3-1.7B in 16 bits
+_MAX_LOGIT_ROWS = 4096  # 2.5 GB at Qwen3's vocabulary in 32 bits
+
+
+class Activations(NamedTuple):
+    """A run, seen at its last k positions."""
+
+    embedding: Tensor
+    """[k, b, h], the input of the first layer."""
+    head_outputs: list[Tensor]
+    """The output projection's input on this rank, [k, b, channels], for each layer."""
+    logits: Tensor
+    """[b, a, v], at the answer positions only."""
+
+
+def run_with_activations(
+    model: GPTModel, tokens: Tensor, num_answer_tokens: int, num_kept: int | None = None
+) -> Activations:
+    """Run the model and keep what it computed at the last positions.
+
+    Args:
+        model: As for :meth:`~megatron_hydra.selection.scorer.Scorer.measure`.
+        tokens: [b, s].
+        num_answer_tokens: Positions, from the end, whose logits are wanted.
+        num_kept: k; None keeps the answer positions.
+
+    Raises:
+        UserError: If the model is split in a way that scorers do not know.
+    """
+    _check_model(model)
+    kept = num_kept or num_answer_tokens
+    embedding: list[Tensor] = []
+    head_outputs: list[Tensor] = []
+
+    def keep_embedding(module: nn.Module, args: tuple, output: Tensor) -> None:
+        embedding.append(output[-kept:].clone())
+
+    def keep_heads(module: nn.Module, args: tuple) -> None:
+        head_outputs.append(args[0][-kept:].clone())
+
+    hooks = [model.embedding.register_forward_hook(keep_embedding)]
+    for layer in model.decoder.layers:
+        hooks.append(layer.self_attention.linear_proj.register_forward_pre_hook(keep_heads))
+    with removed_after(hooks):
+        logits = answer_logits(model, tokens, num_answer_tokens)
+    return Activations(embedding[0], head_outputs, logits)
+
+
+def head_channels(model: GPTModel, head: int) -> slice | None:
+    """A head's channels in the output projection's input; None on ranks that do not hold it.
+
+    Megatron's own attention deals heads to tensor-parallel ranks in order, equally many to each.
+    """
+    config, group = model.config, model.pg_collection.tp
+    local = head - group.rank() * (config.num_attention_heads // group.size())
+    if not 0 <= local < config.num_attention_heads // group.size():
+        return None
+    return slice(local * config.kv_channels, (local + 1) * config.kv_channels)
+
+
+def num_variants_at_once(num_positions: int, num_logit_rows: int) -> int:
+    """How many variants of a run fit side by side.
+
+    Args:
+        num_positions: Positions of all pairs that one variant runs.
+        num_logit_rows: Positions of all pairs whose logits one variant reads.
+    """
+    return max(1, min(_MAX_POSITIONS // num_positions, _MAX_LOGIT_ROWS // num_logit_rows))
+
+
+def gather_heads(model: GPTModel, local: Tensor) -> Tensor:
+    """Values of all heads [..., heads], on the CPU, from those of each rank's heads."""
+    group = model.pg_collection.tp
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim=-1).cpu()
+
+
+def swap_heads(model: GPTModel, clean: Tensor, other: Tensor, heads: Sequence[int]) -> Tensor:
+    """A variant of the head outputs [k, b, channels] for each head, its own taken from ``other``.
+
+    Returns:
+        [k, n, b, channels].
+    """
+    variants = clean[:, None].repeat(1, len(heads), 1, 1)
+    for variant, head in enumerate(heads):
+        channels = head_channels(model, head)
+        if channels is not None:
+            variants[:, variant, :, channels] = other[:, :, channels]
+    return variants
+
+
+def finish_run(model: GPTModel, hidden: Tensor, index: int, frozen: Sequence[Tensor]) -> Tensor:
+    """From the residual stream after layer ``index``'s attention to the logits.
+
+    Args:
+        model: As everywhere here.
+        hidden: [k, n, b, h].
+        index: The layer, from 0.
+        frozen: Each layer's attention output after the projection, [k, n, b, h], n = 1 where all
+            variants share it; those above ``index`` are added as they are.
+
+    Returns:
+        [k, n, b, v], over the whole vocabulary on every tensor-parallel rank.
+    """
+    layers = model.decoder.layers
+    hidden = add_mlp(layers[index], hidden)
+    for layer, attention_output in zip(layers[index + 1 :], frozen[index + 1 :], strict=True):
+        hidden = add_mlp(layer, hidden + attention_output)
+    return read_logits(model, hidden)
+
+
+def read_logits(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Logits [..., v] of the last layer's output [..., h]; the whole vocabulary on every rank."""
+    weight = None
+    if model.share_embeddings_and_output_weights:
+        weight = model.shared_embedding_or_output_weight()
+    hidden = model.decoder.final_layernorm(hidden)
+    logits, _ = model.output_layer(hidden, weight=weight, runtime_gather_output=True)
+    return logits
+
+
+def add_mlp(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The residual stream [..., h] after the layer's MLP."""
+    return hidden + _with_bias(layer.mlp(layer.pre_mlp_layernorm(hidden)))
+
+
+def project(layer: nn.Module, head_outputs: Tensor) -> Tensor:
+    """The attention output [..., h] of head outputs [..., channels]; reduced over the ranks."""
+    return _with_bias(layer.self_attention.linear_proj(head_outputs))
+
+
+@contextmanager
+def removed_after(hooks: list) -> Iterator[None]:
+    """Remove the hooks when the block ends."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_bias(output_and_bias: tuple[Tensor, Tensor | None]) -> Tensor:
+    output, bias = output_and_bias
+    return output if bias is None else output + bias
+
+
+def _check_model(model: GPTModel) -> None:
+    if not (model.pre_process and model.post_process):
+        raise UserError("scoring needs the whole model on one pipeline stage")
+    if model.config.sequence_parallel:
+        raise UserError("scoring needs sequence_parallel off: it reads the last tokens")

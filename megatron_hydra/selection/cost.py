@@ -1,0 +1,372 @@
+"""What a head plan costs: cache, state, weights, FLOPs, and predicted decode and training times.
+
+Every cost here depends on a plan through two numbers alone, its FA heads and its stored query
+groups, and is linear in both. So a cost is a :class:`PlanCost`: it can be read off for a plan, and
+an optimiser can keep a budget of it. Free of PyTorch, so that planning starts quickly.
+
+Legend: T = tokens of context, h = hidden size, d = head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.placement import CostModel
+
+if TYPE_CHECKING:
+    from megatron_hydra.config import HydraConfig
+
+GIB = 2**30
+TRAINING_EFFICIENCY = 0.4
+"""Share of a device's peak FLOP/s that training is taken to reach; Megatron-LM's README reports
+0.41 to 0.48 of an H100's for dense models of 2 to 462 billion parameters."""
+_STATE_BYTES_PER_VALUE = 4  # the recurrent state is float32
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a teacher, which its hybrids share: all that the costs depend on.
+
+    Attributes:
+        num_layers: Layers.
+        num_heads: Query heads a layer.
+        num_query_groups: Query groups (KV heads) a layer.
+        head_dim: Width of one head.
+        hidden_size: Width of the model.
+        ffn_hidden_size: Width of the gated MLP.
+        vocab_size: Rows of the embedding and of the output layer.
+        tied_embeddings: Whether both are one matrix.
+        value_bytes: Bytes of a weight or cached value: 2 for bfloat16, 4 for float32.
+        conv_kernel_size: Taps of the LA heads' short convolution; 0 without.
+
+    Raises:
+        UserError: If a size is no positive whole number, or the heads do not divide into groups.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    hidden_size: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tied_embeddings: bool
+    value_bytes: int
+    conv_kernel_size: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "tied_embeddings":
+                if not isinstance(value, bool):
+                    raise UserError(f"{name} of the model's shape is {value!r}; true or false")
+                continue
+            least = 0 if name == "conv_kernel_size" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UserError(
+                    f"{name} of the model's shape is {value!r}; a whole number from {least} needed"
+                )
+        if self.num_heads % self.num_query_groups:
+            raise UserError(
+                f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
+            )
+
+    @classmethod
+    def from_config(cls, config: HydraConfig) -> ModelShape:
+        """The shape of the models that a configuration builds, teacher or hybrid."""
+        return cls(
+            num_layers=config.num_layers,
+            num_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups,
+            head_dim=config.kv_channels,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            vocab_size=config.vocab_size,
+            tied_embeddings=config.share_embeddings_and_output_weights,
+            value_bytes=config.params_dtype.itemsize,
+            conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
+        )
+
+    @property
+    def total_heads(self) -> int:
+        """Query heads of all layers."""
+        return self.num_layers * self.num_heads
+
+    @property
+    def total_groups(self) -> int:
+        """Query groups of all layers."""
+        return self.num_layers * self.num_query_groups
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key and value."""
+        return self.num_heads // self.num_query_groups
+
+
+@dataclass(frozen=True)
+class Device:
+    """An accelerator's published figures.
+
+    Attributes:
+        name: Its name in words.
+        memory_bytes_per_s: Memory bandwidth.
+        flops_per_s: Dense bfloat16 peak.
+    """
+
+    name: str
+    memory_bytes_per_s: float
+    flops_per_s: float
+
+
+DEVICES = {
+    # NVIDIA H100 Tensor Core GPU datasheet, SXM; its 1,979 TFLOP/s are with sparsity.
+    "h100": Device("H100 SXM", 3.35e12, 989e12),
+    # NVIDIA H200 Tensor Core GPU datasheet, SXM.
+    "h200": Device("H200 SXM", 4.8e12, 989e12),
+}
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """A cost ``fixed + per_fa_head * FA heads + per_group * stored groups`` of a hybrid.
+
+    Attributes:
+        fixed: With LA heads only.
+        per_fa_head: Change when an LA head becomes FA; below 0 where an LA head is dearer.
+        per_group: Added for each query group that some FA head uses.
+        teacher: The same cost of the teacher, which has neither LA heads nor gates.
+    """
+
+    fixed: float
+    per_fa_head: float
+    per_group: float
+    teacher: float
+
+    def __add__(self, other: PlanCost) -> PlanCost:
+        return PlanCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+    def __mul__(self, factor: float) -> PlanCost:
+        return PlanCost(*(factor * value for value in vars(self).values()))
+
+    def at(self, num_fa_heads: int, num_groups: int) -> float:
+        """The cost of hybrids with so many FA heads and stored groups in the whole model."""
+        return self.fixed + self.per_fa_head * num_fa_heads + self.per_group * num_groups
+
+    def of(self, plan: HeadPlan | None) -> float:
+        """The cost of a plan's hybrid; None for the teacher."""
+        return self.teacher if plan is None else self.at(plan.num_fa_heads, num_stored_groups(plan))
+
+
+def num_stored_groups(plan: HeadPlan) -> int:
+    """Query groups whose keys and values are stored, because some FA head uses them."""
+    return sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
+
+
+def cache_bytes_per_token(shape: ModelShape) -> PlanCost:
+    """Bytes of key and value that one more token adds to the cache, all layers together."""
+    group = 2 * shape.head_dim * shape.value_bytes
+    return PlanCost(0, 0, group, shape.total_groups * group)
+
+
+def state_bytes(shape: ModelShape) -> PlanCost:
+    """Bytes of the LA heads' state of one sequence, whatever its length.
+
+    Each head has a float32 matrix of head dimension squared and, with the short convolution, the
+    last inputs of query, key and value in the model's dtype.
+    """
+    d = shape.head_dim
+    head = d * d * _STATE_BYTES_PER_VALUE
+    head += 3 * d * max(0, shape.conv_kernel_size - 1) * shape.value_bytes
+    return PlanCost(shape.total_heads * head, -head, 0, 0)
+
+
+def total_cache_bytes(shape: ModelShape, context_tokens: int) -> PlanCost:
+    """Bytes that one sequence of T tokens keeps: KV cache and state."""
+    _check_positive("context", context_tokens)
+    return cache_bytes_per_token(shape) * context_tokens + state_bytes(shape)
+
+
+def weight_bytes_read(shape: ModelShape) -> PlanCost:
+    """Bytes of weight matrices that one decode step reads, whatever the batch.
+
+    Left out are vectors (norms, scales) and, of an input embedding of its own, the rows that are
+    not looked up.
+    """
+    h, d = shape.hidden_size, shape.head_dim
+    matrix = h * d
+    fa_head, group = 3 * matrix, 2 * matrix  # query, gate, output; key, value
+    la_head = 5 * matrix + 2 * h + 3 * d * shape.conv_kernel_size  # q k v z output; a b; taps
+    shared = shape.num_layers * 3 * h * shape.ffn_hidden_size + h * shape.vocab_size
+    attention = PlanCost(
+        shape.total_heads * la_head,
+        fa_head - la_head,
+        group,
+        shape.total_heads * 2 * matrix + shape.total_groups * group,
+    )
+    return (attention + PlanCost(shared, 0, 0, shared)) * shape.value_bytes
+
+
+def weight_bytes(shape: ModelShape) -> PlanCost:
+    """Bytes of all weight matrices."""
+    embedding = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
+    embedding *= shape.value_bytes
+    return weight_bytes_read(shape) + PlanCost(embedding, 0, 0, embedding)
+
+
+def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
+    """FLOPs of the forward pass of one sequence: attention, linears, gated MLP, output layer.
+
+    Attention by :class:`~megatron_hydra.placement.CostModel`, which names its sources and what is
+    left out; a matrix of n values costs 2 n a token (Kaplan et al., arXiv 2001.08361, table 1).
+    """
+    _check_positive("context", num_tokens)
+    model = CostModel(shape.hidden_size, shape.head_dim, la_conv_kernel_size=shape.conv_kernel_size)
+    fa, la = model.fa_head(num_tokens), model.la_head(num_tokens)
+    group = model.fa_group(num_tokens)
+    teacher_head = fa - group / 2  # no gate; a group costs two projections of that size
+    mlp = 2.0 * 3 * shape.hidden_size * shape.ffn_hidden_size * shape.num_layers
+    shared = num_tokens * (mlp + 2.0 * shape.hidden_size * shape.vocab_size)
+    attention = PlanCost(
+        shape.total_heads * la,
+        fa - la,
+        group,
+        shape.total_heads * teacher_head + shape.total_groups * group,
+    )
+    return attention + PlanCost(shared, 0, 0, shared)
+
+
+def flops_per_token(shape: ModelShape, context_tokens: int) -> PlanCost:
+    """Forward FLOPs a token, the mean over a sequence of T tokens, as in training or prefill."""
+    return flops_of_sequence(shape, context_tokens) * (1 / context_tokens)
+
+
+def decode_bounds(
+    shape: ModelShape, context_tokens: int, device: Device, batch_size: int = 1
+) -> tuple[PlanCost, PlanCost]:
+    """Seconds that a decoded token takes at least, by memory traffic and by arithmetic.
+
+    The roofline model (Williams et al., CACM 52(4), 2009). Memory: the weights once a step, so
+    shared by the batch; the sequence's KV cache read; its state read and written. Arithmetic: the
+    FLOPs of the last token of T. Predicted, not measured: launches, communication and whatever
+    keeps kernels from the peak come on top.
+
+    Raises:
+        UserError: If context or batch is below 1.
+    """
+    _check_positive("batch size", batch_size)
+    traffic = weight_bytes_read(shape) * (1 / batch_size)
+    traffic += total_cache_bytes(shape, context_tokens) + state_bytes(shape)
+    flops = flops_of_sequence(shape, context_tokens + 1)
+    flops += flops_of_sequence(shape, context_tokens) * -1
+    return traffic * (1 / device.memory_bytes_per_s), flops * (1 / device.flops_per_s)
+
+
+def decode_seconds(
+    shape: ModelShape,
+    plan: HeadPlan | None,
+    context_tokens: int,
+    device: Device,
+    batch_size: int = 1,
+) -> float:
+    """Predicted seconds a decoded token of each sequence: the larger of :func:`decode_bounds`."""
+    bounds = decode_bounds(shape, context_tokens, device, batch_size)
+    return max(bound.of(plan) for bound in bounds)
+
+
+def training_step_seconds(
+    shape: ModelShape,
+    context_tokens: int,
+    device: Device,
+    num_sequences: int = 1,
+    efficiency: float = TRAINING_EFFICIENCY,
+) -> PlanCost:
+    """Predicted seconds of a training step on one device: three forward passes' FLOPs.
+
+    A backward pass takes twice the forward's FLOPs (Kaplan et al., arXiv 2001.08361, section
+    2.1); the optimizer and a distillation's teacher are left out.
+
+    Args:
+        shape: The model.
+        context_tokens: Tokens of a sequence.
+        device: Its peak is what ``efficiency`` is a share of.
+        num_sequences: Sequences of the step, all on this device.
+        efficiency: Share of the peak that is reached.
+
+    Raises:
+        UserError: If ``efficiency`` is not above 0 and at most 1.
+    """
+    _check_positive("number of sequences", num_sequences)
+    if not 0 < efficiency <= 1:
+        raise UserError(f"efficiency {efficiency} must be above 0 and at most 1")
+    flops = flops_of_sequence(shape, context_tokens) * (3 * num_sequences)
+    return flops * (1 / (device.flops_per_s * efficiency))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All costs of a plan at one context length; times are predicted.
+
+    Attributes:
+        context_tokens: T.
+        device: Key of :data:`DEVICES`.
+        num_fa_heads: In the whole model.
+        num_groups: Query groups whose keys and values are stored, in the whole model.
+        kv_cache_bytes: Of one sequence of T tokens.
+        state_bytes: Of one sequence.
+        flops_per_token: Forward, mean over a sequence of T tokens.
+        decode_ms: A token of one sequence, T tokens in the cache.
+        training_step_s: One sequence of T tokens, forward and backward, on one device.
+    """
+
+    context_tokens: int
+    device: str
+    num_fa_heads: int
+    num_groups: int
+    kv_cache_bytes: float
+    state_bytes: float
+    flops_per_token: float
+    decode_ms: float
+    training_step_s: float
+
+    @property
+    def cache_gib(self) -> float:
+        """What a sequence keeps, KV cache and state, in GiB."""
+        return (self.kv_cache_bytes + self.state_bytes) / GIB
+
+
+def costs_of(shape: ModelShape, plan: HeadPlan | None, context_tokens: int, device: str) -> Costs:
+    """All costs of a plan; None for the teacher.
+
+    Raises:
+        UserError: If the device is unknown or the context below 1.
+    """
+    figures = find_device(device)
+    return Costs(
+        context_tokens,
+        device,
+        shape.total_heads if plan is None else plan.num_fa_heads,
+        shape.total_groups if plan is None else num_stored_groups(plan),
+        (cache_bytes_per_token(shape) * context_tokens).of(plan),
+        state_bytes(shape).of(plan),
+        flops_per_token(shape, context_tokens).of(plan),
+        1e3 * decode_seconds(shape, plan, context_tokens, figures),
+        training_step_seconds(shape, context_tokens, figures).of(plan),
+    )
+
+
+def find_device(name: str) -> Device:
+    """A device of :data:`DEVICES` by its key.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if name not in DEVICES:
+        raise UserError(f"unknown device {name!r}: use one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+def _check_positive(what: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{what} is {value}; it must be 1 or more")

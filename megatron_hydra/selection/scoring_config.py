@@ -1,0 +1,204 @@
+"""The scoring configuration: its YAML sections and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.selection.combination import Combination
+from megatron_hydra.selection.controls import CONTROLS
+from megatron_hydra.selection.probes import find_sub_probe
+from megatron_hydra.yaml_config import read_config
+
+SCORERS = (
+    "activation_patching",
+    "path_patching",
+    "attribution_patching",
+    "zero_ablation",
+    "mean_ablation",
+    "attention_score",
+)
+_PAPER = ("activation_patching", "path_patching")  # receivers and senders
+
+
+@dataclass
+class ModelSection:
+    """The teacher and how it is laid out; what ranks are left are data parallel."""
+
+    teacher: str
+    """Hugging Face Qwen3 folder (one rank), or a checkpoint folder (any layout)."""
+    backend: Literal["local", "transformer_engine"] | None = None
+    """None: Transformer Engine on a GPU, `local` on a CPU."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """None: as stored."""
+    tensor_model_parallel_size: int = 1
+
+
+@dataclass
+class ProbesSection:
+    """What the teacher is asked; see ``selection/probes.py`` for the sub-probes."""
+
+    names: list[str] = field(
+        default_factory=lambda: [
+            "niah_single_1",
+            "niah_single_2",
+            "niah_single_3",
+            "niah_multikey_1",
+            "niah_multikey_2",
+        ]
+    )
+    pairs: int = 12
+    """Counterfactual pairs a sub-probe."""
+    pairs_of: dict[str, int] = field(default_factory=dict)
+    """Other numbers for some sub-probes: noisy ones, such as `text`, need more."""
+    length: int = 256
+    """Tokens of a sample with its answer."""
+    seed: int = 0
+    text: str | None = None
+    """Text file to hide needles in; a tenth of it, held out, is used. None: Python's docs."""
+    min_gap_logits: float = 1.0
+    """Pairs whose clean and corrupt run differ by less are dropped: the model hardly tells the
+    two answers apart, and the effect is a quotient of noise."""
+    min_gap_nats: float = 0.05
+    """The same for sub-probes read by log-probability, in nats a token."""
+
+
+@dataclass
+class PathPatchingSection:
+    """See :class:`~megatron_hydra.selection.path_patching.PathPatching`."""
+
+    min_effect: float = 0.02
+    max_rounds: int = 2
+
+
+@dataclass
+class ScorersSection:
+    """Who measures."""
+
+    names: list[str] = field(default_factory=lambda: list(_PAPER))
+    path_patching: PathPatchingSection = field(default_factory=PathPatchingSection)
+    num_rechecked: int = 16
+    """Heads that attribution patching measures exactly."""
+    control_seed: int = 0
+    """Of the scorer `random`."""
+    every: int = 4
+    """Of the scorer `every_nth`: which layers come first."""
+
+
+@dataclass
+class CombineSection:
+    """How effects become one score; changed later without a new run by `plan combine.…`."""
+
+    scorers: list[str] = field(default_factory=list)
+    """Empty: activation and path patching where they ran, else the only scorer there is."""
+    consistency: bool = True
+    normalise: bool = True
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of a capability; 1 where it is not named."""
+    weigh_by_gap: bool = True
+
+
+@dataclass
+class RunSection:
+    """Where the scores go, and how much is run at once."""
+
+    out: str
+    """Scores file; `OUT.partial/` beside it holds what is finished while the run lasts."""
+    batch_tokens: int = 8192
+    """Tokens of one forward, unless a single sample is longer."""
+
+
+@dataclass
+class ScoringConfig:
+    """A whole scoring run; one field a section of the YAML file."""
+
+    model: ModelSection
+    run: RunSection
+    probes: ProbesSection = field(default_factory=ProbesSection)
+    scorers: ScorersSection = field(default_factory=ScorersSection)
+    combine: CombineSection = field(default_factory=CombineSection)
+
+    @property
+    def out(self) -> Path:
+        """The scores file."""
+        return Path(self.run.out)
+
+    def combination(self) -> Combination:
+        """The combination that the section stands for.
+
+        Raises:
+            UserError: If it is not clear which scorers' effects to combine.
+        """
+        chosen = tuple(self.combine.scorers)
+        if not chosen:
+            chosen = tuple(name for name in self.scorers.names if name in _PAPER)
+        if not chosen and len(self.scorers.names) == 1:
+            chosen = tuple(self.scorers.names)
+        if not chosen:
+            raise UserError(
+                f"combine.scorers must say which of {', '.join(self.scorers.names)} make the score"
+            )
+        return Combination(**{**asdict(self.combine), "scorers": chosen})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved configuration, every default spelled out."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """:meth:`to_dict` as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def load_scoring_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> ScoringConfig:
+    """Read and check a scoring configuration; arguments as ``yaml_config.read_config``.
+
+    Raises:
+        UserError: If the file cannot be read, or a key or value is not allowed.
+    """
+    config = read_config(ScoringConfig, path, overrides, values)
+    at_least_one = {
+        "model": ("tensor_model_parallel_size",),
+        "probes": ("pairs", "length"),
+        "run": ("batch_tokens",),
+    }
+    for section, names in at_least_one.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                raise UserError(f"{section}.{name} is {value}; it must be 1 or more")
+    for name in ("min_gap_logits", "min_gap_nats"):
+        if not getattr(config.probes, name) > 0:
+            raise UserError(f"probes.{name} is {getattr(config.probes, name)}; must be above 0")
+    names = config.scorers.names
+    for name in names:
+        if name not in (*SCORERS, *CONTROLS):
+            known = ", ".join((*SCORERS, *CONTROLS))
+            raise UserError(f"scorers.names has {name!r}; known scorers: {known}")
+    probes = [find_sub_probe(name).name for name in config.probes.names]
+    for name, num_pairs in config.probes.pairs_of.items():
+        if name not in probes or num_pairs < 1:
+            raise UserError(
+                f"probes.pairs_of has {name}: {num_pairs}; it takes a sub-probe of probes.names "
+                "and 1 or more"
+            )
+    for what, listed in (("scorers.names", names), ("probes.names", probes)):
+        if not listed or len(set(listed)) < len(listed):
+            raise UserError(f"{what} is empty or names one twice: {', '.join(listed)}")
+    if "path_patching" in names and "activation_patching" not in names:
+        raise UserError(
+            "scorers.names has path_patching, which starts from the receivers that "
+            "activation_patching finds: name both"
+        )
+    for name in config.combination().scorers:
+        if name not in names:
+            raise UserError(f"combine.scorers has {name!r}, which scorers.names does not run")
+    return config

@@ -1,0 +1,96 @@
+"""Running text for haystacks, training and calibration: where it comes from and how it is drawn."""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from megatron_hydra.errors import UserError
+
+MIN_TEXT_CHARACTERS = 20_000
+
+
+def local_text() -> str:
+    """English text that every CPython carries; the same for a given Python version.
+
+    The language reference of ``pydoc`` and the docstrings of the standard library's top-level
+    modules, about 1.3 million characters.
+
+    Raises:
+        UserError: If this Python has no standard library sources.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UserError("this Python carries no pydoc topics: name a text file instead") from error
+    parts = [topics[name] for name in sorted(topics)]
+    folder = Path(sysconfig.get_path("stdlib"))
+    modules = [path for path in sorted(folder.glob("*.py")) if path.stem in sys.stdlib_module_names]
+    if not modules:
+        raise UserError(f"{folder} holds no standard library sources: name a text file instead")
+    for path in modules:
+        parts.extend(_docstrings(path))
+    return "\n\n".join(parts)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a UTF-8 text file to serve as haystack and language-model text.
+
+    Raises:
+        UserError: If it is missing, no UTF-8, empty or too short.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the text file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text file {path} is not UTF-8: {error}") from error
+    if len(text.strip()) < MIN_TEXT_CHARACTERS:
+        found = f"has {len(text.strip())} characters" if text.strip() else "is empty"
+        raise UserError(
+            f"the text file {path} {found}; at least {MIN_TEXT_CHARACTERS} characters are needed"
+        )
+    return text
+
+
+def split_held_out(
+    text_tokens: Sequence[int], num_blocks: int = 100
+) -> tuple[list[int], list[int]]:
+    """Cut text into blocks and hold every tenth block out: (training tokens, held-out tokens)."""
+    edges = [len(text_tokens) * i // num_blocks for i in range(num_blocks + 1)]
+    training: list[int] = []
+    held_out: list[int] = []
+    for i, (start, stop) in enumerate(pairwise(edges)):
+        (held_out if i % 10 == 9 else training).extend(text_tokens[start:stop])
+    return training, held_out
+
+
+def draw_text(rng: random.Random, text_tokens: Sequence[int], num_tokens: int) -> list[int]:
+    """Draw a running piece of ``num_tokens`` tokens; UserError if the text is shorter."""
+    check_text(text_tokens, num_tokens)
+    start = rng.randint(0, len(text_tokens) - num_tokens)
+    return list(text_tokens[start : start + num_tokens])
+
+
+def check_text(text_tokens: Sequence[int], num_tokens: int) -> None:
+    """Raise a UserError if the text has fewer tokens than are needed."""
+    if num_tokens > len(text_tokens):
+        raise UserError(
+            f"the text has {len(text_tokens)} tokens, but {num_tokens} are needed: give more text "
+            "or ask for a shorter length"
+        )
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, documented):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield docstring

@@ -1,0 +1,283 @@
+"""``megatron-hydra inspect``: what a head plan keeps, what it costs, and how sure its choice is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.budget import Budget, Constraints
+from megatron_hydra.selection.comparison import PlanComparison, compare_plans
+from megatron_hydra.selection.cost import (
+    DEVICES,
+    GIB,
+    TRAINING_EFFICIENCY,
+    Costs,
+    costs_of,
+    find_device,
+)
+from megatron_hydra.selection.explanation import SURE, ChosenHead, Explanation
+from megatron_hydra.selection.pareto import ParetoTable
+from megatron_hydra.selection.policy import (
+    DEFAULT_CONTEXT_TOKENS,
+    read_explanation,
+    read_shape,
+    scores_as_planned,
+)
+from megatron_hydra.selection.scores import HeadScores
+
+_NUM_EFFECTS = 2  # shown of a head, the largest first
+_NUM_LEFT_OUT = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("plan", type=Path, help="what `plan` wrote")
+    parser.add_argument("--scores", type=Path, help="the scores it was made from, for the pictures")
+    parser.add_argument("--against", type=Path, metavar="PLAN", help="another plan to compare")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="DIR", help="folder to write pictures to; needs --scores"
+    )
+    parser.add_argument("--pareto", type=Path, help="what `pareto` wrote, for one more picture")
+    add_cost_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace existing pictures")
+
+
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where costs are told: ``--context`` and ``--device``."""
+    parser.add_argument(
+        "--context",
+        type=_positive,
+        metavar="TOKENS",
+        help="length of a sequence at which costs are told (default: the plan's budget's, else "
+        f"{DEFAULT_CONTEXT_TOKENS})",
+    )
+    parser.add_argument(
+        "--device", choices=sorted(DEVICES), help="predict times for it (default: h100)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the file says; write pictures if asked."""
+    if args.pictures and not args.scores:
+        raise UserError("--pictures needs --scores: the pictures show the effects of every head")
+    plan = HeadPlan.load(args.plan)
+    scores = None if args.scores is None else scores_as_planned(HeadScores.load(args.scores), plan)
+    print("\n".join(describe_plan(plan, scores, args.context, args.device)))
+    if args.against:
+        other = HeadPlan.load(args.against)
+        context, device = _where_costs_are_told(plan, args.context, args.device)
+        comparison = compare_plans(plan, other, context, device)
+        names = str(args.plan), str(args.against)
+        print("\n" + "\n".join(describe_comparison(comparison, *names)))
+    if args.pictures and scores is not None:
+        # matplotlib takes a while to import: the text comes first.
+        from megatron_hydra.selection_charts import save_selection_pictures
+
+        table = None if args.pareto is None else ParetoTable.load(args.pareto)
+        for path in save_selection_pictures(args.pictures, scores, plan, args.overwrite, table):
+            print(f"picture: {path}")
+    return 0
+
+
+def describe_plan(
+    plan: HeadPlan, scores: HeadScores | None, context: int | None, device: str | None
+) -> list[str]:
+    """All that a plan's file tells, line by line.
+
+    Args:
+        plan: The plan.
+        scores: Know the teacher's sizes where a plan written by hand does not.
+        context: Tokens at which costs are told; None takes the budget's.
+        device: To predict times for; None takes the budget's.
+    """
+    total = plan.num_layers * plan.num_heads
+    lines = [f"{plan.num_fa_heads} of {total} heads keep full attention (FA)"]
+    lines += [*_origin(plan), "", *_layers(plan), ""]
+    shape = read_shape(plan) or (scores.shape if scores else None)
+    if shape is None:
+        lines.append("costs: the plan does not say the teacher's sizes; pass --scores")
+    else:
+        where = _where_costs_are_told(plan, context, device)
+        lines += cost_lines(costs_of(shape, plan, *where), costs_of(shape, None, *where))
+    explanation = read_explanation(plan)
+    if explanation is None:
+        return [*lines, "", "the plan does not say why its heads were chosen: written by hand?"]
+    combined = plan.provenance.get("combination", {}).get("scorers", ())
+    lines += ["", *how_sure(explanation), "", *_head_lines(explanation, combined)]
+    return [*lines, "", *_left_out(plan, explanation)]
+
+
+def how_sure(explanation: Explanation) -> list[str]:
+    """Sentences on what the plan keeps of the scores, and whether other pairs would agree."""
+    kept = f"{explanation.kept_share:.0%} of the sum of scores is kept"
+    if explanation.kept_interval is None:
+        return [
+            kept,
+            "how sure: unknown, since the scores stand on one pair a sub-probe",
+        ]
+    low, high = explanation.kept_interval
+    lines = [f"{kept} (95% of resamples: {low:.0%} to {high:.0%})"]
+    num, below = len(explanation.heads), explanation.num_below_noise_floor
+    if explanation.num_sure is None:
+        lines.append(f"drawn at random; {below} of {num} FA heads are below the noise floor")
+    else:
+        lines.append(
+            f"{explanation.num_sure} of {num} FA heads are chosen in {SURE:.0%} of resamples; "
+            f"{below} were filled below the noise floor"
+        )
+    half = explanation.split_half
+    if half is None:
+        return [*lines, f"rank correlation of split halves: {explanation.no_split_half}"]
+    return [
+        *lines,
+        f"rank correlation (Spearman) of split halves: {half.median:.2f} (95% of splits: "
+        f"{half.lower:.2f} to {half.upper:.2f}), {half.num_pairs_per_half} pairs a sub-probe in "
+        "each half",
+    ]
+
+
+def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
+    """A table of a plan's costs beside its teacher's."""
+    device = find_device(plan.device).name
+    figures = [
+        ("KV cache, GiB", plan.kv_cache_bytes / GIB, teacher.kv_cache_bytes / GIB),
+        ("LA state, GiB", plan.state_bytes / GIB, teacher.state_bytes / GIB),
+        ("forward FLOPs a token, G", plan.flops_per_token / 1e9, teacher.flops_per_token / 1e9),
+        (f"predicted decode, ms a token ({device})", plan.decode_ms, teacher.decode_ms),
+        (
+            f"predicted training step, s ({device} at {TRAINING_EFFICIENCY:.0%} of its peak)",
+            plan.training_step_s,
+            teacher.training_step_s,
+        ),
+    ]
+    rows = [[f"one sequence of {plan.context_tokens:,} tokens", "teacher", "plan", "share"]]
+    for name, of_plan, of_teacher in figures:
+        share = f"{of_plan / of_teacher:.0%}" if of_teacher else ""
+        rows.append([name, f"{of_teacher:.4g}", f"{of_plan:.4g}", share])
+    return align(rows, num_left=1)
+
+
+def describe_comparison(comparison: PlanComparison, first: str, second: str) -> list[str]:
+    """Sentences on two plans: heads that differ, overlap, rank correlation, cost difference."""
+    lines = [
+        f"against {second}: {len(comparison.shared)} FA heads in both; Jaccard "
+        f"{comparison.jaccard:.2f} (by chance {comparison.jaccard_by_chance:.2f})"
+    ]
+    for name, heads in ((first, comparison.only_first), (second, comparison.only_second)):
+        listed = ", ".join(f"{layer}.{head}" for layer, head in heads) or "none"
+        lines.append(f"only in {name} ({len(heads)} heads, layer.head): {listed}")
+    correlation = comparison.rank_correlation
+    if correlation is None:
+        lines.append("rank correlation of the scores: not both plans carry scores that differ")
+    else:
+        lines.append(f"rank correlation (Spearman) of the scores of all heads: {correlation:.2f}")
+    if comparison.costs is None:
+        return [*lines, "cost difference: neither plan says the teacher's sizes"]
+    ours, others = comparison.costs
+    gib, ms = ours.cache_gib - others.cache_gib, ours.decode_ms - others.decode_ms
+    share = ours.flops_per_token / others.flops_per_token - 1
+    return [
+        *lines,
+        f"cost of {first} less that of {second} at {ours.context_tokens:,} tokens: cache and "
+        f"state {gib:+.4g} GiB, FLOPs a token {share:+.1%}, predicted decode {ms:+.3g} ms",
+    ]
+
+
+def align(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
+    """Lines of a text table: the first columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: write 32768")
+    return int(text)
+
+
+def _where_costs_are_told(
+    plan: HeadPlan, context: int | None, device: str | None
+) -> tuple[int, str]:
+    budget = plan.provenance.get("budget", {})
+    return (
+        context or budget.get("context_tokens") or DEFAULT_CONTEXT_TOKENS,
+        device or budget.get("device", "h100"),
+    )
+
+
+def _origin(plan: HeadPlan) -> list[str]:
+    """How the plan came to be, as far as it says."""
+    made_by = plan.provenance
+    if "budget" not in made_by:
+        return []
+    try:
+        words = Budget.from_dict(made_by["budget"]).words
+        asked = Constraints(**made_by["constraints"]).words
+        if made_by["policy"] == "random":
+            how = f"at random, seed {made_by['seed']}"
+        else:
+            how = f"{made_by['solver']} choice by {', '.join(made_by['combination']['scorers'])}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the provenance of the head plan is malformed: {error}") from error
+    return [f"budget: {words}{asked and f', {asked}'}", f"chosen: {how}"]
+
+
+def _layers(plan: HeadPlan) -> list[str]:
+    rows = [["layer", "FA", "groups stored", "FA heads"]]
+    for index, layer in enumerate(plan.layers):
+        stored = f"{len(plan.fa_groups(index))} of {plan.num_query_groups}"
+        heads = " ".join(map(str, layer.fa_heads))
+        rows.append([str(index), str(len(layer.fa_heads)), stored, heads])
+    lines = align([row[:-1] for row in rows], num_left=0)
+    return [f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True)]
+
+
+def _head_lines(explanation: Explanation, combined: Sequence[str]) -> list[str]:
+    rows = [
+        ["rank", "layer", "head", "score", "95% interval", "chosen again", "noise floor"]
+        + ["reason", "strongest mean effects"]
+    ]
+    for head in sorted(explanation.heads, key=lambda head: head.rank):
+        interval = "-" if head.interval is None else "{:.3f} to {:.3f}".format(*head.interval)
+        again = "-" if head.chosen_again is None else f"{head.chosen_again:.0%}"
+        rows.append(
+            [str(head.rank), str(head.layer), str(head.head), f"{head.score:.3f}", interval, again]
+            + ["above" if head.above_noise_floor else "below", head.reason]
+            + [_strongest(head, explanation.probes, combined)]
+        )
+    lines = align([row[:-2] for row in rows], num_left=0)
+    words = align([row[-2:] for row in rows], num_left=2)
+    return [f"{line}  {text}" for line, text in zip(lines, words, strict=True)]
+
+
+def _strongest(head: ChosenHead, probes: Sequence[str], combined: Sequence[str]) -> str:
+    found = [
+        (abs(value), f"{value:+.3f} {scorer} {probe}")
+        for scorer, values in head.effects.items()
+        if scorer in combined or not combined
+        for probe, value in zip(probes, values, strict=True)
+        if value
+    ]
+    found.sort(key=lambda item: -item[0])
+    return ", ".join(text for _, text in found[:_NUM_EFFECTS]) or "none"
+
+
+def _left_out(plan: HeadPlan, explanation: Explanation) -> list[str]:
+    """The best heads that are not in the plan."""
+    scores = np.array(explanation.scores)
+    is_fa = np.array([[kind == "fa" for kind in layer.kinds] for layer in plan.layers])
+    order = np.lexsort((is_fa.ravel(), -np.where(is_fa, -np.inf, scores).ravel()))
+    best = [np.unravel_index(i, scores.shape) for i in order[: (~is_fa).sum()][:_NUM_LEFT_OUT]]
+    listed = ", ".join(f"{layer}.{head} ({scores[layer, head]:.3f})" for layer, head in best)
+    return [f"highest scores left out (layer.head): {listed or 'none'}"]

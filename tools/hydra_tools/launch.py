@@ -1,0 +1,74 @@
+"""Verbs that torchrun starts: one rank speaks, and an error ends all ranks with one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra_tools.cli import VERBS, log_to_stderr
+from megatron_hydra.errors import UserError
+
+_SECONDS_FOR_RANK_0 = 30
+
+
+def rank() -> int:
+    """This process's rank under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def main(verb: str) -> int:
+    """Entry point of ``torchrun -m hydra_tools.<verb>``; return the exit code."""
+    module = importlib.import_module(f"hydra_tools.{verb}")
+    parser = argparse.ArgumentParser(
+        prog=f"hydra_tools.{verb}",
+        description=f"{VERBS[verb].capitalize()}.",
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    if rank() == 0:
+        log_to_stderr()
+    try:
+        return int(module.run(parser.parse_args()))
+    except UserError as error:
+        sentence = f"megatron-hydra: error: {error}"
+        if rank() != 0:  # torchrun's signal, once rank 0 has ended
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        _tell_torchrun(sentence)
+        if rank() != 0:
+            # Rank 0 says the same, and torchrun then ends this rank. Were this one to end first,
+            # torchrun could end rank 0 before it has spoken.
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(sentence, file=sys.stderr)
+        return 2
+
+
+def _tell_torchrun(sentence: str) -> None:
+    """Put the sentence into torchrun's own summary, which ends what it prints."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        report = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
+        Path(path).write_text(json.dumps(report), encoding="utf-8")
+
+
+def command(verb: str, arguments: Sequence[str]) -> list[str]:
+    """What a user types on each node; ``sys.argv`` has a file's place on this machine."""
+    start = ["megatron-hydra", verb]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
+        num_local = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // num_local
+        nodes = [] if num_nodes == 1 else ["--nnodes", str(num_nodes)]
+        start = [
+            "torchrun",
+            *nodes,
+            "--nproc-per-node",
+            str(num_local),
+            "-m",
+            f"hydra_tools.{verb}",
+        ]
+    return [*start, *arguments]

@@ -1,0 +1,103 @@
+"""``megatron-hydra pareto``: what several budgets keep of the scores, and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+
+from hydra_tools.inspect import add_cost_arguments, align
+from hydra_tools.plan import add_choice_arguments, read_constraints, read_ratio, recombine
+from megatron_hydra.files import check_output, versions
+from megatron_hydra.selection.budget import Budget, BudgetKind
+from megatron_hydra.selection.cost import Costs, find_device
+from megatron_hydra.selection.pareto import ParetoTable, pareto_table
+from megatron_hydra.selection.policy import DEFAULT_CONTEXT_TOKENS
+from megatron_hydra.selection.scores import HeadScores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("--scores", required=True, type=Path, help="what `score` wrote")
+    parser.add_argument(
+        "--budgets", required=True, type=_ratios, metavar="R,R,…", help="as 1/16,1/8,1/4,1/2"
+    )
+    parser.add_argument(
+        "--by",
+        choices=("fa-ratio", "kv-cache-ratio"),
+        default="fa-ratio",
+        help="what the budgets are a share of (default: %(default)s)",
+    )
+    add_cost_arguments(parser)
+    add_choice_arguments(parser)
+    parser.add_argument("--out", required=True, type=Path, help="the table to write (JSON)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan every budget; write the table; print it."""
+    check_output(args.out, args.overwrite, "file")
+    scores = recombine(HeadScores.load(args.scores), args.combine)
+    kind: BudgetKind = "fa_ratio" if args.by == "fa-ratio" else "kv_cache_ratio"
+    constraints = read_constraints(args)
+    table = pareto_table(
+        scores,
+        [Budget(kind, ratio) for ratio in args.budgets],
+        constraints,
+        args.context or DEFAULT_CONTEXT_TOKENS,
+        args.device or "h100",
+        solver=args.solver,
+    )
+    provenance = {
+        "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
+        "constraints": asdict(constraints),
+        "solver": args.solver,
+        "combination": asdict(scores.combination),
+        "scores": dict(scores.provenance),
+        "versions": versions(),
+    }
+    table.save(args.out, provenance, args.overwrite)
+    print("\n".join(format_table(table)))
+    print(f"\ntable: {args.out}")
+    return 0
+
+
+def format_table(table: ParetoTable) -> list[str]:
+    """The table as text; a dominated row is marked."""
+    teacher = table.teacher
+    rows = [
+        ["budget", "kept of scores", "95% interval", "FA heads", "cache GiB", "of teacher's"]
+        + ["GFLOPs/token", "decode ms", "step s"]
+    ]
+    for row in table.rows:
+        interval = "-"
+        if row.kept_interval is not None:
+            interval = "{:.1%} to {:.1%}".format(*row.kept_interval)
+        mark = " *" if row.is_dominated else ""
+        kept = [row.budget + mark, f"{row.kept_share:.1%}", interval]
+        rows.append([*kept, *_cost_cells(row.costs, teacher)])
+    rows.append(["teacher", "100.0%", "", *_cost_cells(teacher, teacher)])
+    device = find_device(teacher.device).name
+    lines = [f"one sequence of {teacher.context_tokens:,} tokens; times predicted for {device}"]
+    lines += align(rows, num_left=1)
+    if any(row.is_dominated for row in table.rows):
+        lines.append("* another row keeps as much and costs less")
+    return lines
+
+
+def _cost_cells(costs: Costs, teacher: Costs) -> list[str]:
+    return [
+        str(costs.num_fa_heads),
+        f"{costs.cache_gib:.4g}",
+        f"{costs.cache_gib / teacher.cache_gib:.0%}",
+        f"{costs.flops_per_token / 1e9:.4g}",
+        f"{costs.decode_ms:.3g}",
+        f"{costs.training_step_s:.3g}",
+    ]
+
+
+def _ratios(text: str) -> list[Fraction]:
+    return [read_ratio(word.strip()) for word in text.split(",")]
