@@ -281,10 +281,19 @@ def provenance_section(
     sources: Mapping[str, Mapping[str, Any]], runs: Sequence[TrainingRun], command: str
 ) -> str:
     """Commands, versions and seeds of every input, and each provenance record in full."""
-    seeds = {name: _find_seeds(record) for name, record in sources.items()}
+    own = {
+        name: {key: value for key, value in record.items() if key != "models"}
+        for name, record in sources.items()
+    }
+    seeds = {name: _find_seeds(record) for name, record in own.items()}
     seeds |= {run.name: _find_seeds(run.config) for run in runs}
     sources = {**sources, **{run.name: run.provenance for run in runs}}
-    commands = {name: _command(record) for name, record in sources.items()} | {"report": command}
+    commands = {name: _command(record) for name, record in sources.items()}
+    for name, origin in sources.get("evaluation", {}).get("models", {}).items():
+        for part in ("plan", "weights"):
+            if part in origin:
+                commands[f"{name}: {part}"] = _command(origin[part])
+    commands["report"] = command
     known = [[escape(name), f"<code>{escape(text)}</code>"] for name, text in commands.items()]
     seed_rows = [[escape(name), escape(found or "none recorded")] for name, found in seeds.items()]
     records = "".join(
