@@ -1,5 +1,5 @@
 # The commands of this repository; each makes the environment it needs.
-#   make quickstart   the main job, from the shipped teacher to a report (about 10 minutes)
+#   make quickstart   the main job, from the shipped teacher to a report (about 11 minutes)
 #   make test         all tests that need no GPU
 #   make checks       formatter, linter, types
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
