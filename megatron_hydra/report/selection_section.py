@@ -111,12 +111,12 @@ def _why(explanation: Explanation, scorers: Sequence[str]) -> str:
         "Strongest effect", "Reason",
     ]  # fmt: skip
     ranked = sorted(explanation.heads, key=lambda found: found.rank)
-    rows = [_why_row(found, explanation.probes, scorers) for found in ranked]
+    rows = [_why_row(explanation, found, scorers) for found in ranked]
     body = table(head, rows, numeric=False) + f'<p class="muted">{_REASONS}.</p>'
     return details("Why each head is in the plan", body)
 
 
-def _why_row(found: ChosenHead, probes: Sequence[str], scorers: Sequence[str]) -> list[str]:
+def _why_row(explanation: Explanation, found: ChosenHead, scorers: Sequence[str]) -> list[str]:
     interval = "–" if found.interval is None else "{:.3f} to {:.3f}".format(*found.interval)
     return [
         f"{found.layer}.{found.head}",
@@ -125,22 +125,14 @@ def _why_row(found: ChosenHead, probes: Sequence[str], scorers: Sequence[str]) -
         interval,
         "–" if found.chosen_again is None else f"{found.chosen_again:.0%}",
         "above" if found.above_noise_floor else "below",
-        _strongest_effect(found, probes, scorers),
+        _strongest_effect(explanation, found, scorers),
         found.reason,
     ]
 
 
-def _strongest_effect(found: ChosenHead, probes: Sequence[str], scorers: Sequence[str]) -> str:
+def _strongest_effect(explanation: Explanation, found: ChosenHead, scorers: Sequence[str]) -> str:
     """The largest mean effect among the scorers that the score stands on."""
-    effect, scorer, probe = max(
-        (
-            (effect, scorer, probe)
-            for scorer in scorers
-            for probe, effect in zip(probes, found.effects[scorer], strict=True)
-            if effect is not None
-        ),
-        key=lambda named: abs(named[0]),
-    )
+    effect, scorer, probe = explanation.strongest_effects(found, scorers)[0]
     names = f"{scorer} on {probe}".replace("_", " ")
     return f"{effect:+.3f} <small>{escape(names)}</small>"
 

@@ -21,6 +21,7 @@ from megatron_hydra.selection.uncertainty import (
     bootstrap_scores,
     carries_uncertainty,
     chosen_again,
+    counted_means,
     draw_pairs,
     score_intervals,
     split_half_correlation,
@@ -117,6 +118,18 @@ class Explanation:
         """FA heads with this reason."""
         return sum(head.reason == reason for head in self.heads)
 
+    def strongest_effects(
+        self, head: ChosenHead, scorers: Sequence[str]
+    ) -> list[tuple[float, str, str]]:
+        """A head's mean effects by some scorers, largest first: effect, scorer, sub-probe."""
+        found = [
+            (effect, scorer, probe)
+            for scorer in scorers
+            for probe, effect in zip(self.probes, head.effects[scorer], strict=True)
+            if effect is not None
+        ]
+        return sorted(found, key=lambda item: -abs(item[0]))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         split_half = None if self.split_half is None else self.split_half._asdict()
@@ -183,9 +196,7 @@ def explain(
         if choose is not None:
             num_solved = min(num_resamples, _NUM_SOLVED) if problem.limits else num_resamples
             again = _chosen_again(scores, problem, choose, samples, num_solved, seed)
-    order = np.lexsort((-scores.effect_size.ravel(), -scores.scores.ravel()))
-    ranks = np.empty(order.size, dtype=int)
-    ranks[order] = np.arange(1, order.size + 1)
+    ranks = np.argsort(scores.ranked_heads) + 1
     above = above_noise_floor(scores)
     split_half, no_split_half = _split_half(scores, seed)
     return Explanation(
@@ -303,14 +314,9 @@ def _chosen_again(
 
     Effect sizes are resampled with the scores: what won a tie by a small effect is not sure.
     """
-    counts = draw_pairs(scores, len(samples), seed)
-    weights = {name: drawn * scores.pair_weights(name) for name, drawn in counts.items()}
-    shares = {name: drawn / drawn.sum(axis=1, keepdims=True) for name, drawn in weights.items()}
-    sizes = [
-        np.abs(np.tensordot(shares[name][:number], effects, axes=1))
-        for scorer in scores.combination.scorers
-        for name, effects in scores.effects[scorer].items()
-    ]
+    drawn = draw_pairs(scores, len(samples), seed)
+    means = counted_means(scores, {name: counts[:number] for name, counts in drawn.items()})
+    sizes = [np.abs(mean) for by_probe in means.values() for mean in by_probe.values()]
     effect_sizes = iter(np.mean(sizes, axis=0))
 
     def choose_in_resample(sample: Array) -> frozenset[Head]:

@@ -14,10 +14,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
-from megatron_hydra.selection.combination import Array, Combination, combine
+from megatron_hydra.selection.combination import (
+    Array,
+    Combination,
+    capability_scores,
+    combine,
+)
 from megatron_hydra.selection.cost import ModelShape
 
 SCHEMA_VERSION = 2
@@ -139,6 +145,19 @@ class HeadScores:
             for mean in self._means[scorer].values()
         ]
         return np.asarray(np.mean(sizes, axis=0))
+
+    @cached_property
+    def ranked_heads(self) -> NDArray[np.intp]:
+        """All heads, best first, as indices into the flat map, [layers * heads].
+
+        By score, then by the size of the effect, then by layer and head.
+        """
+        return np.lexsort((-self.effect_size.ravel(), -self.scores.ravel()))
+
+    @property
+    def capability_scores(self) -> dict[str, Array]:
+        """The score of each head for each capability, before weights: [layers, heads] each."""
+        return capability_scores(self._means, self._capabilities, self.combination)
 
     def mean_effects(self, scorer: str, probe: str) -> Array:
         """Mean effect over the kept pairs by :meth:`pair_weights`, [layers, heads]."""

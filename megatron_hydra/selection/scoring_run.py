@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import write_json
+from megatron_hydra.files import write_beside, write_json
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.probes import Probe
 from megatron_hydra.selection.readout import answer_logits
@@ -81,10 +80,11 @@ class PartialFolder:
 
     def save(self, name: str, values: Array) -> None:
         """Write one unit; a reader sees it whole or not at all."""
-        temporary = self.path / f".{name}.{os.getpid()}"
-        with temporary.open("wb") as stream:
+        with (
+            write_beside(self.path / f"{name}.npy", overwrite=True) as temporary,
+            temporary.open("wb") as stream,
+        ):
             np.save(stream, values)
-        temporary.replace(self.path / f"{name}.npy")
 
     def remove(self) -> None:
         """Delete the folder."""

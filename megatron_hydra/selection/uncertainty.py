@@ -248,18 +248,29 @@ def _combine_counted(scores: HeadScores, counts: Mapping[str, Array]) -> Array:
     num_resamples = len(next(iter(counts.values())))
     combined = []
     for start in range(0, num_resamples, _AT_ONCE):
-        means = {
-            scorer: {
-                name: _counted_mean(
-                    effects, counts[name][start : start + _AT_ONCE] * scores.pair_weights(name)
-                )
-                for name, effects in scores.effects[scorer].items()
-                if name in counts
-            }
-            for scorer in scores.combination.scorers
-        }
-        combined.append(combine(means, capabilities, scores.combination))
+        part = {name: drawn[start : start + _AT_ONCE] for name, drawn in counts.items()}
+        combined.append(combine(counted_means(scores, part), capabilities, scores.combination))
     return np.concatenate(combined)
+
+
+def counted_means(scores: HeadScores, counts: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """Mean effects where each pair counts as often as ``counts`` say.
+
+    Args:
+        scores: Their combination's scorers are read, and its weights of pairs.
+        counts: Sub-probe -> [r, p]; sub-probes without are left out.
+
+    Returns:
+        Scorer -> sub-probe -> [r, l, n].
+    """
+    return {
+        scorer: {
+            name: _counted_mean(effects, counts[name] * scores.pair_weights(name))
+            for name, effects in scores.effects[scorer].items()
+            if name in counts
+        }
+        for scorer in scores.combination.scorers
+    }
 
 
 def _counted_mean(effects: Array, counts: Array) -> Array:

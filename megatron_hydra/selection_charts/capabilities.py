@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from megatron_hydra.chart_style import plain_text
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.heatmap import add_score_bar, draw_cells, fa_outline_key, outline_fa_heads
-from megatron_hydra.selection.combination import Array, capability_scores
 from megatron_hydra.selection.scores import HeadScores
 
 _MAX_MAPS_IN_A_ROW = 4
@@ -18,7 +17,7 @@ _MAX_MAPS_IN_A_ROW = 4
 
 def capability_figure(scores: HeadScores, plan: HeadPlan) -> Figure:
     """One head map a capability on one scale, the FA heads framed."""
-    maps = _capability_scores(scores)
+    maps = scores.capability_scores
     num_rows = math.ceil(len(maps) / _MAX_MAPS_IN_A_ROW)
     num_columns = math.ceil(len(maps) / num_rows)
     cell = 0.13 if scores.num_heads > 8 else 0.24  # inches
@@ -50,12 +49,3 @@ def _thin_ticks(ax: Axes) -> None:
         labels = [str(index) for index in range(len(places))]
         step = 4 if len(places) > 8 else 1
         axis.set_ticks(places[::step], labels[::step])
-
-
-def _capability_scores(scores: HeadScores) -> dict[str, Array]:
-    means = {
-        scorer: {name: scores.mean_effects(scorer, name) for name in by_probe}
-        for scorer, by_probe in scores.effects.items()
-    }
-    capabilities = {probe.name: probe.capability for probe in scores.probes}
-    return capability_scores(means, capabilities, scores.combination)

@@ -84,7 +84,7 @@ def rank_heads(scores: HeadScores, plan: HeadPlan) -> Ranking:
     explanation = read_explanation(plan)
     if explanation is not None:
         _check_scores(scores, explanation)
-    order = np.lexsort((-scores.effect_size.ravel(), -scores.scores.ravel()))
+    order = scores.ranked_heads
     intervals = None
     if carries_uncertainty(scores):
         limits = score_intervals(bootstrap_scores(scores))

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _without_verb(arguments)
     log_to_stderr()
     try:
-        return _run(arguments[0], arguments[1:])
+        return run_verb(arguments[0], arguments[1:], f"megatron-hydra {arguments[0]}")
     except UserError as error:
         print(f"megatron-hydra: error: {error}", file=sys.stderr)
         return 2
@@ -45,10 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(verb: str, arguments: list[str]) -> int:
+def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
+    """Import a verb and run it; ``prog`` is what its help calls the command.
+
+    Raises:
+        UserError: For bad input.
+    """
     module = importlib.import_module(f"hydra_tools.{verb}")
     parser = argparse.ArgumentParser(
-        prog=f"megatron-hydra {verb}",
+        prog=prog,
         description=f"{VERBS[verb].capitalize()}.",
         allow_abbrev=False,
     )

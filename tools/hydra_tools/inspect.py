@@ -254,23 +254,17 @@ def _head_lines(explanation: Explanation, combined: Sequence[str]) -> list[str]:
         rows.append(
             [str(head.rank), str(head.layer), str(head.head), f"{head.score:.3f}", interval, again]
             + ["above" if head.above_noise_floor else "below", head.reason]
-            + [_strongest(head, explanation.probes, combined)]
+            + [_strongest(explanation, head, combined)]
         )
     lines = align([row[:-2] for row in rows], num_left=0)
     words = align([row[-2:] for row in rows], num_left=2)
     return [f"{line}  {text}" for line, text in zip(lines, words, strict=True)]
 
 
-def _strongest(head: ChosenHead, probes: Sequence[str], combined: Sequence[str]) -> str:
-    found = [
-        (abs(value), f"{value:+.3f} {scorer} {probe}")
-        for scorer, values in head.effects.items()
-        if scorer in combined or not combined
-        for probe, value in zip(probes, values, strict=True)
-        if value
-    ]
-    found.sort(key=lambda item: -item[0])
-    return ", ".join(text for _, text in found[:_NUM_EFFECTS]) or "none"
+def _strongest(explanation: Explanation, head: ChosenHead, combined: Sequence[str]) -> str:
+    found = explanation.strongest_effects(head, combined or tuple(head.effects))
+    shown = [f"{effect:+.3f} {scorer} {probe}" for effect, scorer, probe in found if effect]
+    return ", ".join(shown[:_NUM_EFFECTS]) or "none"
 
 
 def _left_out(plan: HeadPlan, explanation: Explanation) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import os
 import signal
@@ -12,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_tools.cli import VERBS, log_to_stderr
+from hydra_tools.cli import log_to_stderr, run_verb
 from megatron_hydra.errors import UserError
 
 _SECONDS_FOR_RANK_0 = 30
@@ -25,17 +23,10 @@ def rank() -> int:
 
 def main(verb: str) -> int:
     """Entry point of ``torchrun -m hydra_tools.<verb>``; return the exit code."""
-    module = importlib.import_module(f"hydra_tools.{verb}")
-    parser = argparse.ArgumentParser(
-        prog=f"hydra_tools.{verb}",
-        description=f"{VERBS[verb].capitalize()}.",
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
     if rank() == 0:
         log_to_stderr()
     try:
-        return int(module.run(parser.parse_args()))
+        return run_verb(verb, sys.argv[1:], f"hydra_tools.{verb}")
     except UserError as error:
         sentence = f"megatron-hydra: error: {error}"
         if rank() != 0:  # torchrun's signal, once rank 0 has ended

@@ -114,7 +114,7 @@ def describe(scores: HeadScores) -> list[str]:
                 f"kept, {probe.num_dropped} dropped; median gap {np.median(probe.gaps):.3g}"
             )
     intervals = score_intervals(bootstrap_scores(scores))
-    order = np.lexsort((-scores.effect_size.ravel(), -scores.scores.ravel()))
+    order = scores.ranked_heads
     num_positive = int((scores.scores > 0).sum())
     lines.append(f"{num_positive} of {order.size} heads have a score above 0; the highest:")
     columns = [
