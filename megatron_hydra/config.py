@@ -43,9 +43,7 @@ _MEGATRON_FIELDS: dict[str, Any] = {
     "no_rope_freq": None,
     "experimental_attention_variant": None,
     "multi_latent_attention": False,
-    "num_moe_experts": None,
     "mtp_num_layers": None,
-    "context_parallel_size": 1,
 }
 
 
@@ -119,6 +117,11 @@ class HydraFields:
             value = getattr(self, name, only)  # not every Megatron has every field
             if value != only:
                 raise UserError(f"{name} is {value!r}; hybrids and their teachers need {only!r}")
+        if getattr(self, "num_moe_experts", None) is not None:
+            raise UserError(
+                f"num_moe_experts is {self.num_moe_experts}; hybrids and their teachers need dense "
+                "MLPs: mixtures of experts, and with them expert parallelism, are out of scope"
+            )
         tp = self.tensor_model_parallel_size
         for name in ("vocab_size", "num_attention_heads", "ffn_hidden_size"):
             if (getattr(self, name) or 0) % tp:

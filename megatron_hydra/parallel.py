@@ -10,7 +10,14 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 
-def initialize_model_parallel(tensor: int = 1, pipeline: int = 1, seed: int = 1234) -> None:
+def initialize_model_parallel(
+    tensor: int = 1,
+    pipeline: int = 1,
+    seed: int = 1234,
+    *,
+    context: int = 1,
+    virtual_pipeline: int | None = None,
+) -> None:
     """Set up process group, model-parallel groups and random seeds, once.
 
     Without torchrun's environment the process is a group of one, through an in-process store that
@@ -20,11 +27,15 @@ def initialize_model_parallel(tensor: int = 1, pipeline: int = 1, seed: int = 12
         tensor: Tensor-parallel size.
         pipeline: Pipeline-parallel size.
         seed: Seeds PyTorch's generator and Megatron's model-parallel RNG tracker.
+        context: Context-parallel size.
+        virtual_pipeline: Model chunks a pipeline rank; None for one.
     """
     if not dist.is_initialized():
         _initialize_process_group()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor, pipeline)
+        parallel_state.initialize_model_parallel(
+            tensor, pipeline, virtual_pipeline, context_parallel_size=context
+        )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

@@ -248,7 +248,6 @@ def test_values_out_of_range_are_errors(name, value, allowed):
         ("no_rope_freq", [1, 0]),
         ("num_moe_experts", 4),
         ("multi_latent_attention", True),
-        ("context_parallel_size", 2),
     ],
 )
 def test_megatrons_fields_without_a_part_in_the_layer_are_errors(name, value):
