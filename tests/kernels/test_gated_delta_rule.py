@@ -98,6 +98,43 @@ def test_final_state_continues_the_sequence(split: int):
     torch.testing.assert_close(state, whole_state, rtol=1e-12, atol=1e-12)
 
 
+PACKED = {
+    "one that fills everything": [130],
+    "of length 1 at both ends": [1, 128, 1],
+    "many tiny ones": [1] * 40 + [2, 3] * 18,
+    "at the borders of chunks": [64, 64, 2],
+    "several in a chunk": [10, 20, 3, 97],
+}
+
+
+@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("chunk_size", [7, 64])
+def test_packed_documents_equal_each_alone(lengths: list[int], chunk_size: int):
+    inputs = make_inputs(130, batch=1)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+
+    def packed(x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return chunked(x | {"cu_seqlens": cu_seqlens}, chunk_size)
+
+    def alone(x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs, state = [], x["initial_state"]
+        documents = zip(*(x[name].split(lengths, 1) for name in NAMES[:5]), strict=True)
+        for parts in documents:
+            output, last = recurrent_gated_delta_rule(*parts, SCALE, state)
+            state = torch.zeros_like(state)  # the next document's
+            outputs.append(output)
+        return torch.cat(outputs, 1), last
+
+    assert_all_close(
+        values_and_gradients(packed, inputs), values_and_gradients(alone, inputs), 1e-12
+    )
+    with_starts = recurrent_gated_delta_rule(
+        *(inputs[n] for n in NAMES[:5]), SCALE, inputs["initial_state"], cu_seqlens
+    )
+    for actual, expected in zip(with_starts, alone(inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"]
 )
@@ -195,6 +232,7 @@ def test_fla_refuses_cpu_tensors():
         ({"beta": torch.zeros(2, 5, 4)}, "beta must be"),
         ({"initial_state": torch.zeros(2, 3, D_V, D_K)}, "initial_state must be"),
         ({"q": torch.zeros(2, 0, 3, D_K)}, "no tokens"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "go with one row, got \\(2,\\) and 2 rows"),
         ({"q": torch.zeros(2, 5, D_K)}, "must be \\[b, t, heads, d\\]"),
     ],
 )

@@ -72,6 +72,29 @@ def test_initial_state_continues_the_sequence(split: int):
         torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [[65], [1, 63, 1], [1, 2, 3, 4, 5] * 4 + [5], [40, 25]])
+def test_packed_documents_equal_each_alone(lengths: list[int]):
+    x, weight, state = (t[:1] if t.dim() == 3 else t for t in make_inputs(65))
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    packed = short_conv(x, weight, initial_state=state, cu_seqlens=cu_seqlens, impl="reference")
+    states = [state] + [torch.zeros_like(state)] * (len(lengths) - 1)
+    alone = torch.cat(
+        [
+            short_conv(document, weight, initial_state=before, impl="reference")
+            for document, before in zip(x.split(lengths, 1), states, strict=True)
+        ],
+        1,
+    )
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-14)
+    upstream = torch.randn_like(packed)
+    for actual, other in zip(
+        torch.autograd.grad(packed, (x, weight, state), upstream),
+        torch.autograd.grad(alone, (x, weight, state), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-12)
+
+
 def test_without_initial_state_it_starts_from_zeros():
     x, weight, state = make_inputs(5)
     zeros = short_conv(x, weight, initial_state=torch.zeros_like(state), impl="reference")
@@ -95,6 +118,7 @@ def test_bf16_is_computed_in_float32():
         ({"weight": torch.zeros(CHANNELS + 1, 4)}, "weight must be"),
         ({"x": torch.zeros(2, 0, CHANNELS)}, "x must be"),
         ({"initial_state": torch.zeros(2, 4, CHANNELS)}, "initial_state must be"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "go with one row, got \\(2,\\) and 2 rows"),
     ],
 )
 def test_bad_input_is_named(changes: dict, message: str):

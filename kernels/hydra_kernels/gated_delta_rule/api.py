@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from hydra_kernels.gated_delta_rule import reference
+from hydra_kernels.packed import check_cu_seqlens, state_of_each_document
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ def gated_delta_rule(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
     impl: Impl,
     chunk_size: int = 64,
 ) -> GatedDeltaRuleOutput:
@@ -54,6 +56,9 @@ def gated_delta_rule(
         scale: factor on the queries; d_k ** -0.5 when None.
         initial_state: [b, heads, d_k, d_v] or None for zeros.
         output_final_state: return the state after the last token as well.
+        cu_seqlens: [documents + 1] integer, where documents begin in a row that packs several
+            (b = 1): 0, ascending, t. The state starts anew at each; the initial state is the first
+            document's, the final state the last one's. None for whole sequences.
         impl: "reference" is PyTorch on any device; "fla" is flash-linear-attention's Triton
             kernels, CUDA alone. Neither stands in for the other. On Hopper GPUs with Triton 3.4
             to 3.7.0, whose code for fla's backward is wrong, fla's backward raises unless the
@@ -64,18 +69,20 @@ def gated_delta_rule(
         ValueError: shapes that do not fit, an unknown impl, CPU tensors for "fla".
         ImportError: impl="fla" without the package fla-core.
     """
-    _check_shapes(q, k, v, g, beta, initial_state)
+    _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be 1 or more, got {chunk_size}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if impl == "reference":
         output, state = reference.chunk_gated_delta_rule(
-            q, k, v, g, beta, scale, initial_state, chunk_size
+            q, k, v, g, beta, scale, initial_state, chunk_size, cu_seqlens
         )
         return GatedDeltaRuleOutput(output, state if output_final_state else None)
     if impl == "fla":
-        return _fla(q, k, v, g, beta, scale, initial_state, output_final_state, chunk_size)
+        return _fla(
+            q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, chunk_size
+        )
     raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 
 
@@ -88,6 +95,7 @@ def _fla(
     scale: float,
     initial_state: Tensor | None,
     output_final_state: bool,
+    cu_seqlens: Tensor | None,
     chunk_size: int,
 ) -> GatedDeltaRuleOutput:
     """flash-linear-attention's chunked Triton kernels."""
@@ -98,6 +106,7 @@ def _fla(
         )
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
+    initial_state = state_of_each_document(initial_state, cu_seqlens)
     output, state = chunk_gated_delta_rule(
         q,
         k,
@@ -107,13 +116,22 @@ def _fla(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
         chunk_size=chunk_size,
     )
+    if cu_seqlens is not None and state is not None:
+        state = state[-1:]
     return GatedDeltaRuleOutput(output, state)
 
 
 def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ValueError where a shape does not follow from q's and v's."""
     if q.dim() != 4 or v.dim() != 4:
@@ -123,6 +141,7 @@ def _check_shapes(
     b, t, heads, d_k = q.shape
     if t == 0:
         raise ValueError("q has no tokens: t must be 1 or more")
+    check_cu_seqlens(cu_seqlens, b)
     expected = {
         "k": (k, (b, t, heads, d_k)),
         "v": (v, (b, t, heads, v.shape[-1])),

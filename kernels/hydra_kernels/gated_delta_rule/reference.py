@@ -42,6 +42,7 @@ def recurrent_gated_delta_rule(
     beta: Tensor,
     scale: float,
     initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token after the other: Eq 10 of Gated Delta Networks (arXiv 2412.06464).
 
@@ -56,6 +57,7 @@ def recurrent_gated_delta_rule(
         beta: [b, t, heads], write strength in [0, 1].
         scale: factor on the queries.
         initial_state: [b, heads, d_k, d_v] or None for zeros.
+        cu_seqlens: as `gated_delta_rule`.
 
     Returns:
         Output [b, t, heads, d_v] in v's dtype, and the state after the last token
@@ -65,9 +67,10 @@ def recurrent_gated_delta_rule(
     state = _start_state(initial_state, k, v, dtype)
     # [b, t, heads, ...] -> t tensors of [b, heads, ...]
     steps = (x.to(dtype).unbind(1) for x in (q, k, v, g, beta))
+    starts = set() if cu_seqlens is None else set(cu_seqlens[1:-1].tolist())
     outputs = []
-    for q_t, k_t, v_t, g_t, beta_t in zip(*steps, strict=True):
-        state = state * g_t.exp()[..., None, None]
+    for t, (q_t, k_t, v_t, g_t, beta_t) in enumerate(zip(*steps, strict=True)):
+        state = torch.zeros_like(state) if t in starts else state * g_t.exp()[..., None, None]
         recalled = torch.einsum("bhk,bhkv->bhv", k_t, state)
         written = (v_t - recalled) * beta_t[..., None]
         state = state + k_t[..., :, None] * written[..., None, :]
@@ -85,8 +88,18 @@ def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
     return x.transpose(1, 2).reshape(b * heads, -1, chunk_size, d)
 
 
-def _decay_between_tokens(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _document_starts(cu_seqlens: Tensor, t: int, chunk_size: int) -> Tensor:
+    """[n, c] bool: where a document other than the first begins."""
+    starts = torch.zeros(t + -t % chunk_size, dtype=torch.bool, device=cu_seqlens.device)
+    starts[cu_seqlens[1:-1].long()] = True
+    return starts.view(-1, chunk_size)
+
+
+def _decay_between_tokens(g: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Decays inside a chunk from its log decays g [..., c].
+
+    Nothing outlives the end of its document: where `starts` [n, c] marks a document's first token,
+    every decay from before that token to it or after it is 0.
 
     Returns:
         From the chunk's start to token i [..., c], from token j to token i >= j, 0 above the
@@ -95,10 +108,15 @@ def _decay_between_tokens(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Summed in float64: differences of large sums would otherwise drown the small decays.
     total = g.double().cumsum(-1)
     between = total[..., :, None] - total[..., None, :]
-    future = torch.ones(between.shape[-2:], dtype=torch.bool, device=g.device).triu(1)
+    gone = torch.ones(between.shape[-2:], dtype=torch.bool, device=g.device).triu(1)
+    from_start = total.to(g.dtype).exp()
+    if starts is not None:
+        num_starts = starts.cumsum(-1)
+        gone = gone | (num_starts[..., :, None] != num_starts[..., None, :])
+        from_start = from_start.masked_fill(num_starts > 0, 0.0)
     # Masked before exp: above the diagonal the exponent is positive and would overflow.
-    between = between.to(g.dtype).masked_fill(future, -torch.inf).exp()
-    return total.to(g.dtype).exp(), between, between[..., -1, :]
+    between = between.to(g.dtype).masked_fill(gone, -torch.inf).exp()
+    return from_start, between, between[..., -1, :]
 
 
 def chunk_gated_delta_rule(
@@ -110,6 +128,7 @@ def chunk_gated_delta_rule(
     scale: float,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same function, a chunk of tokens at a time: only the state passes sequentially.
 
@@ -132,7 +151,8 @@ def chunk_gated_delta_rule(
     size = min(chunk_size, t)
     q, k, v = (_to_chunks(x, size, dtype) for x in (q, k, v))  # [b * heads, n, c, d]
     g, beta = (_to_chunks(x[..., None], size, dtype) for x in (g, beta))  # [b * heads, n, c, 1]
-    from_start, between, to_end = _decay_between_tokens(g[..., 0])
+    starts = None if cu_seqlens is None else _document_starts(cu_seqlens, t, size)
+    from_start, between, to_end = _decay_between_tokens(g[..., 0], starts)
     from_start, to_end = from_start[..., None], to_end[..., None]
 
     # solve_triangular reads the strictly lower part alone.

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def short_conv(
-    x: Tensor, weight: Tensor, initial_state: Tensor | None, activation: str | None
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """y[t] = act(sum over i of weight[:, i] * x[t - (k - 1) + i]), in float32 at least.
 
@@ -26,7 +30,19 @@ def short_conv(
         padded = F.pad(padded, (0, 0, num_taps - 1, 0))
     else:
         padded = torch.cat((initial_state.to(dtype), padded), dim=1)
-    y = padded[:, :num_tokens] * taps[0]
-    for shift in range(1, num_taps):
-        y = torch.addcmul(y, padded[:, shift : shift + num_tokens], taps[shift])
+    reach = None if cu_seqlens is None else _reach(cu_seqlens, num_tokens)
+    y = None
+    for i, tap in enumerate(taps):
+        seen = padded[:, i : i + num_tokens]
+        if reach is not None:
+            seen = seen.masked_fill((reach < num_taps - 1 - i)[:, None], 0.0)
+        y = seen * tap if y is None else torch.addcmul(y, seen, tap)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _reach(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """[t]: how many tokens back each token may see; in the first document without bound."""
+    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    reach = token - cu_seqlens[document]
+    return reach.masked_fill(document == 0, torch.iinfo(reach.dtype).max)
