@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from megatron_hydra.attention.sequence_layout import SequenceLayout
 from megatron_hydra.attention.sharded_heads import initial_device
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.placement import LayerPlacement
@@ -35,6 +37,8 @@ class FullAttentionBranch(MegatronModule):
         placement: The layer's heads on all ranks.
         layer_number: Counts from 1, as Megatron's.
         pg_collection: Process groups, of which `tp` and `cp` are used.
+        cp_comm_type: How Transformer Engine passes keys and values between context-parallel
+            ranks, see Megatron's field of that name.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class FullAttentionBranch(MegatronModule):
         placement: LayerPlacement,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
+        cp_comm_type: str | None = None,
     ) -> None:
         super().__init__(config=config)
         self.placement, self.tp_group = placement, pg_collection.tp
@@ -62,15 +67,25 @@ class FullAttentionBranch(MegatronModule):
                 layer_number=layer_number,
                 attn_mask_type=AttnMaskType.causal,
                 attention_type="self",
+                cp_comm_type=cp_comm_type,
                 pg_collection=pg_collection,
             )
 
-    def forward(self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        sections: dict[str, Tensor],
+        rotary_pos_emb: Tensor | None,
+        layout: SequenceLayout,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             sections: `fa_query` [s, b, n, d], `fa_key` and `fa_value` [s, b, owned groups, d].
-            rotary_pos_emb: Rotary angles `[s, 1, 1, d]`, used if `config.fa_rope`.
+            rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `layout.positions`, used if
+                `config.fa_rope`.
+            layout: The rank's tokens.
+            packed_seq_params: Megatron's description of a packed row, b = 1.
 
         Returns:
             `[s, b, n, d]`.
@@ -84,17 +99,26 @@ class FullAttentionBranch(MegatronModule):
             return query + 0.0 * (
                 self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum() + key.sum()
             )
-        query = self._scale_query(self.q_layernorm(query))
+        query = self._scale_query(self.q_layernorm(query), layout)
         key, value = key[:, :, self.key_index], value[:, :, self.key_index]
         key = self.k_layernorm(key)
         if self.config.fa_rope:
             query, key = (
                 apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
             )
+        shape, mask_type = query.shape, AttnMaskType.causal
+        if packed_seq_params is not None:  # [t, n, d], as Megatron's thd format has it
+            query, key, value = (t.squeeze(1) for t in (query, key, value))
+            mask_type = AttnMaskType.padding_causal
         output = self.core_attention(
-            query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=None
+            query,
+            key,
+            value,
+            None,
+            attn_mask_type=mask_type,
+            packed_seq_params=packed_seq_params,
         )
-        return output.view_as(query)
+        return output.view(shape)
 
     def _key_index(self) -> list[int]:
         """For each local head, its query group's place among the groups at hand."""
@@ -128,13 +152,13 @@ class FullAttentionBranch(MegatronModule):
         )
         return received.permute(1, 2, 0, 3).split(d, dim=-1)  # type: ignore[return-value]
 
-    def _scale_query(self, query: Tensor) -> Tensor:
+    def _scale_query(self, query: Tensor, layout: SequenceLayout) -> Tensor:
         config = self.config
         when = config.fa_query_scale
         if when == "none" or (when == "inference" and self.training):
             return query
         start, base = config.fa_query_scale_start, config.fa_query_scale_base
-        position = torch.arange(query.shape[0], device=query.device, dtype=torch.float32)
+        position = layout.positions.to(query.device, torch.float32)
         scale = ((position - start).clamp_min(0) + base).log() / math.log(base)
         return query * scale.to(query.dtype).view(-1, 1, 1, 1)
 

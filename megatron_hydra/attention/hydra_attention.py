@@ -25,10 +25,12 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from megatron_hydra.attention.context_parallel import Pieces
 from megatron_hydra.attention.full_attention import FullAttentionBranch
 from megatron_hydra.attention.head_fusion import HeadFusion
 from megatron_hydra.attention.linear_attention import LinearAttentionBranch
 from megatron_hydra.attention.projection_layout import ProjectionLayout, Section
+from megatron_hydra.attention.sequence_layout import SequenceLayout
 from megatron_hydra.attention.sharded_heads import init_heads, sharded_heads
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.head_plan import LayerHeadPlan
@@ -59,6 +61,7 @@ class HydraAttention(MegatronModule):
         layer_number: Counts from 1.
         pg_collection: Process groups, of which `tp`, `cp` and `dp_cp` are used; None takes
             Megatron's global groups.
+        cp_comm_type: As :class:`FullAttentionBranch`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class HydraAttention(MegatronModule):
         layer_plan: LayerHeadPlan,
         layer_number: int,
         pg_collection: ProcessGroupCollection | None = None,
+        cp_comm_type: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
@@ -107,7 +111,7 @@ class HydraAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
         branch = (config, submodules, self.placement, layer_number, pg_collection)
-        self.full_attention = FullAttentionBranch(*branch)
+        self.full_attention = FullAttentionBranch(*branch, cp_comm_type)
         self.linear_attention = LinearAttentionBranch(*branch)
         if tp_rank == 0:
             core = submodules.core_attention
@@ -141,29 +145,41 @@ class HydraAttention(MegatronModule):
         """Run the layer.
 
         Args:
-            hidden_states: `[s, b, h]`; `[s / tp, b, h]` under sequence parallelism.
+            hidden_states: `[s, b, h]`; `[s / tp, b, h]` under sequence parallelism. s counts this
+                context-parallel rank's tokens, cut as `sequence_layout.py` says.
             attention_mask: Ignored: attention is causal.
-            rotary_pos_emb: Megatron's rotary angles `[s, 1, 1, d]`.
+            rotary_pos_emb: Megatron's rotary angles `[s, 1, 1, d]`, of this rank's tokens; for a
+                packed row of positions 0 and up instead, `[longest document, 1, 1, d]`.
             inference_context: Must be None.
-            packed_seq_params: Must be None.
+            packed_seq_params: Where a packed row's documents lie (`thd`), with b = 1; see
+                `sequence_layout.packed_sequence`.
 
         Returns:
             The output, shaped as `hidden_states`, and no bias.
 
         Raises:
-            NotImplementedError: With an inference context or packed sequences.
+            NotImplementedError: With an inference context.
             ValueError: Without rotary angles where a branch needs them.
         """
-        if inference_context is not None or packed_seq_params is not None:
-            raise NotImplementedError("HydraAttention takes whole, unpacked sequences only")
+        if inference_context is not None:
+            raise NotImplementedError("HydraAttention has no inference state yet")
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if rotary_pos_emb is None and (self.config.fa_rope or self.config.la_rope):
             raise ValueError("fa_rope or la_rope is on, but the model passes no rotary_pos_emb")
         projected, _ = self.in_proj(hidden_states)
         sections = self.layout.split(projected)
-        fa = self.full_attention(sections, rotary_pos_emb)
-        la = self.linear_attention(sections, rotary_pos_emb)
+        group = self.pg_collection.cp
+        tokens = SequenceLayout.of(projected.shape[0], packed_seq_params, group)
+        pieces = Pieces(tokens, group)
+        fa_angles = la_angles = rotary_pos_emb
+        if packed_seq_params is not None and rotary_pos_emb is not None:
+            fa_angles, la_angles = (
+                rotary_pos_emb[tokens.positions],
+                rotary_pos_emb[pieces.positions],
+            )
+        fa = self.full_attention(sections, fa_angles, tokens, packed_seq_params)
+        la = self.linear_attention(sections, la_angles, pieces)
         fused = self.fusion(fa, la, sections, hidden_states)
         return self.linear_proj(fused)
 

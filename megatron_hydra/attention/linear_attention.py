@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from megatron_hydra.attention.context_parallel import Pieces
 from megatron_hydra.attention.projection_layout import Section
 from megatron_hydra.attention.sharded_heads import (
     HeadModule,
@@ -77,20 +78,25 @@ class LinearAttentionBranch(HeadModule):
             self.A_log = self._per_head("A_log", layer_number, _init_a_log)
             self.dt_bias = self._per_head("dt_bias", layer_number, _init_dt_bias)
 
-    def forward(self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None) -> Tensor:
-        """Run the recurrence over the whole sequence.
+    def forward(
+        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
+    ) -> Tensor:
+        """Run the recurrence over every sequence, of which other ranks may hold parts.
 
         Args:
             sections: `la_query`, `la_key`, `la_value` [s, b, n, d]; `la_decay`, `la_beta`
                 [s, b, n].
-            rotary_pos_emb: Rotary angles `[s, 1, 1, d]`, used if `config.la_rope`.
+            rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `pieces.positions`, used if
+                `config.la_rope`.
+            pieces: Where the tokens belong.
 
         Returns:
             `[s, b, n, d]`.
         """
-        query, key, value = self._convolve(sections)
         if not self.heads:
-            return value + self._idle()
+            return sections["la_value"] + self._idle()
+        sections = self._to_contiguous(sections, pieces)
+        query, key, value = self._convolve(sections, pieces)
         if self.config.la_qk_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.config.la_rope:
@@ -100,18 +106,65 @@ class LinearAttentionBranch(HeadModule):
         query, key = (F.normalize(t.float(), dim=-1).to(value.dtype) for t in (query, key))
         log_decay, beta = self._log_decay(sections, query), self._beta(sections, query)
         # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
-        batch_first = (t.transpose(0, 1).contiguous() for t in (query, key, value, log_decay, beta))
-        output = gated_delta_rule(*batch_first, impl=self.impl).output
-        return output.transpose(0, 1)
+        rows = [pieces.batch_first(t).contiguous() for t in (query, key, value, log_decay, beta)]
+        output = self._recur(*rows, pieces)
+        return pieces.from_contiguous(pieces.sequence_first(output))
 
-    def _convolve(self, sections: dict[str, Tensor]) -> list[Tensor]:
+    def _to_contiguous(self, sections: dict[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
+        """The recurrence's inputs where they run, in one exchange."""
+        if not pieces.moves_tokens:
+            return sections
+        names = [name for name in sections if name.startswith("la_") and name != "la_gate"]
+        parts = [sections[name].flatten(2) for name in names]
+        moved = pieces.to_contiguous(torch.cat(parts, dim=-1))
+        parts = moved.split([part.shape[-1] for part in parts], dim=-1)
+        return {name: part.view_as(sections[name]) for name, part in zip(names, parts, strict=True)}
+
+    def _convolve(self, sections: dict[str, Tensor], pieces: Pieces) -> list[Tensor]:
         parts = [sections[f"la_{name}"] for name in ("query", "key", "value")]
-        if not self.config.la_short_conv or not self.heads:
+        if not self.config.la_short_conv:
             return parts
         s, b, n, d = parts[0].shape
-        x = torch.cat([part.reshape(s, b, n * d) for part in parts], dim=-1).transpose(0, 1)
-        x = short_conv(x.contiguous(), self.conv_weight, activation="silu", impl=self.impl)
-        return [part.view(s, b, n, d) for part in x.transpose(0, 1).split(n * d, dim=-1)]
+        x = torch.cat([part.reshape(s, b, n * d) for part in parts], dim=-1)
+        x = pieces.batch_first(x).contiguous()
+        x = short_conv(
+            x,
+            self.conv_weight,
+            initial_state=pieces.tokens_before(x, self.config.la_conv_kernel_size - 1),
+            activation="silu",
+            cu_seqlens=pieces.cu_seqlens,
+            impl=self.impl,
+        )
+        return [part.view(s, b, n, d) for part in pieces.sequence_first(x).split(n * d, dim=-1)]
+
+    def _recur(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        pieces: Pieces,
+    ) -> Tensor:
+        """The gated delta rule over a rank's pieces, each from the state that precedes it."""
+        if not pieces.is_split:
+            return gated_delta_rule(
+                query, key, value, log_decay, beta, cu_seqlens=pieces.cu_seqlens, impl=self.impl
+            ).output
+        d = value.shape[-1]
+        output, ends = gated_delta_rule(
+            query,
+            key,
+            F.pad(value, (0, d)),
+            log_decay,
+            beta,
+            initial_state=pieces.start_of_recurrence(value),
+            output_final_state=True,
+            cu_seqlens=pieces.cu_seqlens,
+            impl=self.impl,
+        )
+        state = pieces.states_before(ends).to(value.dtype)
+        return output[..., :d] + torch.einsum("bsnk,bnkv->bsnv", output[..., d:], state)
 
     def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
         if not self.config.la_decay:

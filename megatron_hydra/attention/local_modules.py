@@ -1,7 +1,8 @@
 """The `local` backend's norm and core attention, where Megatron's own are too narrow.
 
-Megatron's local RMSNorm refuses sequence parallelism, and its local `DotProductAttention` holds
-the whole score matrix and wants equal head counts on every rank.
+Megatron's local RMSNorm refuses sequence parallelism, and its local `DotProductAttention` refuses
+context parallelism and packed rows, holds the whole score matrix and wants equal head counts on
+every rank.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_hydra.attention.sequence_layout import SequenceLayout
 
 
 class LocalRMSNorm(torch.nn.Module):
@@ -41,7 +46,8 @@ class LocalCoreAttention(MegatronModule):
     """Causal attention through PyTorch's `scaled_dot_product_attention`; grouped queries allowed.
 
     Takes Megatron's constructor arguments for a core attention module; head counts come from the
-    tensors, so ranks may differ.
+    tensors, so ranks may differ. Under context parallelism each rank gathers all ranks' keys and
+    values: the reference for the backends that pass them round.
     """
 
     def __init__(
@@ -49,9 +55,13 @@ class LocalCoreAttention(MegatronModule):
         config: TransformerConfig,
         layer_number: int,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale if softmax_scale is not None else config.softmax_scale
 
     def forward(
@@ -66,23 +76,33 @@ class LocalCoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: `[s, b, heads, d]`.
-            key: `[s, b, groups, d]`, groups dividing heads.
+            query: `[s, b, heads, d]`; `[s, heads, d]` where packed.
+            key: `[s, b, groups, d]`, groups dividing heads; `[s, groups, d]` where packed.
             value: As `key`.
             attention_mask: Ignored: the mask is always causal.
-            packed_seq_params: Must be None.
+            packed_seq_params: Where a packed row's documents lie (`thd`).
 
         Returns:
-            `[s, b, heads * d]`.
-
-        Raises:
-            NotImplementedError: For packed sequences.
+            `[s, b, heads * d]`; `[s, heads * d]` where packed.
         """
-        if packed_seq_params is not None:
-            raise NotImplementedError("the local backend does not take packed sequences")
-        s, b, _, _ = query.shape
+        is_packed = query.dim() == 3
+        if is_packed:
+            query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        layout = SequenceLayout.of(query.shape[0], packed_seq_params, self.cp_group)
+        mask = None if layout.is_whole else layout.causal_mask().to(query.device)
+        key, value = (
+            gather_from_sequence_parallel_region(t.contiguous(), group=self.cp_group)
+            for t in (key, value)
+        )
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=True,
         )
-        return output.permute(2, 0, 1, 3).reshape(s, b, -1)
+        output = output.permute(2, 0, 1, 3).flatten(2)
+        return output.squeeze(1) if is_packed else output

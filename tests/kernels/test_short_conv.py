@@ -75,7 +75,7 @@ def test_initial_state_continues_the_sequence(split: int):
 @pytest.mark.parametrize("lengths", [[65], [1, 63, 1], [1, 2, 3, 4, 5] * 4 + [5], [40, 25]])
 def test_packed_documents_equal_each_alone(lengths: list[int]):
     x, weight, state = (t[:1] if t.dim() == 3 else t for t in make_inputs(65))
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()  # as Megatron's
     packed = short_conv(x, weight, initial_state=state, cu_seqlens=cu_seqlens, impl="reference")
     states = [state] + [torch.zeros_like(state)] * (len(lengths) - 1)
     alone = torch.cat(

@@ -42,7 +42,7 @@ def short_conv(
 
 def _reach(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """[t]: how many tokens back each token may see; in the first document without bound."""
-    token = torch.arange(num_tokens, device=cu_seqlens.device)
+    token = torch.arange(num_tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
     reach = token - cu_seqlens[document]
     return reach.masked_fill(document == 0, torch.iinfo(reach.dtype).max)
