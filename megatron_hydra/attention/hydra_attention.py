@@ -16,7 +16,9 @@ from functools import cache
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.utils import (
@@ -130,6 +132,10 @@ class HydraAttention(MegatronModule):
             tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
+        # Megatron's selective recomputation, which means softmax attention there.
+        self.recomputes_mixing = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
         if config.perform_initialization:
             self._init_projections()
 
@@ -139,7 +145,7 @@ class HydraAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
         inference_context: Any = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Run the layer.
@@ -168,20 +174,34 @@ class HydraAttention(MegatronModule):
         if rotary_pos_emb is None and (self.config.fa_rope or self.config.la_rope):
             raise ValueError("fa_rope or la_rope is on, but the model passes no rotary_pos_emb")
         projected, _ = self.in_proj(hidden_states)
+
+        def mix(projected: Tensor, hidden_states: Tensor) -> Tensor:
+            return self._mix(projected, hidden_states, rotary_pos_emb, packed_seq_params)
+
+        if self.recomputes_mixing and self.training:
+            fused = checkpoint(mix, False, projected, hidden_states)
+        else:
+            fused = mix(projected, hidden_states)
+        return self.linear_proj(fused)
+
+    def _mix(
+        self,
+        projected: Tensor,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """What lies between the projections: `[s, b, rows]` to `[s, b, n d]`."""
         sections = self.layout.split(projected)
-        group = self.pg_collection.cp
-        tokens = SequenceLayout.of(projected.shape[0], packed_seq_params, group)
-        pieces = Pieces(tokens, group)
+        tokens = SequenceLayout.of(projected.shape[0], packed_seq_params, self.pg_collection.cp)
+        pieces = Pieces(tokens, self.pg_collection.cp)
         fa_angles = la_angles = rotary_pos_emb
         if packed_seq_params is not None and rotary_pos_emb is not None:
-            fa_angles, la_angles = (
-                rotary_pos_emb[tokens.positions],
-                rotary_pos_emb[pieces.positions],
-            )
+            fa_angles = rotary_pos_emb[tokens.positions]
+            la_angles = rotary_pos_emb[pieces.positions]
         fa = self.full_attention(sections, fa_angles, tokens, packed_seq_params)
         la = self.linear_attention(sections, la_angles, pieces)
-        fused = self.fusion(fa, la, sections, hidden_states)
-        return self.linear_proj(fused)
+        return self.fusion(fa, la, sections, hidden_states)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

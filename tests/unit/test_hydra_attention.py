@@ -15,6 +15,7 @@ install_if_needed()
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
 from megatron_hydra.attention.linear_attention import choose_kernel  # noqa: E402
+from megatron_hydra.attention.sequence_layout import packed_sequence  # noqa: E402
 from megatron_hydra.config import HydraConfig  # noqa: E402
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.layer_specs import get_hydra_layer_spec  # noqa: E402
@@ -260,6 +261,35 @@ def test_megatrons_own_defaults_are_not_taken_for_qwen3s():
     sizes = dict(num_layers=2, hidden_size=32, num_attention_heads=8, vocab_size=64)
     with pytest.raises(UserError, match="normalization is 'LayerNorm'; hybrids and their teachers"):
         HydraConfig(**sizes)
+
+
+def _keep_in(saved):
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    return keep
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("overrides", [{}, dict(fusion="gate", fa_query_scale="always")], ids=str)
+def test_selective_recomputation_is_bit_equal_and_keeps_less(overrides, packed):
+    results, kept = [], []
+    for granularity in (None, "selective"):
+        attention = _attention(recompute_granularity=granularity, **overrides)
+        x, angles, packing = _input(), _rotary(), None
+        if packed:
+            x, packing = x.flatten(0, 1)[:, None], packed_sequence(torch.tensor([0, 1, 22, 42]))
+        x.requires_grad_()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(_keep_in(saved), lambda tensor: tensor):
+            output, _ = attention(x, rotary_pos_emb=angles, packed_seq_params=packing)
+        output.square().sum().backward()
+        gradients = [p.grad for p in attention.parameters() if p.requires_grad]
+        results.append([output, x.grad, *gradients])
+        kept.append(sum(t.numel() for t in saved))
+    assert all(map(torch.equal, *results))
+    assert kept[1] < kept[0] / 3
 
 
 def test_choices_that_do_not_fit_are_errors():
