@@ -18,6 +18,7 @@ install_if_needed()
 
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
+from megatron_hydra.attention.sequence_layout import packed_sequence  # noqa: E402
 from megatron_hydra.conversion.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from megatron_hydra.conversion.qwen3 import megatron_fields  # noqa: E402
 from megatron_hydra.model import build_model  # noqa: E402
@@ -34,9 +35,9 @@ def _model(backend: str, dtype: torch.dtype):
     return model if dtype == torch.float32 else model.bfloat16()
 
 
-def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor) -> dict:
+def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor, packing) -> dict:
     x = x.to(attention.in_proj.weight.dtype).requires_grad_()
-    output, _ = attention(x, rotary_pos_emb=rotary)
+    output, _ = attention(x, rotary_pos_emb=rotary, packed_seq_params=packing)
     output.backward(upstream.to(output.dtype))
     results = {"output": output, "input gradient": x.grad}
     for name, parameter in attention.named_parameters():
@@ -45,20 +46,24 @@ def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tenso
     return {name: value.detach().float() for name, value in results.items()}
 
 
-def test_layer_equals_local_within_bf16_tolerance(record_property):
+@pytest.mark.parametrize("documents", [None, [1, 200, 55, 256]])
+def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
     oracle_layer = _model("local", torch.float32).decoder.layers[0].self_attention
     oracle_layer.linear_attention.impl = "reference"
     weights = {k: v for k, v in oracle_layer.state_dict().items() if v is not None}
     generator = torch.Generator("cuda").manual_seed(0)
     x, upstream = (torch.randn(256, 2, 512, device="cuda", generator=generator) for _ in range(2))
-    rotary = RotaryEmbedding(64, 1.0, rotary_base=10000)(256)
-    oracle = _run(oracle_layer, x.bfloat16().float(), rotary, upstream.bfloat16().float())
+    rotary, packing = RotaryEmbedding(64, 1.0, rotary_base=10000)(256), None
+    if documents is not None:
+        packing = packed_sequence(torch.tensor([0, *documents], device="cuda").cumsum(0))
+        x, upstream = (tensor.flatten(0, 1)[:, None] for tensor in (x, upstream))
+    oracle = _run(oracle_layer, x.bfloat16().float(), rotary, upstream.bfloat16().float(), packing)
     errors = {}
     for backend in ("local", "transformer_engine"):
         layer = _model(backend, torch.bfloat16).decoder.layers[0].self_attention
         layer.load_state_dict(weights, strict=False)
         assert layer.linear_attention.impl == "fla"
-        found = _run(layer, x, rotary, upstream)
+        found = _run(layer, x, rotary, upstream, packing)
         assert found.keys() == oracle.keys()
         errors[backend] = {
             name: ((found[name] - value).norm() / value.norm()).item()

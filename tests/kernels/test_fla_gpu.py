@@ -42,45 +42,59 @@ def with_grad(inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None)
     return {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in inputs.items()}
 
 
+def documents(length: int) -> torch.Tensor:
+    """Where a row's documents begin: one of a single token, others across chunks."""
+    return torch.tensor([0, 1, length // 3, length], device="cuda", dtype=torch.int32).unique()
+
+
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_dim", [32, 128])
 @pytest.mark.parametrize("length", [1, 63, 130, 512])
-def test_gated_delta_rule(length: int, head_dim: int):
+def test_gated_delta_rule(length: int, head_dim: int, packed: bool):
     rng = torch.Generator(device="cuda").manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng, device="cuda")
 
-    vectors = (2, length, 4, head_dim)
+    # Packed rows come alone, and with values twice as wide under context parallelism.
+    batch, value_dim = (1, 2 * head_dim) if packed else (2, head_dim)
+    cu_seqlens = documents(length) if packed else None
+    vectors = (batch, length, 4, head_dim)
     inputs = {
         "q": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "k": F.normalize(randn(*vectors), dim=-1).bfloat16(),
-        "v": randn(*vectors).bfloat16(),
-        "g": F.logsigmoid(randn(2, length, 4) + 2),
-        "beta": randn(2, length, 4).sigmoid(),
-        "initial_state": randn(2, 4, head_dim, head_dim) * 0.1,
+        "v": randn(*vectors[:3], value_dim).bfloat16(),
+        "g": F.logsigmoid(randn(*vectors[:3]) + 2),
+        "beta": randn(*vectors[:3]).sigmoid(),
+        "initial_state": randn(batch, 4, head_dim, value_dim) * 0.1,
     }
     exact_inputs = with_grad(inputs, torch.float64)
     q, k, v, g, beta, state = exact_inputs.values()
     exact = gradients(
-        recurrent_gated_delta_rule(q, k, v, g, beta, head_dim**-0.5, state), exact_inputs
+        recurrent_gated_delta_rule(q, k, v, g, beta, head_dim**-0.5, state, cu_seqlens),
+        exact_inputs,
     )
     results = []
     for impl in ("fla", "reference"):
         own = with_grad(inputs)
         with torch.autocast("cuda", torch.bfloat16, enabled=impl == "reference"):
-            outputs = gated_delta_rule(**own, output_final_state=True, impl=impl)
+            outputs = gated_delta_rule(
+                **own, output_final_state=True, cu_seqlens=cu_seqlens, impl=impl
+            )
         assert outputs.final_state.dtype == torch.float32
         assert outputs.output.dtype == torch.bfloat16
         results.append(gradients(outputs, own))
     assert_at_most_twice_the_error(*results, exact)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 130])
-def test_short_conv(length: int, with_state: bool, activation: str | None):
+def test_short_conv(length: int, with_state: bool, activation: str | None, packed: bool):
     rng = torch.Generator(device="cuda").manual_seed(0)
-    shapes = {"x": (2, length, 96), "weight": (96, 4), "initial_state": (2, 3, 96)}
+    batch, cu_seqlens = (1, documents(length)) if packed else (2, None)
+    shapes = {"x": (batch, length, 96), "weight": (96, 4), "initial_state": (batch, 3, 96)}
     inputs = {
         name: torch.randn(shape, generator=rng, device="cuda").bfloat16()
         for name, shape in shapes.items()
@@ -89,5 +103,6 @@ def test_short_conv(length: int, with_state: bool, activation: str | None):
     results = []
     for impl, dtype in (("fla", None), ("reference", None), ("reference", torch.float64)):
         own = with_grad(inputs, dtype)
-        results.append(gradients([short_conv(**own, activation=activation, impl=impl)], own))
+        output = short_conv(**own, activation=activation, cu_seqlens=cu_seqlens, impl=impl)
+        results.append(gradients([output], own))
     assert_at_most_twice_the_error(*results)
