@@ -253,11 +253,6 @@ def _check(config: RunConfig) -> None:
     _check_loss_weights(transfer)
     if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
         raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
-    if config.strategy.pipeline_model_parallel_size > 1 and transfer.stage != "long_context":
-        raise UserError(
-            "strategy.pipeline_model_parallel_size must be 1 for stages align and distill: "
-            "their losses need every layer of the teacher on the rank"
-        )
     if config.strategy.sequence_parallel and config.strategy.tensor_model_parallel_size == 1:
         raise UserError("strategy.sequence_parallel needs tensor_model_parallel_size above 1")
 

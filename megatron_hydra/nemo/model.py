@@ -25,7 +25,11 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
 from megatron_hydra.nemo.config import TransferSection
 from megatron_hydra.transfer.alignment import Alignment
-from megatron_hydra.transfer.distillation import distillation_loss
+from megatron_hydra.transfer.distillation import (
+    distillation_loss,
+    pipeline_output,
+    set_pipeline_input,
+)
 
 # What a forward step hands to the loss reduction: the loss to minimise as a sum over tokens, the
 # number of tokens, and the parts to log, each a sum over tokens.
@@ -89,6 +93,8 @@ class HydraModel(llm.GPTModel):
         # In a list, so that no module, state dict, DDP or optimizer finds it.
         self._teacher: list[GPTModel] = []
         self._alignment: Alignment | None = None
+        # What a pipeline stage before the last has found in the micro-batches of this step.
+        self._stage_sums: list[dict[str, Any]] = []
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         """Build the student, load its first weights, and load the frozen teacher."""
@@ -96,6 +102,9 @@ class HydraModel(llm.GPTModel):
             return
         # NeMo seeds this itself only where CUDA is available.
         model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
+        # Stages of a distillation send each other the hidden states of two models, wider than
+        # Megatron expects. Its own check asks for a setting of mixtures of experts, so not earlier.
+        self.config.variable_seq_lengths = bool(self.transfer.kl_weight)
         self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
         load_weights(Path(self.transfer.init_from), self.module)
         if self.transfer.teacher is not None:
@@ -113,19 +122,70 @@ class HydraModel(llm.GPTModel):
             for name in ("tokens", "position_ids", "labels", "loss_mask")
         }
 
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take what the previous pipeline stage sent; Megatron's schedule calls this.
+
+        Args:
+            input_tensor: One tensor, `[s, b, h]`, wider where a teacher's hidden states lie
+                beside the student's; None on the first stage.
+        """
+        (received,) = input_tensor
+        if self._alignment is not None:
+            self._alignment.set_pipeline_input(received)
+        else:
+            set_pipeline_input(bare_model(self.module), self._kl_teacher, received)
+
     def forward_step(self, batch: dict[str, Tensor]) -> StepOutput | Tensor:
         """The stage's loss, or hidden states where the pipeline goes on.
 
         Args:
             batch: `tokens`, `position_ids`, `labels` `[b, s]` integers, `loss_mask` `[b, s]`.
         """
-        if not parallel_state.is_pipeline_last_stage():
-            return self(batch["tokens"], batch["position_ids"])
         if self._alignment is not None:
             return self._alignment_step(self._alignment, batch)
+        if not parallel_state.is_pipeline_last_stage():
+            return pipeline_output(
+                bare_model(self.module), self._kl_teacher, batch["tokens"], batch["position_ids"]
+            )
         return self._distillation_step(batch)
 
-    def _alignment_step(self, alignment: Alignment, batch: dict[str, Tensor]) -> StepOutput:
+    def over_pipeline(self, reduced: dict[str, Tensor] | Tensor) -> dict[str, Tensor]:
+        """Give every pipeline stage the scalars of a step.
+
+        Args:
+            reduced: What the loss reduction returned on the last stage; ignored on the others.
+
+        Returns:
+            The mean over the batch's tokens of the loss and each of its parts.
+        """
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return reduced
+        stage_sums, self._stage_sums = self._stage_sums, []
+        if not parallel_state.is_pipeline_last_stage():
+            reduced = _SumReduction().reduce(stage_sums) if stage_sums else {}
+        # Each part is found on one stage; those of alignment's sums, on every stage.
+        zero = torch.zeros((), device=torch.cuda.current_device())
+        values = torch.stack([reduced.get(name, zero) for name in self._part_names])
+        torch.distributed.all_reduce(
+            values, group=parallel_state.get_pipeline_model_parallel_group()
+        )
+        return dict(zip(self._part_names, values.unbind(), strict=True))
+
+    @property
+    def _part_names(self) -> list[str]:
+        """The loss and its parts, on all pipeline stages together."""
+        if self._alignment is None:
+            return ["loss", "ce", *(["kl"] if self.transfer.kl_weight else [])]
+        layers = [f"alignment/layer_{layer:02d}" for layer in range(self.config.num_layers)]
+        return [*layers, "alignment", "loss"]
+
+    @property
+    def _kl_teacher(self) -> GPTModel | None:
+        return self._teacher[0] if self.transfer.kl_weight else None
+
+    def _alignment_step(
+        self, alignment: Alignment, batch: dict[str, Tensor]
+    ) -> StepOutput | Tensor:
         num_tokens = batch["tokens"].numel()
         layers = alignment.forward(batch["tokens"], batch["position_ids"])
         losses = torch.stack(list(layers.values())) * num_tokens
@@ -134,12 +194,17 @@ class HydraModel(llm.GPTModel):
             shown = reduce_from_tensor_model_parallel_region(shown)
         parts = {f"alignment/{layer}": loss for layer, loss in zip(layers, shown, strict=True)}
         parts["alignment"] = parts["loss"] = shown.sum()
-        return _step_output(losses.sum(), num_tokens, parts)
+        output = alignment.pipeline_output(losses.sum())
+        step_output = _step_output(output, num_tokens, parts)
+        if parallel_state.is_pipeline_last_stage():
+            return step_output
+        self._stage_sums.append(_sums(step_output))
+        return output
 
     def _distillation_step(self, batch: dict[str, Tensor]) -> StepOutput:
         losses = distillation_loss(
             bare_model(self.module),
-            self._teacher[0] if self.transfer.kl_weight else None,
+            self._kl_teacher,
             batch["tokens"],
             batch["position_ids"],
             batch["labels"],
@@ -165,9 +230,7 @@ class _SumReduction(MegatronLossReduction):
     def forward(
         self, batch: Any, forward_out: StepOutput
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        num_tokens = forward_out["num_tokens"]
-        sums = torch.stack([num_tokens.float(), *forward_out["parts"].values()])
-        return forward_out["loss"], num_tokens, {"sums": sums, "names": forward_out["parts"].keys()}
+        return forward_out["loss"], forward_out["num_tokens"], _sums(forward_out)
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         names = ["num_tokens", *losses_reduced_per_micro_batch[0]["names"]]
@@ -184,6 +247,11 @@ def bare_model(module: Any) -> GPTModel:
     while not isinstance(module, GPTModel):
         module = module.module
     return module
+
+
+def _sums(output: StepOutput) -> dict[str, Any]:
+    sums = torch.stack([output["num_tokens"].float(), *output["parts"].values()])
+    return {"sums": sums, "names": output["parts"].keys()}
 
 
 def _step_output(loss: Tensor, num_tokens: int | Tensor, parts: dict[str, Tensor]) -> StepOutput:

@@ -28,7 +28,7 @@ def make_strategy(section: StrategySection, backend: str, dtype: torch.dtype) ->
         backend: Of the process groups: `gloo` or `nccl`.
         dtype: Of the hidden states that go from one pipeline stage to the next.
     """
-    return HydraStrategy(
+    strategy = HydraStrategy(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
         pipeline_model_parallel_size=section.pipeline_model_parallel_size,
         sequence_parallel=section.sequence_parallel,
@@ -43,10 +43,19 @@ def make_strategy(section: StrategySection, backend: str, dtype: torch.dtype) ->
         ckpt_async_save=False,
         ckpt_optim_fully_reshardable=True,
     )
+    strategy.log_train_loss = False  # it is the last pipeline stage's part alone
+    return strategy
 
 
 class HydraStrategy(nl.MegatronStrategy):
-    """`nl.MegatronStrategy` whose optimizer state loads without CUDA."""
+    """`nl.MegatronStrategy` for a HydraModel, whose optimizer state loads without CUDA."""
+
+    def training_step(
+        self, dataloader_iter: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Run forward and backward of a step; every pipeline stage gets the step's scalars."""
+        reduced = super().training_step(dataloader_iter, *args, **kwargs)
+        return self.lightning_module.over_pipeline(reduced)
 
     def load_optimizer_state_dict(
         self, checkpoint: Mapping[str, Any], selective_restore: bool = False

@@ -34,8 +34,11 @@ def run_distributed(function: Callable[..., None], world_size: int, *args: Any) 
 def _run(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     os.environ.update(
+        TORCHELASTIC_RUN_ID="run_distributed",
+        GROUP_RANK="0",
         RANK=str(rank),
         LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

@@ -2,20 +2,25 @@
 
 Teacher-forced: the teacher runs, and every hybrid attention gets the teacher's input of its layer
 and is held to the teacher's attention output after the output projection. So the layers are
-independent, and the teacher's stream is all that flows from layer to layer.
+independent, and the teacher's stream is all that flows from layer to layer, and from one pipeline
+stage to the next. Each stage's losses are its own; before the last stage they enter the backward
+pass through the stage's output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.transfer.hidden_states import without_output_layer
+from megatron_hydra.transfer.hidden_states import stage_hidden_states
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 
 class Alignment:
@@ -25,17 +30,15 @@ class Alignment:
     teacher's storage: only the hybrid attentions exist beside the teacher.
 
     Args:
-        student: The hybrid; only its attentions require gradients afterwards.
-        teacher: The teacher on the same tensor-parallel layout; frozen.
+        student: This pipeline stage of the hybrid; only its attentions require gradients
+            afterwards.
+        teacher: The teacher on the same tensor- and pipeline-parallel layout; frozen.
 
     Raises:
-        UserError: If the student does not carry the teacher's weights, or the model is split
-            into pipeline stages.
+        UserError: If the student does not carry the teacher's weights.
     """
 
     def __init__(self, student: GPTModel, teacher: GPTModel) -> None:
-        if student.config.pipeline_model_parallel_size > 1:
-            raise UserError("alignment needs pipeline_model_parallel_size 1")
         trained = list(hybrid_attention_parameters(student))
         student.requires_grad_(False)
         for parameter in trained:
@@ -43,7 +46,9 @@ class Alignment:
         teacher.requires_grad_(False)
         _share_frozen_parameters(student, teacher)
         self.teacher = teacher.eval()
-        self.losses: list[Tensor] = []
+        self.losses: dict[str, Tensor] = {}
+        self._received: Tensor | None = None
+        self._stage_output: Tensor | None = None
         self._layer_input: Tensor | None = None
         for student_layer, teacher_layer in zip(
             student.decoder.layers, teacher.decoder.layers, strict=True
@@ -53,22 +58,57 @@ class Alignment:
                 self._compare_with(student_layer), with_kwargs=True
             )
 
-    def forward(self, tokens: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> dict[str, Tensor]:
         """Run the teacher with the hybrid attentions beside it.
 
         Args:
             tokens: `[b, s]`, int64.
             position_ids: `[b, s]`, int64.
+            packed_seq_params: Documents of packed sequences, with b = 1; None for whole ones.
 
         Returns:
-            `layer_00` and so on: mean squared error of that layer's attention output, float32
+            `layer_00` and so on, of this pipeline stage, numbered over the whole model: mean
+            squared error of that layer's attention output over this rank's tokens, float32
             scalars; the stage's loss is their sum. Under sequence parallelism, each rank's share.
         """
-        self.losses = []
-        with torch.no_grad(), without_output_layer(self.teacher):
-            self.teacher(tokens, position_ids, None)
-        losses, self.losses = self.losses, []
-        return {f"layer_{layer:02d}": loss for layer, loss in enumerate(losses)}
+        self.losses = {}
+        with torch.no_grad():
+            self._stage_output = stage_hidden_states(
+                self.teacher, tokens, position_ids, packed_seq_params
+            )
+        losses, self.losses = self.losses, {}
+        return losses
+
+    def set_pipeline_input(self, received: Tensor | None) -> None:
+        """Give the teacher what the previous stage's `pipeline_output` returned; first stage: None.
+
+        Args:
+            received: `[s, b, h]`, `s / tp` under sequence parallelism.
+        """
+        self._received = received
+        self.teacher.set_input_tensor(None if received is None else received.detach())
+
+    def pipeline_output(self, loss: Tensor) -> Tensor:
+        """What this stage hands to Megatron's schedule after `forward`.
+
+        Args:
+            loss: Scalar, what this stage adds to the loss.
+
+        Returns:
+            On the last stage `loss`; before it the teacher's hidden states `[s, b, h]` for the
+            next stage. The backward pass starts the loss's own, whatever comes from the next
+            stage, and hands zeros to the stage before.
+        """
+        output, self._stage_output = self._stage_output, None
+        if self.teacher.post_process:
+            output = loss.detach()
+        received, self._received = self._received, None
+        return _LossBesideOutput.apply(output, loss, received)
 
     def _keep_input(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._layer_input = args[0] if args else kwargs["hidden_states"]
@@ -80,9 +120,14 @@ class Alignment:
             with torch.enable_grad():
                 hidden = student_layer.input_layernorm(self._layer_input)
                 found, _ = student_layer.self_attention(
-                    hidden, None, rotary_pos_emb=kwargs.get("rotary_pos_emb")
+                    hidden,
+                    None,
+                    rotary_pos_emb=kwargs.get("rotary_pos_emb"),
+                    packed_seq_params=kwargs.get("packed_seq_params"),
                 )
-                self.losses.append(_mean_squared_error(found, output[0], student_layer.config))
+                loss = _mean_squared_error(found, output[0], student_layer.config)
+            # Megatron counts layers from 1.
+            self.losses[f"layer_{student_layer.layer_number - 1:02d}"] = loss
 
         return compare
 
@@ -91,6 +136,22 @@ def hybrid_attention_parameters(model: GPTModel) -> Iterator[torch.nn.Parameter]
     """The parameters that alignment trains: every layer's attention, but for constants."""
     for layer in model.decoder.layers:
         yield from (p for p in layer.self_attention.parameters() if p.requires_grad)
+
+
+class _LossBesideOutput(torch.autograd.Function):
+    """An output whose backward pass starts that of a loss which it does not depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, loss: Tensor, received: Tensor | None) -> Tensor:
+        ctx.save_for_backward(loss, received)
+        # A copy: Megatron frees what it has sent, and refuses to free a view.
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        loss, received = ctx.saved_tensors
+        upstream = None if received is None else torch.zeros_like(received)
+        return None, torch.ones_like(loss), upstream
 
 
 def _mean_squared_error(found: Tensor, target: Tensor, config: Any) -> Tensor:

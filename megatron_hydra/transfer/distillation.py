@@ -1,18 +1,28 @@
 """Stage 2, distillation: the student's predictions are held to the teacher's, and to the text.
 
 Stage 3 is the same without a teacher: the text alone.
+
+Under pipeline parallelism both models are cut into the same number of stages, and what one stage
+hands to the next is the hidden states of both, side by side; the losses belong to the last stage.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_hydra.transfer.hidden_states import final_hidden_states, unwrapped_model
+from megatron_hydra.transfer.hidden_states import (
+    final_hidden_states,
+    stage_hidden_states,
+    unwrapped_model,
+)
 from megatron_hydra.transfer.losses import DistillationParts, chunked_distillation_loss
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
 
 
 def distillation_loss(
@@ -27,6 +37,7 @@ def distillation_loss(
     ce_weight: float,
     chunk_tokens: int,
     temperature: float = 1.0,
+    packed_seq_params: PackedSeqParams | None = None,
 ) -> DistillationParts:
     """Run student and teacher on a batch and compare what they predict.
 
@@ -44,13 +55,16 @@ def distillation_loss(
         ce_weight: Factor on the cross entropy.
         chunk_tokens: Tokens whose logits exist at once.
         temperature: Softens both distributions of the KL; see `chunked_distillation_loss`.
+        packed_seq_params: Documents of packed sequences, with b = 1; None for whole sequences.
 
     Raises:
         UserError: As `chunked_distillation_loss`.
+        ValueError: If the models do not hold the last pipeline stage.
     """
     student_model = unwrapped_model(student)
     group = student_model.pg_collection.tp
-    student_hidden = final_hidden_states(student, tokens, position_ids)  # [s, b, h]
+    inputs = (tokens, position_ids, packed_seq_params)
+    student_hidden = final_hidden_states(student, *inputs)  # [s, b, h]
     if not student_model.config.sequence_parallel:
         # Each rank's gradient comes from its part of the vocabulary: summed over TP in backward.
         # With sequence parallel the gather's backward does that.
@@ -58,7 +72,7 @@ def distillation_loss(
     teacher_hidden = teacher_weight = None
     if teacher is not None:
         with torch.no_grad():
-            teacher_hidden = final_hidden_states(teacher, tokens, position_ids).flatten(0, 1)
+            teacher_hidden = final_hidden_states(teacher, *inputs).flatten(0, 1)
         teacher_weight = _output_weight(unwrapped_model(teacher))
     # Labels follow the hidden states' order, token by token of all sequences, rather than the
     # other way round: a transposed gradient would not be contiguous, and megatron-core 0.16 drops
@@ -76,6 +90,56 @@ def distillation_loss(
         temperature=temperature,
         tp_group=group,
     )
+
+
+def pipeline_output(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module | None,
+    tokens: Tensor,
+    position_ids: Tensor,
+    packed_seq_params: PackedSeqParams | None = None,
+) -> Tensor:
+    """Run student and teacher on a pipeline stage before the last.
+
+    Args:
+        student: As in `distillation_loss`, of this stage.
+        teacher: The same for the teacher.
+        tokens: [b, s] integer.
+        position_ids: [b, s] integer.
+        packed_seq_params: As in `distillation_loss`.
+
+    Returns:
+        For `set_pipeline_input` on the next stage: [s, b, h], or [s, b, h + h of the teacher],
+        which has no gradient; s / tp under sequence parallelism.
+    """
+    inputs = (tokens, position_ids, packed_seq_params)
+    hidden = stage_hidden_states(student, *inputs)
+    if teacher is None:
+        return hidden
+    with torch.no_grad():
+        teacher_hidden = stage_hidden_states(teacher, *inputs)
+    return torch.cat([hidden, teacher_hidden], dim=-1)
+
+
+def set_pipeline_input(
+    student: torch.nn.Module, teacher: torch.nn.Module | None, received: Tensor | None
+) -> None:
+    """Give both models their part of what the previous stage's `pipeline_output` returned.
+
+    Args:
+        student: As in `distillation_loss`, of this stage.
+        teacher: The same for the teacher; None if the previous stage had none.
+        received: None on the first stage.
+    """
+    student, teacher_input = unwrapped_model(student), None
+    if teacher is not None:
+        teacher = unwrapped_model(teacher)
+        if received is not None:
+            sizes = [student.config.hidden_size, teacher.config.hidden_size]
+            received, teacher_input = (x.contiguous() for x in received.split(sizes, dim=-1))
+            teacher_input = teacher_input.detach()
+        teacher.set_input_tensor(teacher_input)
+    student.set_input_tensor(received)
 
 
 def _output_weight(gpt_model: Any) -> Tensor:

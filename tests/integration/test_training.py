@@ -52,12 +52,17 @@ Scalars = dict[str, dict[int, float]]  # by name, then by step
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `hybrid`, the tokens of `data` in `tokens.json`, and `run.yaml`."""
+    """As `write_inputs`, of two layers."""
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_inputs(folder, HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2))
+
+
+def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> Path:
+    """Write `teacher`, `hybrid`, the tokens of `data` in `tokens.json`, and `run.yaml`."""
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
-    folder = tmp_path_factory.mktemp("inputs")
-    source = str(write_tiny_qwen3(folder / "qwen3"))
-    HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2).save(folder / "plan.json")
+    source = str(write_tiny_qwen3(folder / "qwen3", **qwen3_fields))
+    plan.save(folder / "plan.json")
     convert = ["convert", "--teacher", source, "--out"]
     assert cli.main([*convert, f"{folder}/teacher"]) == 0
     plan = ["--plan", f"{folder}/plan.json", "--calibration-tokens", "256"]
