@@ -46,6 +46,12 @@ class DataSection:
     weights: list[float] = field(default_factory=list)
     """Share of each path in the blend; empty: by size."""
     mask_end_of_document: bool = False
+    """Leave the prediction that follows an end-of-document token out of the loss."""
+    reset_at_document_end: bool = False
+    """Restart positions, attention, convolution and recurrence after each end-of-document token.
+
+    So documents of one sample do not see one another; includes `mask_end_of_document`.
+    """
     num_workers: int = 0
     seed: int = 1234
 
@@ -69,13 +75,18 @@ class StrategySection:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that work on one sample together."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
 
 @dataclass
@@ -188,6 +199,7 @@ _RANGES: dict[str, _Range] = {
     "trainer.seed": _SEED,
     "strategy.tensor_model_parallel_size": _COUNT,
     "strategy.pipeline_model_parallel_size": _COUNT,
+    "strategy.context_parallel_size": _COUNT,
     "optim.lr": _POSITIVE_OR_0,
     "optim.min_lr": _POSITIVE_OR_0,
     "optim.warmup_steps": _COUNT_OR_0,
@@ -253,8 +265,26 @@ def _check(config: RunConfig) -> None:
     _check_loss_weights(transfer)
     if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
         raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
-    if config.strategy.sequence_parallel and config.strategy.tensor_model_parallel_size == 1:
+    _check_sequence_length(data, config.strategy)
+
+
+def _check_sequence_length(data: DataSection, strategy: StrategySection) -> None:
+    """Check that ranks can share a sample's tokens; packed documents are padded to fit."""
+    tensor, context = strategy.tensor_model_parallel_size, strategy.context_parallel_size
+    if strategy.sequence_parallel and tensor == 1:
         raise UserError("strategy.sequence_parallel needs tensor_model_parallel_size above 1")
+    if data.reset_at_document_end:
+        return
+    if context > 1 and data.seq_length % (2 * context):
+        raise UserError(
+            f"data.seq_length {data.seq_length} does not divide by 2 x "
+            f"strategy.context_parallel_size = {2 * context}"
+        )
+    if strategy.sequence_parallel and data.seq_length % (tensor * context):
+        raise UserError(
+            f"strategy.sequence_parallel is on, but data.seq_length {data.seq_length} does not "
+            f"divide by tensor_model_parallel_size x context_parallel_size = {tensor * context}"
+        )
 
 
 def _check_loss_weights(transfer: TransferSection) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from megatron.core.datasets.indexed_dataset import DType
+from megatron.core.packed_seq_params import PackedSeqParams
 from nemo.collections import llm
+from torch import Tensor
 
+from megatron_hydra.attention.sequence_layout import pad_documents
 from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.config import DataSection
 from megatron_hydra.nemo.indexed_dataset import dataset_files, read_notes
@@ -28,7 +34,8 @@ def make_data_module(
 ) -> llm.PreTrainingDataModule:
     """The data module of the YAML's section, all of the data used for training.
 
-    Samples run over document ends: position ids and attention are not reset there.
+    Samples run over document ends: position ids and attention are not reset here, see
+    :func:`pack_documents`.
 
     Args:
         section: Paths, lengths and batch sizes.
@@ -52,6 +59,46 @@ def make_data_module(
     )
     module.create_attention_mask = False  # causal attention makes its own
     return module
+
+
+def pack_documents(
+    batch: Mapping[str, Tensor],
+    end_of_document: int,
+    cp_size: int = 1,
+    sp_size: int = 1,
+) -> tuple[dict[str, Tensor], PackedSeqParams]:
+    """Lay a batch's documents into one row, where none sees another.
+
+    A document ends with its end-of-document token or with its row; the token after the former
+    belongs to another document, so predicting it does not count.
+
+    Args:
+        batch: `tokens` and `labels` `[b, s]` int64, `loss_mask` `[b, s]` floating point.
+        end_of_document: The token that ends a document.
+        cp_size: Context-parallel ranks, for which every document is padded.
+        sp_size: Ranks that share each context-parallel rank's tokens by sequence parallelism;
+            what they lack for equal parts is a document of padding.
+
+    Returns:
+        `tokens`, `position_ids`, `labels`, `loss_mask` and `token_weights`, which is 0 where a
+        token is padding, `[1, t]` each; and where the documents lie.
+    """
+    ends = batch["tokens"] == end_of_document
+    row = {name: batch[name].flatten() for name in ("tokens", "labels")}
+    row["loss_mask"] = batch["loss_mask"].masked_fill(ends, 0).flatten()
+    row["token_weights"] = torch.ones_like(row["loss_mask"])
+    ends[:, -1] = True
+    cu_seqlens = F.pad(ends.flatten().nonzero().squeeze(1) + 1, (1, 0))
+    unit = 1 if cp_size == 1 else 2 * cp_size
+    num_padded = int(((cu_seqlens.diff() + unit - 1) // unit * unit).sum())
+    num_lacking = -num_padded % math.lcm(unit, cp_size * sp_size)
+    if num_lacking:
+        row = {name: F.pad(values, (0, num_lacking)) for name, values in row.items()}
+        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + num_lacking])
+    lengths = cu_seqlens.diff()
+    starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
+    row["position_ids"] = torch.arange(len(starts), device=starts.device) - starts
+    return pad_documents({name: values[None] for name, values in row.items()}, cu_seqlens, cp_size)
 
 
 class _EndOfDocument:

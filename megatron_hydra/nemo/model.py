@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     model_parallel_cuda_manual_seed,
     reduce_from_tensor_model_parallel_region,
@@ -18,12 +19,14 @@ from nemo.collections import llm
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
+from megatron_hydra.attention.sequence_layout import shard_batch
 from megatron_hydra.config import HydraFields
 from megatron_hydra.conversion.checkpoint import load_checkpoint
 from megatron_hydra.conversion.distributed_weights import load_weights
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
 from megatron_hydra.nemo.config import TransferSection
+from megatron_hydra.nemo.data import pack_documents
 from megatron_hydra.transfer.alignment import Alignment
 from megatron_hydra.transfer.distillation import (
     distillation_loss,
@@ -77,6 +80,8 @@ class HydraModel(llm.GPTModel):
         transfer: Stage, first weights, teacher and loss weights.
         seed: Of Megatron's model-parallel random numbers.
         teacher_overrides: Configuration fields that the teacher is built with.
+        reset_at: The token that ends a document, where everything restarts after it; None for
+            samples that run over document ends.
     """
 
     def __init__(
@@ -85,10 +90,11 @@ class HydraModel(llm.GPTModel):
         transfer: TransferSection,
         seed: int = 1234,
         teacher_overrides: Mapping[str, Any] | None = None,
+        reset_at: int | None = None,
     ) -> None:
         super().__init__(config)
         self.transfer = transfer
-        self.seed = seed
+        self.seed, self.reset_at = seed, reset_at
         self.teacher_overrides = dict(teacher_overrides or {})
         # In a list, so that no module, state dict, DDP or optimizer finds it.
         self._teacher: list[GPTModel] = []
@@ -102,9 +108,12 @@ class HydraModel(llm.GPTModel):
             return
         # NeMo seeds this itself only where CUDA is available.
         model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
-        # Stages of a distillation send each other the hidden states of two models, wider than
-        # Megatron expects. Its own check asks for a setting of mixtures of experts, so not earlier.
-        self.config.variable_seq_lengths = bool(self.transfer.kl_weight)
+        # Stages of a distillation send each other the hidden states of two models, and packed
+        # rows differ in length: not the shape that Megatron expects. Set after its own check,
+        # which would ask for a setting of mixtures of experts.
+        self.config.variable_seq_lengths = (
+            bool(self.transfer.kl_weight) or self.reset_at is not None
+        )
         self.module = self.config.configure_model(self.tokenizer, vp_stage=vp_stage)
         load_weights(Path(self.transfer.init_from), self.module)
         if self.transfer.teacher is not None:
@@ -113,14 +122,24 @@ class HydraModel(llm.GPTModel):
         if self.transfer.stage == "align":
             self._alignment = Alignment(self.module, self._teacher[0])
 
-    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Tensor]:
-        """The next micro-batch, on the model's device."""
+    def data_step(self, dataloader_iter: Iterator[Any]) -> dict[str, Any]:
+        """This context-parallel rank's part of the next micro-batch, on the model's device.
+
+        Returns:
+            `tokens`, `position_ids`, `labels` and `loss_mask`, `[b, s]` each. Where documents
+            are packed, b = 1 and there are `token_weights` and `packed_seq_params` too, see
+            :func:`pack_documents`.
+        """
         batch = next(dataloader_iter)
         batch = batch[0] if isinstance(batch, tuple) else batch
-        return {
-            name: batch[name].cuda(non_blocking=True)
-            for name in ("tokens", "position_ids", "labels", "loss_mask")
-        }
+        batch = {name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")}
+        cp_group, packed = parallel_state.get_context_parallel_group(), None
+        if self.reset_at is not None:
+            sp_size = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+            batch, packed = pack_documents(batch, self.reset_at, cp_group.size(), sp_size)
+        batch = shard_batch(batch, cp_group, packed)
+        result = {name: values.cuda(non_blocking=True) for name, values in batch.items()}
+        return result if packed is None else {**result, "packed_seq_params": _to_device(packed)}
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the previous pipeline stage sent; Megatron's schedule calls this.
@@ -135,17 +154,21 @@ class HydraModel(llm.GPTModel):
         else:
             set_pipeline_input(bare_model(self.module), self._kl_teacher, received)
 
-    def forward_step(self, batch: dict[str, Tensor]) -> StepOutput | Tensor:
+    def forward_step(self, batch: dict[str, Any]) -> StepOutput | Tensor:
         """The stage's loss, or hidden states where the pipeline goes on.
 
         Args:
-            batch: `tokens`, `position_ids`, `labels` `[b, s]` integers, `loss_mask` `[b, s]`.
+            batch: As :meth:`data_step` returns it.
         """
         if self._alignment is not None:
             return self._alignment_step(self._alignment, batch)
         if not parallel_state.is_pipeline_last_stage():
             return pipeline_output(
-                bare_model(self.module), self._kl_teacher, batch["tokens"], batch["position_ids"]
+                bare_model(self.module),
+                self._kl_teacher,
+                batch["tokens"],
+                batch["position_ids"],
+                batch.get("packed_seq_params"),
             )
         return self._distillation_step(batch)
 
@@ -183,12 +206,13 @@ class HydraModel(llm.GPTModel):
     def _kl_teacher(self) -> GPTModel | None:
         return self._teacher[0] if self.transfer.kl_weight else None
 
-    def _alignment_step(
-        self, alignment: Alignment, batch: dict[str, Tensor]
-    ) -> StepOutput | Tensor:
-        num_tokens = batch["tokens"].numel()
-        layers = alignment.forward(batch["tokens"], batch["position_ids"])
-        losses = torch.stack(list(layers.values())) * num_tokens
+    def _alignment_step(self, alignment: Alignment, batch: dict[str, Any]) -> StepOutput | Tensor:
+        weights = batch.get("token_weights")
+        num_tokens = batch["tokens"].numel() if weights is None else weights.sum()
+        layers = alignment.forward(
+            batch["tokens"], batch["position_ids"], batch.get("packed_seq_params"), weights
+        )
+        losses = torch.stack(list(layers.values()))
         shown = losses.detach()
         if self.config.sequence_parallel:  # each rank has its tokens' share
             shown = reduce_from_tensor_model_parallel_region(shown)
@@ -201,7 +225,7 @@ class HydraModel(llm.GPTModel):
         self._stage_sums.append(_sums(step_output))
         return output
 
-    def _distillation_step(self, batch: dict[str, Tensor]) -> StepOutput:
+    def _distillation_step(self, batch: dict[str, Any]) -> StepOutput:
         losses = distillation_loss(
             bare_model(self.module),
             self._kl_teacher,
@@ -212,6 +236,7 @@ class HydraModel(llm.GPTModel):
             kl_weight=self.transfer.kl_weight,
             ce_weight=self.transfer.ce_weight,
             chunk_tokens=self.transfer.chunk_tokens,
+            packed_seq_params=batch.get("packed_seq_params"),
         )
         parts = {"loss": losses.loss_sum, "ce": losses.ce_sum}
         if self.transfer.kl_weight:
@@ -247,6 +272,16 @@ def bare_model(module: Any) -> GPTModel:
     while not isinstance(module, GPTModel):
         module = module.module
     return module
+
+
+def _to_device(packed: PackedSeqParams) -> PackedSeqParams:
+    values = {field.name: getattr(packed, field.name) for field in fields(packed)}
+    on_device = {
+        name: value.cuda(non_blocking=True)
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    return replace(packed, **on_device)
 
 
 def _sums(output: StepOutput) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def make_strategy(section: StrategySection, backend: str, dtype: torch.dtype) ->
     strategy = HydraStrategy(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
         pipeline_model_parallel_size=section.pipeline_model_parallel_size,
+        context_parallel_size=section.context_parallel_size,
         sequence_parallel=section.sequence_parallel,
         pipeline_dtype=dtype,
         ddp=DistributedDataParallelConfig(

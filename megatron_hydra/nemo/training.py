@@ -61,6 +61,7 @@ class TrainingRun:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._check_layout()
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
+        self._check_stages(self.meta, "transfer.init_from", config.transfer.init_from)
         tokenizer_files(self._tokenizer)  # or the trained hybrid could not be written
         if config.transfer.teacher is not None:
             self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
@@ -89,12 +90,17 @@ class TrainingRun:
             config.trainer.accelerator,
             f"going on from {checkpoint}" if checkpoint else "starting at step 0",
         )
+        end_of_document = self._end_of_document()
         model = HydraModel(
-            self.model_config, config.transfer, config.trainer.seed, self._runtime_fields()
+            self.model_config,
+            config.transfer,
+            config.trainer.seed,
+            self._runtime_fields(),
+            end_of_document if config.data.reset_at_document_end else None,
         )
         llm.train(
             model=model,
-            data=make_data_module(config.data, self._end_of_document(), self.folder.data_index),
+            data=make_data_module(config.data, end_of_document, self.folder.data_index),
             trainer=self._trainer(show),
             log=_Logger(
                 explicit_log_dir=str(self.folder.nemo_logs),
@@ -184,7 +190,8 @@ class TrainingRun:
         if self.world_size % strategy.model_parallel_size:
             raise UserError(
                 f"{self.world_size} ranks do not divide by tensor_model_parallel_size x "
-                f"pipeline_model_parallel_size = {strategy.model_parallel_size}"
+                "pipeline_model_parallel_size x context_parallel_size = "
+                f"{strategy.model_parallel_size}"
             )
         data_parallel = self.world_size // strategy.model_parallel_size
         if data.global_batch_size % (data.micro_batch_size * data_parallel):
@@ -204,7 +211,17 @@ class TrainingRun:
                 "checkpoints"
             )
 
+    def _check_stages(self, meta: dict[str, Any], key: str, folder: str) -> None:
+        num_layers = meta["config"]["num_layers"]
+        num_stages = self.config.strategy.pipeline_model_parallel_size
+        if num_layers % num_stages:
+            raise UserError(
+                f"{key} {folder} has {num_layers} layers, which do not divide by "
+                f"strategy.pipeline_model_parallel_size {num_stages}"
+            )
+
     def _check_teacher(self, teacher: dict[str, Any]) -> None:
+        self._check_stages(teacher, "transfer.teacher", str(self.config.transfer.teacher))
         if teacher["config"]["vocab_size"] != self.meta["config"]["vocab_size"] or (
             self.config.transfer.stage == "align"
             and teacher["teacher_config_hash"] != self.meta["teacher_config_hash"]
@@ -235,6 +252,7 @@ class TrainingRun:
                 "seq_length": config.data.seq_length,
                 "tensor_model_parallel_size": config.strategy.tensor_model_parallel_size,
                 "pipeline_model_parallel_size": config.strategy.pipeline_model_parallel_size,
+                "context_parallel_size": config.strategy.context_parallel_size,
             },
             plan=HeadPlan.load(f"{config.transfer.init_from}/plan.json"),
         )
@@ -270,13 +288,14 @@ class TrainingRun:
         return self.config.trainer.precision == "bf16"
 
     def _end_of_document(self) -> int:
-        if not self.config.data.mask_end_of_document:
+        data = self.config.data
+        if not (data.mask_end_of_document or data.reset_at_document_end):
             return -1  # never read
         token = load_tokenizer(self._tokenizer).eos_token_id
         if token is None:
+            name = "reset_at_document_end" if data.reset_at_document_end else "mask_end_of_document"
             raise UserError(
-                f"data.mask_end_of_document is on, but the tokenizer {self._tokenizer} has no "
-                "end-of-text token"
+                f"data.{name} is on, but the tokenizer {self._tokenizer} has no end-of-text token"
             )
         return token
 

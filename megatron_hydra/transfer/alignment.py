@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
@@ -47,6 +48,7 @@ class Alignment:
         _share_frozen_parameters(student, teacher)
         self.teacher = teacher.eval()
         self.losses: dict[str, Tensor] = {}
+        self._token_weights: Tensor | None = None
         self._received: Tensor | None = None
         self._stage_output: Tensor | None = None
         self._layer_input: Tensor | None = None
@@ -63,6 +65,7 @@ class Alignment:
         tokens: Tensor,
         position_ids: Tensor,
         packed_seq_params: PackedSeqParams | None = None,
+        token_weights: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Run the teacher with the hybrid attentions beside it.
 
@@ -70,13 +73,16 @@ class Alignment:
             tokens: `[b, s]`, int64.
             position_ids: `[b, s]`, int64.
             packed_seq_params: Documents of packed sequences, with b = 1; None for whole ones.
+            token_weights: `[b, s]` floating point, 0 where a token is padding; None for ones.
 
         Returns:
-            `layer_00` and so on, of this pipeline stage, numbered over the whole model: mean
-            squared error of that layer's attention output over this rank's tokens, float32
-            scalars; the stage's loss is their sum. Under sequence parallelism, each rank's share.
+            `layer_00` and so on, of this pipeline stage, numbered over the whole model: that
+            layer's error, summed over this rank's tokens, each the mean square over the channels
+            of the attention output; float32 scalars. The stage's loss is their sum. Under
+            sequence or context parallelism a rank's tokens are its share.
         """
         self.losses = {}
+        self._token_weights = self._as_hidden_states(token_weights)
         with torch.no_grad():
             self._stage_output = stage_hidden_states(
                 self.teacher, tokens, position_ids, packed_seq_params
@@ -125,11 +131,25 @@ class Alignment:
                     rotary_pos_emb=kwargs.get("rotary_pos_emb"),
                     packed_seq_params=kwargs.get("packed_seq_params"),
                 )
-                loss = _mean_squared_error(found, output[0], student_layer.config)
+                # [s, b]
+                errors = (found.float() - output[0].float()).square().mean(dim=-1)
+                if self._token_weights is not None:
+                    errors = errors * self._token_weights
+                loss = errors.sum()
             # Megatron counts layers from 1.
             self.losses[f"layer_{student_layer.layer_number - 1:02d}"] = loss
 
         return compare
+
+    def _as_hidden_states(self, token_weights: Tensor | None) -> Tensor | None:
+        """`[s, b]`, or this rank's rows of it under sequence parallelism."""
+        if token_weights is None:
+            return None
+        token_weights = token_weights.t().contiguous()
+        if self.teacher.config.sequence_parallel:
+            group = self.teacher.pg_collection.tp
+            return scatter_to_sequence_parallel_region(token_weights, group=group)
+        return token_weights
 
 
 def hybrid_attention_parameters(model: GPTModel) -> Iterator[torch.nn.Parameter]:
@@ -152,12 +172,6 @@ class _LossBesideOutput(torch.autograd.Function):
         loss, received = ctx.saved_tensors
         upstream = None if received is None else torch.zeros_like(received)
         return None, torch.ones_like(loss), upstream
-
-
-def _mean_squared_error(found: Tensor, target: Tensor, config: Any) -> Tensor:
-    """This rank's share of the mean over all tokens: all of it without sequence parallelism."""
-    ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return (found.float() - target.float()).square().sum() / (found.numel() * ranks)
 
 
 def _share_frozen_parameters(student: GPTModel, teacher: GPTModel) -> None:

@@ -261,6 +261,10 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
         ("transfer.teacher=IN/hybrid", "teacher"),
         ("strategy.tensor_model_parallel_size=2", "1 ranks do not divide"),
         ("strategy.tensor_model_parallel_size=3", "does not divide by the tensor-parallel size 3"),
+        (
+            "strategy.pipeline_model_parallel_size=3",
+            "IN/hybrid has 2 layers, which do not divide by strategy.pipeline_model",
+        ),
         ("log.folder=IN/text.txt/run", "cannot write"),
         ("optim.beta1=1.5", "optim.beta1 is 1.5"),
         ("trainer.num_threads=-1", "trainer.num_threads is -1"),

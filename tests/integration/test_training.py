@@ -1,8 +1,9 @@
 """A run against a plain PyTorch loop: batches, every recorded number, and the trained weights.
 
 Catches: a loss weight, the teacher or the mask ignored, a loss that depends on the micro-batch
-size, a wrong learning rate, clipping, weight decay or Adam constant, scalars that are not written
-or stand at another step, and a trained hybrid that is not the trained one.
+size, a document that feels another of its row, a wrong learning rate, clipping, weight decay or
+Adam constant, scalars that are not written or stand at another step, and a trained hybrid that is
+not the trained one.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ RUNS = {
         "transfer.kl_weight=0.7", "transfer.ce_weight=0.3", "data.micro_batch_size=2",
     ],
     "long_context": ["transfer.stage=long_context", "log.every_n_steps=2"],
+    "align_packed": [
+        "transfer.stage=align", "data.reset_at_document_end=true", "data.micro_batch_size=2",
+    ],
+    "distill_packed": [
+        "transfer.kl_weight=0.7", "transfer.ce_weight=0.3", "data.reset_at_document_end=true",
+        "data.mask_end_of_document=false",
+    ],
 }  # fmt: skip
 
 Batch = dict[str, Tensor]
@@ -120,9 +128,13 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
         run = TrainingRun(config)
         run.run(show)
     seconds = time.monotonic() - start
-    _check_batches(batches, inputs, config.data.micro_batch_size)
+    _check_batches(batches, inputs, config.data.micro_batch_size, config.data.reset_at_document_end)
+    if config.data.reset_at_document_end:
+        batches = [_documents(batch) for batch in batches]
+    else:
+        batches = [[batch] for batch in batches]
     num_micro = BATCH // config.data.micro_batch_size
-    steps = [batches[i : i + num_micro] for i in range(0, len(batches), num_micro)]
+    steps = [sum(batches[i : i + num_micro], []) for i in range(0, len(batches), num_micro)]
     expected, trained = _plain_loop(inputs, steps, config.transfer)
 
     recorded = {f"train/{name}": values for name, values in shown.items()}
@@ -156,11 +168,37 @@ def _check_damaged_checkpoint(inputs: Path, folder: Path) -> None:
         TrainingRun(config).run(lambda step, scalars: None)
 
 
-def _check_batches(batches: list[Batch], inputs: Path, micro_batch_size: int) -> None:
+def _split(tokens: Tensor) -> list[list[int]]:
+    """The documents of one row: each ends with its end token or with the row."""
+    documents: list[list[int]] = [[]]
+    for token in tokens.tolist():
+        documents[-1].append(token)
+        if token == END:
+            documents.append([])
+    return [document for document in documents if document]
+
+
+def _documents(batch: Batch) -> list[Batch]:
+    """Each document of a packed micro-batch as a batch of its own."""
+    rows = batch["tokens"].view(-1, LENGTH)
+    lengths = [len(document) for row in rows for document in _split(row)]
+    parts = {name: batch[name][0].split(lengths) for name in ("tokens", "labels", "loss_mask")}
+    return [
+        {
+            **{name: values[i][None] for name, values in parts.items()},
+            "position_ids": torch.arange(length)[None],
+        }
+        for i, length in enumerate(lengths)
+    ]
+
+
+def _check_batches(batches: list[Batch], inputs: Path, micro_batch_size: int, packed: bool) -> None:
     """Different samples of the data, one after the other, with the next tokens as labels."""
     tokens = torch.tensor(json.loads((inputs / "tokens.json").read_text()))
     starts = []
     for batch in batches:
+        rows = ("tokens", "labels", "loss_mask", "position_ids")
+        batch = {name: batch[name].view(-1, LENGTH) for name in rows}
         assert batch["tokens"].shape == (micro_batch_size, LENGTH)
         for row in range(micro_batch_size):
             sample = {name: values[row] for name, values in batch.items()}
@@ -172,7 +210,9 @@ def _check_batches(batches: list[Batch], inputs: Path, micro_batch_size: int) ->
             starts.append(start)
             assert torch.equal(sample["labels"], tokens[start + 1 : start + LENGTH + 1])
             assert torch.equal(sample["loss_mask"], (sample["tokens"] != END).float())
-            assert torch.equal(sample["position_ids"], torch.arange(LENGTH))
+            lengths = map(len, _split(sample["tokens"])) if packed else [LENGTH]
+            positions = [position for length in lengths for position in range(length)]
+            assert sample["position_ids"].tolist() == positions
     assert len(set(starts)) == len(starts) == NUM_STEPS * BATCH
 
 
@@ -224,7 +264,7 @@ def _sums_of_stage(
         def align(batch: Batch) -> dict[str, Any]:
             num_tokens = batch["tokens"].numel()
             layers = alignment.forward(batch["tokens"], batch["position_ids"])
-            parts = {f"alignment/{name}": loss * num_tokens for name, loss in layers.items()}
+            parts = {f"alignment/{name}": loss for name, loss in layers.items()}
             total = sum(parts.values())
             return {**parts, "alignment": total, "loss": total, "num_tokens": num_tokens}
 

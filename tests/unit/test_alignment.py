@@ -51,7 +51,7 @@ def test_target_is_the_teachers_attention_output_and_layers_are_independent():
         hook.remove()
     rotary = teacher.rotary_pos_emb(tokens.shape[1])
     expected = [
-        (layer.self_attention(x, rotary_pos_emb=rotary)[0] - y).square().mean()
+        (layer.self_attention(x, rotary_pos_emb=rotary)[0] - y).square().mean(-1).sum()
         for layer, x, y in zip(student.decoder.layers, inputs, outputs, strict=True)
     ]
     alignment = Alignment(student, teacher)

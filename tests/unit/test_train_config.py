@@ -104,6 +104,7 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("data.weights=[0]", "data.weights is 0.0; it must be above 0, and below 1e30"),
         ("data.seed=4294967296", "data.seed is 4294967296; it must be 0 or more, and below 2^32"),
         ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
+        ("strategy.context_parallel_size=3", "data.seq_length 8 does not divide by 2 x strategy.c"),
         ("optim.min_lr=1", "optim.min_lr 1.0 is above optim.lr 0.001"),
         ("optim.lr", "override 'optim.lr' must read section.key=value"),
         ("optim.lr=[", "the value of override 'optim.lr=[' is not valid YAML"),
@@ -114,6 +115,16 @@ def test_each_mistake_gets_its_sentence(config_file: Path, override: str, senten
         load_config(config_file, [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_sequence_length_divides_by_ranks_that_share_it(config_file: Path) -> None:
+    shared = ["strategy.tensor_model_parallel_size=4", "strategy.sequence_parallel=true",
+              "strategy.context_parallel_size=2"]  # fmt: skip
+    load_config(config_file, shared)
+    shared.append("data.seq_length=12")  # divides by 2 x 2, but not by 4 x 2
+    with pytest.raises(UserError, match=r"data\.seq_length 12 does not divide by tensor_.* = 8$"):
+        load_config(config_file, shared)
+    load_config(config_file, [*shared, "data.reset_at_document_end=true"])  # padded to fit
 
 
 def test_learning_rate_warms_up_then_falls_to_its_least_value() -> None:
