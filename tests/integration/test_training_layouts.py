@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 RUNS = {
     "align": ["transfer.stage=align"],
     "distill": ["transfer.kl_weight=0.7", "transfer.ce_weight=0.3"],
-    "long_context": ["transfer.stage=long_context"],
+    "long_context": ["transfer.stage=long_context", "model.recompute=true"],
     "align_packed": ["transfer.stage=align", "data.reset_at_document_end=true"],
     "distill_packed": ["data.reset_at_document_end=true", "data.micro_batch_size=2"],
 }
@@ -63,7 +63,9 @@ def train(inputs: Path, folder: Path, overrides: list[str]) -> None:
 def _layout(tied: str, world_size: int, *sizes: str, fast: bool = False) -> Any:
     marks = () if fast else pytest.mark.exhaustive
     name = "_".join(size.split(".")[1].replace("_parallel_size", "") for size in sizes)
-    return pytest.param(tied, world_size, list(sizes), id=f"{tied}-{name}", marks=marks)
+    return pytest.param(
+        tied, world_size, list(sizes), id=f"{tied}-{world_size}_ranks-{name}", marks=marks
+    )
 
 
 @pytest.mark.parametrize(
