@@ -7,11 +7,13 @@ it, a row's end that is none, padding that counts, and a row of the wrong length
 from __future__ import annotations
 
 import dataclasses
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_hydra.model import build_model
@@ -23,7 +25,7 @@ from megatron_hydra.transfer.distillation import distillation_loss
 from megatron_hydra.transfer.weight_reuse import reuse_teacher_weights
 
 LENGTH, END = 12, 5
-# Lengths of the documents in each row of a batch. A row's last document is cut by its end.
+# Lengths of the documents in each row of a batch.
 ROWS = {
     "one fills a row": [[12], [3, 9]],
     "many tiny ones": [[1, 2, 1, 1, 3, 1, 1, 2], [1] * 12],
@@ -33,11 +35,14 @@ ROWS = {
 
 def _batch(rows: list[list[int]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(END + 1, 64, (len(rows), LENGTH + 1), generator=generator)
+    length = sum(rows[0])
+    tokens = torch.randint(END + 1, 64, (len(rows), length + 1), generator=generator)
     for row, lengths in enumerate(rows):
-        assert sum(lengths) == LENGTH
-        tokens[row, [end - 1 for end in accumulate(lengths)][:-1]] = END
-    loss_mask = torch.ones(len(rows), LENGTH)
+        assert sum(lengths) == length
+        # Every second row's last document ends with the row, the others are cut there.
+        ends = list(accumulate(lengths))[: None if row % 2 else -1]
+        tokens[row, [end - 1 for end in ends]] = END
+    loss_mask = torch.ones(len(rows), length)
     loss_mask[0, 1::4] = 0.5
     return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": loss_mask}
 
@@ -50,18 +55,26 @@ def _alone(batch: dict[str, Tensor], rows: list[list[int]]) -> list[dict[str, Te
             part = slice(end - length, end)
             document = {name: values[row : row + 1, part] for name, values in batch.items()}
             document["loss_mask"] = document["loss_mask"].clone()
-            if end < LENGTH:
+            if document["tokens"][0, -1] == END:
                 document["loss_mask"][0, -1] = 0
             documents.append({**document, "position_ids": torch.arange(length)[None]})
     return documents
 
 
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 5), (2, 2), (2, 3), (4, 1)], ids=str)
+@st.composite
+def _rows(draw: st.DrawFn) -> list[list[int]]:
+    """The documents' lengths in each row of a batch."""
+    length = draw(st.integers(1, 12))
+    borders = st.sets(st.integers(1, length)).map(lambda ends: [0, *sorted(ends | {length})])
+    rows = draw(st.lists(borders, min_size=1, max_size=3))
+    return [[end - begin for begin, end in pairwise(row)] for row in rows]
+
+
+@settings(deadline=None, derandomize=True)
+@given(rows=_rows(), cp_size=st.integers(1, 4), sp_size=st.integers(1, 5))
 def test_row_holds_every_document_padded_as_ranks_need(
-    rows: list[list[int]], sizes: tuple[int, int]
+    rows: list[list[int]], cp_size: int, sp_size: int
 ) -> None:
-    cp_size, sp_size = sizes
     batch = _batch(rows)
     row, packed = pack_documents(batch, END, cp_size, sp_size)
     num_tokens = row["tokens"].shape[1]
