@@ -1,13 +1,15 @@
 # The commands of this repository; each makes the environment it needs.
 #   make quickstart   the main job, from the shipped teacher to a report (about 11 minutes)
-#   make test         all tests that need no GPU
+#   make test         all tests that need no GPU, but for the long matrix
+#   make test-slow    the long matrix of parallel layouts (an hour)
+#   make certificates certify the quickstart's model anew, and the README's table from it
 #   make checks       formatter, linter, types
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-gpu checks teacher clean
+.PHONY: install quickstart test test-slow test-gpu checks certificates teacher clean
 
 install: $(INSTALLED)
 
@@ -23,7 +25,20 @@ quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not exhaustive"
+
+test-slow: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"
+
+CERTIFY := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node
+CERTIFIED := -m hydra_tools.certify --config examples/quickstart/certify.yaml --overwrite
+
+certificates: $(INSTALLED)
+	$(CERTIFY) 4 $(CERTIFIED) --tp 4 --cp 4 --pp 2 --length 64 --steps 2 \
+		--out tests/certificates/cpu_4_ranks.json
+	$(CERTIFY) 8 $(CERTIFIED) --tp 8 --cp 2 --pp 2 --layers 2 --length 32 --steps 2 --only parallel \
+		--out tests/certificates/cpu_8_ranks.json
+	$(VENV)/bin/python -m hydra_tools.certify --table tests/certificates/*.json --into README.md
 
 # On a GPU machine, in an environment that has Transformer Engine and fla.
 test-gpu:

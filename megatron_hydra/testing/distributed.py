@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+_SECONDS_FOR_STACKS = 2.0
 
-def run_distributed(function: Callable[..., None], world_size: int, *args: Any) -> None:
+
+def run_distributed(
+    function: Callable[..., None], world_size: int, *args: Any, limit_s: float = 1800.0
+) -> None:
     """Call `function(*args)` on `world_size` fresh processes joined by torchrun's environment.
 
     Each process has CUDA's calls mapped to the CPU and one thread; `function` (of a module's top
     level) sets up Megatron's groups itself with `initialize_model_parallel`. An exception on any
     rank is raised here. Ranks fork from a server that has imported Megatron and run nothing.
+
+    Args:
+        function: What each rank runs.
+        world_size: Number of ranks.
+        *args: Given to each.
+        limit_s: Wall-clock time, after which all ranks are killed.
+
+    Raises:
+        TimeoutError: If a rank has not ended in time; says where each of those stood.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["megatron_hydra.testing.preload"]
@@ -26,12 +44,40 @@ def run_distributed(function: Callable[..., None], world_size: int, *args: Any) 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _run, (world_size, port, function, args), nprocs=world_size, start_method="forkserver"
-    )
+    with tempfile.TemporaryDirectory() as stacks:
+        context = torch.multiprocessing.start_processes(
+            _run,
+            (world_size, port, Path(stacks), function, args),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
+        )
+        deadline = time.monotonic() + limit_s
+        while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(_kill(context.processes, Path(stacks), limit_s))
 
 
-def _run(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+def _kill(processes: list[Any], stacks: Path, limit_s: float) -> str:
+    """Ask the ranks that still run where they stand, then kill them."""
+    running = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in running:
+        if (stacks / f"{rank}").exists():  # made once the rank can answer
+            os.kill(processes[rank].pid, signal.SIGUSR1)
+    time.sleep(_SECONDS_FOR_STACKS)
+    for rank in running:
+        processes[rank].kill()
+        processes[rank].join()
+    lines = [f"ranks {running} of {len(processes)} had not ended after {limit_s:g} s"]
+    for rank in running:
+        file = stacks / f"{rank}"
+        lines.append(f"rank {rank}: {file.read_text() if file.exists() else 'not started'}")
+    return "\n".join(lines)
+
+
+def _run(
+    rank: int, world_size: int, port: int, stacks: Path, function: Callable, args: tuple
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         TORCHELASTIC_RUN_ID="run_distributed",
@@ -46,7 +92,11 @@ def _run(rank: int, world_size: int, port: int, function: Callable, args: tuple)
     from megatron_hydra.cpu import install_if_needed
 
     install_if_needed()
-    function(*args)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    with (stacks / f"{rank}.opening").open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file, all_threads=False)
+        Path(file.name).rename(stacks / f"{rank}")
+        function(*args)
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        faulthandler.unregister(signal.SIGUSR1)

@@ -15,8 +15,8 @@ FA_HEADS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
 """A plan's FA heads with split, whole and missing query groups (two heads a group)."""
 
 
-def tiny_config(**overrides: Any) -> HydraConfig:
-    """Two layers of eight heads in four groups, float32, as Qwen3 is built."""
+def tiny_fields(**overrides: Any) -> dict[str, Any]:
+    """HydraConfig's fields for two layers of eight heads in four groups, as Qwen3 is built."""
     fields: dict[str, Any] = dict(
         num_layers=2,
         hidden_size=32,
@@ -29,7 +29,12 @@ def tiny_config(**overrides: Any) -> HydraConfig:
         share_embeddings_and_output_weights=True,
         layernorm_epsilon=1e-6,
     )
-    return HydraConfig(**{**megatron_fields(), **fields, **overrides})
+    return {**megatron_fields(), **fields, **overrides}
+
+
+def tiny_config(**overrides: Any) -> HydraConfig:
+    """The configuration of :func:`tiny_fields`, float32."""
+    return HydraConfig(**tiny_fields(**overrides))
 
 
 def tiny_plan(fa_heads: dict[int, tuple[int, ...]] | None = None) -> HeadPlan:

@@ -23,6 +23,7 @@ VERBS = {
     "convert": "turn a teacher and a plan into a hybrid checkpoint",
     "preprocess": "write text as Megatron's indexed token files",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
+    "certify": "hold a model to itself at every parallel layout; start it with torchrun",
     "evaluate": "measure retrieval and perplexity of models",
     "report": "write one HTML page about a transfer",
 }
