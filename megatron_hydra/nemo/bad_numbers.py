@@ -141,7 +141,8 @@ class NumberWatch(pl.Callback):
             )
         self._skipped_in_a_row += 1
         self.num_skipped += 1
-        logger.warning("%s; skipped: %s", description, ending)
+        if torch.distributed.get_rank() == 0:
+            logger.warning("%s; skipped: %s", description, ending)
 
     def _describe_step(self) -> str:
         is_finite = [bool(largest.isfinite()) for largest in self._largest_gradients]

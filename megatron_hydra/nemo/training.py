@@ -317,3 +317,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
     rank_zero.log.setLevel(logging.ERROR)
+    # NeMo's telemetry: it complains of every run that ends before its last step.
+    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)
