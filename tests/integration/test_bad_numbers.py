@@ -8,15 +8,12 @@ changed or told off, and a run that skips for ever.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +21,18 @@ import pytest
 import torch
 import yaml
 from hydra_tools import cli
-from torch import Tensor, nn
+from torch import nn
 
-from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing import run_distributed
-from megatron_hydra.testing.faults import Fault, gradient_fault, head_fault, hidden_states_fault
+from megatron_hydra.testing.faults import gradient_fault, head_fault, hidden_states_fault
 from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
+from megatron_hydra.testing.training import RecordedRun, is_bit_equal, recorded_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 BATCH, LENGTH, NUM_DOCUMENTS = 4, 16, 100
-_PARTS = ("loss", "ce", "kl")
+LOSS_PARTS = ("loss", "ce", "kl")
 ROOT = Path(__file__).parents[2]
 
 
@@ -77,6 +74,10 @@ def test_tensor_parallel_faults_are_named_and_skipped(inputs: Path, tmp_path: Pa
     run_distributed(_check_tensor_parallel, 2, inputs, tmp_path)
 
 
+def _run(inputs: Path, folder: Path, overrides: list[str], faults: Any = None) -> RecordedRun:
+    return recorded_run(inputs / "run.yaml", [*overrides, f"log.folder={folder}"], faults)
+
+
 def _check_tensor_parallel(inputs: Path, folder: Path) -> None:
     clean = _run(inputs, folder / "clean", [])
     assert clean.lines == [] and clean.error is None
@@ -94,14 +95,7 @@ def _check_tensor_parallel(inputs: Path, folder: Path) -> None:
     in_proj, norm = "self_attention.in_proj.weight", "pre_mlp_layernorm.weight"
     rank = _rank_of(clean.model, 1, 2)
     for layer, name, source, rows, value, of_heads in (
-        (
-            1,
-            in_proj,
-            rank,
-            lambda of: of.layout.rows("la_key", 2),
-            torch.inf,
-            " (la_key of head 2)",
-        ),
+        (1, in_proj, rank, _la_key_of_head_2, torch.inf, "la_key of head 2"),
         # Replicated: Megatron's gradient norm leaves the second rank's out.
         (0, norm, 1, slice(None), torch.nan, ""),
         (0, in_proj, 1, slice(None), 1e30, None),
@@ -111,11 +105,16 @@ def _check_tensor_parallel(inputs: Path, folder: Path) -> None:
         _check_skipped(skipped, clean, [0, 1, 2, 3])
         if of_heads is not None:
             kind = "NaN" if value != value else "Inf"
-            words = f"{kind} in the gradient of {name}{of_heads} of layer {layer}"
+            heads = f" ({of_heads})" if of_heads else ""
+            words = f"{kind} in the gradient of {name}{heads} of layer {layer}"
             _check_line(skipped, words, source)
         elif skipped.lines:
             words = "is bad: the gradient's norm is Inf, though every gradient is finite; read from"
             assert words in skipped.lines[0]
+
+
+def _la_key_of_head_2(attention: nn.Module) -> slice:
+    return attention.layout.rows("la_key", 2)
 
 
 def test_data_parallel_faults_name_their_replica(inputs: Path, tmp_path: Path) -> None:
@@ -126,23 +125,19 @@ def _check_data_parallel(inputs: Path, folder: Path) -> None:
     layout = ["strategy.tensor_model_parallel_size=1"]
     clean = _run(inputs, folder / "clean", layout)
     # Replica 1 reads the samples 1 and 3 of each batch of 4. Summed, a gradient is bad on both.
-    parts = ", ".join(f"NaN in the loss part {part} of micro-batch 0" for part in _PARTS)
+    parts = ", ".join(f"NaN in the loss part {part} of micro-batch 0" for part in LOSS_PARTS)
+    output = "NaN in the output of head 3 (LA) of layer 0"
     scale = "self_attention.fusion.head_scale"
     of_scale = gradient_fault(
         1, 1, scale, lambda of: of.fusion.head_section.units.index(3), torch.nan
     )
+    rank = int(os.environ["RANK"])
     for name, micro_batch, fault, samples, words in (
-        (
-            "head",
-            1,
-            head_fault(0, 3, torch.nan),
-            [3],
-            "NaN in the output of head 3 (LA) of layer 0",
-        ),
+        ("head", 1, head_fault(0, 3, torch.nan), [3], output),
         ("loss", 0, hidden_states_fault(torch.nan), [1], parts),
         ("scale", 0, of_scale, [0, 1, 2, 3], f"NaN in the gradient of {scale} (head 3) of layer 1"),
     ):
-        seen = _run(inputs, folder / name, layout, {(1, micro_batch): fault}, fault_rank=1)
+        seen = _run(inputs, folder / name, layout, {(1, micro_batch): fault} if rank == 1 else None)
         _check_skipped(seen, clean, samples)
         _check_line(seen, words, 1, "tensor 0", "data 1")
 
@@ -201,7 +196,9 @@ def _check_spikes(inputs: Path, folder: Path) -> None:
     assert 2 < found == pytest.approx(ratio, rel=0.05)
     _check_documents(line, seen, [48, 49, 50, 51])
     assert list(_tensorboard(folder)["train/loss_spike"]) == [13]
-    assert not _same(seen.states[13].optimizer, seen.states[12].optimizer), "the step was taken"
+    assert not is_bit_equal(seen.states[13].optimizer, seen.states[12].optimizer), (
+        "the step was taken"
+    )
 
 
 def test_command_ends_with_one_sentence(inputs: Path, tmp_path: Path) -> None:
@@ -242,113 +239,6 @@ def _write_bad_hybrid(inputs: Path, folder: Path) -> None:
     save_checkpoint(folder, loaded.model, loaded.config, plan, inputs / "hybrid/tokenizer", {})
 
 
-@dataclass
-class _State:
-    """Everything that a step changes, at its start."""
-
-    weights: dict[str, Tensor]
-    optimizer: Any
-
-
-@dataclass
-class _Seen:
-    """What a run did on this rank."""
-
-    lines: list[str] = field(default_factory=list)
-    shown: dict[str, dict[int, float]] = field(default_factory=dict)
-    batches: list[Tensor] = field(default_factory=list)
-    samples: list[Tensor] = field(default_factory=list)
-    """Of all ranks' batches, in the run's order."""
-    states: list[_State] = field(default_factory=list)
-    model: Any = None
-    error: UserError | None = None
-
-
-def _run(
-    inputs: Path,
-    folder: Path,
-    overrides: list[str],
-    faults: dict[tuple[int, int], Fault] | None = None,
-    fault_rank: int | None = None,
-) -> _Seen:
-    """Train; faults by step of this call and micro-batch, on one rank or on all of them."""
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from nv_one_logger.training_telemetry.api.callbacks import (
-        on_train_end,
-        on_training_single_iteration_end,
-    )
-
-    from megatron_hydra.nemo.config import load_config
-    from megatron_hydra.nemo.training import TrainingRun
-
-    seen = _Seen()
-
-    def show(step: int, scalars: dict[str, float]) -> None:
-        for name, value in scalars.items():
-            seen.shown.setdefault(name, {})[step] = value
-
-    config = load_config(inputs / "run.yaml", [*overrides, f"log.folder={folder}"])
-    run = TrainingRun(config)
-    rank = int(os.environ["RANK"])
-    # As under torchrun; elsewhere Lightning forgets the world's size after the first run.
-    os.environ.update(LOCAL_WORLD_SIZE=os.environ["WORLD_SIZE"], TORCHELASTIC_RUN_ID="test")
-    with _log_lines() as seen.lines, _spied(seen, faults if fault_rank in (None, rank) else None):
-        try:
-            run.run(show)
-        except UserError as error:
-            seen.error = error
-            on_training_single_iteration_end()
-            on_train_end()  # else NeMo's telemetry takes this process for one that is training
-    _gather_samples(seen)
-    unset_num_microbatches_calculator()  # NeMo keeps the first run's
-    return seen
-
-
-@contextmanager
-def _spied(seen: _Seen, faults: dict[tuple[int, int], Fault] | None) -> Iterator[None]:
-    """Record states and batches, and do the faults."""
-    from megatron_hydra.nemo.model import HydraModel, bare_model
-
-    forward_step = HydraModel.forward_step
-
-    def spy(self: HydraModel, batch: dict[str, Tensor]) -> Any:
-        seen.model = bare_model(self)
-        step, micro_batch = divmod(len(seen.batches), BATCH // _data_parallel_size())
-        if micro_batch == 0:
-            weights = {name: p.detach().clone() for name, p in self.named_parameters()}
-            optimizer = self.trainer.optimizers[0].mcore_optimizer.state_dict()
-            seen.states.append(_State(weights, deepcopy(optimizer["state"])))
-        seen.batches.append(torch.cat((batch["tokens"], batch["labels"][:, -1:]), dim=1))
-        fault = (faults or {}).get((step, micro_batch))
-        if fault is None:
-            return forward_step(self, batch)
-        handles = fault(seen.model)
-        output = forward_step(self, batch)
-        for handle in handles:
-            handle.remove()
-        return output
-
-    HydraModel.forward_step = spy
-    try:
-        yield
-    finally:
-        HydraModel.forward_step = forward_step
-
-
-def _data_parallel_size() -> int:
-    from megatron.core import parallel_state
-
-    return parallel_state.get_data_parallel_world_size()
-
-
-def _gather_samples(seen: _Seen) -> None:
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, seen.batches)
-    size = _data_parallel_size()
-    replicas = everyone[:: len(everyone) // size]
-    seen.samples = [batch for micro_batch in zip(*replicas, strict=True) for batch in micro_batch]
-
-
 @contextmanager
 def _without_watch() -> Iterator[None]:
     """No hook, no look at gradients, no flag; the gradient norm is handed on."""
@@ -377,14 +267,17 @@ def _rank_of(model: nn.Module, layer: int, head: int) -> int:
     return rank
 
 
-def _check_skipped(skipped: _Seen, clean: _Seen, samples: list[int]) -> None:
+def _check_skipped(skipped: RecordedRun, clean: RecordedRun, samples: list[int]) -> None:
     """Step 2 changed nothing but the schedule and the place in the data; the others trained."""
     states = skipped.states
     assert len(states) == 4 and skipped.error is None
     for number, (before, after) in enumerate(zip(states, states[1:], strict=False)):
-        is_same = _same(before.weights, after.weights), _same(before.optimizer, after.optimizer)
+        is_same = (
+            is_bit_equal(before.weights, after.weights),
+            is_bit_equal(before.optimizer, after.optimizer),
+        )
         assert is_same == ((True, True) if number == 1 else (False, False)), number
-    assert _same(skipped.batches, clean.batches)
+    assert is_bit_equal(skipped.batches, clean.batches)
     if int(os.environ["RANK"]) != 0:
         assert skipped.lines == [] and skipped.shown == {}
         return
@@ -394,7 +287,7 @@ def _check_skipped(skipped: _Seen, clean: _Seen, samples: list[int]) -> None:
     _check_documents(line, clean, [BATCH + sample for sample in samples])
 
 
-def _check_documents(line: str, seen: _Seen, positions: list[int]) -> None:
+def _check_documents(line: str, seen: RecordedRun, positions: list[int]) -> None:
     """The line names the samples and, by dataset, what their tokens tell of their documents."""
     match = re.search(r"read from samples? ([^(]*) \(([^)]*)\)", line)
     assert match, line
@@ -417,7 +310,7 @@ def _numbers(words: str) -> set[int]:
     return {number for end in ends for number in range(end[0], end[-1] + 1)}
 
 
-def _check_line(seen: _Seen, words: str, rank: int, *coordinates: str) -> None:
+def _check_line(seen: RecordedRun, words: str, rank: int, *coordinates: str) -> None:
     """The sentence begins with these words, and no other rank is named."""
     if int(os.environ["RANK"]) != 0:
         return
@@ -430,23 +323,14 @@ def _check_line(seen: _Seen, words: str, rank: int, *coordinates: str) -> None:
     assert line.endswith("; skipped: the weights were left as they were before it")
 
 
-def _check_equal(seen: _Seen, expected: _Seen) -> None:
+def _check_equal(seen: RecordedRun, expected: RecordedRun) -> None:
     """Bit by bit, but for the speed."""
     for shown in (seen.shown, expected.shown):
         shown.pop("tokens_per_s", None)
     assert seen.shown == expected.shown
-    assert _same([state.__dict__ for state in seen.states], [s.__dict__ for s in expected.states])
-
-
-def _same(left: Any, right: Any) -> bool:
-    """Equal bit by bit."""
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(_same, left, right))
-    return left == right
+    assert is_bit_equal(
+        [vars(state) for state in seen.states], [vars(state) for state in expected.states]
+    )
 
 
 def _tensorboard(folder: Path) -> dict[str, dict[int, float]]:
@@ -458,15 +342,3 @@ def _tensorboard(folder: Path) -> dict[str, dict[int, float]]:
         name: {point.step: point.value for point in events.Scalars(name)}
         for name in events.Tags()["scalars"]
     }
-
-
-@contextmanager
-def _log_lines() -> Iterator[list[str]]:
-    """Warnings of the package."""
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("megatron_hydra")
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
