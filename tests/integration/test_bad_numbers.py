@@ -142,6 +142,22 @@ def _check_data_parallel(inputs: Path, folder: Path) -> None:
         _check_line(seen, words, 1, "tensor 0", "data 1")
 
 
+def test_pipeline_stage_is_named(inputs: Path, tmp_path: Path) -> None:
+    run_distributed(_check_pipeline, 2, inputs, tmp_path)
+
+
+def _check_pipeline(inputs: Path, folder: Path) -> None:
+    layout = ["strategy.tensor_model_parallel_size=1", "strategy.pipeline_model_parallel_size=2",
+              "transfer.stage=long_context", "transfer.teacher=null"]  # fmt: skip
+    clean = _run(inputs, folder / "clean", layout)
+    # The second stage's only layer, which is the model's second.
+    faults = {(1, 1): head_fault(0, 2, torch.nan)} if os.environ["RANK"] == "1" else None
+    skipped = _run(inputs, folder / "head", layout, faults)
+    _check_skipped(skipped, clean, [1])
+    words = "NaN in the output of head 2 (LA) of layer 1"
+    _check_line(skipped, words, 1, "tensor 0", "pipeline 1", stage="long_context")
+
+
 def test_run_stops_goes_on_and_counts(inputs: Path, tmp_path: Path) -> None:
     run_distributed(_check_alone, 1, inputs, tmp_path)
 
@@ -310,12 +326,14 @@ def _numbers(words: str) -> set[int]:
     return {number for end in ends for number in range(end[0], end[-1] + 1)}
 
 
-def _check_line(seen: RecordedRun, words: str, rank: int, *coordinates: str) -> None:
+def _check_line(
+    seen: RecordedRun, words: str, rank: int, *coordinates: str, stage: str = "distill"
+) -> None:
     """The sentence begins with these words, and no other rank is named."""
     if int(os.environ["RANK"]) != 0:
         return
     (line,) = seen.lines
-    start = f"step 2 of stage distill is bad: {words} on rank {rank} ("
+    start = f"step 2 of stage {stage} is bad: {words} on rank {rank} ("
     assert line.startswith(start), line
     named = line.removeprefix(start).partition(")")[0].split(", ")
     assert set(coordinates or (f"tensor {rank}", "data 0")) <= set(named), line
