@@ -11,6 +11,7 @@ d = head dimension.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -203,14 +204,15 @@ class HydraAttention(MegatronModule):
         la = self.linear_attention(sections, la_angles, pieces)
         return self.fusion(fa, la, sections, hidden_states)
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Describe the parameters to Megatron's distributed checkpoints, one shard a head."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        replica_id = (0, 0, metadata["dp_cp_group"].rank())
+    def per_head_parameters(self) -> dict[str, tuple[Sequence[Section], int]]:
+        """Which rows of a parameter belong to which head.
+
+        Returns:
+            By the parameter's name: its sections in order, and the dimension that they lie on. A
+            name without a parameter on this rank may be among them.
+        """
         la, fusion = self.linear_attention, self.fusion
-        by_head = {
+        return {
             "in_proj.weight": (self.layout.sections, 0),
             "linear_proj.weight": ([self.proj_section], 1),
             "linear_attention.conv_weight": (la.conv_sections, 0),
@@ -218,6 +220,14 @@ class HydraAttention(MegatronModule):
             "linear_attention.dt_bias": ([la.head_section], 0),
             "fusion.head_scale": ([fusion.head_section], 0),
         }
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Describe the parameters to Megatron's distributed checkpoints, one shard a head."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        replica_id = (0, 0, metadata["dp_cp_group"].rank())
+        by_head = self.per_head_parameters()
         result: dict[str, Any] = {}
         replicated: dict[str, Any] = {}
         for name, value in self.state_dict(keep_vars=True).items():

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from megatron_hydra.nemo.bad_numbers import NumberWatch
+
 ShowStep = Callable[[int, dict[str, float]], None]
 
 
@@ -16,20 +18,28 @@ class ScalarsCallback(pl.Callback):
     """Writes each step's scalars to TensorBoard as `train/<name>`, on rank 0.
 
     Scalars: `loss`, the stage's parts (`alignment/layer_00`, `alignment`, `kl`, `ce`),
-    `grad_norm`, `lr` and `tokens_per_s`, each the value of the step that it stands at.
+    `grad_norm`, `lr` and `tokens_per_s`, each the value of the step that it stands at. At a step
+    that is skipped also `skipped_steps`, their number so far, and at one whose loss jumps
+    `loss_spike`, how many times the usual loss it is.
 
     Args:
         folder: Of the event files.
         tokens_per_step: Tokens of a global batch.
         every_n_steps: Steps between two points.
         show: Called after each step with the number of finished steps and the scalars.
+        watch: Has looked at the step's numbers.
     """
 
     def __init__(
-        self, folder: Path, tokens_per_step: int, every_n_steps: int, show: ShowStep
+        self,
+        folder: Path,
+        tokens_per_step: int,
+        every_n_steps: int,
+        show: ShowStep,
+        watch: NumberWatch,
     ) -> None:
         self.folder, self.tokens_per_step = folder, tokens_per_step
-        self.every_n_steps, self.show = every_n_steps, show
+        self.every_n_steps, self.show, self.watch = every_n_steps, show, watch
         self._writer: Any = None
         self._step_start = self._lr = 0.0
 
@@ -55,13 +65,18 @@ class ScalarsCallback(pl.Callback):
             return
         seconds = time.perf_counter() - self._step_start
         scalars = {name: float(value) for name, value in outputs.items() if name != "num_tokens"}
-        scalars["grad_norm"] = float(trainer.callback_metrics["grad_norm"])
+        scalars["grad_norm"] = self.watch.grad_norm
         scalars["lr"] = self._lr
         scalars["tokens_per_s"] = self.tokens_per_step / seconds
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             for name, value in scalars.items():
                 self._writer.add_scalar(f"train/{name}", value, step)
+        if self.watch.is_skipped:
+            self._writer.add_scalar("train/skipped_steps", self.watch.num_skipped, step)
+        spike = self.watch.spike(scalars["loss"])
+        if spike is not None:
+            self._writer.add_scalar("train/loss_spike", spike, step)
         self.show(step, scalars)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -154,6 +154,22 @@ class ResumeSection:
 
 
 @dataclass
+class BadNumbersSection:
+    """What a run does about NaN, Inf and jumps of the loss; a run that goes on may change it."""
+
+    action: Literal["stop", "skip"] = "stop"
+    """On NaN or Inf in a loss, gradient or head output: end the run, or leave the step out.
+
+    A skipped step changes neither weights nor optimizer. It counts as a step all the same: the
+    schedule goes on, and its samples are not fed again.
+    """
+    max_skipped_in_a_row: int = 10
+    """The run ends at the next bad step after so many skipped ones without a good one between."""
+    spike_factor: float = 2.0
+    """A loss above so many times the median of the last 100 steps is logged with its samples."""
+
+
+@dataclass
 class RunConfig:
     """A whole training run; one field a section of the YAML file."""
 
@@ -165,6 +181,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     strategy: StrategySection = field(default_factory=StrategySection)
     resume: ResumeSection = field(default_factory=ResumeSection)
+    bad_numbers: BadNumbersSection = field(default_factory=BadNumbersSection)
 
     @property
     def folder(self) -> Path:
@@ -184,6 +201,7 @@ _WORKERS: _Range = (lambda value: 0 <= value <= 1024, "0 to 1024")
 # Far below float32's largest number, which PyTorch's optimizer must be able to hold.
 _POSITIVE: _Range = (lambda value: 0 < value < 1e30, "above 0, and below 1e30")
 _POSITIVE_OR_0: _Range = (lambda value: 0 <= value < 1e30, "0 or more, and below 1e30")
+_ABOVE_1: _Range = (lambda value: 1 < value < 1e30, "above 1, and below 1e30")
 _BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
 # What each number may be; not-a-number is in no range.
 _RANGES: dict[str, _Range] = {
@@ -214,6 +232,8 @@ _RANGES: dict[str, _Range] = {
     "log.every_n_steps": _COUNT,
     "resume.save_every_n_steps": _COUNT,
     "resume.keep": _COUNT,
+    "bad_numbers.max_skipped_in_a_row": _COUNT_OR_0,
+    "bad_numbers.spike_factor": _ABOVE_1,
 }
 
 

@@ -29,6 +29,7 @@ from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, make_data_module
@@ -98,10 +99,11 @@ class TrainingRun:
             self._runtime_fields(),
             end_of_document if config.data.reset_at_document_end else None,
         )
+        watch = NumberWatch(config)
         llm.train(
             model=model,
             data=make_data_module(config.data, end_of_document, self.folder.data_index),
-            trainer=self._trainer(show),
+            trainer=self._trainer(show, watch),
             log=_Logger(
                 explicit_log_dir=str(self.folder.nemo_logs),
                 log_global_rank_0_only=True,
@@ -112,17 +114,19 @@ class TrainingRun:
                 config.trainer.max_steps,
                 config.strategy.use_distributed_optimizer,
                 self._bf16,
+                watch,
             ),
         )
         self._write_hybrid(model, command)
 
-    def _trainer(self, show: ShowStep) -> nl.Trainer:
+    def _trainer(self, show: ShowStep, watch: NumberWatch) -> nl.Trainer:
         config = self.config
         scalars = ScalarsCallback(
             self.folder.tensorboard,
             config.data.global_batch_size * config.data.seq_length,
             config.log.every_n_steps,
             show,
+            watch,
         )
         return nl.Trainer(
             accelerator="gpu" if self.on_gpu else "cpu",
@@ -135,7 +139,7 @@ class TrainingRun:
                 torch.bfloat16 if self._bf16 else torch.float32,
             ),
             plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if self._bf16 else None,
-            callbacks=[scalars, self._checkpoint_callback()],
+            callbacks=[watch, scalars, self._checkpoint_callback()],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -332,3 +336,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
     warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
     rank_zero.log.setLevel(logging.ERROR)
+    # NeMo's telemetry: it complains of every run that ends before its last step.
+    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)

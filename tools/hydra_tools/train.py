@@ -52,8 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if is_first_rank:
         folder.write_config()
     progress = _Progress(config)
-    training.run(progress.show, start_anew=args.overwrite, command=_command(args))
-    progress.close()
+    try:
+        training.run(progress.show, start_anew=args.overwrite, command=_command(args))
+    finally:
+        progress.close()  # what is said next starts on a line of its own
     if is_first_rank:
         print(f"trained model: {folder.hybrid}")
     return 0
