@@ -198,11 +198,6 @@ class TrainingRun:
                 "trainer.precision bf16 needs strategy.use_distributed_optimizer: Megatron's plain "
                 "optimizer cannot save bfloat16 and float32 parameters side by side"
             )
-        if strategy.use_distributed_optimizer and not self.on_gpu:
-            raise UserError(
-                "strategy.use_distributed_optimizer needs a GPU: PyTorch's Adam cannot load its "
-                "checkpoints"
-            )
 
     def _check_teacher(self, teacher: dict[str, Any]) -> None:
         if teacher["config"]["vocab_size"] != self.meta["config"]["vocab_size"] or (
