@@ -30,11 +30,13 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
+from megatron_hydra.nemo.checkpoint_io import HydraModelCheckpoint
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, make_data_module
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.run_folder import RunFolder
+from megatron_hydra.nemo.run_state import RunStateCallback, check_model
 from megatron_hydra.nemo.strategy import make_strategy
 
 logger = logging.getLogger(__name__)
@@ -81,9 +83,7 @@ class TrainingRun:
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         torch.manual_seed(config.trainer.seed)
-        checkpoint = None if start_anew else self.folder.newest_checkpoint()
-        if checkpoint is not None:
-            check_weights(checkpoint / "weights")
+        checkpoint = None if start_anew else self._checkpoint()
         logger.info(
             "accelerator %s; %s",
             config.trainer.accelerator,
@@ -110,6 +110,32 @@ class TrainingRun:
         )
         self._write_hybrid(model, command)
 
+    def _checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole, or None where there is none yet."""
+        damage: list[UserError] = []
+        for checkpoint in self.folder.finished_checkpoints():
+            try:
+                check_weights(checkpoint / "weights")
+            except UserError as error:
+                damage.append(error)
+                continue
+            if damage:
+                logger.warning("%s; going on from %s instead", damage[0], checkpoint)
+            check_model(
+                checkpoint / "weights", *self._model_identity, self.config.transfer.init_from
+            )
+            return checkpoint
+        if damage:
+            raise UserError(
+                f"{damage[0]}; no checkpoint of {self.folder.path} is whole: pass --overwrite to "
+                "start anew"
+            )
+        return None
+
+    @property
+    def _model_identity(self) -> tuple[HeadPlan, str]:
+        return self.model_config.plan, self.meta["teacher_config_hash"]
+
     def _trainer(self, show: ShowStep) -> nl.Trainer:
         config = self.config
         scalars = ScalarsCallback(
@@ -127,9 +153,14 @@ class TrainingRun:
                 config.strategy,
                 "nccl" if self.on_gpu else "gloo",
                 torch.bfloat16 if self._bf16 else torch.float32,
+                config.resume.async_save,
             ),
             plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if self._bf16 else None,
-            callbacks=[scalars, self._checkpoint_callback()],
+            callbacks=[
+                scalars,
+                RunStateCallback(*self._model_identity),
+                self._checkpoint_callback(),
+            ],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -139,9 +170,9 @@ class TrainingRun:
             use_distributed_sampler=False,
         )
 
-    def _checkpoint_callback(self) -> nl.ModelCheckpoint:
+    def _checkpoint_callback(self) -> HydraModelCheckpoint:
         resume = self.config.resume
-        return nl.ModelCheckpoint(
+        return HydraModelCheckpoint(
             dirpath=str(self.folder.checkpoints),
             filename="step_{finished_steps:08.0f}",
             auto_insert_metric_name=False,
@@ -150,6 +181,7 @@ class TrainingRun:
             mode="max",
             save_top_k=resume.keep,
             save_last=False,
+            enable_version_counter=False,  # a damaged one is written over
             save_optim_on_train_end=True,
             always_save_context=False,
             save_context_on_train_end=False,
