@@ -61,7 +61,15 @@ setup(
         ],
         "te": ["transformer-engine[pytorch]>=2.9", "fla-core==0.6.0"],
         "flash-attn": ["flash-attn>=2.7"],
-        "dev": ["hypothesis", "pytest", "pytest-xdist", "ruff", "mypy", "types-PyYAML", "pre-commit"],
+        "dev": [
+            "hypothesis",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pre-commit",
+        ],
     },
     entry_points={"console_scripts": ["megatron-hydra = hydra_tools.cli:main"]},
 )

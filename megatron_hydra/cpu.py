@@ -130,7 +130,6 @@ def _replace_cuda_functions() -> None:
         "set_device": lambda device: None,
         "empty_cache": lambda: None,
         "_lazy_init": lambda: None,
-        **{f"{kind}Tensor": f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")},
     }
     for name, answer in answers.items():
         setattr(cuda, name, answer)

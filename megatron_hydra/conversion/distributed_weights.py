@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_hydra.errors import UserError
@@ -25,16 +29,41 @@ class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
     run twice, and a fork beside gloo's threads can hang.
     """
 
+    _background_group: ProcessGroup | None = None
+
     def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        self._write(self._local_state(sharded_state_dict), checkpoint_dir)
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
+        """Copy what this rank is to write; the request, on a thread of its own, writes it.
+
+        The ranks agree on who writes what by a process group that nothing else uses, so that the
+        training's collectives on the main thread and these cannot be taken for one another.
+        """
+        if self._background_group is None:
+            self._background_group = torch.distributed.new_group(backend="gloo")
+        state = self._local_state(sharded_state_dict, copied=True)
+        return AsyncRequest(self._write, (state, checkpoint_dir, self._background_group), [])
+
+    def _local_state(self, sharded_state_dict: Any, copied: bool = False) -> dict[str, Any]:
         state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
+        if copied:
+            for shard in (shard for shards in state.values() for shard in shards):
+                if isinstance(shard, ShardedTensor):
+                    shard.data = shard.data.detach().to("cpu", copy=True)
+        return torch_strategy.mcore_to_pyt_state_dict(state, False)
+
+    @staticmethod
+    def _write(state: dict[str, Any], folder: Any, group: ProcessGroup | None = None) -> None:
         torch_checkpoint.save(
-            torch_strategy.mcore_to_pyt_state_dict(state, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=1),
+            state,
+            storage_writer=torch_checkpoint.FileSystemWriter(folder, thread_count=1),
             planner=torch_strategy.MCoreSavePlanner(
                 dedup_replicated_tensors=False, flatten_state_dict=False
             ),
+            process_group=group,
         )
 
 
@@ -64,10 +93,14 @@ def load_weights(folder: str | Path, model: GPTModel) -> None:
 
 
 def check_weights(weights: Path) -> None:
-    """Read all files but those of the tensors, which :func:`damage_named` watches.
+    """Read all files but those of the tensors, of which only the sizes are looked at.
+
+    Sees a file that is missing, cut off or too long, whatever a killed process or a full disk may
+    leave. Does not see a changed byte inside a tensor's file: reading all of them would take as
+    long as loading does, and :func:`damage_named` names what loading finds.
 
     Raises:
-        UserError: If one is missing or damaged.
+        UserError: If a file is missing or damaged.
     """
     if not (weights / "metadata.json").is_file():  # written last
         raise UserError(
@@ -76,16 +109,34 @@ def check_weights(weights: Path) -> None:
     readers = {
         "metadata.json": lambda: maybe_load_config(str(weights)),
         "common.pt": lambda: dist_checkpointing.load_common_state_dict(str(weights)),
-        ".metadata": lambda: torch_checkpoint.FileSystemReader(weights).read_metadata(),
+        ".metadata": lambda: _file_sizes(weights),
     }
+    found = {}
     for name, read in readers.items():
         try:
-            read()
+            found[name] = read()
         except Exception as error:  # a damaged pickle may raise anything
             raise UserError(
                 f"cannot load the weights {weights}: {name} is missing or damaged "
                 f"({type(error).__name__})"
             ) from error
+    for name, size in found[".metadata"].items():
+        found_size = (weights / name).stat().st_size if (weights / name).is_file() else 0
+        if found_size != size:
+            raise UserError(
+                f"cannot load the weights {weights}: {name} is missing or damaged "
+                f"({found_size:,} bytes of {size:,})"
+            )
+
+
+def _file_sizes(weights: Path) -> dict[str, int]:
+    """Bytes of each file of tensors, as .metadata has them; the entries of a file fill it."""
+    sizes: dict[str, int] = {}
+    metadata = torch_checkpoint.FileSystemReader(weights).read_metadata()
+    for entry in metadata.storage_data.values():
+        end = entry.offset + entry.length
+        sizes[entry.relative_path] = max(end, sizes.get(entry.relative_path, 0))
+    return sizes
 
 
 @contextmanager

@@ -149,8 +149,11 @@ class ResumeSection:
     """Checkpoints of the run; the same command again goes on from the newest finished one."""
 
     save_every_n_steps: int = 500
-    keep: int = 1
-    """Checkpoints kept at a time."""
+    keep: int = 2
+    """Checkpoints kept at a time; of two, one is left to go on from if the newest is damaged."""
+    async_save: bool = False
+    """Write checkpoints while the training goes on; needs the memory of one more copy of the
+    weights and the optimizer's state, split over the ranks."""
 
 
 @dataclass

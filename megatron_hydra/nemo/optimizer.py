@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import nemo.lightning as nl
@@ -14,6 +16,7 @@ from megatron.core.optimizer import (
     ParamKey,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from nemo.core.optim import McoreDistributedOptimizer
 from nemo.lightning.pytorch.optim import LRSchedulerModule
@@ -91,7 +94,42 @@ class HydraOptimizerModule(nl.MegatronOptimizerModule):
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         for part in optimizer.chained_optimizers:
             _start_adam_state(part.optimizer)
-        return [McoreDistributedOptimizer(optimizer)]
+            if isinstance(part, DistributedOptimizer):
+                _match_places(part)
+        return [HydraOptimizer(optimizer)]
+
+
+class HydraOptimizer(McoreDistributedOptimizer):
+    """NeMo's wrapper of Megatron's optimizer, whose distributed state is saved and loaded right.
+
+    Megatron keeps one step count for all parameters, in the param groups. PyTorch's Adam has one
+    a parameter, which Megatron then looks for among the loaded tensors, where none is, and makes
+    one tensor of for all parameters, which would count every parameter's step.
+    """
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What Megatron's checkpoints are to hold of this rank, or, loading, to be asked for."""
+        with ExitStack() as stack:
+            for part in self.mcore_optimizer.chained_optimizers:
+                if isinstance(part, DistributedOptimizer):
+                    stack.enter_context(_padding_left_out(part))
+            return super().sharded_state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what Megatron's checkpoints hold; Adam gets a step count a parameter."""
+        (part,) = self.mcore_optimizer.chained_optimizers  # more only with mixtures of experts
+        if not isinstance(part, DistributedOptimizer) or not _is_pytorch_adam(part.optimizer):
+            super().load_state_dict(state_dict)
+            return
+        groups_only = {key: value for key, value in state_dict.items() if key != "param_state"}
+        super().load_state_dict(groups_only)
+        adam = part.optimizer
+        for parameter_state in adam.state.values():
+            del parameter_state["step"]
+        part.load_parameter_state_from_fully_reshardable(state_dict["param_state"])
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
 class _WatchedOptimizer(ChainedOptimizer):
@@ -148,13 +186,53 @@ class HydraScheduler(LRSchedulerModule):
         }
 
 
-def _start_adam_state(optimizer: torch.optim.Optimizer | None) -> None:
+@contextmanager
+def _padding_left_out(optimizer: DistributedOptimizer) -> Iterator[None]:
+    """Let the gradient buffers say where parameters lie when buckets stand without padding.
+
+    So Megatron lays the state out to be saved, but it then cuts out each parameter's part at the
+    place with padding. Wrong are those behind a padded bucket; tied embeddings, which have a
+    bucket of their own on pipeline stages, are in one or have one behind them.
+    """
+    kept = [buffer.param_index_map for buffer in optimizer.buffers]
+    for buffer in optimizer.buffers:
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = list(accumulate(padding, initial=0))
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, param_index_map in zip(optimizer.buffers, kept, strict=True):
+            buffer.param_index_map = param_index_map
+
+
+def _match_places(optimizer: DistributedOptimizer) -> None:
+    """Say where the optimizer holds each parameter, which its checkpoints go by.
+
+    Megatron counts places in the order of the gradient buffers, but then puts a group's float32
+    parameters before those of lower precision. In a group that has both, one parameter would get
+    the state of another.
+    """
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for group_index, (float32, float16) in enumerate(groups):
+        for place, parameter in enumerate([*float32, *float16]):
+            optimizer.model_param_group_index_map[parameter] = (group_index, place)
+
+
+def _is_pytorch_adam(optimizer: Any) -> bool:
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _start_adam_state(optimizer: Any) -> None:
     """Give PyTorch's Adam the state of step 0.
 
     Megatron makes this state itself when it loads a checkpoint into a fresh optimizer, but
     without `step`, which PyTorch's Adam has and Transformer Engine's has not; loading then fails.
     """
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+    if not _is_pytorch_adam(optimizer):
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:

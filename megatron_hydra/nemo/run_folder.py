@@ -57,7 +57,7 @@ class RunFolder:
 
     def _has_results(self) -> bool:
         """Whether there is something to go on from; a run that failed at once has nothing."""
-        return self.is_complete() or self.newest_checkpoint() is not None
+        return self.is_complete() or bool(self.finished_checkpoints())
 
     def check_removable(self) -> None:
         """Check that the folder holds a run or nothing.
@@ -81,12 +81,12 @@ class RunFolder:
         with write_beside(self.config_file, overwrite=True) as temporary:
             temporary.write_text(self.config.to_yaml(), encoding="utf-8")
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest finished checkpoint; unfinished ones do not count."""
+    def finished_checkpoints(self) -> list[Path]:
+        """The finished checkpoints, newest first; whether they are whole, a reader must see."""
         finished = [
             folder
             for folder in self.checkpoints.glob("step_*")
             # NeMo marks a checkpoint as unfinished by a file beside it while it writes.
             if folder.is_dir() and not folder.with_name(f"{folder.name}-unfinished").exists()
         ]
-        return max(finished, key=lambda folder: folder.name, default=None)
+        return sorted(finished, key=lambda folder: folder.name, reverse=True)

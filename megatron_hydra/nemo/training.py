@@ -31,11 +31,13 @@ from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
+from megatron_hydra.nemo.checkpoint_io import HydraModelCheckpoint
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, make_data_module
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.run_folder import RunFolder
+from megatron_hydra.nemo.run_state import RunStateCallback, check_model
 from megatron_hydra.nemo.strategy import make_strategy
 
 logger = logging.getLogger(__name__)
@@ -83,9 +85,7 @@ class TrainingRun:
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         torch.manual_seed(config.trainer.seed)
-        checkpoint = None if start_anew else self.folder.newest_checkpoint()
-        if checkpoint is not None:
-            check_weights(checkpoint / "weights")
+        checkpoint = None if start_anew else self._checkpoint()
         logger.info(
             "accelerator %s; %s",
             config.trainer.accelerator,
@@ -119,6 +119,32 @@ class TrainingRun:
         )
         self._write_hybrid(model, command)
 
+    def _checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole, or None where there is none yet."""
+        damage: list[UserError] = []
+        for checkpoint in self.folder.finished_checkpoints():
+            try:
+                check_weights(checkpoint / "weights")
+            except UserError as error:
+                damage.append(error)
+                continue
+            if damage:
+                logger.warning("%s; going on from %s instead", damage[0], checkpoint)
+            check_model(
+                checkpoint / "weights", *self._model_identity, self.config.transfer.init_from
+            )
+            return checkpoint
+        if damage:
+            raise UserError(
+                f"{damage[0]}; no checkpoint of {self.folder.path} is whole: pass --overwrite to "
+                "start anew"
+            )
+        return None
+
+    @property
+    def _model_identity(self) -> tuple[HeadPlan, str]:
+        return self.model_config.plan, self.meta["teacher_config_hash"]
+
     def _trainer(self, show: ShowStep, watch: NumberWatch) -> nl.Trainer:
         config = self.config
         scalars = ScalarsCallback(
@@ -137,9 +163,15 @@ class TrainingRun:
                 config.strategy,
                 "nccl" if self.on_gpu else "gloo",
                 torch.bfloat16 if self._bf16 else torch.float32,
+                config.resume.async_save,
             ),
             plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if self._bf16 else None,
-            callbacks=[watch, scalars, self._checkpoint_callback()],
+            callbacks=[
+                watch,
+                scalars,
+                RunStateCallback(*self._model_identity),
+                self._checkpoint_callback(),
+            ],
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -149,9 +181,9 @@ class TrainingRun:
             use_distributed_sampler=False,
         )
 
-    def _checkpoint_callback(self) -> nl.ModelCheckpoint:
+    def _checkpoint_callback(self) -> HydraModelCheckpoint:
         resume = self.config.resume
-        return nl.ModelCheckpoint(
+        return HydraModelCheckpoint(
             dirpath=str(self.folder.checkpoints),
             filename="step_{finished_steps:08.0f}",
             auto_insert_metric_name=False,
@@ -160,6 +192,7 @@ class TrainingRun:
             mode="max",
             save_top_k=resume.keep,
             save_last=False,
+            enable_version_counter=False,  # a damaged one is written over
             save_optim_on_train_end=True,
             always_save_context=False,
             save_context_on_train_end=False,
@@ -208,11 +241,6 @@ class TrainingRun:
             raise UserError(
                 "trainer.precision bf16 needs strategy.use_distributed_optimizer: Megatron's plain "
                 "optimizer cannot save bfloat16 and float32 parameters side by side"
-            )
-        if strategy.use_distributed_optimizer and not self.on_gpu:
-            raise UserError(
-                "strategy.use_distributed_optimizer needs a GPU: PyTorch's Adam cannot load its "
-                "checkpoints"
             )
 
     def _check_stages(self, meta: dict[str, Any], key: str, folder: str) -> None:

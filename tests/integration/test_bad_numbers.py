@@ -26,8 +26,8 @@ from torch import nn
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing import run_distributed
 from megatron_hydra.testing.faults import gradient_fault, head_fault, hidden_states_fault
-from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 from megatron_hydra.testing.recorded_runs import RecordedRun, is_bit_equal, recorded_run
+from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

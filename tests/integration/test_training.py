@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,8 +106,8 @@ def _check_runs(inputs: Path, folder: Path) -> None:
         for name, overrides in RUNS.items():
             _check_run(inputs, folder / name, overrides)
             unset_num_microbatches_calculator()  # NeMo keeps the first run's
-        _check_damaged_checkpoint(inputs, folder / "align")
-    assert lines.count("accelerator cpu; starting at step 0") == len(RUNS)
+        assert lines.count("accelerator cpu; starting at step 0") == len(RUNS)
+        _check_damaged_checkpoint(inputs, folder / "align", lines)
     chosen = "FA heads run on LocalCoreAttention, LA heads on the kernel 'reference'"
     assert lines.count(chosen) == 1  # not once a layer
 
@@ -156,16 +157,57 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
     assert (run.model_config.seq_length, hybrid.config.seq_length) == (LENGTH, 128)
 
 
-def _check_damaged_checkpoint(inputs: Path, folder: Path) -> None:
-    """A run that goes on says what is damaged before NeMo reads it."""
+def _check_damaged_checkpoint(inputs: Path, folder: Path, lines: list[str]) -> None:
+    """Whatever file is damaged, the run goes on from the checkpoint before, or says it cannot."""
     from megatron_hydra.nemo.config import load_config
+    from megatron_hydra.nemo.run_state import check_model
     from megatron_hydra.nemo.training import TrainingRun
 
     config = load_config(inputs / "run.yaml", [*RUNS["align"], f"log.folder={folder}"])
-    damaged = folder / "checkpoints/step_00000002/weights/common.pt"
-    damaged.write_bytes(damaged.read_bytes()[:60])
-    with pytest.raises(UserError, match=r"step_00000002/weights: common\.pt is missing or damaged"):
+    last, newest = (folder / f"checkpoints/step_0000000{step}" for step in (2, 4))
+    names = sorted(path.name for path in (last / "weights").iterdir())
+    assert {".metadata", "__0_0.distcp", "common.pt", "metadata.json"} == set(names)
+    for name in names:
+        for harm in (_cut_off, Path.unlink, _fill_with_zeros):
+            if harm is _fill_with_zeros and name.endswith(".distcp"):
+                continue  # seen when it is loaded, as the documentation says
+            shutil.rmtree(newest, ignore_errors=True)
+            shutil.copytree(last, newest)
+            harm(newest / "weights" / name)
+            assert TrainingRun(config)._checkpoint() == last, (name, harm)
+            warning = lines.pop()
+            assert str(newest) in warning and name in warning, warning
+            assert warning.endswith(f"; going on from {last} instead"), warning
+
+    steps: list[int] = []
+    TrainingRun(config).run(lambda step, scalars: steps.append(step))
+    assert steps == [3], "the run that went on"
+
+    plan, identity = HeadPlan.from_fa_heads({0: [1], 1: [0, 2]}, 2, 4, 2), "a" * 64
+    other_plan = (
+        r"step_00000002 is of another head plan than h: the FA heads of layer 1 are \[0, 3\]"
+    )
+    known = TrainingRun(config).meta["teacher_config_hash"]
+    with pytest.raises(UserError, match=other_plan):
+        check_model(last / "weights", plan, known, "h")
+    with pytest.raises(UserError, match="step_00000002 is of a hybrid of another teacher than h"):
+        check_model(last / "weights", plan, identity, "h")
+    run = TrainingRun(config)
+    run.model_config.plan = plan
+    with pytest.raises(UserError, match="another head plan than .*/hybrid"):
+        run.run(lambda step, scalars: None)
+
+    _cut_off(last / "weights/common.pt")
+    with pytest.raises(UserError, match=r"step_00000004/weights: .*; no checkpoint of .* is whole"):
         TrainingRun(config).run(lambda step, scalars: None)
+
+
+def _cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _fill_with_zeros(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
 
 
 def _split(tokens: Tensor) -> list[list[int]]:

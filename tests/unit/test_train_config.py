@@ -191,13 +191,14 @@ def test_what_was_left_open_differs_from_nothing(config_file: Path) -> None:
     assert found([], ["data.seed=5"]) == "data.seed"
 
 
-def test_newest_finished_checkpoint_is_found(config_file: Path) -> None:
+def test_finished_checkpoints_are_found_newest_first(config_file: Path) -> None:
     folder = RunFolder(_config(config_file))
-    assert folder.newest_checkpoint() is None
+    assert folder.finished_checkpoints() == []
     for name in ("step_00000002", "step_00000010", "step_00000012"):
         (folder.checkpoints / name).mkdir(parents=True)
     (folder.checkpoints / "step_00000012-unfinished").touch()
-    assert folder.newest_checkpoint() == folder.checkpoints / "step_00000010"
+    names = [path.name for path in folder.finished_checkpoints()]
+    assert names == ["step_00000010", "step_00000002"]
 
 
 def test_only_run_folders_are_removed(config_file: Path) -> None:
