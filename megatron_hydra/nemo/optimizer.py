@@ -38,7 +38,7 @@ def make_optimizer(
     max_steps: int,
     use_distributed_optimizer: bool,
     bf16: bool,
-    watch: NumberWatch,
+    watch: NumberWatch | None = None,
 ) -> HydraOptimizerModule:
     """The optimizer and schedule of a run.
 
@@ -47,7 +47,7 @@ def make_optimizer(
         max_steps: Length of the run, in optimizer steps.
         use_distributed_optimizer: Split optimizer state over data-parallel ranks.
         bf16: Train bfloat16 weights with float32 main copies in the optimizer.
-        watch: Says which steps are skipped.
+        watch: Says which steps are skipped; None skips none.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -71,11 +71,12 @@ def make_optimizer(
 class HydraOptimizerModule(nl.MegatronOptimizerModule):
     """Megatron's optimizer, made as megatron-core 0.16 wants it (NeMo 2.7 calls it as 0.15 did)."""
 
-    watch: NumberWatch
+    watch: NumberWatch | None = None
 
     def finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:
         """Reduce the gradients over ranks; a bad one shows where it came from only before."""
-        self.watch.look_at_gradients()
+        if self.watch is not None:
+            self.watch.look_at_gradients()
         super().finalize_model_grads(*args, **kwargs)
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
@@ -87,8 +88,9 @@ class HydraOptimizerModule(nl.MegatronOptimizerModule):
             chunks,
             config_overrides={ParamKey(with_name_predicate=predicate): {"wd_mult": 0.0}},
         )
-        self.watch.attach(chunks)
-        optimizer = _WatchedOptimizer(optimizer.chained_optimizers, self.watch)
+        if self.watch is not None:
+            self.watch.attach(chunks)
+            optimizer = _WatchedOptimizer(optimizer.chained_optimizers, self.watch)
         for group in optimizer.param_groups:
             # Megatron's own scheduler, which NeMo does not use, would apply this.
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]

@@ -58,8 +58,15 @@ LAYOUTS = [
     Layout(tensor=2, data=2),
     Layout(tensor=2, pipeline=2, placement="by_type"),
     Layout(pipeline=2, data=2),
+    Layout(context=2),
+    Layout(tensor=2, context=2),
 ]
-COVERING = [Layout(tensor=2, placement="by_type"), Layout(data=2), Layout(pipeline=2)]
+COVERING = [
+    Layout(tensor=2, placement="by_type"),
+    Layout(data=2),
+    Layout(pipeline=2),
+    Layout(context=2),
+]
 PRECISIONS = ("fp32", "bf16")
 
 
