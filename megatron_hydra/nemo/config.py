@@ -30,8 +30,9 @@ class ModelSection:
     placement: Literal["balanced", "by_type"] | None = None
     fa_query_scale: Literal["none", "inference", "always"] | None = None
     fa_query_scale_start: int | None = None
-    recompute: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: those between an
+    attention's two projections, or each layer's."""
 
 
 @dataclass

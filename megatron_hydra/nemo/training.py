@@ -270,12 +270,10 @@ class TrainingRun:
             for name in ("la_kernel", "placement", "fa_query_scale", "fa_query_scale_start")
             if getattr(model, name) is not None
         }
-        if model.recompute:
-            chosen |= {
-                "recompute_granularity": "full",
-                "recompute_method": "uniform",
-                "recompute_num_layers": 1,
-            }
+        if model.recompute != "none":
+            chosen["recompute_granularity"] = model.recompute
+        if model.recompute == "full":
+            chosen |= {"recompute_method": "uniform", "recompute_num_layers": 1}
         return HydraGPTConfig(
             **{
                 **model_fields(self.meta),

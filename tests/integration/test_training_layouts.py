@@ -24,8 +24,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 RUNS = {
     "align": ["transfer.stage=align"],
-    "distill": ["transfer.kl_weight=0.7", "transfer.ce_weight=0.3"],
-    "long_context": ["transfer.stage=long_context", "model.recompute=true"],
+    "distill": ["transfer.kl_weight=0.7", "transfer.ce_weight=0.3", "model.recompute=selective"],
+    "long_context": ["transfer.stage=long_context", "model.recompute=full"],
     "align_packed": ["transfer.stage=align", "data.reset_at_document_end=true"],
     "distill_packed": ["data.reset_at_document_end=true", "data.micro_batch_size=2"],
 }
