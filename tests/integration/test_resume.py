@@ -1,23 +1,27 @@
-"""Kill -9 at a random step, then the same command: the trained weights are those of a quiet run.
+"""Kill -9 at a named point, then the same command: the run ends as a quiet one, bit for bit.
 
 Catches a run that starts anew, whatever a checkpoint forgets (optimizer steps and moments, the
-learning rate's place, the data's place), and half-written checkpoints that are taken for whole
-ones.
+learning rate's place, the data's place, random states), samples that are trained on twice or
+never, half-written and half-removed checkpoints that are taken for whole ones, and a stage that
+starts from a half-written hybrid. With other layouts in between: samples in another order.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import psutil
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,83 +35,290 @@ from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-NUM_STEPS, SAVE_EVERY = 40, 4
+NUM_STEPS, SAVE_EVERY, BATCH, LENGTH = 14, 2, 2, 16
+SAMPLE_BASE = 200  # as recorded_run.py has it
+STAGES = ("align", "distill", "long_context")
+# In a life, what can be killed at the n-th call, and the largest n; a step calls the first three
+# twice, the others once, and a save comes every other step.
+PHASES = {"data": 6, "forward": 6, "backward": 6, "optimizer": 3, "optimizer_done": 3,
+          "save_begin": 2, "save_files": 2, "save_metadata": 2, "save_config": 2, "save_mark": 2,
+          "remove": 1, "start": 1, "load": 1}  # fmt: skip
+AT_THE_END = ("hybrid_move", "hybrid_moved")
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS_MAX = 300
+RUN_SECONDS_MAX = 600
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `hybrid`, `data` and `run.yaml`."""
+    """A folder with `teacher`, `hybrid`, `run.yaml` and `data`, whose samples say their number."""
+    from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
+
     folder = tmp_path_factory.mktemp("inputs")
     source = str(write_tiny_qwen3(folder / "qwen3"))
-    plan = HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2)
-    plan.save(folder / "plan.json")
-    (folder / "text.txt").write_text("".join(random.Random(0).choices("abcdefgh .", k=3000)))
-    for arguments in (
-        ["convert", "--teacher", source, "--out", f"{folder}/teacher"],
-        ["convert", "--teacher", source, "--out", f"{folder}/hybrid", "--plan",
-         f"{folder}/plan.json", "--calibration-tokens", "256"],
-        ["preprocess", "--tokenizer", source, "--input", f"{folder}/text.txt", "--out",
-         f"{folder}/data"],
-    ):  # fmt: skip
-        assert cli.main(arguments) == 0
+    HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2).save(folder / "plan.json")
+    convert = ["convert", "--teacher", source, "--out"]
+    assert cli.main([*convert, f"{folder}/teacher"]) == 0
+    plan = ["--plan", f"{folder}/plan.json", "--calibration-tokens", "256"]
+    assert cli.main([*convert, f"{folder}/hybrid", *plan]) == 0
+    filler = random.Random(0)
+    tokens = [
+        token
+        for sample in range(NUM_STEPS * BATCH)  # one epoch, to the last sample
+        for token in (
+            sample % SAMPLE_BASE,
+            sample // SAMPLE_BASE,
+            *filler.choices(range(256), k=14),
+        )
+    ]
+    write_indexed_dataset(folder / "data", [[*tokens, 0]], 257, {})
     config = {
-        "data": {
-            "paths": [f"{folder}/data"],
-            "seq_length": 16,
-            "micro_batch_size": 1,
-            "global_batch_size": 2,
-        },
+        "data": {"paths": [f"{folder}/data"], "seq_length": LENGTH, "micro_batch_size": 1,
+                 "global_batch_size": BATCH},
         "trainer": {"max_steps": NUM_STEPS, "num_threads": 1},
-        "strategy": {"tensor_model_parallel_size": 2},
-        "optim": {"lr": 1e-3, "warmup_steps": 5},
-        "transfer": {
-            "stage": "align",
-            "init_from": f"{folder}/hybrid",
-            "teacher": f"{folder}/teacher",
-        },
+        "strategy": {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True},
+        "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.1},
+        "transfer": {"stage": "given by the test", "init_from": f"{folder}/hybrid",
+                     "teacher": f"{folder}/teacher"},
         "log": {"folder": "given by the test"},
         "resume": {"save_every_n_steps": SAVE_EVERY},
-    }
+    }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
-@pytest.mark.parametrize("stage", ["align", "distill", "long_context"])
-def test_killed_run_ends_bit_equal(inputs: Path, tmp_path: Path, stage: str) -> None:
-    def command(name: str) -> list[str]:
-        overrides = [f"transfer.stage={stage}", f"log.folder={tmp_path / name}"]
-        return ["--config", f"{inputs}/run.yaml", *overrides]
+@dataclass
+class Run:
+    """One stage's run folder, its command, and the lives that it has had."""
 
-    _train(command("quiet"), tmp_path / "quiet.log")
-    killed_run, kill_at = tmp_path / "killed", random.randint(1, NUM_STEPS - 5)
-    _train(
-        command("killed"),
-        tmp_path / "killed.log",
-        lambda step: step >= kill_at and _checkpoint_step(killed_run) > 0,
-    )
-    assert not (killed_run / "hybrid").exists(), f"not killed in time, at step {kill_at}"
-    saved_step = _checkpoint_step(killed_run)
-    assert saved_step >= SAVE_EVERY
+    inputs: Path
+    folder: Path
+    stage: str
+    overrides: list[str] = field(default_factory=list)
+    num_lives: int = 0
 
-    again = _train(command("killed"), tmp_path / "again.log")
-    # A run that starts anew would end bit-equal too.
-    assert _steps_of_newest_log(killed_run) == list(range(saved_step + 1, NUM_STEPS + 1)), again
-    assert f"going on from {killed_run}/checkpoints/step_{saved_step:08d}" in again
-    quiet, killed = _weights(tmp_path / "quiet/hybrid"), _weights(killed_run / "hybrid")
-    start = _weights(inputs / "hybrid")
-    assert quiet.keys() == killed.keys() == start.keys()
-    differing = [name for name in quiet if not torch.equal(quiet[name], killed[name])]
-    assert not differing, f"killed at step {kill_at}: {differing}\n{again}"
-    assert any(not torch.equal(quiet[name], start[name]) for name in quiet)
+    @property
+    def arguments(self) -> list[str]:
+        fixed = [f"transfer.stage={self.stage}", f"log.folder={self.folder}"]
+        return ["--config", f"{self.inputs}/run.yaml", *fixed, *self.overrides]
 
-    written = load_config(killed_run / "config.yaml")  # with nothing left open
+    def live(self, kill: str = "", ranks: int = 2, more: Sequence[str] = ()) -> str:
+        """Run the command to its end, or to where it is killed; return what it printed."""
+        self.num_lives += 1
+        log, records = (
+            self.folder.with_name(f"{self.folder.name}.{x}") for x in ("log", "records")
+        )
+        records.mkdir(parents=True, exist_ok=True)
+        environment = {"RECORD": str(records), "KILL": kill, "LIFE": str(self.num_lives),
+                       "OMP_NUM_THREADS": "1",
+                       "WRITE_SECONDS": "0.3" if "resume.async_save=true" in more else "0",
+                       "PYTHONPATH": _paths()}  # fmt: skip
+        with log.open("wb") as stream:
+            code = subprocess.run(
+                [*_torchrun(ranks), str(Path(__file__).with_name("recorded_run.py")),
+                 *self.arguments, *more],
+                stdout=stream, stderr=subprocess.STDOUT, timeout=RUN_SECONDS_MAX,
+                env={**os.environ, **environment},
+            ).returncode  # fmt: skip
+        printed = log.read_text(errors="replace")
+        assert code == (-signal.SIGKILL if kill else 0), f"{kill or 'quiet'}: {printed[-4000:]}"
+        return printed
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the ranks recorded of all lives, in the order of their writing."""
+        files = sorted(self.folder.with_name(f"{self.folder.name}.records").glob("*.jsonl"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def kills(self) -> list[str]:
+        return [entry["killed"] for entry in self.records() if "killed" in entry]
+
+    def consumed(self) -> list[tuple]:
+        """Step, samples, tokens and random draws, without the steps that were rolled back."""
+        entries = [entry for entry in self.records() if "step" in entry]
+        start: dict[int, int] = {}  # of each life
+        for entry in entries:
+            start[entry["life"]] = min(entry["step"], start.get(entry["life"], NUM_STEPS))
+        steps: dict[tuple, dict[int, list]] = {}
+        for entry in entries:
+            if all(entry["step"] < start[life] for life in start if life > entry["life"]):
+                of_rank = steps.setdefault((entry["data"], entry["tensor"]), {})
+                of_rank.setdefault(entry["step"], []).append(entry)
+        return [
+            (rank, step, *((e["samples"], e["tokens"], e["draws"]) for e in of_rank[step]))
+            for rank, of_rank in sorted(steps.items())
+            for step in sorted(of_rank)
+        ]
+
+    def checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """All tensors and random states, and the common state, after the last step."""
+        weights = self.folder / f"checkpoints/step_{NUM_STEPS:08d}/weights"
+        common = torch.load(weights / "common.pt", weights_only=False)
+        # The first holds the checkpoints' own paths, the second how often Lightning was started.
+        return _tensors(weights), {
+            key: value for key, value in common.items() if key not in ("callbacks", "loops")
+        }
+
+
+def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
+    """One kill a stage: in the backward pass, in a save in the background, and at the switch."""
+    kills = {
+        "align": ["backward:7"],
+        "distill": ["save_files:2"],
+        "long_context": ["hybrid_move:1"],
+    }
+    quiet = _quiet_chain(inputs, tmp_path)
+    killed = _killed_chain(inputs, tmp_path / "killed", kills, ["resume.async_save=true"])
+    _compare(quiet, killed, num_kills=3)
+
+    run = killed[0]
+    written = load_config(run.folder / "config.yaml")  # with nothing left open
     chosen = (written.trainer.accelerator, written.model.backend, written.model.la_kernel)
     assert chosen == ("cpu", "local", "reference")
-    # The heads are placed for the 16 tokens of the run, though the hybrid reaches 128.
-    assert "placement balanced at 16 tokens" in again
-    assert "is complete" in _train(command("killed"), tmp_path / "complete.log")
+    assert "is complete" in run.live()
+
+
+@pytest.mark.exhaustive
+def test_thirty_kills_end_bit_equal(inputs: Path, tmp_path: Path) -> None:
+    """Five kills a stage, in each way of saving; what is killed where is drawn from a seed."""
+    seed = int(os.environ.get("HYDRA_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    logging.getLogger(__name__).warning("HYDRA_KILL_SEED=%d", seed)  # shown on failure
+    dice = random.Random(seed)
+    names = [name for _ in range(2) for name in dice.sample(sorted(PHASES), len(PHASES))]
+    quiet = _quiet_chain(inputs, tmp_path)
+    for index, more in enumerate(([], ["resume.async_save=true"])):
+        kills = {}
+        for stage in STAGES:
+            phases = [names.pop() for _ in range(4)]
+            kills[stage] = [f"{phase}:{dice.randint(1, PHASES[phase])}" for phase in phases]
+            kills[stage].append(f"{dice.choice(AT_THE_END)}:1")
+        # Nothing is removed or loaded in a first life without checkpoints.
+        killed = _killed_chain(inputs, tmp_path / f"killed_{index}", kills, more)
+        _compare(quiet, killed, num_kills=15)
+
+
+@pytest.mark.exhaustive
+def test_layout_changes_between_lives(inputs: Path, tmp_path: Path) -> None:
+    """TP 2, then DP 2, then one rank: the same samples in the same order, values to rounding."""
+    quiet = Run(inputs, tmp_path / "quiet", "distill")
+    quiet.live()
+    moved = Run(inputs, tmp_path / "moved", "distill")
+    one = "strategy.tensor_model_parallel_size=1"
+    moved.live("backward:9")
+    printed = moved.live("optimizer:5", more=[one])
+    assert "random states start from the seed" in printed and "going on from" in printed
+    moved.live(ranks=1, more=[one])
+    assert _order(moved) == _order(quiet)
+    tensors, common = moved.checkpoint()
+    expected, expected_common = quiet.checkpoint()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(
+                tensors[name], value, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    for part in ("lr_schedulers", "PreTrainingDataModule", "global_step"):
+        assert common[part] == expected_common[part]
+
+
+def _quiet_chain(inputs: Path, folder: Path) -> list[Run]:
+    runs = _chain(inputs, folder / "quiet")
+    for run in runs:
+        run.live()
+    return runs
+
+
+def _killed_chain(
+    inputs: Path, folder: Path, kills: dict[str, list[str]], more: Sequence[str]
+) -> list[Run]:
+    """Each stage killed so often, always by the same command, then run to its end."""
+    runs = _chain(inputs, folder)
+    for run in runs:
+        for kill in kills[run.stage]:
+            _live_on(run, _reachable(run, kill), more)
+            assert not (run.folder / "hybrid/model.json").exists() or kill == "hybrid_moved:1"
+        saved_step = _checkpoint_step(run.folder)
+        if kills[run.stage][-1] == "hybrid_moved:1":
+            assert "is complete" in run.live(more=more)
+            continue
+        printed = _live_on(run, "", more)
+        assert f"placement balanced at {LENGTH} tokens" in printed  # not at the hybrid's 128
+        if saved_step < NUM_STEPS:
+            assert _steps_of_newest_log(run.folder) == list(range(saved_step + 1, NUM_STEPS + 1))
+    return runs
+
+
+def _live_on(run: Run, kill: str, more: Sequence[str]) -> str:
+    """One life, from the newest checkpoint: a run that starts anew would end bit-equal too."""
+    saved_step = _checkpoint_step(run.folder)
+    printed = run.live(kill, more=more)
+    start = f"going on from {run.folder}/checkpoints/step_{saved_step:08d}"
+    assert (start if saved_step else "starting at step 0") in printed, printed
+    return printed
+
+
+def _reachable(run: Run, kill: str) -> str:
+    """The kill, or one while data is read where nothing is there to be loaded or removed."""
+    needs_checkpoint = kill.partition(":")[0] in ("load", "remove")
+    return kill if _checkpoint_step(run.folder) or not needs_checkpoint else "data:5"
+
+
+def _chain(inputs: Path, folder: Path) -> list[Run]:
+    """The three stages, each from the one before."""
+    folder.mkdir()
+    runs, init_from = [], inputs / "hybrid"
+    for stage in STAGES:
+        runs.append(Run(inputs, folder / stage, stage, [f"transfer.init_from={init_from}"]))
+        init_from = folder / stage / "hybrid"
+    return runs
+
+
+def _compare(quiet: list[Run], killed: list[Run], num_kills: int) -> None:
+    assert sum(len(set(run.kills())) > 0 for run in killed) == len(STAGES)
+    assert sum(len(run.kills()) for run in killed) >= num_kills
+    start = _tensors(quiet[0].inputs / "hybrid/weights")
+    for expected, found in zip(quiet, killed, strict=True):
+        what = f"{found.stage} after {found.kills()}"
+        samples = [sample for _, sample in _order(found)]
+        assert sorted(samples) == list(range(NUM_STEPS * BATCH)), f"{what}: not each sample once"
+        assert found.consumed() == expected.consumed(), what
+        common = found.checkpoint()[1]
+        assert common["PreTrainingDataModule"]["consumed_samples"] == NUM_STEPS * BATCH, what
+        for one, other in zip(found.checkpoint(), expected.checkpoint(), strict=True):
+            assert not (different := _differences(one, other)), f"{what}: {different}"
+        ends = [_tensors(run.folder / "hybrid/weights") for run in (found, expected)]
+        assert not (different := _differences(*ends)), f"{what}: {different}"
+        assert _differences(ends[0], start), f"{what}: nothing was trained"
+
+
+def _order(run: Run) -> list[tuple[int, int]]:
+    """Step and sample, in the order of the data: micro-batches are dealt out to the ranks."""
+    of_step: dict[int, list[tuple]] = {}
+    for (data, tensor), step, *batches in run.consumed():
+        if tensor == 0:
+            found = of_step.setdefault(step, [])
+            found += [(place, data, tuple(batch[0])) for place, batch in enumerate(batches)]
+    return [
+        (step, sample)
+        for step in sorted(of_step)
+        for _, _, samples in sorted(of_step[step])
+        for sample in samples
+    ]
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nests of dictionaries, lists, arrays and plain values differ, bit for bit."""
+    if type(one) is not type(other):
+        return [path]
+    if isinstance(one, dict):
+        wrong = [f"{path}.{key}" for key in one.keys() ^ other.keys()]
+        parts = [(key, one[key], other[key]) for key in one.keys() & other.keys()]
+    elif isinstance(one, list | tuple):
+        wrong = [] if len(one) == len(other) else [path]
+        parts = [(index, *pair) for index, pair in enumerate(zip(one, other, strict=False))]
+    else:
+        is_array = isinstance(one, torch.Tensor | np.ndarray)
+        is_equal = np.array_equal(one, other) if is_array else one == other
+        return [] if is_equal else [path]
+    return wrong + [item for key, a, b in parts for item in _differences(a, b, f"{path}.{key}")]
 
 
 def _checkpoint_step(run: Path) -> int:
@@ -125,58 +336,33 @@ def _steps_of_newest_log(run: Path) -> list[int]:
     return [point.step for point in events.Scalars("train/loss")]
 
 
-def _train(arguments: list[str], log: Path, kill_when: Callable[[int], bool] | None = None) -> str:
-    """Run torchrun to its end, or kill all of it -9 when the progress line says so."""
-    process = _start(arguments, log)
-    end = time.monotonic() + RUN_SECONDS_MAX
-    try:
-        while process.poll() is None and time.monotonic() < end:
-            if kill_when is not None and kill_when(_last_step(log)):
-                break
-            time.sleep(0.01)
-    finally:
-        if process.poll() is None:
-            _kill(process.pid)
-    code = process.wait()
-    assert code == (0 if kill_when is None else -signal.SIGKILL), log.read_text()[-4000:]
-    return log.read_text()
+def _tensors(weights: Path) -> dict[str, Any]:
+    file = weights.with_suffix(".whole.pt")
+    if not file.exists():
+        dcp_to_torch_save(weights, file)
+    return torch.load(file, weights_only=False)
 
 
-def _start(arguments: list[str], log: Path) -> subprocess.Popen:
-    """Start torchrun with two ranks, which write to ``log``."""
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
-    with log.open("wb") as stream:
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             "2", "-m", "hydra_tools.train", *arguments],
-            stdout=stream, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+def _torchrun(ranks: int) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(ranks)]
 
 
-def _kill(pid: int) -> None:
-    agent = psutil.Process(pid)
-    for victim in (agent, *agent.children(recursive=True)):
-        victim.kill()
-
-
-def _last_step(log: Path) -> int:
-    steps = re.findall(rf"(\d+)/{NUM_STEPS} ", log.read_text(errors="replace"))
-    return int(steps[-1]) if steps else 0
-
-
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    file = checkpoint.parent / f"{checkpoint.name}.pt"
-    dcp_to_torch_save(checkpoint / "weights", file)
-    return torch.load(file)
+def _paths() -> str:
+    return os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
 
 
 def test_bad_input_is_one_sentence_on_every_rank(inputs: Path, tmp_path: Path) -> None:
     """torchrun itself prints a traceback of its own and exits with 1; nothing of ours does."""
     overrides = [f"log.folder={tmp_path / 'run'}", "transfer.init_from=nowhere"]
-    process = _start(["--config", f"{inputs}/run.yaml", *overrides], tmp_path / "log")
-    assert process.wait(RUN_SECONDS_MAX) == 1
-    log = (tmp_path / "log").read_text()
+    arguments = ["-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml", *overrides]
+    finished = subprocess.run(
+        [*_torchrun(2), *arguments, "transfer.stage=align"],
+        capture_output=True, text=True, timeout=RUN_SECONDS_MAX,
+        env={**os.environ, "PYTHONPATH": _paths(), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 1
+    log = finished.stdout + finished.stderr
     sentence = "megatron-hydra: error: nowhere is not a checkpoint folder: it has no model.json"
     assert f"\n{sentence}\n" in f"\n{log}"
     # ... and again in the summary that ends what torchrun prints.
