@@ -1,7 +1,8 @@
 """`hydra_tools.train` under torchrun, recorded, and killed -9 with all its ranks at a named point.
 
-Environment: `RECORD` names the folder of the records, one file a rank; `KILL` is `phase:n`, the
-n-th call of one of the phases below; `WRITE_SECONDS` makes every rank's disk that slow.
+Environment: `RECORD` names the folder of the records, one file a rank; `LIFE` is this launch's
+number in them; `KILL` is `phase:n`, the n-th call of one of the phases below; `WRITE_SECONDS`
+makes every rank's disk that slow.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _kill_at(phase: str) -> None:
 def _record(entry: dict[str, Any]) -> None:
     file = Path(os.environ["RECORD"]) / f"rank_{os.environ['RANK']}.jsonl"
     with file.open("ab", buffering=0) as stream:  # in one write, so that a kill cuts no line
-        stream.write(json.dumps({"pid": os.getpid(), **entry}).encode() + b"\n")
+        stream.write(json.dumps({"life": int(os.environ["LIFE"]), **entry}).encode() + b"\n")
 
 
 def _prepare_and_patch(config: Any) -> Any:

@@ -108,7 +108,8 @@ class Run:
             self.folder.with_name(f"{self.folder.name}.{x}") for x in ("log", "records")
         )
         records.mkdir(parents=True, exist_ok=True)
-        environment = {"RECORD": str(records), "KILL": kill, "OMP_NUM_THREADS": "1",
+        environment = {"RECORD": str(records), "KILL": kill, "LIFE": str(self.num_lives),
+                       "OMP_NUM_THREADS": "1",
                        "WRITE_SECONDS": "0.3" if "resume.async_save=true" in more else "0",
                        "PYTHONPATH": _paths()}  # fmt: skip
         with log.open("wb") as stream:
@@ -132,16 +133,15 @@ class Run:
 
     def consumed(self) -> list[tuple]:
         """Step, samples, tokens and random draws, without the steps that were rolled back."""
+        entries = [entry for entry in self.records() if "step" in entry]
+        start: dict[int, int] = {}  # of each life
+        for entry in entries:
+            start[entry["life"]] = min(entry["step"], start.get(entry["life"], NUM_STEPS))
         steps: dict[tuple, dict[int, list]] = {}
-        for entry in self.records():
-            if "killed" in entry:
-                continue
-            of_rank = steps.setdefault((entry["data"], entry["tensor"]), {})
-            last = of_rank.get(entry["step"])
-            if not last or last[0]["pid"] != entry["pid"]:  # another life's: what came after is
-                for step in [step for step in of_rank if step >= entry["step"]]:  # rolled back
-                    del of_rank[step]
-            of_rank.setdefault(entry["step"], []).append(entry)
+        for entry in entries:
+            if all(entry["step"] < start[life] for life in start if life > entry["life"]):
+                of_rank = steps.setdefault((entry["data"], entry["tensor"]), {})
+                of_rank.setdefault(entry["step"], []).append(entry)
         return [
             (rank, step, *((e["samples"], e["tokens"], e["draws"]) for e in of_rank[step]))
             for rank, of_rank in sorted(steps.items())
@@ -213,7 +213,7 @@ def test_layout_changes_between_lives(inputs: Path, tmp_path: Path) -> None:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             scale = float(value.abs().max())
             torch.testing.assert_close(
-                tensors[name], value, rtol=0, atol=1e-3 * scale, msg=lambda m, n=name: f"{n}: {m}"
+                tensors[name], value, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
             )
     for part in ("lr_schedulers", "PreTrainingDataModule", "global_step"):
         assert common[part] == expected_common[part]
