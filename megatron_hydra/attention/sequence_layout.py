@@ -132,6 +132,12 @@ def packed_sequence(cu_seqlens: Tensor, padded: Tensor | None = None) -> PackedS
     )
 
 
+def padded_lengths(lengths: Tensor, cp_size: int) -> Tensor:
+    """Tokens of each document with what :func:`pad_documents` adds to it."""
+    unit = 1 if cp_size == 1 else 2 * cp_size
+    return (lengths + unit - 1) // unit * unit
+
+
 def pad_documents(
     batch: Mapping[str, Tensor], cu_seqlens: Tensor, cp_size: int
 ) -> tuple[dict[str, Tensor], PackedSeqParams]:
@@ -148,9 +154,7 @@ def pad_documents(
     if cp_size == 1:
         return dict(batch), packed_sequence(cu_seqlens)
     lengths = cu_seqlens.diff()
-    multiple = 2 * cp_size
-    room = (lengths + multiple - 1) // multiple * multiple
-    padded = F.pad(room.cumsum(0), (1, 0))
+    padded = F.pad(padded_lengths(lengths, cp_size).cumsum(0), (1, 0))
     place = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     place = place + torch.repeat_interleave(padded[:-1] - cu_seqlens[:-1], lengths)
     result = {}

@@ -87,6 +87,11 @@ def load_weights(folder: str | Path, model: GPTModel) -> None:
     strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
     with damage_named(weights):
         state = dist_checkpointing.load(sharded_weights(model), str(weights), strict=strict)
+    set_weights(model, state)
+
+
+def set_weights(model: GPTModel, state: dict[str, Any]) -> None:
+    """Give a model what was loaded for its :func:`sharded_weights`, all of it and nothing else."""
     result = model.load_state_dict(state, strict=False)
     missing = [key for key in result.missing_keys if "_extra_state" not in key]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)

@@ -16,7 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from nemo.collections import llm
 from torch import Tensor
 
-from megatron_hydra.attention.sequence_layout import pad_documents
+from megatron_hydra.attention.sequence_layout import pad_documents, padded_lengths
 from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.config import DataSection
 from megatron_hydra.nemo.indexed_dataset import dataset_files, read_notes
@@ -90,7 +90,7 @@ def pack_documents(
     ends[:, -1] = True
     cu_seqlens = F.pad(ends.flatten().nonzero().squeeze(1) + 1, (1, 0))
     unit = 1 if cp_size == 1 else 2 * cp_size
-    num_padded = int(((cu_seqlens.diff() + unit - 1) // unit * unit).sum())
+    num_padded = int(padded_lengths(cu_seqlens.diff(), cp_size).sum())
     num_lacking = -num_padded % math.lcm(unit, cp_size * sp_size)
     if num_lacking:
         row = {name: F.pad(values, (0, num_lacking)) for name, values in row.items()}

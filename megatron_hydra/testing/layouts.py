@@ -11,6 +11,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_hydra.attention.sequence_layout import packed_sequence
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -235,18 +237,7 @@ def _packed_params(lengths: list[int], padded: list[int]) -> PackedSeqParams:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def cumulative(values: list[int]) -> Tensor:
-        sums = [0, *itertools.accumulate(values)]
-        return torch.tensor(sums, dtype=torch.int32, device=device)
+        return torch.tensor([0, *itertools.accumulate(values)], device=device)
 
-    starts, padded_starts = cumulative(lengths), cumulative(padded)
-    if lengths == padded:
-        padded_starts = None  # type: ignore[assignment]
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=starts,
-        cu_seqlens_kv=starts,
-        cu_seqlens_q_padded=padded_starts,
-        cu_seqlens_kv_padded=padded_starts,
-        max_seqlen_q=max(padded),
-        max_seqlen_kv=max(padded),
-    )
+    padding = None if lengths == padded else cumulative(padded)
+    return packed_sequence(cumulative(lengths), padding)

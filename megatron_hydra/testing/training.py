@@ -28,7 +28,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_hydra.config import HydraConfig
-from megatron_hydra.conversion.distributed_weights import InProcessSave, sharded_weights
+from megatron_hydra.conversion.distributed_weights import (
+    InProcessSave,
+    set_weights,
+    sharded_weights,
+)
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
 from megatron_hydra.testing.global_tensors import (
@@ -302,9 +306,7 @@ class Trainer:
 
     def _set_weights(self, loaded: dict[str, Any]) -> None:
         for index, chunk in enumerate(self.chunks):
-            result = chunk.load_state_dict(loaded[f"model{index}"], strict=False)
-            missing = [key for key in result.missing_keys if "_extra_state" not in key]
-            assert not missing and not result.unexpected_keys, result
+            set_weights(chunk, loaded[f"model{index}"])
 
     def _optimizer_state(self, model_state: dict[str, Any], is_loading: bool) -> Any:
         metadata = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -20,14 +20,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra_tools import cli
+from tiny_models import write_models
 from torch import nn
 
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing import run_distributed
 from megatron_hydra.testing.faults import gradient_fault, head_fault, hidden_states_fault
 from megatron_hydra.testing.recorded_runs import RecordedRun, is_bit_equal, recorded_run
-from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -45,12 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
     folder = tmp_path_factory.mktemp("inputs")
-    source = str(write_tiny_qwen3(folder / "qwen3"))
-    HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2).save(folder / "plan.json")
-    convert = ["convert", "--teacher", source, "--out"]
-    assert cli.main([*convert, f"{folder}/teacher"]) == 0
-    plan = ["--plan", f"{folder}/plan.json", "--calibration-tokens", "256"]
-    assert cli.main([*convert, f"{folder}/hybrid", *plan]) == 0
+    write_models(folder)
     for name, first in (("low", 0), ("high", 128)):
         lengths = [5 + 7 * d % 20 for d in range(NUM_DOCUMENTS)]
         documents = [[first + d] * length for d, length in enumerate(lengths)]

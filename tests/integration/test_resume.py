@@ -25,13 +25,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hydra_tools import cli
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import write_models
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.nemo.config import load_config
-from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -54,12 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
     folder = tmp_path_factory.mktemp("inputs")
-    source = str(write_tiny_qwen3(folder / "qwen3"))
-    HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2).save(folder / "plan.json")
-    convert = ["convert", "--teacher", source, "--out"]
-    assert cli.main([*convert, f"{folder}/teacher"]) == 0
-    plan = ["--plan", f"{folder}/plan.json", "--calibration-tokens", "256"]
-    assert cli.main([*convert, f"{folder}/hybrid", *plan]) == 0
+    write_models(folder)
     filler = random.Random(0)
     tokens = [
         token

@@ -20,13 +20,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hydra_tools import cli
+from tiny_models import PLAN, write_models
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing import run_distributed
-from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -63,19 +62,14 @@ Scalars = dict[str, dict[int, float]]  # by name, then by step
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `write_inputs`, of two layers."""
     folder = tmp_path_factory.mktemp("inputs")
-    return write_inputs(folder, HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2))
+    return write_inputs(folder, PLAN)
 
 
 def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> Path:
     """Write `teacher`, `hybrid`, the tokens of `data` in `tokens.json`, and `run.yaml`."""
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
-    source = str(write_tiny_qwen3(folder / "qwen3", **qwen3_fields))
-    plan.save(folder / "plan.json")
-    convert = ["convert", "--teacher", source, "--out"]
-    assert cli.main([*convert, f"{folder}/teacher"]) == 0
-    plan = ["--plan", f"{folder}/plan.json", "--calibration-tokens", "256"]
-    assert cli.main([*convert, f"{folder}/hybrid", *plan]) == 0
+    write_models(folder, plan, **qwen3_fields)
     # One document, which Megatron does not shuffle; unequal numbers of ends in its samples.
     tokens = torch.randint(END, (20 * LENGTH + 1,), generator=torch.Generator().manual_seed(0))
     tokens[torch.arange(20) ** 2 % len(tokens)] = END
