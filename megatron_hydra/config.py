@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("local", "transformer_engine"),
     "placement": ("balanced", "by_type"),
     "la_kernel": ("auto", "reference", "fla"),
+    "fused_kernels": ("auto", "reference", "triton"),
     "la_output_gate": ("silu", "sigmoid", "none"),
     "fa_query_scale": ("none", "inference", "always"),
     "fusion": ("scale", "norm", "none", "gate"),
@@ -67,6 +68,9 @@ class HydraFields:
     """How a layer's heads are dealt to tensor-parallel ranks: `balanced` or `by_type`."""
     la_kernel: str = "auto"
     """`reference` (PyTorch), `fla` (Triton) or `auto`: fla on a GPU, the reference on a CPU."""
+    fused_kernels: str = "auto"
+    """What surrounds the LA kernel, and the fusion: `triton` (our kernels), `reference` (PyTorch
+    and the backend's norms) or `auto`: triton on a GPU, the reference on a CPU."""
     head_init_seed: int = 1234
     """Seeds the per-head initialisation, which is the same for every layout."""
 

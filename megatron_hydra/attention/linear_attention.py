@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.attention.context_parallel import Pieces
+from megatron_hydra.attention.kernel_choice import choose_la_kernel
 from megatron_hydra.attention.projection_layout import Section
 from megatron_hydra.attention.sharded_heads import (
     HeadModule,
@@ -27,7 +28,6 @@ from megatron_hydra.attention.sharded_heads import (
     init_heads,
 )
 from megatron_hydra.config import HydraConfig
-from megatron_hydra.errors import UserError
 from megatron_hydra.placement import LayerPlacement
 
 _MIN_DT, _MAX_DT = 1e-3, 1e-1
@@ -61,7 +61,7 @@ class LinearAttentionBranch(HeadModule):
     ) -> None:
         super().__init__(config=config)
         self.heads = placement.la_heads(pg_collection.tp.rank())
-        self.impl = choose_kernel(config.la_kernel)
+        self.impl = choose_la_kernel(config.la_kernel)
         if config.la_qk_norm:
             norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
             self.q_layernorm = build_module(submodules.q_layernorm, **norm)
@@ -198,24 +198,6 @@ class LinearAttentionBranch(HeadModule):
             return head_parameter(config, torch.empty(len(self.heads)))
         values = init_heads(section, init, seed=config.head_init_seed, layer_number=layer_number)
         return head_parameter(config, values)
-
-
-def choose_kernel(la_kernel: str) -> Literal["reference", "fla"]:
-    """Resolve `la_kernel` for this machine; a choice that does not fit is an error.
-
-    Raises:
-        UserError: For `fla` without a GPU, or `reference` where there is one.
-    """
-    on_gpu = torch.cuda.is_available()
-    if la_kernel == "auto":
-        return "fla" if on_gpu else "reference"
-    if la_kernel == "fla" and not on_gpu:
-        raise UserError("la_kernel is 'fla', whose Triton kernels need a GPU; use 'auto' here")
-    if la_kernel == "reference" and on_gpu:
-        raise UserError(
-            "la_kernel is 'reference', which is for machines without a GPU; use 'auto' here"
-        )
-    return la_kernel  # type: ignore[return-value]
 
 
 def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:

@@ -17,7 +17,7 @@ from lightning_utilities.core import rank_zero
 from nemo.collections import llm
 from nemo.utils import logging as nemo_logging
 
-from megatron_hydra.attention.linear_attention import choose_kernel
+from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.conversion.checkpoint import (
     model_fields,
     read_metadata,
@@ -267,7 +267,13 @@ class TrainingRun:
         config, model = self.config, self.config.model
         chosen = {
             name: getattr(model, name)
-            for name in ("la_kernel", "placement", "fa_query_scale", "fa_query_scale_start")
+            for name in (
+                "la_kernel",
+                "fused_kernels",
+                "placement",
+                "fa_query_scale",
+                "fa_query_scale_start",
+            )
             if getattr(model, name) is not None
         }
         if model.recompute != "none":
@@ -292,7 +298,8 @@ class TrainingRun:
         names = ("backend", "placement", "fa_query_scale", "fa_query_scale_start")
         model = replace(
             self.config.model,
-            la_kernel=choose_kernel(self.model_config.la_kernel),
+            la_kernel=choose_la_kernel(self.model_config.la_kernel),
+            fused_kernels=choose_fused_kernels(self.model_config.fused_kernels),
             **{name: getattr(self.model_config, name) for name in names},
         )
         trainer = replace(self.config.trainer, accelerator="gpu" if self.on_gpu else "cpu")

@@ -14,7 +14,7 @@ install_if_needed()
 
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
-from megatron_hydra.attention.linear_attention import choose_kernel  # noqa: E402
+from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel  # noqa: E402
 from megatron_hydra.attention.sequence_layout import packed_sequence  # noqa: E402
 from megatron_hydra.config import HydraConfig  # noqa: E402
 from megatron_hydra.errors import UserError  # noqa: E402
@@ -293,9 +293,9 @@ def test_selective_recomputation_is_bit_equal_and_keeps_less(overrides, packed):
 
 
 def test_choices_that_do_not_fit_are_errors():
-    assert choose_kernel("auto") == ("fla" if torch.cuda.is_available() else "reference")
+    assert choose_la_kernel("auto") == ("fla" if torch.cuda.is_available() else "reference")
     with pytest.raises(UserError, match="la_kernel is 'fla', whose Triton kernels need a GPU"):
-        choose_kernel("fla")
+        choose_la_kernel("fla")
     with pytest.raises(UserError, match="fusion is 'mean'; allowed: scale, norm, none, gate"):
         tiny_config(fusion="mean")
     with pytest.raises(UserError, match="num_attention_heads is 8, which does not divide"):
@@ -304,3 +304,15 @@ def test_choices_that_do_not_fit_are_errors():
         get_hydra_layer_spec(tiny_config(), tiny_plan().layers[0], "transformer_engine")
     with pytest.raises(UserError, match="4 heads"):
         get_hydra_layer_spec(tiny_config(), type(tiny_plan().layers[0])(("fa",) * 4))
+
+
+def test_fused_kernels_are_chosen_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    has_gpu = torch.cuda.is_available()
+    assert choose_fused_kernels("auto") == ("triton" if has_gpu else "reference")
+    assert choose_fused_kernels("reference") == "reference"
+    if not has_gpu:
+        with pytest.raises(UserError, match="fused_kernels is 'triton', which needs a GPU"):
+            choose_fused_kernels("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_fused_kernels("triton") == "triton"
