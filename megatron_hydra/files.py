@@ -16,7 +16,15 @@ from typing import Any, Literal
 
 from megatron_hydra.errors import UserError
 
-_RECORDED_PACKAGES = ("torch", "megatron-core", "nemo-toolkit", "transformers", "fla-core")
+_RECORDED_PACKAGES = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "nemo-toolkit",
+    "transformer-engine",
+    "transformers",
+    "fla-core",
+)
 # A line break is escaped inside a JSON string, so what follows this opening is never in one.
 _NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 

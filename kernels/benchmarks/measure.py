@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from triton.testing import do_bench
 
-from megatron_hydra.files import write_json
-
-_PACKAGES = (
-    "torch", "triton", "megatron-core", "transformer-engine", "fla-core", "liger-kernel",
-    "flash-qla", "nemo-toolkit",
-)  # fmt: skip
+from megatron_hydra.files import versions, write_json
 
 
 def device_figures() -> dict[str, Any]:
@@ -33,7 +26,7 @@ def device_figures() -> dict[str, Any]:
     matmul_ms = median_ms(lambda: a @ b)
     return {
         "device": torch.cuda.get_device_name(),
-        "versions": {"python": platform.python_version()} | _versions(),
+        "versions": versions(),
         "copy_gb_per_s": 2 * x.numel() / copy_ms / 1e6,
         "matmul_tflop_per_s": 2 * 8192**3 / matmul_ms / 1e9,
     }
@@ -80,13 +73,3 @@ def write(path: Path | None, figures: dict[str, Any], rows: Sequence[dict[str, A
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
