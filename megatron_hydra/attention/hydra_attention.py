@@ -208,8 +208,9 @@ class HydraAttention(MegatronModule):
         """Which rows of a parameter belong to which head.
 
         Returns:
-            By the parameter's name: its sections in order, and the dimension that they lie on. A
-            name without a parameter on this rank may be among them.
+            By the parameter's name: its sections in order, and the dimension that they lie on.
+            The in-projection's padding comes after them. A name without a parameter on this rank
+            may be among them.
         """
         la, fusion = self.linear_attention, self.fusion
         return {
@@ -240,6 +241,7 @@ class HydraAttention(MegatronModule):
                 value,
                 sections,
                 axis=axis,
+                num_padding=self.layout.num_padding_rows if name == "in_proj.weight" else 0,
                 sharded_offsets=sharded_offsets,
                 replica_id=replica_id,
             )
@@ -270,6 +272,7 @@ class HydraAttention(MegatronModule):
             )
             init = _zero if identity else normal
             parts.append(init_heads(section, init, num_columns=config.hidden_size, **fill))
+        parts.append(torch.zeros(self.layout.num_padding_rows, config.hidden_size))
         columns = init_heads(self.proj_section, normal, num_columns=config.hidden_size, **fill)
         with torch.no_grad():
             self.in_proj.weight.copy_(torch.cat(parts))

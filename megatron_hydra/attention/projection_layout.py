@@ -5,7 +5,11 @@ keys and values the rank projects (it owns them, see `LayerPlacement.group_owner
 
     fa_query [n_fa d] | fa_gate [n_fa d] | fa_key [g d] | fa_value [g d] |
     la_query [n_la d] | la_key [n_la d] | la_value [n_la d] | la_gate [n_la d] |
-    la_decay [n_la] | la_beta [n_la]
+    la_decay [n_la] | la_beta [n_la] | padding
+
+The rows are filled up to a multiple of `ROW_MULTIPLE`, or the odd widths of decay and beta would
+leave every row of the output misaligned: FP8 products refuse that, the others grow slower. Padding
+rows are zero, get no gradient and are no part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from torch import Tensor
 
 from megatron_hydra.config import HydraFields
 from megatron_hydra.placement import LayerPlacement
+
+ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,16 @@ class ProjectionLayout:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the rank's in-projection."""
+        """Rows of the rank's in-projection, padding counted in."""
+        return self._used_rows + self.num_padding_rows
+
+    @property
+    def num_padding_rows(self) -> int:
+        """Rows at the end that belong to no section."""
+        return -self._used_rows % ROW_MULTIPLE
+
+    @property
+    def _used_rows(self) -> int:
         return sum(len(section.units) * section.width for section in self.sections)
 
     def rows(self, name: str, unit: int) -> slice:
@@ -89,7 +104,7 @@ class ProjectionLayout:
     def split(self, projected: Tensor) -> dict[str, Tensor]:
         """Cut `[s, b, rows]` into `{section: [s, b, units, width]}`; width 1 is dropped."""
         sizes = [len(section.units) * section.width for section in self.sections]
-        parts = projected.split(sizes, dim=-1)
+        *parts, _ = projected.split([*sizes, self.num_padding_rows], dim=-1)
         s, b, _ = projected.shape
         return {
             section.name: part

@@ -102,6 +102,7 @@ def sharded_heads(
     sections: Sequence[Section],
     *,
     axis: int = 0,
+    num_padding: int = 0,
     sharded_offsets: tuple = (),
     replica_id: ReplicaId,
 ) -> ShardedTensorFactory:
@@ -116,6 +117,7 @@ def sharded_heads(
         parameter: This rank's tensor.
         sections: Its parts along `axis`, in order.
         axis: The dimension that the heads lie on.
+        num_padding: Zeros along `axis` behind the last section; they are not stored.
         sharded_offsets: Megatron's leading offsets, such as the layer's.
         replica_id: Tells apart the data-parallel replicas.
     """
@@ -138,10 +140,12 @@ def sharded_heads(
                     )
                 )
                 start += section.width
-        assert start == tensor.shape[axis], (key, start, tuple(tensor.shape))
+        assert start + num_padding == tensor.shape[axis], (key, start, tuple(tensor.shape))
         return shards
 
     def merge(shards: list[Tensor]) -> Tensor:
-        return torch.cat(shards, dim=axis)
+        shape = list(shards[0].shape)
+        shape[axis] = num_padding
+        return torch.cat([*shards, shards[0].new_zeros(shape)], dim=axis)
 
     return ShardedTensorFactory(key, parameter, build, merge, replica_id)

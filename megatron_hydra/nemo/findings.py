@@ -180,7 +180,7 @@ def _bad_units(layer: Any, name: str, gradient: Tensor) -> str:
 
 def _cut(sections: Sequence[Section], tensor: Tensor, axis: int) -> Iterator[Tensor]:
     widths = [section.width for section in sections for _ in section.units]
-    yield from tensor.split(widths, dim=axis)
+    yield from tensor.narrow(axis, 0, sum(widths)).split(widths, dim=axis)
 
 
 def _unit_words(section: Section, unit: int) -> str:

@@ -35,6 +35,16 @@ def _model(backend: str, dtype: torch.dtype):
     return model if dtype == torch.float32 else model.bfloat16()
 
 
+@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
+@pytest.mark.parametrize("plan", [None, tiny_plan()], ids=["teacher", "hybrid"])
+def test_models_are_built_on_the_gpu(backend, plan):
+    initialize_model_parallel()
+    config = tiny_config(**{**megatron_fields(torch.bfloat16), **SIZES, "backend": backend})
+    model = build_model(config, plan)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert [name for name, tensor in tensors.items() if not tensor.is_cuda] == []
+
+
 def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor, packing) -> dict:
     x = x.to(attention.in_proj.weight.dtype).requires_grad_()
     output, _ = attention(x, rotary_pos_emb=rotary, packed_seq_params=packing)

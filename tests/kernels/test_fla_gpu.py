@@ -81,8 +81,9 @@ def test_gated_delta_rule(length: int, head_dim: int, packed: bool):
             outputs = gated_delta_rule(
                 **own, output_final_state=True, cu_seqlens=cu_seqlens, impl=impl
             )
-        assert outputs.final_state.dtype == torch.float32
         assert outputs.output.dtype == torch.bfloat16
+        if impl == "fla":  # autocast makes the reference's state bf16 too
+            assert outputs.final_state.dtype == torch.float32
         results.append(gradients(outputs, own))
     assert_at_most_twice_the_error(*results, exact)
 

@@ -139,8 +139,14 @@ def test_each_la_head_gets_its_groups_key_and_value(folder: Path) -> None:
 def test_every_value_is_counted_once(folder: Path, fusion: str) -> None:
     plan = HeadPlan.from_fa_heads(MIXED, 2, 4, 2)
     model, summary = _hybrid(folder, plan, torch.ones(2, 4), fusion=fusion)
+    padding = 0
+    for layer in model.decoder.layers:
+        weight, layout = layer.self_attention.in_proj.weight, layer.self_attention.layout
+        rows = weight[weight.shape[0] - layout.num_padding_rows :]
+        assert (rows == 0).all()
+        padding += rows.numel()
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert summary.reused.total() + summary.new.total() == total
+    assert summary.reused.total() + summary.new.total() + padding == total
 
 
 def test_unknown_or_missing_teacher_tensors_do_not_pass(folder: Path) -> None:

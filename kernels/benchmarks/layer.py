@@ -1,0 +1,235 @@
+"""Times the whole attention module, norm to output projection: ours, full attention, layer mixes.
+
+    python kernels/benchmarks/layer.py --out layer.json --picture layer.png
+
+Qwen3-1.7B's attention (hidden 2,048, 16 heads, 8 query groups, head dimension 128) in bf16 on
+Transformer Engine; weights are random. Of a layer-wise mix only two kinds of layer exist, so its
+time a layer is the mean of a full and an all-LA one, weighted by the ratio. `parts` are what ours
+is made of, each timed alone: attention of the FA heads, the LA kernel, the two projections. `limit`
+counts what no kernel can save: the operations of the projections and of causal attention at this
+run's own matrix-product rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import device_figures, median_ms, print_table, write
+from torch import Tensor
+
+from megatron_hydra.files import read_json
+
+HEADS, GROUPS, DIM, HIDDEN = 16, 8, 128, 2048
+MIXES = {"3:1": 4, "7:1": 2}  # LA to FA heads: FA heads of a layer
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
+DIRECTIONS = ("forward", "forward+backward")
+KIND, SCHEMA_VERSION = "megatron_hydra.layer_benchmark", 1
+
+
+def main() -> int:
+    """Measure, print, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
+    parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw an earlier run")
+    args = parser.parse_args()
+    if args.draw:
+        data = read_json(args.draw, KIND, SCHEMA_VERSION)
+    else:
+        warnings.simplefilter("ignore")  # Megatron warns of every optional package
+        data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
+        data |= device_figures() | {"fused_kernels": args.fused_kernels}
+        rows = []
+        for length in args.lengths:
+            rows += measure(length, data["matmul_tflop_per_s"], args.fused_kernels)
+            print_table(rows[-2:])
+            write(args.out, data, rows)
+        data["rows"] = rows
+        print(data["device"], data["versions"])
+    for direction in DIRECTIONS:
+        print(f"\n{direction}, ms")
+        print_table([row for row in data["rows"] if row["direction"] == direction])
+    if args.picture:
+        draw(data, args.picture)
+    return 0
+
+
+def measure(length: int, tflop_per_s: float, fused_kernels: str) -> list[dict[str, Any]]:
+    """A row a direction, times in ms; None where the memory does not suffice."""
+    x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    full, all_la = _Layer(None, length, fused_kernels), _Layer(0, length, fused_kernels)
+    mixed = {name: _Layer(heads, length, fused_kernels) for name, heads in MIXES.items()}
+    rows = []
+    for direction in DIRECTIONS:
+        backward = direction != DIRECTIONS[0]
+        row: dict[str, Any] = {"direction": direction, "tokens": length}
+        row["full"], row["all LA"] = full.time(x, backward), all_la.time(x, backward)
+        for name, heads in MIXES.items():
+            row[f"layer-wise {name}"] = _weighted(row["full"], row["all LA"], heads / HEADS)
+            ours = row[f"ours {name}"] = mixed[name].time(x, backward)
+            row[f"full / ours {name}"] = _ratio(row["full"], ours)
+            parts = mixed[name].parts(x, backward)
+            row |= {f"{part} {name}": ms for part, ms in parts.items()}
+            total = None if None in parts.values() else sum(parts.values())
+            row[f"ours / parts {name}"] = _ratio(ours, total)
+            row[f"limit {name}"] = mixed[name].flop(length)[backward] / tflop_per_s / 1e9
+        row["limit full"] = full.flop(length)[backward] / tflop_per_s / 1e9
+        rows.append(row)
+    return rows
+
+
+class _Layer:
+    """Norm and attention of one transformer layer.
+
+    Args:
+        num_fa: FA heads; None for Megatron's own full attention.
+        length: Tokens.
+        fused_kernels: As in HydraConfig.
+    """
+
+    def __init__(self, num_fa: int | None, length: int, fused_kernels: str) -> None:
+        from megatron_hydra.config import HydraConfig
+        from megatron_hydra.conversion.qwen3 import megatron_fields
+        from megatron_hydra.head_plan import HeadPlan
+        from megatron_hydra.model import build_model
+        from megatron_hydra.parallel import initialize_model_parallel
+
+        initialize_model_parallel()
+        fields = megatron_fields(torch.bfloat16) | dict(
+            num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=64, num_attention_heads=HEADS,
+            num_query_groups=GROUPS, kv_channels=DIM, vocab_size=64, rotary_base=1e6,
+            seq_length=length, backend="transformer_engine", fused_kernels=fused_kernels,
+            apply_rope_fusion=num_fa is None,
+        )  # fmt: skip
+        plan = None
+        if num_fa is not None:
+            heads = tuple(range(0, HEADS, HEADS // num_fa)) if num_fa else ()
+            plan = HeadPlan.from_fa_heads({0: heads}, 1, HEADS, GROUPS)
+        model = build_model(HydraConfig(**fields), plan).cuda().bfloat16()
+        self.num_fa = HEADS if num_fa is None else num_fa
+        self.layer, self.angles = model.decoder.layers[0], model.rotary_pos_emb(length)
+
+    def time(self, x: Tensor, backward: bool) -> float | None:
+        """Median ms of the module."""
+        norm, attention = self.layer.input_layernorm, self.layer.self_attention
+        return _time(
+            lambda x, *_: [attention(norm(x), None, rotary_pos_emb=self.angles)[0]],
+            [x, *norm.parameters(), *attention.parameters()],
+            backward,
+        )
+
+    def parts(self, x: Tensor, backward: bool) -> dict[str, float | None]:
+        """Median ms of what the module is made of, each alone on inputs of its own."""
+        from hydra_kernels.gated_delta_rule import gated_delta_rule
+        from megatron.core.transformer.enums import AttnMaskType
+
+        attention, length = self.layer.self_attention, x.shape[0]
+        num_la = HEADS - self.num_fa
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+            core = attention.full_attention.core_attention
+            return [core(q, k, v, None, attn_mask_type=AttnMaskType.causal)]
+
+        def recur(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> list[Tensor]:
+            return [gated_delta_rule(q, k, v, g, beta, impl="fla").output]
+
+        def project(x: Tensor, fused: Tensor, *_: Tensor) -> list[Tensor]:
+            return [attention.in_proj(x)[0], attention.linear_proj(fused)[0]]
+
+        fa = [_random(length, 1, self.num_fa, DIM) for _ in range(3)]
+        la = [_random(1, length, num_la, DIM) for _ in range(3)]
+        la[:2] = (F.normalize(t.float(), dim=-1).bfloat16() for t in la[:2])
+        gates = [_random(1, length, num_la).float() for _ in range(2)]
+        la += [F.logsigmoid(gates[0] + 4), gates[1].sigmoid()]
+        weights = [attention.in_proj.weight, attention.linear_proj.weight]
+        return {
+            "FA alone": _time(attend, fa, backward),
+            "LA alone": _time(recur, la, backward),
+            "projections": _time(project, [x, _random(length, 1, HEADS * DIM), *weights], backward),
+        }
+
+    def flop(self, length: int) -> tuple[float, float]:
+        """Operations of projections and causal attention: forward, forward and backward."""
+        weights = [p for p in self.layer.self_attention.parameters() if p.dim() == 2]
+        projections = 2 * length * sum(p.numel() for p in weights if p.shape[1] == HIDDEN)
+        # Two products forward; five backward, one of which makes the scores anew.
+        attention = self.num_fa * 2 * DIM * length**2
+        return projections + attention, 3 * projections + 3.5 * attention
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _time(
+    function: Callable[..., list[Tensor]], inputs: list[Tensor], backward: bool
+) -> float | None:
+    """Median ms of a function of inputs; with `backward`, also of the gradients of all of them."""
+    try:
+        if not backward:
+            with torch.no_grad():
+                return median_ms(lambda: function(*inputs))
+        leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        upstream = [torch.randn_like(output) for output in function(*leaves)]
+        return median_ms(
+            lambda: torch.autograd.backward(function(*leaves), upstream), grad_to_none=leaves
+        )
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _weighted(full: float | None, all_la: float | None, share: float) -> float | None:
+    return None if full is None or all_la is None else share * full + (1 - share) * all_la
+
+
+def _ratio(over: float | None, under: float | None) -> float | None:
+    return None if over is None or under is None else over / under
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Time against length, log-log, one panel a direction, the limits dashed."""
+    from matplotlib.figure import Figure
+
+    from megatron_hydra.chart_style import MUTED, PALETTE, chart_style, save_png
+
+    lines = {
+        "full": ("full attention", PALETTE[1], "-"),
+        "layer-wise 7:1": ("layer-wise mix 7:1", PALETTE[4], "-"),
+        "ours 3:1": ("head-level 3:1", PALETTE[5], "-"),
+        "ours 7:1": ("head-level 7:1", PALETTE[0], "-"),
+        "limit full": ("limit, full attention", PALETTE[1], ":"),
+        "limit 7:1": ("limit, head-level 7:1", PALETTE[0], ":"),
+    }
+    with chart_style():
+        figure = Figure(figsize=(10, 4.2))
+        for axes, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
+            rows = [row for row in data["rows"] if row["direction"] == direction]
+            lengths = [row["tokens"] for row in rows]
+            for key, (label, colour, style) in lines.items():
+                times = [row[key] for row in rows]  # matplotlib leaves a gap for None
+                axes.plot(
+                    lengths, times, style, color=colour, label=label, marker="o" * (style == "-"),
+                    markersize=3.5, linewidth=1.6,
+                )  # fmt: skip
+            axes.set(xscale="log", yscale="log", xlabel="tokens", title=direction)
+            axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
+            axes.minorticks_off()
+        figure.axes[0].set_ylabel("ms a layer")
+        figure.axes[0].legend(loc="upper left")
+        figure.text(0.99, -0.02, data["device"], ha="right", color=MUTED, fontsize=8)
+        save_png(path, figure, overwrite=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
