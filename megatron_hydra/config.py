@@ -71,6 +71,8 @@ class HydraFields:
     fused_kernels: str = "auto"
     """What surrounds the LA kernel, and the fusion: `triton` (our kernels), `reference` (PyTorch
     and the backend's norms) or `auto`: triton on a GPU, the reference on a CPU."""
+    overlap_branches: bool = False
+    """On a GPU, run the LA heads on a stream of their own beside the FA heads."""
     head_init_seed: int = 1234
     """Seeds the per-head initialisation, which is the same for every layout."""
 

@@ -38,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--overlap", action="store_true", help="FA and LA heads on two streams")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw an earlier run")
@@ -47,10 +48,11 @@ def main() -> int:
     else:
         warnings.simplefilter("ignore")  # Megatron warns of every optional package
         data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
-        data |= device_figures() | {"fused_kernels": args.fused_kernels}
+        switches = {"fused_kernels": args.fused_kernels, "overlap_branches": args.overlap}
+        data |= device_figures() | switches
         rows = []
         for length in args.lengths:
-            rows += measure(length, data["matmul_tflop_per_s"], args.fused_kernels)
+            rows += measure(length, data["matmul_tflop_per_s"], switches)
             print_table(rows[-2:])
             write(args.out, data, rows)
         data["rows"] = rows
@@ -63,11 +65,11 @@ def main() -> int:
     return 0
 
 
-def measure(length: int, tflop_per_s: float, fused_kernels: str) -> list[dict[str, Any]]:
+def measure(length: int, tflop_per_s: float, switches: dict[str, Any]) -> list[dict[str, Any]]:
     """A row a direction, times in ms; None where the memory does not suffice."""
     x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    full, all_la = _Layer(None, length, fused_kernels), _Layer(0, length, fused_kernels)
-    mixed = {name: _Layer(heads, length, fused_kernels) for name, heads in MIXES.items()}
+    full, all_la = _Layer(None, length, switches), _Layer(0, length, switches)
+    mixed = {name: _Layer(heads, length, switches) for name, heads in MIXES.items()}
     rows = []
     for direction in DIRECTIONS:
         backward = direction != DIRECTIONS[0]
@@ -93,10 +95,10 @@ class _Layer:
     Args:
         num_fa: FA heads; None for Megatron's own full attention.
         length: Tokens.
-        fused_kernels: As in HydraConfig.
+        switches: More of HydraConfig's fields.
     """
 
-    def __init__(self, num_fa: int | None, length: int, fused_kernels: str) -> None:
+    def __init__(self, num_fa: int | None, length: int, switches: dict[str, Any]) -> None:
         from megatron_hydra.config import HydraConfig
         from megatron_hydra.conversion.qwen3 import megatron_fields
         from megatron_hydra.head_plan import HeadPlan
@@ -107,8 +109,8 @@ class _Layer:
         fields = megatron_fields(torch.bfloat16) | dict(
             num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=64, num_attention_heads=HEADS,
             num_query_groups=GROUPS, kv_channels=DIM, vocab_size=64, rotary_base=1e6,
-            seq_length=length, backend="transformer_engine", fused_kernels=fused_kernels,
-            apply_rope_fusion=num_fa is None,
+            seq_length=length, backend="transformer_engine",
+            apply_rope_fusion=num_fa is None, **switches,
         )  # fmt: skip
         plan = None
         if num_fa is not None:

@@ -200,8 +200,23 @@ class HydraAttention(MegatronModule):
         if packed_seq_params is not None and rotary_pos_emb is not None:
             fa_angles = rotary_pos_emb[tokens.positions]
             la_angles = rotary_pos_emb[pieces.positions]
-        fa = self.full_attention(sections, fa_angles, tokens, packed_seq_params)
-        la = self.linear_attention(sections, la_angles, pieces)
+        fa_inputs = (sections, fa_angles, tokens, packed_seq_params)
+        if self.config.overlap_branches and projected.is_cuda:
+            main, side = torch.cuda.current_stream(), _side_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                la = self.linear_attention(sections, la_angles, pieces)
+            fa = self.full_attention(*fa_inputs)
+            main.wait_stream(side)
+            # Both passes read these on the stream that did not make them: their memory must not
+            # be given to others as soon as the stream that did is through with them.
+            for shared in (projected, la_angles):
+                if shared is not None:
+                    shared.record_stream(side)
+            la.record_stream(main)
+        else:
+            fa = self.full_attention(*fa_inputs)
+            la = self.linear_attention(sections, la_angles, pieces)
         return self.fusion(fa, la, sections, hidden_states)
 
     def per_head_parameters(self) -> dict[str, tuple[Sequence[Section], int]]:
@@ -290,6 +305,12 @@ class HydraAttention(MegatronModule):
                 [placement.fa_heads(rank) for rank in range(placement.tp_size)],
                 [f"{cost / dearest:.2f}" for cost in placement.predicted_costs],
             )
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all layers of a process."""
+    return torch.cuda.Stream()
 
 
 @cache

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 _TEACHER_FIELDS = (*SHAPE_FIELDS, "seq_length", "params_dtype")
 # Where and how a model runs is chosen anew at every load.
-_RUNTIME_FIELDS = ("backend", "placement", "la_kernel", "fused_kernels")
+_RUNTIME_FIELDS = ("backend", "placement", "la_kernel", "fused_kernels", "overlap_branches")
 _STORED_FIELDS = {
     "teacher": _TEACHER_FIELDS,
     "hybrid": (

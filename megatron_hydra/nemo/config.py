@@ -28,6 +28,7 @@ class ModelSection:
     """None: Transformer Engine on a GPU, `local` on a CPU."""
     la_kernel: Literal["auto", "reference", "fla"] | None = None
     fused_kernels: Literal["auto", "reference", "triton"] | None = None
+    overlap_branches: bool | None = None
     placement: Literal["balanced", "by_type"] | None = None
     fa_query_scale: Literal["none", "inference", "always"] | None = None
     fa_query_scale_start: int | None = None

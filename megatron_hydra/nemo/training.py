@@ -270,6 +270,7 @@ class TrainingRun:
             for name in (
                 "la_kernel",
                 "fused_kernels",
+                "overlap_branches",
                 "placement",
                 "fa_query_scale",
                 "fa_query_scale_start",
@@ -295,7 +296,13 @@ class TrainingRun:
 
     def _resolved(self) -> RunConfig:
         """The configuration as the run takes it, for its folder."""
-        names = ("backend", "placement", "fa_query_scale", "fa_query_scale_start")
+        names = (
+            "backend",
+            "overlap_branches",
+            "placement",
+            "fa_query_scale",
+            "fa_query_scale_start",
+        )
         model = replace(
             self.config.model,
             la_kernel=choose_la_kernel(self.model_config.la_kernel),

@@ -85,6 +85,21 @@ def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
         assert ours <= 2 * max(local, 4e-3), name
 
 
+def test_branches_on_two_streams_change_nothing():
+    layer = _model("transformer_engine", torch.bfloat16).decoder.layers[0].self_attention
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, upstream = (torch.randn(512, 2, 512, device="cuda", generator=generator) for _ in range(2))
+    rotary = RotaryEmbedding(64, 1.0, rotary_base=10000)(512)
+    results = []
+    for layer.config.overlap_branches in (False, True, True):
+        layer.zero_grad()
+        results.append(_run(layer, x, rotary, upstream, None))
+    assert all(torch.equal(result["output"], results[0]["output"]) for result in results)
+    for name, value in results[0].items():  # attention's backward adds in any order
+        for result in results[1:]:
+            assert (result[name] - value).norm() <= 1e-2 * value.norm(), name
+
+
 def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path):
     model = _model("transformer_engine", torch.bfloat16)
     tokens, positions = (t.cuda() for t in token_batch(model.config, length=128))

@@ -1,0 +1,210 @@
+"""Times one optimizer step of a Qwen3-1.7B-shaped hybrid in each stage, and of full attention.
+
+    python kernels/benchmarks/training_step.py --out training_step.json
+
+One GPU, bf16 with float32 main weights (Megatron's distributed optimizer), one sequence a step,
+random weights and tokens. `full` trains the teacher's own architecture with the loss of stage 3:
+what each stage would cost without linear attention, or, for `distill`, beside its teacher. MFU
+counts the model's own operations (no recomputation; the teacher's forward where there is one)
+against the H100's 989 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import device_figures, median_ms, peak_gib, print_table, write
+
+LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
+STAGES = ("align", "distill", "long_context", "full", "full distill")
+LENGTHS = (4096, 16384, 65536)
+PEAK_TFLOP_PER_S = 989.0  # dense bf16, NVIDIA's H100 SXM data sheet
+KIND, SCHEMA_VERSION = "megatron_hydra.training_step_benchmark", 1
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
+    parser.add_argument("--fa-heads-per-layer", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--chunk-tokens", type=int, default=1024)
+    parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # Megatron warns of every optional package
+    data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
+    data |= device_figures()
+    rows: list[dict[str, Any]] = []
+    for length in args.lengths:
+        for stage in args.stages:
+            rows.append(measure(stage, length, args))
+            print_table(rows[-1:])
+            write(args.out, data, rows)
+    print()
+    print_table(rows)
+    print(data["device"], data["versions"])
+    return 0
+
+
+def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Step time, rate and memory of one stage at one length; None where memory does not suffice."""
+    recompute = "none" if length <= 4096 else "full"
+    row: dict[str, Any] = {"stage": stage, "tokens": length, "recompute": recompute}
+    milliseconds = peak = None
+    gc.collect()  # DDP's hooks hold the model in a cycle
+    torch.cuda.empty_cache()
+    try:
+        step, optimizer_gib = _training_step(stage, length, recompute, args)
+        row["weights and optimizer GiB"] = optimizer_gib
+        milliseconds = median_ms(step, rep_ms=1)
+        peak = peak_gib(step) + torch.cuda.memory_allocated() / 2**30
+        if args.profile:
+            _print_profile(step)
+    except torch.OutOfMemoryError:
+        row["weights and optimizer GiB"] = None
+    tflop = model_tflop(stage, length, args.layers, args.fa_heads_per_layer)
+    seconds = None if milliseconds is None else milliseconds / 1e3
+    return row | {
+        "peak GiB": peak,
+        "step ms": milliseconds,
+        "tokens/s": None if seconds is None else length / seconds,
+        "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S,
+    }
+
+
+def model_tflop(stage: str, length: int, layers: int, num_fa: int) -> float:
+    """Operations of a step: two a weight and token forward, twice that backward.
+
+    Attention counts its causal half; the gated delta rule of a head counts 6 d^2 a token (a read,
+    a correction and a write of its state).
+    """
+    qkv = HIDDEN * DIM * (HEADS + 2 * GROUPS)
+    hybrid = HIDDEN * DIM * (4 * num_fa + 4 * (HEADS - num_fa))
+    output, mlp, logits = HIDDEN * HEADS * DIM, 3 * HIDDEN * FFN, HIDDEN * VOCAB
+
+    def attention(heads: int) -> float:
+        return heads * 2 * DIM * length**2 + (HEADS - heads) * 6 * DIM**2 * length
+
+    teacher_attention = 2 * length * (qkv + output) + attention(HEADS)
+    teacher = layers * (teacher_attention + 2 * length * mlp)
+    student_attention = 2 * length * (hybrid + output) + attention(num_fa)
+    student = layers * (student_attention + 2 * length * mlp)
+    head = 2 * length * logits
+    total = {
+        "align": teacher + 3 * layers * student_attention,
+        "distill": 3 * student + teacher + 3 * head + head,
+        "long_context": 3 * (student + head),
+        "full": 3 * (teacher + head),
+        "full distill": 4 * (teacher + head),
+    }[stage]
+    return total / 1e12
+
+
+def _training_step(
+    stage: str, length: int, recompute: str, args: argparse.Namespace
+) -> tuple[Callable[[], Any], float]:
+    """A function that runs one step, and what weights, gradients and optimizer take."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_hydra.transfer.alignment import Alignment
+    from megatron_hydra.transfer.distillation import distillation_loss
+
+    before = torch.cuda.memory_allocated()
+    student = _model(None if stage.startswith("full") else args, length, recompute, args)
+    teacher = None
+    if stage in ("align", "distill", "full distill"):
+        teacher = _model(None, length, "none", args).eval().requires_grad_(False)
+    if stage == "align":
+        theirs = dict(teacher.named_parameters())
+        for name, parameter in student.named_parameters():
+            if name in theirs and "self_attention" not in name:
+                parameter.data = theirs[name].data
+        alignment = Alignment(student, teacher)
+    ddp = DistributedDataParallel(
+        student.config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        student,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam", lr=1e-5, bf16=True, params_dtype=torch.bfloat16,
+            use_distributed_optimizer=True, barrier_with_L1_time=False,
+        ),
+        [ddp],
+    )  # fmt: skip
+    tokens = torch.randint(VOCAB, (1, length), device="cuda")
+    positions = torch.arange(length, device="cuda")[None]
+    mask = torch.ones(1, length, device="cuda")
+
+    def loss() -> torch.Tensor:
+        if stage == "align":
+            return torch.stack(list(alignment.forward(tokens, positions).values())).sum() / length
+        parts = distillation_loss(
+            student, teacher, tokens, positions, tokens.roll(-1, 1), mask,
+            kl_weight=0.0 if teacher is None else 1.0, ce_weight=1.0,
+            chunk_tokens=args.chunk_tokens,
+        )  # fmt: skip
+        return parts.loss_sum / length
+
+    def step() -> None:
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss().backward()
+        ddp.finish_grad_sync()
+        optimizer.step()
+
+    step()
+    torch.cuda.synchronize()
+    return step, (torch.cuda.memory_allocated() - before) / 2**30
+
+
+def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -> Any:
+    from megatron_hydra.config import HydraConfig
+    from megatron_hydra.conversion.qwen3 import megatron_fields
+    from megatron_hydra.head_plan import HeadPlan
+    from megatron_hydra.model import build_model
+    from megatron_hydra.parallel import initialize_model_parallel
+
+    initialize_model_parallel()
+    fields = megatron_fields(torch.bfloat16) | dict(
+        num_layers=args.layers, hidden_size=HIDDEN, ffn_hidden_size=FFN,
+        num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
+        rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,
+        backend="transformer_engine", fused_kernels=args.fused_kernels,
+        apply_rope_fusion=True, bias_activation_fusion=True,
+    )  # fmt: skip
+    if recompute == "full":
+        fields |= dict(
+            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+        )
+    plan = None
+    if hybrid is not None:
+        stride = HEADS // args.fa_heads_per_layer
+        heads = {i: tuple(range(i % stride, HEADS, stride)) for i in range(args.layers)}
+        plan = HeadPlan.from_fa_heads(heads, args.layers, HEADS, GROUPS)
+    return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
+
+
+def _print_profile(step: Callable[[], Any]) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25,
+                                        max_name_column_width=70))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
