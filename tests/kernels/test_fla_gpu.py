@@ -50,23 +50,41 @@ def documents(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("head_dim", [32, 128])
 @pytest.mark.parametrize("length", [1, 63, 130, 512])
-def test_gated_delta_rule(length: int, head_dim: int, packed: bool):
+def test_gated_delta_rule(length: int, head_dim: int, packed: bool, monkeypatch):
+    monkeypatch.setenv("FLA_FLASH_QLA", "0")
+    # Packed rows come alone, and with values twice as wide under context parallelism.
+    batch, value_dim = (1, 2 * head_dim) if packed else (2, head_dim)
+    check_gated_delta_rule(length, batch, 4, head_dim, value_dim, packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [130, 1024])
+def test_flash_qla_behind_fla(length: int, packed: bool, monkeypatch, caplog):
+    """FlashQLA compiles for each number of heads for minutes: here one of the benchmarks'."""
+    pytest.importorskip("flash_qla")
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")
+    with caplog.at_level("INFO", logger="fla.backends"):
+        check_gated_delta_rule(length, 1, 14, 128, 128, packed)
+    assert "rejected" not in caplog.text
+
+
+def check_gated_delta_rule(
+    length: int, batch: int, heads: int, head_dim: int, value_dim: int, packed: bool
+) -> None:
     rng = torch.Generator(device="cuda").manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng, device="cuda")
 
-    # Packed rows come alone, and with values twice as wide under context parallelism.
-    batch, value_dim = (1, 2 * head_dim) if packed else (2, head_dim)
     cu_seqlens = documents(length) if packed else None
-    vectors = (batch, length, 4, head_dim)
+    vectors = (batch, length, heads, head_dim)
     inputs = {
         "q": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "k": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "v": randn(*vectors[:3], value_dim).bfloat16(),
         "g": F.logsigmoid(randn(*vectors[:3]) + 2),
         "beta": randn(*vectors[:3]).sigmoid(),
-        "initial_state": randn(batch, 4, head_dim, value_dim) * 0.1,
+        "initial_state": randn(batch, heads, head_dim, value_dim) * 0.1,
     }
     exact_inputs = with_grad(inputs, torch.float64)
     q, k, v, g, beta, state = exact_inputs.values()

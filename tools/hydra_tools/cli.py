@@ -27,7 +27,8 @@ VERBS = {
     "evaluate": "measure retrieval and perplexity of models",
     "report": "write one HTML page about a transfer",
 }
-_LOGGERS = ("megatron_hydra", "hydra_kernels", "hydra_tools")
+# fla says there which of its kernels it runs.
+_LOGGERS = ("megatron_hydra", "hydra_kernels", "hydra_tools", "fla.backends")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
