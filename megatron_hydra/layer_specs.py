@@ -9,6 +9,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -49,15 +50,17 @@ def get_hydra_layer_spec(
     attention = ModuleSpec(
         module=HydraAttention,
         params={"layer_plan": layer_plan},
-        submodules=_attention_submodules(backend),
+        submodules=_attention_submodules(backend, _fuses_norm(config, backend)),
     )
     return _with(
         layer,
         self_attention=attention,
-        input_layernorm=_norm(backend),
-        # Megatron's spec maps the norms onto names fused with the linears that follow. Ours
-        # stays apart from the in-projection; the MLP's is fused by Transformer Engine alone.
-        sharded_state_dict_keys_map=_without_attention(layer.submodules),
+        input_layernorm=IdentityOp if _fuses_norm(config, backend) else _norm(backend),
+        # A checkpoint has the norm under one name, whether it is fused or not.
+        sharded_state_dict_keys_map={
+            **_without_attention(layer.submodules),
+            "self_attention.in_proj.layer_norm_": "input_layernorm.",
+        },
     )
 
 
@@ -120,7 +123,15 @@ def _base_layer(backend: str) -> ModuleSpec:
     raise UserError(f"backend is {backend!r}; allowed: local, transformer_engine")
 
 
-def _attention_submodules(backend: str) -> HydraAttentionSubmodules:
+def _fuses_norm(config: HydraConfig, backend: str) -> bool:
+    """Whether the norm before the attention is part of its in-projection's module.
+
+    The dynamic gate looks at the normed hidden states, which then would not leave that module.
+    """
+    return backend == "transformer_engine" and config.fusion != "gate"
+
+
+def _attention_submodules(backend: str, fuses_norm: bool) -> HydraAttentionSubmodules:
     if backend == "local":
         return HydraAttentionSubmodules(
             in_proj=ColumnParallelLinear,
@@ -132,7 +143,7 @@ def _attention_submodules(backend: str) -> HydraAttentionSubmodules:
         )
     te = _transformer_engine()
     return HydraAttentionSubmodules(
-        in_proj=te.TEColumnParallelLinear,
+        in_proj=te.TELayerNormColumnParallelLinear if fuses_norm else te.TEColumnParallelLinear,
         core_attention=te.TEDotProductAttention,
         q_layernorm=te.TENorm,
         k_layernorm=te.TENorm,

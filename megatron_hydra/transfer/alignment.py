@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
+_FUSED_NORM = "in_proj.layer_norm_weight"
+
+
 class Alignment:
     """Holds a student's attentions to a teacher's; the rest of the student is frozen.
 
@@ -153,9 +156,14 @@ class Alignment:
 
 
 def hybrid_attention_parameters(model: GPTModel) -> Iterator[torch.nn.Parameter]:
-    """The parameters that alignment trains: every layer's attention, but for constants."""
+    """The parameters that alignment trains: every layer's attention, but for constants.
+
+    The norm before it is the teacher's, also where Transformer Engine fuses it with the projection.
+    """
     for layer in model.decoder.layers:
-        yield from (p for p in layer.self_attention.parameters() if p.requires_grad)
+        for name, parameter in layer.self_attention.named_parameters():
+            if parameter.requires_grad and not name.endswith(_FUSED_NORM):
+                yield parameter
 
 
 class _LossBesideOutput(torch.autograd.Function):
@@ -177,6 +185,8 @@ class _LossBesideOutput(torch.autograd.Function):
 def _share_frozen_parameters(student: GPTModel, teacher: GPTModel) -> None:
     of_teacher = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
+        if name.endswith(_FUSED_NORM):
+            name = name.replace("in_proj", "linear_qkv")
         if parameter.requires_grad or name not in of_teacher:
             continue
         if not torch.equal(parameter, of_teacher[name]):

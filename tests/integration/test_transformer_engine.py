@@ -28,11 +28,20 @@ from megatron_hydra.testing.tiny import tiny_config, tiny_plan, token_batch  # n
 SIZES = dict(hidden_size=512, ffn_hidden_size=768, kv_channels=64, seq_length=512, vocab_size=512)
 
 
-def _model(backend: str, dtype: torch.dtype):
+def _model(backend: str, dtype: torch.dtype, **overrides):
     initialize_model_parallel()
-    overrides = {**megatron_fields(dtype), **SIZES, "backend": backend, "init_method_std": 0.05}
-    model = build_model(tiny_config(**overrides), tiny_plan()).cuda()
+    fields = {**megatron_fields(dtype), **SIZES, "backend": backend, "init_method_std": 0.05}
+    model = build_model(tiny_config(**{**fields, **overrides}), tiny_plan()).cuda()
     return model if dtype == torch.float32 else model.bfloat16()
+
+
+def _norm_and_attention(layer) -> dict[str, torch.nn.Parameter]:
+    """Their parameters by the names of the local backend, whose norm stands apart."""
+    return {
+        name.replace("self_attention.in_proj.layer_norm_", "input_layernorm."): parameter
+        for name, parameter in layer.named_parameters()
+        if name.startswith(("input_layernorm", "self_attention"))
+    }
 
 
 @pytest.mark.parametrize("backend", ["local", "transformer_engine"])
@@ -45,12 +54,13 @@ def test_models_are_built_on_the_gpu(backend, plan):
     assert [name for name, tensor in tensors.items() if not tensor.is_cuda] == []
 
 
-def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor, packing) -> dict:
-    x = x.to(attention.in_proj.weight.dtype).requires_grad_()
-    output, _ = attention(x, rotary_pos_emb=rotary, packed_seq_params=packing)
+def _run(layer, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor, packing) -> dict:
+    x = x.to(layer.self_attention.in_proj.weight.dtype).requires_grad_()
+    normed = layer.input_layernorm(x)
+    output, _ = layer.self_attention(normed, rotary_pos_emb=rotary, packed_seq_params=packing)
     output.backward(upstream.to(output.dtype))
     results = {"output": output, "input gradient": x.grad}
-    for name, parameter in attention.named_parameters():
+    for name, parameter in _norm_and_attention(layer).items():
         if parameter.requires_grad:
             results[name] = parameter.grad
     return {name: value.detach().float() for name, value in results.items()}
@@ -58,9 +68,12 @@ def _run(attention, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tenso
 
 @pytest.mark.parametrize("documents", [None, [1, 200, 55, 256]])
 def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
-    oracle_layer = _model("local", torch.float32).decoder.layers[0].self_attention
-    oracle_layer.linear_attention.impl = "reference"
-    weights = {k: v for k, v in oracle_layer.state_dict().items() if v is not None}
+    oracle_layer = _model("local", torch.float32, fused_kernels="reference").decoder.layers[0]
+    oracle_layer.self_attention.linear_attention.impl = "reference"
+    weights = _norm_and_attention(oracle_layer)
+    with torch.no_grad():
+        norm = weights["input_layernorm.weight"]
+        norm.copy_(torch.linspace(0.5, 1.5, len(norm)).bfloat16())
     generator = torch.Generator("cuda").manual_seed(0)
     x, upstream = (torch.randn(256, 2, 512, device="cuda", generator=generator) for _ in range(2))
     rotary, packing = RotaryEmbedding(64, 1.0, rotary_base=10000)(256), None
@@ -70,9 +83,13 @@ def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
     oracle = _run(oracle_layer, x.bfloat16().float(), rotary, upstream.bfloat16().float(), packing)
     errors = {}
     for backend in ("local", "transformer_engine"):
-        layer = _model(backend, torch.bfloat16).decoder.layers[0].self_attention
-        layer.load_state_dict(weights, strict=False)
-        assert layer.linear_attention.impl == "fla"
+        layer = _model(backend, torch.bfloat16).decoder.layers[0]
+        assert layer.self_attention.linear_attention.impl == "fla"
+        parameters = _norm_and_attention(layer)
+        assert parameters.keys() == weights.keys()
+        with torch.no_grad():
+            for name, value in weights.items():
+                parameters[name].copy_(value)
         found = _run(layer, x, rotary, upstream, packing)
         assert found.keys() == oracle.keys()
         errors[backend] = {
@@ -86,7 +103,7 @@ def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
 
 
 def test_branches_on_two_streams_change_nothing():
-    layer = _model("transformer_engine", torch.bfloat16).decoder.layers[0].self_attention
+    layer = _model("transformer_engine", torch.bfloat16).decoder.layers[0]
     generator = torch.Generator("cuda").manual_seed(0)
     x, upstream = (torch.randn(512, 2, 512, device="cuda", generator=generator) for _ in range(2))
     rotary = RotaryEmbedding(64, 1.0, rotary_base=10000)(512)
