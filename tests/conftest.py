@@ -1,13 +1,22 @@
-"""Every test process maps Megatron's CUDA calls to the CPU before it imports Megatron."""
+"""Every test process maps Megatron's CUDA calls to the CPU before it imports Megatron.
 
+Without a GPU, Triton's kernels run in its interpreter, which has to be asked for before Triton is
+first imported, and Megatron imports it.
+"""
+
+import os
 import warnings
 
-from megatron_hydra.cpu import install_if_needed
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from megatron_hydra.cpu import install_if_needed  # noqa: E402
 
 install_if_needed()
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 torch.set_num_threads(1)
 # Megatron and NeMo warn of each optional package that is absent, at import.

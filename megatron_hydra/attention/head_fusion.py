@@ -5,10 +5,13 @@ Legend: s = sequence, b = batch, n = heads on the rank (FA and LA), d = head dim
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hydra_kernels.head_fusion import head_fusion
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -17,10 +20,13 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from megatron_hydra.attention.kernel_choice import choose_fused_kernels
 from megatron_hydra.attention.projection_layout import Section
 from megatron_hydra.attention.sharded_heads import HeadModule, head_parameter, initial_device
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.placement import LayerPlacement
+
+logger = logging.getLogger(__name__)
 
 
 class HeadFusion(HeadModule):
@@ -30,7 +36,10 @@ class HeadFusion(HeadModule):
     `none`: neither; `gate`: as `scale`, and each branch weighted by a softmax over the two that
     depends on the token (twice its weight, so that both start at 1).
 
-    The RMSNorm's weight by channel stays at one: the output projection's columns absorb it.
+    The RMSNorm's weight by channel stays at one: the output projection's columns absorb it. So
+    where `config.fused_kernels` comes to `triton`, one kernel computes all of it and leaves that
+    weight out; but for `gate`, which has no kernel and always runs on PyTorch and the backend's
+    norm.
 
     Args:
         config: The model's configuration.
@@ -58,6 +67,13 @@ class HeadFusion(HeadModule):
         order = [by_kind.index(head) for head in heads]
         device = initial_device(config)
         self.register_buffer("order", torch.tensor(order, device=device), persistent=False)
+        positions = torch.tensor([heads.index(head) for head in by_kind], device=device)
+        self.register_buffer("positions", positions, persistent=False)
+        self.impl = choose_fused_kernels(config.fused_kernels)
+        if config.fusion == "gate" and self.impl == "triton":
+            self.impl = "reference"
+            if rank == 0:
+                _log_no_kernel()
         self.norm = None
         if config.fusion != "none":
             self.norm = build_module(
@@ -88,6 +104,8 @@ class HeadFusion(HeadModule):
         Returns:
             `[s, b, n * d]`, heads in the teacher's order.
         """
+        if self.impl == "triton":
+            return self._fuse_in_one(fa, la, sections)
         branches = [self._norm(fa), self._norm(la)]
         if "fa_gate" in sections:
             branches[0] = branches[0] * _identity_gate(sections["fa_gate"])
@@ -101,6 +119,21 @@ class HeadFusion(HeadModule):
         if self.config.fusion in ("scale", "gate"):
             heads = heads * self.head_scale.to(heads.dtype).view(1, 1, -1, 1)
         return heads.flatten(2)
+
+    def _fuse_in_one(self, fa: Tensor, la: Tensor, sections: dict[str, Tensor]) -> Tensor:
+        """All of `forward` in one kernel, for every fusion but `gate`."""
+        config = self.config
+        return head_fusion(
+            fa,
+            la,
+            sections.get("fa_gate"),
+            sections.get("la_gate"),
+            self.head_scale if config.fusion == "scale" else None,
+            self.positions,
+            eps=None if config.fusion == "none" else config.layernorm_epsilon,
+            la_activation="silu" if config.la_output_gate == "silu" else "sigmoid2",
+            impl="triton",
+        )
 
     def _norm(self, x: Tensor) -> Tensor:
         return self.norm(x) if self.norm is not None and x.shape[2] else x
@@ -120,3 +153,9 @@ class HeadFusion(HeadModule):
 def _identity_gate(x: Tensor) -> Tensor:
     """A gate in (0, 2) that is 1 at zero."""
     return 2.0 * x.sigmoid()
+
+
+@cache
+def _log_no_kernel() -> None:
+    """Once a process: all layers of a model run alike."""
+    logger.info("fusion 'gate' has no Triton kernel: heads are fused by PyTorch")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+if not torch.cuda.is_available():  # before Triton is imported, which Megatron does
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from megatron_hydra.cpu import install_if_needed
 
@@ -21,7 +25,7 @@ from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.layer_specs import get_hydra_layer_spec  # noqa: E402
 from megatron_hydra.model import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.testing.tiny import tiny_config, tiny_plan, token_batch  # noqa: E402
+from megatron_hydra.testing.tiny import FA_HEADS, tiny_config, tiny_plan, token_batch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +33,10 @@ def _one_rank():
     initialize_model_parallel()
 
 
-def _attention(**overrides):
+def _attention(fa_heads=FA_HEADS[0], **overrides):
     """The first layer's attention, every parameter away from its neutral value."""
-    model = build_model(tiny_config(init_method_std=0.2, **overrides), tiny_plan())
+    plan = tiny_plan({**FA_HEADS, 0: fa_heads})
+    model = build_model(tiny_config(init_method_std=0.2, **overrides), plan)
     attention = model.decoder.layers[0].self_attention
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -169,6 +174,41 @@ def test_output_is_causal():
     before, after = (attention(t, rotary_pos_emb=_rotary())[0] for t in (x, changed))
     torch.testing.assert_close(before[:13], after[:13], rtol=0, atol=1e-6)
     assert not torch.allclose(before[13:], after[13:])
+
+
+@pytest.mark.parametrize("fa_heads", [(1, 2, 5), (), tuple(range(8))], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        dict(fa_output_gate=False, la_output_gate="sigmoid"),
+        dict(la_output_gate="none"),
+        dict(fusion="norm"),
+        dict(fusion="none"),
+        dict(fusion="gate"),
+    ],
+    ids=str,
+)
+def test_fusion_in_one_kernel_equals_the_backends_modules(overrides, fa_heads):
+    results = []
+    for fused_kernels in ("reference", "triton"):
+        initialize_model_parallel()  # the same seed for both models
+        attention = _attention(
+            fa_heads, fused_kernels=fused_kernels, layernorm_epsilon=1e-2, **overrides
+        )
+        for parameter in attention.parameters():
+            parameter.grad = None
+        x = _input(5).requires_grad_()
+        output, _ = attention(x, rotary_pos_emb=_rotary(5))
+        (output * _input(5).flip(0)).sum().backward()
+        gradients = {name: p.grad for name, p in attention.named_parameters() if p.requires_grad}
+        results.append({"output": output, "x": x.grad, **gradients})
+    is_fused = overrides.get("fusion") != "gate"
+    assert attention.fusion.impl == ("triton" if is_fused else "reference")
+    reference, fused = results
+    for name, expected in reference.items():
+        # Of a whole tensor: the norm of a head that is nearly zero magnifies rounding.
+        assert (fused[name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def test_inference_scales_queries_past_the_start_only():
