@@ -4,12 +4,13 @@
 #   make test-slow    the long matrix of parallel layouts (an hour)
 #   make certificates certify the quickstart's model anew, and the README's table from it
 #   make checks       formatter, linter, types
+#   make bench-gpu    on a GPU machine: all benchmarks
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-gpu checks certificates teacher clean
+.PHONY: install quickstart test test-slow test-gpu bench-gpu checks certificates teacher clean
 
 install: $(INSTALLED)
 
@@ -43,6 +44,15 @@ certificates: $(INSTALLED)
 # On a GPU machine, in an environment that has Transformer Engine and fla.
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu
+
+# On a GPU machine too: every table and picture of kernels/benchmarks/RESULTS.md, into BENCH_OUT.
+BENCH_OUT ?= runs/benchmarks
+bench-gpu:
+	mkdir -p $(BENCH_OUT)
+	for name in head_fusion linear_kl la_preparation layer training_step; do \
+		$(PYTHON) kernels/benchmarks/$$name.py --out $(BENCH_OUT)/$$name.json || exit; \
+	done
+	$(PYTHON) kernels/benchmarks/layer.py --draw $(BENCH_OUT)/layer.json --picture $(BENCH_OUT)/layer.png
 
 checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

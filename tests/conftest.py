@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megatron_hydra.cpu import install_if_needed  # noqa: E402
+from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
