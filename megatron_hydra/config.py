@@ -69,8 +69,9 @@ class HydraFields:
     la_kernel: str = "auto"
     """`reference` (PyTorch), `fla` (Triton) or `auto`: fla on a GPU, the reference on a CPU."""
     fused_kernels: str = "auto"
-    """What surrounds the LA kernel, and the fusion: `triton` (our kernels), `reference` (PyTorch
-    and the backend's norms) or `auto`: triton on a GPU, the reference on a CPU."""
+    """What surrounds the LA kernel, the fusion, and distillation's loss: `triton` (our kernels),
+    `reference` (PyTorch and the backend's norms) or `auto`: triton on a GPU, the reference on a
+    CPU."""
     head_init_seed: int = 1234
     """Seeds the per-head initialisation, which is the same for every layout."""
 
