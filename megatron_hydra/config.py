@@ -69,9 +69,9 @@ class HydraFields:
     la_kernel: str = "auto"
     """`reference` (PyTorch), `fla` (Triton) or `auto`: fla on a GPU, the reference on a CPU."""
     fused_kernels: str = "auto"
-    """What surrounds the LA kernel, and the fusion: `triton` (our kernels), `reference` (PyTorch
-    and the backend's norms) or `auto`: triton on a GPU, the reference on a CPU. The fusion `gate`
-    always runs as the reference."""
+    """What surrounds the LA kernel, the fusion, and distillation's loss: `triton` (our kernels),
+    `reference` (PyTorch and the backend's norms) or `auto`: triton on a GPU, the reference on a
+    CPU. The fusion `gate` always runs as the reference."""
     overlap_branches: bool = False
     """On a GPU, run the LA heads on a stream of their own beside the FA heads."""
     head_init_seed: int = 1234

@@ -134,6 +134,11 @@ class TransferSection:
     """
     ce_weight: float | None = None
     """Weight of the next-token loss; default 1; None to align."""
+    kl: Literal["forward", "reverse", "jsd"] = "forward"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence:
+    `jsd_beta` times the teacher's KL to the mixture, plus the rest times the student's."""
+    jsd_beta: float = 0.5
+    """Share of the teacher in the mixture of `kl: jsd`."""
     chunk_tokens: int = 1024
     """Tokens whose logits exist at one time in the loss."""
 
@@ -208,6 +213,7 @@ _WORKERS: _Range = (lambda value: 0 <= value <= 1024, "0 to 1024")
 _POSITIVE: _Range = (lambda value: 0 < value < 1e30, "above 0, and below 1e30")
 _POSITIVE_OR_0: _Range = (lambda value: 0 <= value < 1e30, "0 or more, and below 1e30")
 _ABOVE_1: _Range = (lambda value: 1 < value < 1e30, "above 1, and below 1e30")
+_SHARE: _Range = (lambda value: 0 < value < 1, "above 0, and below 1")
 _BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
 # What each number may be; not-a-number is in no range.
 _RANGES: dict[str, _Range] = {
@@ -234,6 +240,7 @@ _RANGES: dict[str, _Range] = {
     "optim.clip_grad": _POSITIVE_OR_0,
     "transfer.kl_weight": _POSITIVE_OR_0,
     "transfer.ce_weight": _POSITIVE_OR_0,
+    "transfer.jsd_beta": _SHARE,
     "transfer.chunk_tokens": _COUNT,
     "log.every_n_steps": _COUNT,
     "resume.save_every_n_steps": _COUNT,

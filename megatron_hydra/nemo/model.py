@@ -236,6 +236,8 @@ class HydraModel(llm.GPTModel):
             kl_weight=self.transfer.kl_weight,
             ce_weight=self.transfer.ce_weight,
             chunk_tokens=self.transfer.chunk_tokens,
+            kl=self.transfer.kl,
+            jsd_beta=self.transfer.jsd_beta,
             packed_seq_params=batch.get("packed_seq_params"),
         )
         parts = {"loss": losses.loss_sum, "ce": losses.ce_sum}

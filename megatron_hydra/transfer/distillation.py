@@ -14,14 +14,16 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_hydra.attention.kernel_choice import choose_fused_kernels
 from megatron_hydra.transfer.hidden_states import (
     final_hidden_states,
     stage_hidden_states,
     unwrapped_model,
 )
-from megatron_hydra.transfer.losses import DistillationParts, chunked_distillation_loss
+from megatron_hydra.transfer.losses import chunked_distillation_loss
 
 if TYPE_CHECKING:
+    from hydra_kernels.linear_kl import Kind, LinearKLOutput
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -36,12 +38,15 @@ def distillation_loss(
     kl_weight: float,
     ce_weight: float,
     chunk_tokens: int,
+    kl: Kind = "forward",
+    jsd_beta: float = 0.5,
     temperature: float = 1.0,
     packed_seq_params: PackedSeqParams | None = None,
-) -> DistillationParts:
+) -> LinearKLOutput:
     """Run student and teacher on a batch and compare what they predict.
 
-    Without a teacher (and kl_weight 0) it is the next-token loss, in chunks.
+    Without a teacher (and kl_weight 0) it is the next-token loss, in chunks. The student's
+    `fused_kernels` chooses what computes it.
 
     Args:
         student: Megatron GPTModel, bare or wrapped (DDP, Float16Module), holding the last
@@ -51,10 +56,12 @@ def distillation_loss(
         position_ids: [b, s] integer.
         labels: [b, s] integer, the next tokens; read only where the loss mask is not 0.
         loss_mask: [b, s] floating point, weight of each token.
-        kl_weight: Factor on the KL divergence.
+        kl_weight: Factor on the divergence from the teacher.
         ce_weight: Factor on the cross entropy.
         chunk_tokens: Tokens whose logits exist at once.
-        temperature: Softens both distributions of the KL; see `chunked_distillation_loss`.
+        kl: Which divergence: forward KL(teacher || student), reverse, or jsd.
+        jsd_beta: Share of the teacher in the jsd's mixture.
+        temperature: Softens both distributions of the divergence; see `linear_kl`.
         packed_seq_params: Documents of packed sequences, with b = 1; None for whole sequences.
 
     Raises:
@@ -87,8 +94,11 @@ def distillation_loss(
         kl_weight=kl_weight,
         ce_weight=ce_weight,
         chunk_tokens=chunk_tokens,
+        kl=kl,
+        jsd_beta=jsd_beta,
         temperature=temperature,
         tp_group=group,
+        impl=choose_fused_kernels(student_model.config.fused_kernels),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra_kernels.linear_kl import linear_kl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hydra import cpu
@@ -187,6 +188,16 @@ def test_backward_scales_and_may_run_twice():
         silent = chunked_distillation_loss(hidden, *list(inputs.values())[1:], **settings)
     assert not silent.loss_sum.requires_grad
     assert torch.equal(silent.loss_sum, parts.loss_sum)
+
+
+@pytest.mark.parametrize("changes", [{"kl": "reverse"}, {"kl": "jsd", "jsd_beta": 0.3}])
+def test_the_divergence_is_handed_on(changes: dict):
+    inputs = make_inputs() | {"loss_mask": MASKS["partial"]}
+    settings = {"kl_weight": 1.0, "ce_weight": 0.0, "chunk_tokens": 7}
+    (_, kl, *_), _ = loss_and_gradients(inputs, **settings, **changes)
+    kind = {"kind": changes["kl"], "jsd_beta": changes.get("jsd_beta", 0.5)}
+    assert kl == linear_kl(**inputs, **settings, **kind, impl="reference").kl_sum
+    assert abs(kl - loss_and_gradients(inputs, **settings)[0][1]) > 1e-3
 
 
 class LargestTensor(TorchDispatchMode):

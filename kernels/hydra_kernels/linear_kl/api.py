@@ -1,0 +1,201 @@
+"""linear_kl's public function: checks its input, calls the implementation named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+
+from hydra_kernels.linear_kl import reference
+from hydra_kernels.linear_kl.settings import Kind, Settings, VocabShards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+Impl = Literal["reference", "triton"]
+
+
+class LinearKLOutput(NamedTuple):
+    """Sums over tokens weighted by the loss mask; dividing by `num_tokens` is the caller's.
+
+    All are scalars, float32 (float64 for float64 weights), equal on every rank of the group.
+
+    Attributes:
+        loss_sum: kl_weight * kl_sum + ce_weight * ce_sum; the only one with a gradient.
+        kl_sum: The divergence of `kind`, in nats; 0 without a teacher.
+        ce_sum: Cross entropy of the labels, in nats.
+        num_tokens: Sum of the loss mask.
+    """
+
+    loss_sum: Tensor
+    kl_sum: Tensor
+    ce_sum: Tensor
+    num_tokens: Tensor
+
+
+def linear_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    kl_weight: float,
+    ce_weight: float,
+    kind: Kind = "forward",
+    jsd_beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    float32_logits: bool = False,
+    group: ProcessGroup | None = None,
+    impl: Impl,
+) -> LinearKLOutput:
+    """Exact divergence from a teacher and cross entropy, from hidden states and output weights.
+
+    With p the teacher's distribution, q the student's, both softmax(logits / T), and
+    m = beta p + (1 - beta) q:
+
+        forward   KL(p || q)
+        reverse   KL(q || p)
+        jsd       beta KL(p || m) + (1 - beta) KL(q || m)
+
+    times T^2, which keeps the gradient's size (Hinton et al., arXiv 1503.02531); the generalised
+    Jensen-Shannon divergence is that of arXiv 2306.13649, section 3. The cross entropy knows no
+    temperature. Logits exist for a chunk of tokens at a time, and never the logits of all.
+
+    Gradients are made in the forward pass, for the student's hidden states and weights where they
+    require one; the teacher gets none. A weight that requires none costs neither its matrix
+    product nor the float32 sum of its gradient. Rows with mask 0 count nothing and get a gradient
+    of exactly 0, whatever finite values stand there.
+
+    Args:
+        student_hidden: [n, h], the same on every rank. Its gradient is this rank's part only:
+            whoever hands it in sums over the group.
+        student_weight: [v, h], this rank's rows of the output weights, in vocabulary order.
+        teacher_hidden: [n, h of the teacher] or None.
+        teacher_weight: [v, h of the teacher], or None as teacher_hidden. It may be
+            student_weight itself.
+        labels: [n] integer, indices into the whole vocabulary.
+        loss_mask: [n] floating point.
+        kl_weight: Factor on the divergence.
+        ce_weight: Factor on the cross entropy.
+        kind: The divergence, see above.
+        jsd_beta: beta above, between 0 and 1; read for "jsd" alone.
+        temperature: T above 0.
+        chunk_tokens: Rows whose student's logits exist at once, 1 or more.
+        float32_logits: Keep the sums of the logits' products in float32; otherwise the logits are
+            rounded to the weights' dtype, as Megatron's output layer does. Costs memory and time.
+        group: Ranks over which the vocabulary is spread; None for this rank alone.
+        impl: "reference" is PyTorch on any device; "triton" needs CUDA, or Triton's interpreter,
+            and bfloat16, float16 or float32. Neither stands in for the other. With "triton" and a
+            weight that trains, the gradient takes the place of the float32 sum, so a graph can run
+            backward once.
+
+    Raises:
+        ValueError: Shapes, vocabularies or settings that do not fit, a label outside the
+            vocabulary on a row that counts. On a GPU the labels' check waits once, before any
+            work is launched; while a CUDA graph is captured, which allows no wait, it is left out.
+    """
+    shards = VocabShards(student_weight.shape[0], group)
+    settings = Settings(
+        kind, jsd_beta, kl_weight, ce_weight, temperature, chunk_tokens, float32_logits, shards
+    )
+    _check_settings(settings, teacher_hidden is not None)
+    if (teacher_hidden is None) != (teacher_weight is None):
+        raise ValueError("teacher_hidden and teacher_weight go together, got one of them")
+    _check_shapes(student_hidden, student_weight, labels, loss_mask)
+    if teacher_hidden is not None:
+        if teacher_weight.shape[0] != student_weight.shape[0]:
+            raise ValueError(
+                f"teacher and student must share one vocabulary, but on this rank the student's "
+                f"output weights are {tuple(student_weight.shape)}, the teacher's "
+                f"{tuple(teacher_weight.shape)}"
+            )
+        _check_shapes(teacher_hidden, teacher_weight, labels, loss_mask)
+    _check_labels(labels, loss_mask, shards)
+    loss_mask = loss_mask.to(torch.promote_types(student_weight.dtype, torch.float32))
+    tensors = student_hidden, student_weight, teacher_hidden, teacher_weight, labels, loss_mask
+    if impl == "reference":
+        sums = reference.linear_kl(*tensors, settings)
+    elif impl == "triton":
+        sums = _triton(*tensors, settings)
+    else:
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+    return LinearKLOutput(*sums, loss_mask.sum())
+
+
+def _triton(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor,
+    loss_mask: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Triton's kernels around cuBLAS's products."""
+    from triton import knobs
+
+    if not (student_hidden.is_cuda or knobs.runtime.interpret):
+        raise ValueError(
+            f"impl='triton' runs on CUDA tensors alone, got {student_hidden.device.type}; "
+            "on a CPU name impl='reference'"
+        )
+    for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
+        if weight is not None and weight.dtype.itemsize not in (2, 4):
+            raise ValueError(
+                f"impl='triton' takes bfloat16, float16 or float32, got {name} of {weight.dtype}"
+            )
+    from hydra_kernels.linear_kl import triton_linear_kl
+
+    return triton_linear_kl.linear_kl(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        labels,
+        loss_mask,
+        settings,
+    )
+
+
+def _check_settings(settings: Settings, has_teacher: bool) -> None:
+    if settings.kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {get_args(Kind)}, got {settings.kind!r}")
+    if settings.kind == "jsd" and not 0 < settings.jsd_beta < 1:
+        raise ValueError(f"jsd_beta must be between 0 and 1, got {settings.jsd_beta}")
+    if settings.chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be 1 or more, got {settings.chunk_tokens}")
+    if not settings.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {settings.temperature}")
+    if settings.kl_weight != 0 and not has_teacher:
+        raise ValueError(
+            f"kl_weight is {settings.kl_weight} but there is no teacher: only 0 is allowed"
+        )
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "hidden states and output weights must be [n, h] and [vocabulary, h] with one h, "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:1] or loss_mask.shape != labels.shape:
+        raise ValueError(
+            f"{hidden.shape[0]} rows of hidden states need as many labels and mask values, "
+            f"got {tuple(labels.shape)} and {tuple(loss_mask.shape)}"
+        )
+
+
+def _check_labels(labels: Tensor, loss_mask: Tensor, shards: VocabShards) -> None:
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    vocab_size = shards.size * shards.num_shards
+    outside = ((labels < 0) | (labels >= vocab_size)) & (loss_mask != 0)
+    if outside.any():
+        raise ValueError(
+            f"label {labels[outside][0].item()} counts for the loss but lies outside the "
+            f"vocabulary: 0 to {vocab_size - 1} are allowed"
+        )

@@ -1,0 +1,58 @@
+"""What every implementation of linear_kl is told: the loss's settings, the vocabulary's shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup, ReduceOp
+
+Kind = Literal["forward", "reverse", "jsd"]
+
+
+@dataclass(frozen=True)
+class VocabShards:
+    """How the vocabulary is spread over ranks: equal parts, in order."""
+
+    size: int
+    group: ProcessGroup | None
+
+    @property
+    def num_shards(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def first(self) -> int:
+        return 0 if self.group is None else self.group.rank() * self.size
+
+    def all_reduce(self, x: Tensor, op: ReduceOp.RedOpType) -> Tensor:
+        """Reduce x over the ranks in place; x is contiguous and the caller's own."""
+        if self.num_shards > 1:
+            dist.all_reduce(x, op=op, group=self.group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Each rank's x [m, ...], contiguous, one after the other: [num_shards * m, ...]."""
+        if self.num_shards == 1:
+            return x
+        gathered = x.new_empty(self.num_shards * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x, group=self.group)
+        return gathered
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `api.linear_kl`, checked."""
+
+    kind: Kind
+    jsd_beta: float
+    kl_weight: float
+    ce_weight: float
+    temperature: float
+    chunk_tokens: int
+    float32_logits: bool
+    shards: VocabShards
