@@ -10,10 +10,13 @@ keys and values the rank projects (it owns them, see `LayerPlacement.group_owner
 The rows are filled up to a multiple of `ROW_MULTIPLE`, or the odd widths of decay and beta would
 leave every row of the output misaligned: FP8 products refuse that, the others grow slower. Padding
 rows are zero, get no gradient and are no part of a checkpoint.
+
+What all LA heads take from one token, la_query | la_key | la_value, is read as one: "la_qkv".
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -102,13 +105,23 @@ class ProjectionLayout:
         raise KeyError(f"no rows for unit {unit} in section {name!r} on this rank")
 
     def split(self, projected: Tensor) -> dict[str, Tensor]:
-        """Cut `[s, b, rows]` into `{section: [s, b, units, width]}`; width 1 is dropped."""
-        sizes = [len(section.units) * section.width for section in self.sections]
-        *parts, _ = projected.split([*sizes, self.num_padding_rows], dim=-1)
+        """Cut `[s, b, rows]` into views.
+
+        Returns:
+            `{section: [s, b, units, width]}`; width 1 is dropped. The LA heads' queries, keys and
+            values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
+        """
         s, b, _ = projected.shape
+        shapes: dict[str, list[int]] = {}
+        for section in self.sections:
+            units = len(section.units)
+            if section.name in ("la_query", "la_key", "la_value"):
+                shapes["la_qkv"] = [shapes.get("la_qkv", [0])[0] + units * section.width]
+            else:
+                shapes[section.name] = [units] if section.width == 1 else [units, section.width]
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        *parts, _ = projected.split([*sizes, self.num_padding_rows], dim=-1)
         return {
-            section.name: part
-            if section.width == 1
-            else part.reshape(s, b, len(section.units), section.width)
-            for section, part in zip(self.sections, parts, strict=True)
+            name: part.reshape(s, b, *shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
