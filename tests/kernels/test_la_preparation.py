@@ -6,12 +6,10 @@ tensors in the same number format, plus a few units in float32's last place.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-
 from hydra_kernels.la_preparation import la_preparation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
