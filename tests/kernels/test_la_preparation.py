@@ -158,7 +158,7 @@ def assert_kernel_is_right(
         assert error <= limit, f"{name}: {error:.2e}, reference {allowed:.2e}"
 
 
-LENGTHS = {"whole": None, "packed": [1, 2, 3, 1, 10], "an end of one": [16, 1]}
+LENGTHS = {"whole": None, "one token": [1], "packed": [1, 2, 3, 1, 10], "an end of one": [16, 1]}
 OPTIONS = {
     "everything": EVERYTHING,
     "no state": ("conv", "norm", "rope", "decay", "beta"),

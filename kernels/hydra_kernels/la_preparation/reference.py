@@ -57,7 +57,7 @@ def _convolve(
         padded = F.pad(x, (0, 0, num_taps - 1, 0))
     else:
         padded = torch.cat((initial_state, x), dim=1)
-    reach = None if cu_seqlens is None else _reach(cu_seqlens, num_tokens)
+    reach = None if cu_seqlens is None else _reach(cu_seqlens, num_tokens, num_taps)
     y = torch.zeros_like(x)
     for lag in range(num_taps):
         first = num_taps - 1 - lag
@@ -68,12 +68,12 @@ def _convolve(
     return y
 
 
-def _reach(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """[t]: how many tokens back each token may see; in the first document without bound."""
+def _reach(cu_seqlens: Tensor, num_tokens: int, num_taps: int) -> Tensor:
+    """[t]: how many tokens back each token may see; in the first document as far as taps reach."""
     token = torch.arange(num_tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens, token.to(cu_seqlens.dtype), right=True) - 1
     reach = token - cu_seqlens[document]
-    return reach.masked_fill(document == 0, num_tokens)
+    return reach.masked_fill(document == 0, num_taps)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
