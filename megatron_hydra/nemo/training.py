@@ -165,7 +165,7 @@ class TrainingRun:
                 torch.bfloat16 if self._bf16 else torch.float32,
                 config.resume.async_save,
             ),
-            plugins=nl.MegatronMixedPrecision(precision="bf16-mixed") if self._bf16 else None,
+            plugins=self._precision(),
             callbacks=[
                 watch,
                 scalars,
@@ -180,6 +180,13 @@ class TrainingRun:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
+
+    def _precision(self) -> nl.MegatronMixedPrecision | None:
+        """NeMo's plugin would else build the student in float32, and cast it once it is wrapped:
+        no weight of it would equal the teacher's, which is built in bfloat16."""
+        if not self._bf16:
+            return None
+        return nl.MegatronMixedPrecision(precision="bf16-mixed", params_dtype=torch.bfloat16)
 
     def _checkpoint_callback(self) -> HydraModelCheckpoint:
         resume = self.config.resume
