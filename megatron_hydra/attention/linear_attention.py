@@ -1,6 +1,7 @@
 """The LA branch: Gated DeltaNet over a rank's LA heads, each with its own key and value.
 
-Legend: s = sequence, b = batch, n = LA heads on the rank, d = head dimension.
+Legend: s = sequence, b = batch, n = LA heads on the rank, d = head dimension, m = the rank's
+pieces of the stream (`context_parallel.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra_kernels.gated_delta_rule import gated_delta_rule
+from hydra_kernels.la_preparation import la_preparation
 from hydra_kernels.short_conv import short_conv
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,7 +21,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.attention.context_parallel import Pieces
-from megatron_hydra.attention.kernel_choice import choose_la_kernel
+from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.attention.projection_layout import Section
 from megatron_hydra.attention.sharded_heads import (
     HeadModule,
@@ -28,6 +30,7 @@ from megatron_hydra.attention.sharded_heads import (
     init_heads,
 )
 from megatron_hydra.config import HydraConfig
+from megatron_hydra.errors import UserError
 from megatron_hydra.placement import LayerPlacement
 
 _MIN_DT, _MAX_DT = 1e-3, 1e-1
@@ -62,6 +65,12 @@ class LinearAttentionBranch(HeadModule):
         super().__init__(config=config)
         self.heads = placement.la_heads(pg_collection.tp.rank())
         self.impl = choose_la_kernel(config.la_kernel)
+        self.is_fused = choose_fused_kernels(config.fused_kernels) == "triton"
+        if self.is_fused and config.la_rope and config.rotary_interleaved:
+            raise UserError(
+                "rotary_interleaved is True, which fused_kernels 'triton' does not know; "
+                "set fused_kernels to 'reference'"
+            )
         if config.la_qk_norm:
             norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
             self.q_layernorm = build_module(submodules.q_layernorm, **norm)
@@ -84,8 +93,7 @@ class LinearAttentionBranch(HeadModule):
         """Run the recurrence over every sequence, of which other ranks may hold parts.
 
         Args:
-            sections: `la_query`, `la_key`, `la_value` [s, b, n, d]; `la_decay`, `la_beta`
-                [s, b, n].
+            sections: `la_qkv` [s, b, 3 n d]; `la_decay`, `la_beta` [s, b, n].
             rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `pieces.positions`, used if
                 `config.la_rope`.
             pieces: Where the tokens belong.
@@ -94,9 +102,61 @@ class LinearAttentionBranch(HeadModule):
             `[s, b, n, d]`.
         """
         if not self.heads:
-            return sections["la_value"] + self._idle()
+            return self._no_heads(sections["la_qkv"])
         sections = self._to_contiguous(sections, pieces)
-        query, key, value = self._convolve(sections, pieces)
+        prepare = self._prepare_fused if self.is_fused else self._prepare
+        output = self._recur(*prepare(sections, rotary_pos_emb, pieces), pieces)
+        return pieces.from_contiguous(pieces.sequence_first(output))
+
+    def _prepare_fused(
+        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
+    ) -> list[Tensor]:
+        """As :meth:`_prepare`, in one kernel that reads the sections where they lie.
+
+        They are copied once where a rank has two pieces of each of several rows.
+        """
+        config, parts = self.config, {}
+        for name in ("la_qkv", "la_decay", "la_beta"):
+            if name in sections:
+                parts[name] = pieces.batch_first(sections[name])
+        options: dict[str, Any] = {}
+        if config.la_short_conv:
+            options["conv_weight"] = self.conv_weight
+            options["initial_state"] = pieces.tokens_before(
+                parts["la_qkv"], config.la_conv_kernel_size - 1
+            )
+        if config.la_qk_norm:
+            options["q_norm_weight"] = self.q_layernorm.weight
+            options["k_norm_weight"] = self.k_layernorm.weight
+        if config.la_rope:
+            # Of [s, 1, 1, d], whose halves are equal, to [m, s / m, d / 2].
+            angles = pieces.batch_first(rotary_pos_emb[:, 0].chunk(2, dim=-1)[0])
+            options |= {"cos": angles.cos(), "sin": angles.sin()}
+        if config.la_decay:
+            options |= {"a": parts["la_decay"], "a_log": self.A_log, "dt_bias": self.dt_bias}
+        if config.la_beta:
+            options["b"] = parts["la_beta"]
+        query, key, value, log_decay, beta = la_preparation(
+            parts["la_qkv"],
+            num_heads=len(self.heads),
+            norm_eps=config.layernorm_epsilon,
+            cu_seqlens=pieces.cu_seqlens,
+            impl="triton",
+            **options,
+        )
+        log_decay = _every_head(query, 0.0) if log_decay is None else log_decay
+        beta = _every_head(query, 1.0) if beta is None else beta
+        return [query, key, value, log_decay, beta]
+
+    def _prepare(
+        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
+    ) -> list[Tensor]:
+        """The recurrence's inputs, a step at a time with the backend's norm.
+
+        Returns:
+            Query, key and value `[m b, s / m, n, d]`, log decay and beta `[m b, s / m, n]`.
+        """
+        query, key, value = self._convolve(sections["la_qkv"], pieces)
         if self.config.la_qk_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.config.la_rope:
@@ -106,9 +166,7 @@ class LinearAttentionBranch(HeadModule):
         query, key = (F.normalize(t.float(), dim=-1).to(value.dtype) for t in (query, key))
         log_decay, beta = self._log_decay(sections, query), self._beta(sections, query)
         # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
-        rows = [pieces.batch_first(t).contiguous() for t in (query, key, value, log_decay, beta)]
-        output = self._recur(*rows, pieces)
-        return pieces.from_contiguous(pieces.sequence_first(output))
+        return [pieces.batch_first(t).contiguous() for t in (query, key, value, log_decay, beta)]
 
     def _to_contiguous(self, sections: dict[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
         """The recurrence's inputs where they run, in one exchange."""
@@ -120,22 +178,19 @@ class LinearAttentionBranch(HeadModule):
         parts = moved.split([part.shape[-1] for part in parts], dim=-1)
         return {name: part.view_as(sections[name]) for name, part in zip(names, parts, strict=True)}
 
-    def _convolve(self, sections: dict[str, Tensor], pieces: Pieces) -> list[Tensor]:
-        parts = [sections[f"la_{name}"] for name in ("query", "key", "value")]
-        if not self.config.la_short_conv:
-            return parts
-        s, b, n, d = parts[0].shape
-        x = torch.cat([part.reshape(s, b, n * d) for part in parts], dim=-1)
-        x = pieces.batch_first(x).contiguous()
-        x = short_conv(
-            x,
-            self.conv_weight,
-            initial_state=pieces.tokens_before(x, self.config.la_conv_kernel_size - 1),
-            activation="silu",
-            cu_seqlens=pieces.cu_seqlens,
-            impl=self.impl,
-        )
-        return [part.view(s, b, n, d) for part in pieces.sequence_first(x).split(n * d, dim=-1)]
+    def _convolve(self, x: Tensor, pieces: Pieces) -> list[Tensor]:
+        if self.config.la_short_conv:
+            x = pieces.batch_first(x).contiguous()
+            x = short_conv(
+                x,
+                self.conv_weight,
+                initial_state=pieces.tokens_before(x, self.config.la_conv_kernel_size - 1),
+                activation="silu",
+                cu_seqlens=pieces.cu_seqlens,
+                impl=self.impl,
+            )
+            x = pieces.sequence_first(x)
+        return [part.unflatten(-1, (len(self.heads), -1)) for part in x.chunk(3, dim=-1)]
 
     def _recur(
         self,
@@ -168,20 +223,22 @@ class LinearAttentionBranch(HeadModule):
 
     def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
         if not self.config.la_decay:
-            return torch.zeros(like.shape[:-1], dtype=torch.float32, device=like.device)
+            return _every_head(like, 0.0)
         return -self.A_log.exp() * F.softplus(sections["la_decay"].float() + self.dt_bias)
 
     def _beta(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
         if not self.config.la_beta:
-            return torch.ones(like.shape[:-1], dtype=torch.float32, device=like.device)
+            return _every_head(like, 1.0)
         return sections["la_beta"].float().sigmoid()
 
-    def _idle(self) -> Tensor | float:
+    def _no_heads(self, like: Tensor) -> Tensor:
+        """An empty output `[s, b, 0, d]`."""
+        output = like.unflatten(-1, (0, self.config.kv_channels))
+        if not self.config.la_qk_norm:
+            return output
         # Keeps the shared norms in the graph on a rank without LA heads, so that they get their
         # (zero) gradient there and Megatron's flattened all-reduce matches on all ranks.
-        if not self.config.la_qk_norm:
-            return 0.0
-        return 0.0 * (self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum())
+        return output + 0.0 * (self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum())
 
     def _identity_convolution(self) -> Tensor:
         """Depthwise taps `[3 n d, kernel]` that pass each token on unchanged at the start."""
@@ -198,6 +255,11 @@ class LinearAttentionBranch(HeadModule):
             return head_parameter(config, torch.empty(len(self.heads)))
         values = init_heads(section, init, seed=config.head_init_seed, layer_number=layer_number)
         return head_parameter(config, values)
+
+
+def _every_head(like: Tensor, value: float) -> Tensor:
+    """One float32 constant for each head and token of `[..., n, d]`."""
+    return torch.full(like.shape[:-1], value, dtype=torch.float32, device=like.device)
 
 
 def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:

@@ -6,10 +6,13 @@ keys and values the rank projects (it owns them, see `LayerPlacement.group_owner
     fa_query [n_fa d] | fa_gate [n_fa d] | fa_key [g d] | fa_value [g d] |
     la_query [n_la d] | la_key [n_la d] | la_value [n_la d] | la_gate [n_la d] |
     la_decay [n_la] | la_beta [n_la]
+
+What all LA heads take from one token, la_query | la_key | la_value, is read as one: "la_qkv".
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -87,13 +90,22 @@ class ProjectionLayout:
         raise KeyError(f"no rows for unit {unit} in section {name!r} on this rank")
 
     def split(self, projected: Tensor) -> dict[str, Tensor]:
-        """Cut `[s, b, rows]` into `{section: [s, b, units, width]}`; width 1 is dropped."""
-        sizes = [len(section.units) * section.width for section in self.sections]
-        parts = projected.split(sizes, dim=-1)
+        """Cut `[s, b, rows]` into views.
+
+        Returns:
+            `{section: [s, b, units, width]}`; width 1 is dropped. The LA heads' queries, keys and
+            values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
+        """
         s, b, _ = projected.shape
+        shapes: dict[str, list[int]] = {}
+        for section in self.sections:
+            units = len(section.units)
+            if section.name in ("la_query", "la_key", "la_value"):
+                shapes["la_qkv"] = [shapes.get("la_qkv", [0])[0] + units * section.width]
+            else:
+                shapes[section.name] = [units] if section.width == 1 else [units, section.width]
+        parts = projected.split([math.prod(shape) for shape in shapes.values()], dim=-1)
         return {
-            section.name: part
-            if section.width == 1
-            else part.reshape(s, b, len(section.units), section.width)
-            for section, part in zip(self.sections, parts, strict=True)
+            name: part.reshape(s, b, *shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }

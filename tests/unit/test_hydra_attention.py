@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from megatron_hydra.cpu import install_if_needed
 
@@ -66,6 +70,31 @@ def test_layer_equals_its_definition(overrides):
         expected = _by_definition(attention, x.double(), rotary.double())
     assert bias is None
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, dict(la_rope=False, la_decay=False), dict(la_short_conv=False, la_qk_norm=False)],
+    ids=str,
+)
+def test_triton_kernels_equal_the_reference(overrides, packed):
+    results = []
+    for kernels in ("reference", "triton"):
+        attention = _attention(fused_kernels=kernels, **overrides)
+        x, packing = _input(), None
+        if packed:
+            x, packing = x.flatten(0, 1)[:, None], packed_sequence(torch.tensor([0, 1, 3, 22, 42]))
+        x.requires_grad_()
+        output, _ = attention(x, rotary_pos_emb=_rotary(), packed_seq_params=packing)
+        output.square().sum().backward()
+        named = {name: p.grad for name, p in attention.named_parameters() if p.requires_grad}
+        results.append({"output": output.detach(), "input": x.grad} | named)
+    reference, triton = results
+    for name, value in reference.items():
+        error = (triton[name] - value).norm() / value.norm().clamp_min(1e-9)
+        assert error <= 1e-4, f"{name}: relative error {error:.1e}"
 
 
 def _by_definition(attention, x, rotary):

@@ -1,0 +1,194 @@
+"""LA preparation on a GPU: our kernels, the same in separate kernels, and compiled PyTorch.
+
+    python kernels/benchmarks/la_preparation.py --out la_preparation.json
+
+Every row stands beside its floor: the bytes that the pass must read and write once (the sections,
+q, k and v or their gradients, gates, angles), over the bandwidth of a plain copy in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra_kernels.la_preparation import la_preparation, reference
+from hydra_kernels.short_conv import short_conv
+from measure import device_figures, median_ms, peak_gib, print_table, write
+from torch import Tensor
+
+HEAD_DIM = 128
+EPS = 1e-6
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768, 131072])
+    parser.add_argument("--heads", type=int, nargs="+", default=[14, 12])
+    parser.add_argument("--document", type=int, default=2000, help="tokens of a packed document")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    figures = device_figures()
+    rows: list[dict[str, Any]] = []
+    for heads in arguments.heads:
+        for tokens in arguments.tokens:
+            rows += measure(tokens, heads, None, figures["copy_gb_per_s"])
+        rows += measure(max(arguments.tokens), heads, arguments.document, figures["copy_gb_per_s"])
+    print_table(rows)
+    write(arguments.out, figures | {"norm_of_separate_kernels": NORM}, rows)
+
+
+def measure(
+    tokens: int, heads: int, document: int | None, copy_gb_per_s: float
+) -> list[dict[str, Any]]:
+    """Forward and backward of every implementation for one size."""
+    inputs = make_inputs(tokens, heads)
+    cu_seqlens = None
+    if document is not None:
+        starts = torch.arange(0, tokens, document, device="cuda")
+        cu_seqlens = F.pad(starts, (0, 1), value=tokens)
+    learned = [x for x in inputs.values() if x.requires_grad]
+    rows = []
+    for name, function in IMPLEMENTATIONS.items():
+        if function is compiled and document is not None:
+            continue  # half a minute of compilation a size
+        torch.compiler.reset()
+        try:
+            outputs = function(inputs, heads, cu_seqlens)
+            upstream = [torch.randn_like(x) for x in outputs]
+            gib = peak_gib(lambda f=function: f(inputs, heads, cu_seqlens))
+            forward = median_ms(lambda f=function: f(inputs, heads, cu_seqlens))
+            backward = median_ms(
+                lambda o=outputs, u=upstream: torch.autograd.grad(o, learned, u, retain_graph=True)
+            )
+        except torch.OutOfMemoryError:
+            gib = forward = backward = float("nan")
+        outputs = upstream = None
+        for direction, ms in (("forward", forward), ("backward", backward)):
+            floor = floor_bytes(tokens, heads, direction) / copy_gb_per_s / 1e6
+            rows.append(
+                {
+                    "heads": heads,
+                    "tokens": tokens,
+                    "document": document or tokens,
+                    "pass": direction,
+                    "implementation": name,
+                    "ms": ms,
+                    "floor_ms": floor,
+                    "of_floor": floor / ms,
+                    "forward_peak_gib": gib,
+                }
+            )
+    return rows
+
+
+def make_inputs(tokens: int, heads: int) -> dict[str, Tensor]:
+    """bf16 sections of one wide in-projection row, as the layer hands them over; angles float32."""
+    channels = 3 * heads * HEAD_DIM
+    # What else lies in a row: the output gate, and two FA heads with their query groups.
+    width = -(-(channels + heads * HEAD_DIM + 2 * heads + 8 * HEAD_DIM) // 64) * 64
+    rows = torch.randn(tokens, 1, width, device="cuda", dtype=torch.bfloat16)
+    first, last = 8 * HEAD_DIM, 8 * HEAD_DIM + channels + heads * HEAD_DIM
+    sections = {
+        "x": rows[..., first : first + channels],
+        "a": rows[..., last : last + heads],
+        "b": rows[..., last + heads : last + 2 * heads],
+    }
+    learned = {name: x.transpose(0, 1).detach() for name, x in sections.items()} | {
+        "conv_weight": torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16),
+        "q_norm_weight": torch.randn(HEAD_DIM, device="cuda", dtype=torch.bfloat16),
+        "k_norm_weight": torch.randn(HEAD_DIM, device="cuda", dtype=torch.bfloat16),
+        "a_log": torch.randn(heads, device="cuda"),
+        "dt_bias": torch.randn(heads, device="cuda") - 4,
+    }
+    frequencies = 1e6 ** -(torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM)
+    angles = torch.arange(tokens, device="cuda")[:, None] * frequencies
+    fixed = {"angles": angles, "cos": angles.cos()[None], "sin": angles.sin()[None]}
+    return {name: torch.nn.Parameter(x) for name, x in learned.items()} | fixed
+
+
+def floor_bytes(tokens: int, heads: int, direction: str) -> int:
+    """What a pass must move if it reads and writes everything once."""
+    vectors, gate, angles = 3 * heads * HEAD_DIM * 2, 2 * heads, HEAD_DIM * 4
+    if direction == "forward":
+        return tokens * (2 * vectors + gate * (2 + 4) + angles)
+    return tokens * (3 * vectors + gate * (2 + 4 + 2) + angles)
+
+
+def fused(inputs: dict[str, Tensor], heads: int, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """Our kernels."""
+    given = {name: x for name, x in inputs.items() if name != "angles"}
+    return la_preparation(
+        **given, num_heads=heads, norm_eps=EPS, cu_seqlens=cu_seqlens, impl="triton"
+    )
+
+
+def separate(
+    inputs: dict[str, Tensor], heads: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The branch's steps with `fused_kernels` "reference": fla's convolution, the backend's norm.
+
+    Megatron's rotation, PyTorch's normalisation and gates; sequence first, then batch first.
+    """
+    x = inputs["x"].contiguous()
+    x = short_conv(x, inputs["conv_weight"], cu_seqlens=cu_seqlens, impl="fla").transpose(0, 1)
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in x.chunk(3, dim=-1))
+    q, k = rms_norm(q, inputs["q_norm_weight"]), rms_norm(k, inputs["k_norm_weight"])
+    angles = torch.cat((inputs["angles"], inputs["angles"]), -1)[:, None, None]
+    q, k = (_rotate(t, angles) for t in (q, k))
+    q, k = (F.normalize(t.float(), dim=-1).to(v.dtype) for t in (q, k))
+    g = -inputs["a_log"].exp() * F.softplus(inputs["a"].float() + inputs["dt_bias"])
+    beta = inputs["b"].float().sigmoid()
+    return (*(t.transpose(0, 1).contiguous() for t in (q, k, v)), g, beta)
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
+    return _apply_rotary_pos_emb_bshd(x, angles)
+
+
+def _transformer_engine_norm() -> tuple[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Transformer Engine's RMSNorm if it is installed, PyTorch's if not, and whose it is."""
+    try:
+        from transformer_engine.pytorch import RMSNorm
+    except ImportError:
+        return "PyTorch", lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, EPS)
+    module = RMSNorm(HEAD_DIM, eps=EPS, device="cuda", dtype=torch.bfloat16)
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        module.weight = weight
+        return module(x)
+
+    return "Transformer Engine", norm
+
+
+def compiled(
+    inputs: dict[str, Tensor], heads: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, ...]:
+    """torch.compile of our reference."""
+    names = (
+        "x", "a", "b", "conv_weight", "q_norm_weight", "k_norm_weight", "a_log", "dt_bias",
+    )  # fmt: skip
+    return _COMPILED(
+        *(inputs[name] for name in names),
+        None,
+        inputs["cos"],
+        inputs["sin"],
+        cu_seqlens,
+        heads,
+        EPS,
+    )
+
+
+_COMPILED = torch.compile(reference.la_preparation, dynamic=False)
+NORM, rms_norm = _transformer_engine_norm()
+IMPLEMENTATIONS = {"triton": fused, "separate kernels": separate, "torch.compile": compiled}
+
+
+if __name__ == "__main__":
+    main()
