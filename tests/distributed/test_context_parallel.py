@@ -16,6 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():  # before the first rank starts
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from megatron_hydra.errors import UserError
 from megatron_hydra.testing import run_distributed
 
@@ -57,6 +60,22 @@ def test_context_parallel_does_not_show(alone: Any, cp_size: int, tmp_path: Path
         _assert_equal(found, expected, documents)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in Triton's interpreter")
+def test_triton_kernels_do_not_show(tmp_path: Path) -> None:
+    """Two ranks with our kernels against one without: two pieces a rank, and moved documents."""
+    documents = ("rows", "over the borders of ranks")
+    for kernels, ranks in (("reference", 1), ("triton", 2)):
+        folder = tmp_path / kernels
+        folder.mkdir()
+        run_distributed(_record, ranks, "some", folder, documents, kernels)
+    for name in documents:
+        found, expected = (
+            torch.load(tmp_path / kernels / f"{name}.pt") for kernels in ("triton", "reference")
+        )
+        _assert_equal(found, expected, name)
+
+
 @pytest.mark.parametrize("documents", [name for name in DOCUMENTS if name != "rows"])
 def test_packed_documents_equal_each_alone(alone: Any, documents: str) -> None:
     plan, folder = alone
@@ -87,12 +106,15 @@ def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], documen
         assert error <= TOLERANCE * largest, f"{documents}, {name}: off by {error:.1e}"
 
 
-def _record(plan: str, folder: Path) -> None:
+def _record(
+    plan: str, folder: Path, names: tuple[str, ...] = tuple(DOCUMENTS), kernels: str = "auto"
+) -> None:
     """Logits of every token, the loss and all gradients, whole on rank 0."""
     import torch.distributed as dist
 
-    for documents, lengths in DOCUMENTS.items():
-        results = _run(_model(plan), _batch(), lengths)
+    for documents in names:
+        model = _model(plan, fused_kernels=kernels)
+        results = _run(model, _batch(), DOCUMENTS[documents])
         if dist.get_rank() == 0:
             torch.save(results, folder / f"{documents}.pt")
 
@@ -173,14 +195,15 @@ def _check_payload(packed: bool) -> None:
     assert bytes_of[16] == expected
 
 
-def _model(plan: str) -> Any:
+def _model(plan: str, **overrides: Any) -> Any:
     from megatron_hydra.model import build_model
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.testing.tiny import tiny_config, tiny_plan
 
     cp_size = int(os.environ["WORLD_SIZE"])
     initialize_model_parallel(context=cp_size)
-    config = tiny_config(context_parallel_size=cp_size, seq_length=TOTAL, **SWITCHES)
+    switches = {**SWITCHES, **overrides}
+    config = tiny_config(context_parallel_size=cp_size, seq_length=TOTAL, **switches)
     model = build_model(config, None if PLANS[plan] is None else tiny_plan(PLANS[plan]))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -6,7 +6,6 @@ low precision. Without a GPU it runs in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,6 @@ import torch
 import torch.nn.functional as F
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hydra_kernels.head_fusion import head_fusion  # noqa: E402
 from triton import knobs  # noqa: E402

@@ -6,16 +6,11 @@ Triton's kernels run on a GPU, and in Triton's interpreter where there is none.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from hydra_kernels.linear_kl import linear_kl
 
 from megatron_hydra.testing import run_distributed

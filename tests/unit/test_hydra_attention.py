@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-if not torch.cuda.is_available():  # before Triton is imported, which Megatron does
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from megatron_hydra.cpu import install_if_needed
 

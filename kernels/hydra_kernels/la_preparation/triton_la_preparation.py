@@ -111,8 +111,10 @@ class LAPreparation(torch.autograd.Function):
         rows, num_tokens, channels = x.shape
         grid, sizes = _launch(x, num_heads, conv_weight, _LONGEST_BACKWARD)
         dx, da, db = (_empty_like(t) for t in (x, a, b))
-        dstate = None if state is None else torch.empty_like(state)
-        float32 = dict(dtype=torch.float32, device=x.device)
+        dstate = (
+            None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
+        )
+        float32: dict[str, Any] = dict(dtype=torch.float32, device=x.device)
         partial = gate_partial = None
         if conv_weight is not None or q_weight is not None:
             partial = torch.empty(grid[1] * rows, _SUMS, channels, **float32)
@@ -215,6 +217,7 @@ def _empty_like(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     rows, num_tokens, width = x.shape
+    like: dict[str, Any] = dict(dtype=x.dtype, device=x.device)
     if x.stride(0) < x.stride(1):
-        return x.new_empty(num_tokens, rows, width).transpose(0, 1)
-    return x.new_empty(rows, num_tokens, width)
+        return torch.empty(num_tokens, rows, width, **like).transpose(0, 1)
+    return torch.empty(rows, num_tokens, width, **like)
