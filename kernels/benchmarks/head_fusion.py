@@ -36,21 +36,31 @@ def main() -> int:
     """Measure; print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--tokens", type=int, nargs="+", default=_TOKENS)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's peer out")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     # A compiled backward otherwise gives its saved tensors' memory away, and runs only once.
     torch._functorch.config.donated_buffer = False
-    figures = device_figures()
-    rows = []
+    figures = device_figures() | {"command": " ".join(sys.argv)}
+    implementations = _implementations()
+    if args.no_compile:
+        del implementations["compiled"]
+    rows: list[dict[str, Any]] = []
     for n_fa, n_la in _KINDS:
         for tokens in args.tokens:
-            rows += _measure(tokens, n_fa, n_la, figures["copy_gb_per_s"])
+            rows += _measure(tokens, n_fa, n_la, implementations, figures["copy_gb_per_s"])
+            write(args.out, figures, rows)
     print_table(rows)
-    write(args.out, figures, rows)
     return 0
 
 
-def _measure(tokens: int, n_fa: int, n_la: int, copy_gb_per_s: float) -> list[dict[str, Any]]:
+def _measure(
+    tokens: int,
+    n_fa: int,
+    n_la: int,
+    implementations: dict[str, Callable[..., Tensor]],
+    copy_gb_per_s: float,
+) -> list[dict[str, Any]]:
     """A row for each implementation and direction."""
     inputs = _inputs(tokens, n_fa, n_la)
     elements = tokens * (n_fa + n_la)
@@ -59,7 +69,7 @@ def _measure(tokens: int, n_fa: int, n_la: int, copy_gb_per_s: float) -> list[di
         "backward": elements * (5 * 2 * _HEAD_DIM + 4),
     }
     rows = []
-    for name, fuse in _implementations().items():
+    for name, fuse in implementations.items():
         output = fuse(*inputs)
         dy = torch.randn_like(output)
         leaves = [x for x in inputs if x.requires_grad]

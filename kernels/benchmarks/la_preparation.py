@@ -9,6 +9,7 @@ q, k and v or their gradients, gates, angles), over the bandwidth of a plain cop
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 32768, 131072])
     parser.add_argument("--heads", type=int, nargs="+", default=[14, 12])
     parser.add_argument("--document", type=int, default=2000, help="tokens of a packed document")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile's peer out")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    figures = device_figures()
+    figures = device_figures() | {"norm_of_separate_kernels": NORM, "command": " ".join(sys.argv)}
+    if arguments.no_compile:
+        del IMPLEMENTATIONS["torch.compile"]
     rows: list[dict[str, Any]] = []
     for heads in arguments.heads:
         for tokens in arguments.tokens:
             rows += measure(tokens, heads, None, figures["copy_gb_per_s"])
+            write(arguments.out, figures, rows)
         rows += measure(max(arguments.tokens), heads, arguments.document, figures["copy_gb_per_s"])
     print_table(rows)
-    write(arguments.out, figures | {"norm_of_separate_kernels": NORM}, rows)
+    write(arguments.out, figures, rows)
 
 
 def measure(

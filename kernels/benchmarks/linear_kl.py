@@ -35,8 +35,10 @@ def main() -> int:
     parser.add_argument("--chunk-tokens", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    figures = device_figures()
-    rows = []
+    figures = device_figures() | {"command": " ".join(sys.argv)}
+    figures["accuracy"] = measure_accuracy(args.hidden, args.vocab)
+    print_table(figures["accuracy"])
+    rows: list[dict[str, Any]] = []
     for num_tokens in args.tokens:
         for setting in _SETTINGS:
             inputs = make_inputs(num_tokens, args.hidden, args.vocab, setting)
@@ -45,11 +47,9 @@ def main() -> int:
                 row |= measure(step, inputs) | floor(inputs, figures)
                 rows.append(row)
                 print_table([row])
+                write(args.out, figures, rows)
             del inputs, step
     print_table(rows)
-    accuracy = measure_accuracy(args.hidden, args.vocab)
-    print_table(accuracy)
-    write(args.out, {**figures, "accuracy": accuracy, "command": " ".join(sys.argv)}, rows)
     return 0
 
 
