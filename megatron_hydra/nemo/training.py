@@ -328,6 +328,8 @@ class TrainingRun:
         }
         if self._bf16:
             fields |= megatron_fields(torch.bfloat16)
+        if fields["backend"] == "transformer_engine":
+            fields |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
         return fields
 
     @property
