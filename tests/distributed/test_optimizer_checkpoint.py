@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,6 +179,13 @@ def _go_on(folder: Path, layout: Layout, saved_at: list[Layout], precision: str)
         training.save(folder / f"{source}-to-{layout}/end")
 
 
+@cache
+def _ranks() -> Any:
+    from megatron_hydra.testing.worlds import Ranks
+
+    return Ranks()
+
+
 class _Training:
     """A hybrid under Megatron's DDP and distributed optimizer, without NeMo's loop."""
 
@@ -196,15 +204,13 @@ class _Training:
         from megatron_hydra.model import build_model
         from megatron_hydra.nemo.config import OptimSection
         from megatron_hydra.nemo.optimizer import make_optimizer
+        from megatron_hydra.testing.layouts import Layout as ParallelSizes
         from megatron_hydra.testing.tiny import tiny_config, tiny_plan
 
-        if not dist.is_initialized():
-            dist.init_process_group("gloo")
+        # Each in a world of its own: the groups of hundreds of layouts would keep threads by the
+        # thousand.
+        _ranks().enter(ParallelSizes(tp=layout.tensor, pp=layout.pipeline, cp=layout.context))
         assert dist.get_world_size() == layout.world_size == int(os.environ["WORLD_SIZE"])
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            layout.tensor, layout.pipeline, context_parallel_size=layout.context
-        )
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         self.layout, bf16 = layout, precision == "bf16"
         self.config = tiny_config(
