@@ -31,6 +31,7 @@ from torch import Tensor
 from megatron_hydra.attention.context_parallel import Pieces
 from megatron_hydra.attention.full_attention import FullAttentionBranch
 from megatron_hydra.attention.head_fusion import HeadFusion
+from megatron_hydra.attention.kernel_choice import choose_fused_kernels
 from megatron_hydra.attention.linear_attention import LinearAttentionBranch
 from megatron_hydra.attention.projection_layout import ProjectionLayout, Section
 from megatron_hydra.attention.sequence_layout import SequenceLayout
@@ -118,7 +119,9 @@ class HydraAttention(MegatronModule):
         self.linear_attention = LinearAttentionBranch(*branch)
         if tp_rank == 0:
             core = submodules.core_attention
-            _log_choice(getattr(core, "__name__", str(core)), self.linear_attention.impl)
+            name = getattr(core, "__name__", str(core))
+            fused = choose_fused_kernels(config.fused_kernels)
+            _log_choice(name, self.linear_attention.impl, fused)
         self.fusion = HeadFusion(config, submodules, self.placement, pg_collection)
         self.linear_proj = build_module(
             submodules.linear_proj,
@@ -315,9 +318,14 @@ def _side_stream() -> torch.cuda.Stream:
 
 
 @cache
-def _log_choice(core_attention: str, la_kernel: str) -> None:
+def _log_choice(core_attention: str, la_kernel: str, fused_kernels: str) -> None:
     """Once a process and choice: all layers of a model run alike."""
-    logger.info("FA heads run on %s, LA heads on the kernel %r", core_attention, la_kernel)
+    logger.info(
+        "FA heads run on %s, LA heads on the kernel %r, what surrounds both on %r",
+        core_attention,
+        la_kernel,
+        fused_kernels,
+    )
 
 
 def _leave(tensor: Tensor) -> None:

@@ -102,8 +102,29 @@ def _check_runs(inputs: Path, folder: Path) -> None:
             unset_num_microbatches_calculator()  # NeMo keeps the first run's
         assert lines.count("accelerator cpu; starting at step 0") == len(RUNS)
         _check_damaged_checkpoint(inputs, folder / "align", lines)
-    chosen = "FA heads run on LocalCoreAttention, LA heads on the kernel 'reference'"
+        for stage in ("align", "distill", "long_context"):
+            _check_bf16(inputs, folder / f"{stage}_bf16", RUNS[stage])
+            unset_num_microbatches_calculator()
+    chosen = (
+        "FA heads run on LocalCoreAttention, LA heads on the kernel 'reference', "
+        "what surrounds both on 'reference'"
+    )
     assert lines.count(chosen) == 1  # not once a layer
+
+
+def _check_bf16(inputs: Path, folder: Path, overrides: list[str]) -> None:
+    """The losses of the float32 loop, but for bf16's rounding."""
+    from megatron_hydra.nemo.config import load_config
+    from megatron_hydra.nemo.training import TrainingRun
+
+    bf16 = ["trainer.precision=bf16", "strategy.use_distributed_optimizer=true"]
+    config = load_config(inputs / "run.yaml", [*overrides, *bf16, f"log.folder={folder}"])
+    losses: dict[int, float] = {}
+    with _spied_batches() as batches:
+        TrainingRun(config).run(lambda step, scalars: losses.update({step: scalars["loss"]}))
+    steps = [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]
+    expected, _ = _plain_loop(inputs, steps, config.transfer)
+    torch.testing.assert_close(losses, expected["loss"], rtol=5e-2, atol=0)
 
 
 def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
