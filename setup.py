@@ -61,6 +61,8 @@ setup(
         ],
         "te": ["transformer-engine[pytorch]>=2.9", "fla-core==0.6.0"],
         "flash-attn": ["flash-attn>=2.7"],
+        # fla takes its kernels where they fit: Hopper, bf16, head dimension 128.
+        "flash-qla": ["flash-qla==0.1.3", "tilelang==0.1.15"],
         "dev": [
             "hypothesis",
             "pytest",

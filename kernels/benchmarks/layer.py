@@ -38,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--overlap", action="store_true", help="FA and LA heads on two streams")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
@@ -52,7 +53,7 @@ def main() -> int:
         data |= device_figures() | switches
         rows = []
         for length in args.lengths:
-            rows += measure(length, data["matmul_tflop_per_s"], switches)
+            rows += measure(length, args.mixes, data["matmul_tflop_per_s"], switches)
             print_table(rows[-2:])
             write(args.out, data, rows)
         data["rows"] = rows
@@ -65,18 +66,21 @@ def main() -> int:
     return 0
 
 
-def measure(length: int, tflop_per_s: float, switches: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(
+    length: int, mixes: list[str], tflop_per_s: float, switches: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A row a direction, times in ms; None where the memory does not suffice."""
     x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
     full, all_la = _Layer(None, length, switches), _Layer(0, length, switches)
-    mixed = {name: _Layer(heads, length, switches) for name, heads in MIXES.items()}
+    mixed = {name: _Layer(MIXES[name], length, switches) for name in mixes}
     rows = []
     for direction in DIRECTIONS:
         backward = direction != DIRECTIONS[0]
         row: dict[str, Any] = {"direction": direction, "tokens": length}
         row["full"], row["all LA"] = full.time(x, backward), all_la.time(x, backward)
-        for name, heads in MIXES.items():
-            row[f"layer-wise {name}"] = _weighted(row["full"], row["all LA"], heads / HEADS)
+        for name in mixes:
+            share = MIXES[name] / HEADS
+            row[f"layer-wise {name}"] = _weighted(row["full"], row["all LA"], share)
             ours = row[f"ours {name}"] = mixed[name].time(x, backward)
             row[f"full / ours {name}"] = _ratio(row["full"], ours)
             parts = mixed[name].parts(x, backward)
@@ -219,6 +223,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
             rows = [row for row in data["rows"] if row["direction"] == direction]
             lengths = [row["tokens"] for row in rows]
             for key, (label, colour, style) in lines.items():
+                if key not in rows[0]:
+                    continue
                 times = [row[key] for row in rows]  # matplotlib leaves a gap for None
                 axes.plot(
                     lengths, times, style, color=colour, label=label, marker="o" * (style == "-"),

@@ -139,6 +139,9 @@ class TransferSection:
     `jsd_beta` times the teacher's KL to the mixture, plus the rest times the student's."""
     jsd_beta: float = 0.5
     """Share of the teacher in the mixture of `kl: jsd`."""
+    float32_logits: bool = False
+    """Do not round the loss's logits to bfloat16, as Megatron's output layer does: late in the
+    distillation, rounding is what the divergence's gradient mostly shows."""
     chunk_tokens: int = 1024
     """Tokens whose logits exist at one time in the loss."""
 

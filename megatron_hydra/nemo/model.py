@@ -238,6 +238,7 @@ class HydraModel(llm.GPTModel):
             chunk_tokens=self.transfer.chunk_tokens,
             kl=self.transfer.kl,
             jsd_beta=self.transfer.jsd_beta,
+            float32_logits=self.transfer.float32_logits,
             packed_seq_params=batch.get("packed_seq_params"),
         )
         parts = {"loss": losses.loss_sum, "ce": losses.ce_sum}

@@ -40,6 +40,7 @@ def distillation_loss(
     chunk_tokens: int,
     kl: Kind = "forward",
     jsd_beta: float = 0.5,
+    float32_logits: bool = False,
     temperature: float = 1.0,
     packed_seq_params: PackedSeqParams | None = None,
 ) -> LinearKLOutput:
@@ -61,6 +62,7 @@ def distillation_loss(
         chunk_tokens: Tokens whose logits exist at once.
         kl: Which divergence: forward KL(teacher || student), reverse, or jsd.
         jsd_beta: Share of the teacher in the jsd's mixture.
+        float32_logits: Do not round the logits to the weights' dtype.
         temperature: Softens both distributions of the divergence; see `linear_kl`.
         packed_seq_params: Documents of packed sequences, with b = 1; None for whole sequences.
 
@@ -96,6 +98,7 @@ def distillation_loss(
         chunk_tokens=chunk_tokens,
         kl=kl,
         jsd_beta=jsd_beta,
+        float32_logits=float32_logits,
         temperature=temperature,
         tp_group=group,
         impl=choose_fused_kernels(student_model.config.fused_kernels),

@@ -16,9 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():  # before the first rank starts
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from megatron_hydra.errors import UserError
 from megatron_hydra.testing import run_distributed
 

@@ -200,6 +200,24 @@ def test_the_divergence_is_handed_on(changes: dict):
     assert abs(kl - loss_and_gradients(inputs, **settings)[0][1]) > 1e-3
 
 
+def test_logits_can_stay_float32():
+    inputs = make_inputs() | {"loss_mask": MASKS["partial"]}
+    low = {
+        name: x.detach().bfloat16() if name.endswith(("hidden", "weight")) else x
+        for name, x in inputs.items()
+    }
+    settings = {"kl_weight": 1.0, "ce_weight": 0.0, "chunk_tokens": 7}
+    exact = chunked_distillation_loss(
+        **{name: x.double() if x.dtype == torch.bfloat16 else x for name, x in low.items()},
+        **settings,
+    ).kl_sum
+    rounded, whole = (
+        abs(chunked_distillation_loss(**low, **settings, float32_logits=wide).kl_sum - exact)
+        for wide in (False, True)
+    )
+    assert whole <= 1e-5 * exact < rounded
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the size of the largest tensor that any operation returns."""
 
