@@ -93,7 +93,9 @@ def _build_every_rank(folder: Path) -> None:
         fa_heads = fa_heads or [[] for _ in layers]
         for ranks, layer in zip(fa_heads, layers, strict=True):
             attention = layer.self_attention
-            assert attention.in_proj.weight.shape[0] == attention.layout.num_rows
+            rows, columns = attention.in_proj.weight.shape
+            assert rows == attention.layout.num_rows
+            counts["hybrid"] -= attention.layout.num_padding_rows * columns
             ranks.append(attention.full_attention.heads)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
