@@ -87,6 +87,11 @@ class ProjectionLayout:
         return -self._used_rows % ROW_MULTIPLE
 
     @property
+    def padding_rows(self) -> slice:
+        """Where they are."""
+        return slice(self._used_rows, self.num_rows)
+
+    @property
     def _used_rows(self) -> int:
         return sum(len(section.units) * section.width for section in self.sections)
 

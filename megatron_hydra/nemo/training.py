@@ -42,6 +42,9 @@ from megatron_hydra.nemo.strategy import make_strategy
 
 logger = logging.getLogger(__name__)
 
+# Of ModelSection, what stands for itself: no `auto` to resolve, no default by device.
+_SWITCHES = ("overlap_branches", "placement", "fa_query_scale", "fa_query_scale_start")
+
 
 class TrainingRun:
     """A checked run; nothing is written and no process group made before :meth:`run`.
@@ -274,14 +277,7 @@ class TrainingRun:
         config, model = self.config, self.config.model
         chosen = {
             name: getattr(model, name)
-            for name in (
-                "la_kernel",
-                "fused_kernels",
-                "overlap_branches",
-                "placement",
-                "fa_query_scale",
-                "fa_query_scale_start",
-            )
+            for name in ("la_kernel", "fused_kernels", *_SWITCHES)
             if getattr(model, name) is not None
         }
         if model.recompute != "none":
@@ -303,13 +299,7 @@ class TrainingRun:
 
     def _resolved(self) -> RunConfig:
         """The configuration as the run takes it, for its folder."""
-        names = (
-            "backend",
-            "overlap_branches",
-            "placement",
-            "fa_query_scale",
-            "fa_query_scale_start",
-        )
+        names = ("backend", *_SWITCHES)
         model = replace(
             self.config.model,
             la_kernel=choose_la_kernel(self.model_config.la_kernel),

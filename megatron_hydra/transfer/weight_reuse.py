@@ -142,7 +142,7 @@ def _write_projection(
                 rows.zero_()
             counts = summary.reused if section.name in sources else summary.new
             counts[section.name] += rows.numel()
-    weight[weight.shape[0] - attention.layout.num_padding_rows :] = 0
+    weight[attention.layout.padding_rows] = 0
 
 
 def _copy(target: Tensor, source: Tensor, part: str, summary: ReuseSummary) -> None:

@@ -95,8 +95,8 @@ def test_everything_comes_back(teacher: Path, hybrid: Path, tmp_path: Path) -> N
             parameter.add_(torch.randn_like(parameter))
         for layer in first.model.decoder.layers:
             attention = layer.self_attention
-            weight, num_padding = attention.in_proj.weight, attention.layout.num_padding_rows
-            weight[weight.shape[0] - num_padding :] = 0  # belongs to no head: not stored
+            # Belongs to no head: not stored.
+            attention.in_proj.weight[attention.layout.padding_rows] = 0
     checkpoint.save_checkpoint(
         tmp_path / "again", first.model, first.config, first.plan, first.tokenizer_folder, {}
     )

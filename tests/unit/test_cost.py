@@ -55,9 +55,8 @@ def matrices(plan: HeadPlan | None, **fields: Any) -> dict[str, torch.Tensor]:
     found = {name: value for name, value in model.named_parameters() if value.dim() > 1}
     for index, layer in enumerate(model.decoder.layers if plan is not None else ()):
         # Rows that only fill up the projection are not reckoned with: 15 at most.
-        name, layout = "self_attention.in_proj.weight", layer.self_attention.layout
-        weight = found[f"decoder.layers.{index}.{name}"]
-        found[f"decoder.layers.{index}.{name}"] = weight[: len(weight) - layout.num_padding_rows]
+        name = f"decoder.layers.{index}.self_attention.in_proj.weight"
+        found[name] = found[name][: layer.self_attention.layout.padding_rows.start]
     return found
 
 

@@ -141,8 +141,8 @@ def test_every_value_is_counted_once(folder: Path, fusion: str) -> None:
     model, summary = _hybrid(folder, plan, torch.ones(2, 4), fusion=fusion)
     padding = 0
     for layer in model.decoder.layers:
-        weight, layout = layer.self_attention.in_proj.weight, layer.self_attention.layout
-        rows = weight[weight.shape[0] - layout.num_padding_rows :]
+        attention = layer.self_attention
+        rows = attention.in_proj.weight[attention.layout.padding_rows]
         assert (rows == 0).all()
         padding += rows.numel()
     total = sum(parameter.numel() for parameter in model.parameters())

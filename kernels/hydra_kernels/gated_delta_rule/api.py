@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from hydra_kernels.device import check_device
 from hydra_kernels.gated_delta_rule import reference
 from hydra_kernels.packed import check_cu_seqlens, state_of_each_document
 
@@ -99,11 +100,7 @@ def _fla(
     chunk_size: int,
 ) -> GatedDeltaRuleOutput:
     """flash-linear-attention's chunked Triton kernels."""
-    if not q.is_cuda:
-        raise ValueError(
-            f"impl='fla' runs on CUDA tensors alone, got {q.device.type}; "
-            "on a CPU name impl='reference'"
-        )
+    check_device(q, "fla")
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     initial_state = state_of_each_document(initial_state, cu_seqlens)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from hydra_kernels.device import check_device
 from hydra_kernels.head_fusion import reference
 
 if TYPE_CHECKING:
@@ -122,16 +123,10 @@ def _check(
 
 def _check_for_triton(*tensors: Tensor | None) -> None:
     """Raise ValueError for a tensor that the kernels do not take."""
-    from triton import knobs
-
     for x in tensors:
         if x is None:
             continue
-        if not (x.is_cuda or knobs.runtime.interpret):
-            raise ValueError(
-                f"impl='triton' runs on CUDA tensors alone, got {x.device.type}; "
-                "on a CPU name impl='reference'"
-            )
+        check_device(x, "triton")
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(
                 f"impl='triton' takes bfloat16, float16 and float32, got {x.dtype}; "

@@ -6,13 +6,13 @@ reading x again costs less than writing and reading what lies between.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from hydra_kernels.device import check_device
 from hydra_kernels.la_preparation.triton_backward import backward_kernel
 from hydra_kernels.la_preparation.triton_forward import forward_kernel
 from hydra_kernels.la_preparation.triton_vectors import HEADS_PER_TILE, MAX_LAG, reach_kernel
@@ -33,11 +33,7 @@ _SUMS = 5  # a channel's: four taps and the norm's weight
 
 def check(x: Tensor, num_heads: int, conv_weight: Tensor | None) -> None:
     """Raise ValueError for what the kernels do not take."""
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"impl='triton' runs on CUDA tensors alone, got {x.device.type}; "
-            "on a CPU name impl='reference'"
-        )
+    check_device(x, "triton")
     if x.dtype not in _DTYPES:
         raise ValueError(f"impl='triton' takes bfloat16, float16 or float32, got {x.dtype}")
     head_dim = x.shape[-1] // (3 * num_heads)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 
+from hydra_kernels.device import check_device
 from hydra_kernels.linear_kl import reference
 from hydra_kernels.linear_kl.settings import Kind, Settings, VocabShards
 
@@ -136,13 +137,7 @@ def _triton(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Triton's kernels around cuBLAS's products."""
-    from triton import knobs
-
-    if not (student_hidden.is_cuda or knobs.runtime.interpret):
-        raise ValueError(
-            f"impl='triton' runs on CUDA tensors alone, got {student_hidden.device.type}; "
-            "on a CPU name impl='reference'"
-        )
+    check_device(student_hidden, "triton")
     for name, weight in (("student_weight", student_weight), ("teacher_weight", teacher_weight)):
         if weight is not None and weight.dtype.itemsize not in (2, 4):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch.nn.functional as F
 
+from hydra_kernels.device import check_device
 from hydra_kernels.packed import check_cu_seqlens, state_of_each_document
 from hydra_kernels.short_conv import reference
 
@@ -65,11 +66,7 @@ def _fla(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """flash-linear-attention's Triton kernel."""
-    if not x.is_cuda:
-        raise ValueError(
-            f"impl='fla' runs on CUDA tensors alone, got {x.device.type}; "
-            "on a CPU name impl='reference'"
-        )
+    check_device(x, "fla")
     from fla.modules.causal_conv1d import causal_conv1d
 
     if initial_state is not None:
