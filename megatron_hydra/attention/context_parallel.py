@@ -13,10 +13,12 @@ Legend: as `sequence_layout.py`; m = pieces on a rank, b = batch, n = LA heads o
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import (
     all_to_all,
     gather_from_sequence_parallel_region,
@@ -47,6 +49,23 @@ class Pieces:
         else:
             self._order = [[rank, 2 * layout.size - 1 - rank] for rank in range(layout.size)]
         self.own = self._order[layout.rank]
+
+    @classmethod
+    def of(
+        cls, num_tokens: int, packed_seq_params: PackedSeqParams | None, group: dist.ProcessGroup
+    ) -> Pieces:
+        """The pieces of what a layer was handed; arguments as :meth:`SequenceLayout.of`.
+
+        All layers of a step share those of a packed row: looking for documents waits for the GPU,
+        and the kernels keep what they look up for the very tensor `cu_seqlens`.
+        """
+        if packed_seq_params is None:
+            return cls(SequenceLayout.of(num_tokens, None, group), group)
+        kept: dict[Any, Pieces] = vars(packed_seq_params).setdefault("hydra_pieces", {})
+        key = (num_tokens, group)
+        if key not in kept:
+            kept[key] = cls(SequenceLayout.of(num_tokens, packed_seq_params, group), group)
+        return kept[key]
 
     @cached_property
     def positions(self) -> Tensor:

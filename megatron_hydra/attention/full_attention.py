@@ -57,7 +57,9 @@ class FullAttentionBranch(MegatronModule):
         norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
         self.q_layernorm = build_module(submodules.q_layernorm, **norm)
         self.k_layernorm = build_module(submodules.k_layernorm, **norm)
-        index = torch.tensor(self._key_index(), dtype=torch.long, device=initial_device(config))
+        places, num_groups = self._key_index()
+        self.has_key_each = places == list(range(num_groups))
+        index = torch.tensor(places, dtype=torch.long, device=initial_device(config))
         self.register_buffer("key_index", index, persistent=False)
         self.core_attention = None
         if self.heads:
@@ -100,7 +102,8 @@ class FullAttentionBranch(MegatronModule):
                 self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum() + key.sum()
             )
         query = self._scale_query(self.q_layernorm(query), layout)
-        key, value = key[:, :, self.key_index], value[:, :, self.key_index]
+        if not self.has_key_each:
+            key, value = key[:, :, self.key_index], value[:, :, self.key_index]
         key = self.k_layernorm(key)
         if self.config.fa_rope:
             query, key = (
@@ -120,14 +123,14 @@ class FullAttentionBranch(MegatronModule):
         )
         return output.view(shape)
 
-    def _key_index(self) -> list[int]:
-        """For each local head, its query group's place among the groups at hand."""
+    def _key_index(self) -> tuple[list[int], int]:
+        """For each local head, its query group's place among the groups at hand; their number."""
         placement, rank = self.placement, self.tp_group.rank()
         at_hand = placement.owned_groups(rank)
         if placement.shares_groups:
             at_hand = tuple(g for slot in self._exchange_slots() for g in slot)
         per_group = placement.layer_plan.num_heads // placement.num_query_groups
-        return [at_hand.index(head // per_group) for head in self.heads]
+        return [at_hand.index(head // per_group) for head in self.heads], len(at_hand)
 
     def _exchange_slots(self) -> list[tuple[int, ...]]:
         """The groups each rank sends, padded to equal counts by -1."""

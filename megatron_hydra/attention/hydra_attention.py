@@ -34,7 +34,6 @@ from megatron_hydra.attention.head_fusion import HeadFusion
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels
 from megatron_hydra.attention.linear_attention import LinearAttentionBranch
 from megatron_hydra.attention.projection_layout import ProjectionLayout, Section
-from megatron_hydra.attention.sequence_layout import SequenceLayout
 from megatron_hydra.attention.sharded_heads import init_heads, sharded_heads
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.head_plan import LayerHeadPlan
@@ -198,8 +197,8 @@ class HydraAttention(MegatronModule):
     ) -> Tensor:
         """What lies between the projections: `[s, b, rows]` to `[s, b, n d]`."""
         sections = self.layout.split(projected)
-        tokens = SequenceLayout.of(projected.shape[0], packed_seq_params, self.pg_collection.cp)
-        pieces = Pieces(tokens, self.pg_collection.cp)
+        pieces = Pieces.of(projected.shape[0], packed_seq_params, self.pg_collection.cp)
+        tokens = pieces.layout
         fa_angles = la_angles = rotary_pos_emb
         if packed_seq_params is not None and rotary_pos_emb is not None:
             fa_angles = rotary_pos_emb[tokens.positions]

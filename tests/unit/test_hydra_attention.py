@@ -14,6 +14,7 @@ install_if_needed()
 
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
+from megatron_hydra.attention import linear_attention  # noqa: E402
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel  # noqa: E402
 from megatron_hydra.attention.sequence_layout import packed_sequence  # noqa: E402
 from megatron_hydra.config import HydraConfig  # noqa: E402
@@ -351,6 +352,25 @@ def test_selective_recomputation_is_bit_equal_and_keeps_less(overrides, packed):
         kept.append(sum(t.numel() for t in saved))
     assert all(map(torch.equal, *results))
     assert kept[1] < kept[0] / 3
+
+
+def test_layers_share_what_is_known_of_a_packed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    kernel = linear_attention.gated_delta_rule
+
+    def watched(*args, cu_seqlens, **kwargs):
+        seen.append(cu_seqlens)
+        return kernel(*args, cu_seqlens=cu_seqlens, **kwargs)
+
+    monkeypatch.setattr(linear_attention, "gated_delta_rule", watched)
+    model = build_model(tiny_config(), tiny_plan())
+    tokens, positions = (t.flatten()[None] for t in token_batch(model.config))
+    for length in (7, 9):  # what one step's layers share is no other step's
+        packing = packed_sequence(torch.tensor([0, length, tokens.shape[1]]))
+        model(tokens, positions, None, packed_seq_params=packing)
+        assert all(each is seen[-1] for each in seen) and seen[-1][1] == length
+        assert len(seen) > 1
+        seen.clear()
 
 
 def test_choices_that_do_not_fit_are_errors():
