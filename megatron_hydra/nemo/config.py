@@ -15,6 +15,9 @@ from megatron_hydra.yaml_config import read_config
 
 Stage = Literal["align", "distill", "long_context"]
 
+FP8_TOKEN_MULTIPLE = 16
+"""Of a rank's tokens: cuBLAS takes no other sizes in FP8."""
+
 
 @dataclass
 class ModelSection:
@@ -65,8 +68,10 @@ class TrainerSection:
 
     max_steps: int
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in bfloat16; the optimizer's weights are float32 either way."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """`bf16` computes in bfloat16; the optimizer's weights are float32 either way. `fp8` is bf16
+    with the layers' matrix products in FP8 (Transformer Engine's, on a GPU alone): E4M3 forward,
+    E5M2 backward, each tensor scaled by its own largest value."""
     num_threads: int = 0
     """CPU threads a rank; 0 leaves PyTorch's default."""
     seed: int = 1234
@@ -302,6 +307,21 @@ def _check(config: RunConfig) -> None:
     if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
         raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
     _check_sequence_length(data, config.strategy)
+    if config.trainer.precision == "fp8" and not data.reset_at_document_end:
+        _check_fp8(data, config.strategy)
+
+
+def _check_fp8(data: DataSection, strategy: StrategySection) -> None:
+    """Check that a rank's tokens fit FP8 products; packed documents are padded to fit."""
+    ranks = strategy.context_parallel_size
+    if strategy.sequence_parallel:
+        ranks *= strategy.tensor_model_parallel_size
+    tokens = data.micro_batch_size * data.seq_length // ranks
+    if tokens % FP8_TOKEN_MULTIPLE:
+        raise UserError(
+            f"trainer.precision is fp8, but a micro-batch has {tokens} tokens a rank, which do not "
+            f"divide by {FP8_TOKEN_MULTIPLE}"
+        )
 
 
 def _check_sequence_length(data: DataSection, strategy: StrategySection) -> None:

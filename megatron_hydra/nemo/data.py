@@ -65,7 +65,7 @@ def pack_documents(
     batch: Mapping[str, Tensor],
     end_of_document: int,
     cp_size: int = 1,
-    sp_size: int = 1,
+    multiple_of: int = 1,
 ) -> tuple[dict[str, Tensor], PackedSeqParams]:
     """Lay a batch's documents into one row, where none sees another.
 
@@ -76,8 +76,8 @@ def pack_documents(
         batch: `tokens` and `labels` `[b, s]` int64, `loss_mask` `[b, s]` floating point.
         end_of_document: The token that ends a document.
         cp_size: Context-parallel ranks, for which every document is padded.
-        sp_size: Ranks that share each context-parallel rank's tokens by sequence parallelism;
-            what they lack for equal parts is a document of padding.
+        multiple_of: What each context-parallel rank's number of tokens must divide by; what it
+            lacks is a document of padding.
 
     Returns:
         `tokens`, `position_ids`, `labels`, `loss_mask` and `token_weights`, which is 0 where a
@@ -91,7 +91,7 @@ def pack_documents(
     cu_seqlens = F.pad(ends.flatten().nonzero().squeeze(1) + 1, (1, 0))
     unit = 1 if cp_size == 1 else 2 * cp_size
     num_padded = int(padded_lengths(cu_seqlens.diff(), cp_size).sum())
-    num_lacking = -num_padded % math.lcm(unit, cp_size * sp_size)
+    num_lacking = -num_padded % math.lcm(unit, cp_size * multiple_of)
     if num_lacking:
         row = {name: F.pad(values, (0, num_lacking)) for name, values in row.items()}
         cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + num_lacking])

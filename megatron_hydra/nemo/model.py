@@ -25,7 +25,7 @@ from megatron_hydra.conversion.checkpoint import load_checkpoint
 from megatron_hydra.conversion.distributed_weights import load_weights
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
-from megatron_hydra.nemo.config import TransferSection
+from megatron_hydra.nemo.config import FP8_TOKEN_MULTIPLE, TransferSection
 from megatron_hydra.nemo.data import pack_documents
 from megatron_hydra.transfer.alignment import Alignment
 from megatron_hydra.transfer.distillation import (
@@ -135,8 +135,11 @@ class HydraModel(llm.GPTModel):
         batch = {name: batch[name] for name in ("tokens", "position_ids", "labels", "loss_mask")}
         cp_group, packed = parallel_state.get_context_parallel_group(), None
         if self.reset_at is not None:
-            sp_size = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-            batch, packed = pack_documents(batch, self.reset_at, cp_group.size(), sp_size)
+            config = self.config
+            multiple_of = FP8_TOKEN_MULTIPLE if config.fp8 else 1
+            if config.sequence_parallel:
+                multiple_of *= config.tensor_model_parallel_size
+            batch, packed = pack_documents(batch, self.reset_at, cp_group.size(), multiple_of)
         batch = shard_batch(batch, cp_group, packed)
         result = {name: values.cuda(non_blocking=True) for name, values in batch.items()}
         return result if packed is None else {**result, "packed_seq_params": _to_device(packed)}

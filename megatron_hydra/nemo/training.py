@@ -189,7 +189,9 @@ class TrainingRun:
         no weight of it would equal the teacher's, which is built in bfloat16."""
         if not self._bf16:
             return None
-        return nl.MegatronMixedPrecision(precision="bf16-mixed", params_dtype=torch.bfloat16)
+        return nl.MegatronMixedPrecision(
+            precision="bf16-mixed", params_dtype=torch.bfloat16, **self._fp8_fields
+        )
 
     def _checkpoint_callback(self) -> HydraModelCheckpoint:
         resume = self.config.resume
@@ -233,7 +235,7 @@ class TrainingRun:
         )
 
     def _check_layout(self) -> None:
-        strategy, data = self.config.strategy, self.config.data
+        config, strategy, data = self.config, self.config.strategy, self.config.data
         if self.world_size % strategy.model_parallel_size:
             raise UserError(
                 f"{self.world_size} ranks do not divide by tensor_model_parallel_size x "
@@ -249,8 +251,15 @@ class TrainingRun:
             )
         if self._bf16 and not strategy.use_distributed_optimizer:
             raise UserError(
-                "trainer.precision bf16 needs strategy.use_distributed_optimizer: Megatron's plain "
-                "optimizer cannot save bfloat16 and float32 parameters side by side"
+                f"trainer.precision {config.trainer.precision} needs strategy."
+                "use_distributed_optimizer: Megatron's plain optimizer cannot save bfloat16 and "
+                "float32 parameters side by side"
+            )
+        if config.trainer.precision == "fp8" and (
+            not self.on_gpu or config.model.backend == "local"
+        ):
+            raise UserError(
+                "trainer.precision fp8 needs a GPU and model.backend transformer_engine"
             )
 
     def _check_stages(self, meta: dict[str, Any], key: str, folder: str) -> None:
@@ -318,6 +327,7 @@ class TrainingRun:
         }
         if self._bf16:
             fields |= megatron_fields(torch.bfloat16)
+        fields |= self._fp8_fields
         if fields["backend"] == "transformer_engine":
             fields |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
         return fields
@@ -328,7 +338,14 @@ class TrainingRun:
 
     @property
     def _bf16(self) -> bool:
-        return self.config.trainer.precision == "bf16"
+        return self.config.trainer.precision != "fp32"
+
+    @property
+    def _fp8_fields(self) -> dict[str, str]:
+        """Megatron's; its recipe `tensorwise` keeps no state from step to step."""
+        if self.config.trainer.precision != "fp8":
+            return {}
+        return {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
 
     def _end_of_document(self) -> int:
         data = self.config.data

@@ -71,14 +71,14 @@ def _rows(draw: st.DrawFn) -> list[list[int]]:
 
 
 @settings(deadline=None, derandomize=True)
-@given(rows=_rows(), cp_size=st.integers(1, 4), sp_size=st.integers(1, 5))
+@given(rows=_rows(), cp_size=st.integers(1, 4), multiple_of=st.integers(1, 5))
 def test_row_holds_every_document_padded_as_ranks_need(
-    rows: list[list[int]], cp_size: int, sp_size: int
+    rows: list[list[int]], cp_size: int, multiple_of: int
 ) -> None:
     batch = _batch(rows)
-    row, packed = pack_documents(batch, END, cp_size, sp_size)
+    row, packed = pack_documents(batch, END, cp_size, multiple_of)
     num_tokens = row["tokens"].shape[1]
-    assert num_tokens % (cp_size * sp_size) == 0
+    assert num_tokens % (cp_size * multiple_of) == 0
     begins = packed.cu_seqlens_q if cp_size == 1 else packed.cu_seqlens_q_padded
     assert begins[0] == 0 and begins[-1] == num_tokens
     assert begins.dtype == torch.int32
@@ -105,7 +105,7 @@ def test_packed_row_equals_the_sum_over_documents(rows: list[list[int]], stage: 
     losses_of = _losses_of_stage(stage, student, teacher)
 
     batch = _batch(rows)
-    row, packed = pack_documents(batch, END, sp_size=5)  # 24 tokens and one of padding
+    row, packed = pack_documents(batch, END, multiple_of=5)  # 24 tokens and one of padding
     assert row["tokens"].shape == (1, 25)
     found = losses_of(row, packed)
     alone = [losses_of(document, None) for document in _alone(batch, rows)]

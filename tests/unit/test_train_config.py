@@ -105,6 +105,7 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("data.seed=4294967296", "data.seed is 4294967296; it must be 0 or more, and below 2^32"),
         ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
         ("strategy.context_parallel_size=3", "data.seq_length 8 does not divide by 2 x strategy.c"),
+        ("trainer.precision=fp8", "precision is fp8, but a micro-batch has 8 tokens a rank, which"),
         ("optim.min_lr=1", "optim.min_lr 1.0 is above optim.lr 0.001"),
         ("optim.lr", "override 'optim.lr' must read section.key=value"),
         ("optim.lr=[", "the value of override 'optim.lr=[' is not valid YAML"),
