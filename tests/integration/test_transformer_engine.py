@@ -140,3 +140,24 @@ def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path):
             loaded = load_checkpoint(tmp_path / "hybrid", backend=backend).model.cuda().bfloat16()
             logits = loaded.eval()(tokens, positions, None).float()
             assert (logits - expected).norm() / expected.norm() < 2e-2, backend
+
+
+def test_fp8_differs_from_bf16_by_its_rounding_alone():
+    tokens, positions, results = None, None, []
+    state = _model("transformer_engine", torch.bfloat16).state_dict()
+    for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "tensorwise"}):
+        model = _model("transformer_engine", torch.bfloat16, **fp8)
+        model.load_state_dict(state, strict=False)
+        tokens, positions = (t.cuda() for t in token_batch(model.config, length=128))
+        loss = model(tokens, positions, None, labels=tokens).float().mean()
+        loss.backward()
+        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"loss": loss.detach(), **named})
+    expected, found = results
+    assert found.keys() == expected.keys()
+    assert any("in_proj.weight" in name for name in found)
+    # E4M3 and E5M2 round by up to 2^-4 and 2^-3: a product of two by under a fifth.
+    for name, value in expected.items():
+        error = (found[name] - value).float().norm() / value.float().norm()
+        assert error < 0.2, (name, error.item())
+        assert error > 1e-4 or name == "loss", name
