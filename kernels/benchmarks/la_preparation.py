@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,18 @@ def main() -> None:
         del IMPLEMENTATIONS["torch.compile"]
     rows: list[dict[str, Any]] = []
     for heads in arguments.heads:
-        for tokens in arguments.tokens:
-            rows += measure(tokens, heads, None, figures["copy_gb_per_s"])
-            write(arguments.out, figures, rows)
-        rows += measure(max(arguments.tokens), heads, arguments.document, figures["copy_gb_per_s"])
+        sizes = [(tokens, None) for tokens in arguments.tokens]
+        for tokens, document in (*sizes, (max(arguments.tokens), arguments.document)):
+            for row in measure(tokens, heads, document, figures["copy_gb_per_s"]):
+                rows.append(row)
+                print_table([row])
+                write(arguments.out, figures, rows)
     print_table(rows)
-    write(arguments.out, figures, rows)
 
 
 def measure(
     tokens: int, heads: int, document: int | None, copy_gb_per_s: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Forward and backward of every implementation for one size."""
     inputs = make_inputs(tokens, heads)
     cu_seqlens = None
@@ -57,7 +58,6 @@ def measure(
         starts = torch.arange(0, tokens, document, device="cuda")
         cu_seqlens = F.pad(starts, (0, 1), value=tokens)
     learned = [x for x in inputs.values() if x.requires_grad]
-    rows = []
     for name, function in IMPLEMENTATIONS.items():
         if function is compiled and document is not None:
             continue  # half a minute of compilation a size
@@ -75,20 +75,17 @@ def measure(
         outputs = upstream = None
         for direction, ms in (("forward", forward), ("backward", backward)):
             floor = floor_bytes(tokens, heads, direction) / copy_gb_per_s / 1e6
-            rows.append(
-                {
-                    "heads": heads,
-                    "tokens": tokens,
-                    "document": document or tokens,
-                    "pass": direction,
-                    "implementation": name,
-                    "ms": ms,
-                    "floor_ms": floor,
-                    "of_floor": floor / ms,
-                    "forward_peak_gib": gib,
-                }
-            )
-    return rows
+            yield {
+                "heads": heads,
+                "tokens": tokens,
+                "document": document or tokens,
+                "pass": direction,
+                "implementation": name,
+                "ms": ms,
+                "floor_ms": floor,
+                "of_floor": floor / ms,
+                "forward_peak_gib": gib,
+            }
 
 
 def make_inputs(tokens: int, heads: int) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ time a layer is the mean of a full and an all-LA one, weighted by the ratio. `pa
 is made of, each timed alone: attention of the FA heads, the LA kernel, the two projections. `limit`
 counts what no kernel can save: the operations of the projections and of causal attention at this
 run's own matrix-product rate.
+
+Everything is captured in a CUDA graph and replayed, so that the GPU's time is what is measured;
+`--eager` times calls as Python launches them, which up to about 16K tokens is what Python takes.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ def main() -> int:
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     parser.add_argument("--overlap", action="store_true", help="FA and LA heads on two streams")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw an earlier run")
@@ -50,10 +54,11 @@ def main() -> int:
         warnings.simplefilter("ignore")  # Megatron warns of every optional package
         data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
         switches = {"fused_kernels": args.fused_kernels, "overlap_branches": args.overlap}
-        data |= device_figures() | switches
+        data |= device_figures() | switches | {"graphs": not args.eager}
+        timer = _Timer(not args.eager)
         rows = []
         for length in args.lengths:
-            rows += measure(length, args.mixes, data["matmul_tflop_per_s"], switches)
+            rows += measure(length, args.mixes, data["matmul_tflop_per_s"], switches, timer)
             print_table(rows[-2:])
             write(args.out, data, rows)
         data["rows"] = rows
@@ -67,12 +72,12 @@ def main() -> int:
 
 
 def measure(
-    length: int, mixes: list[str], tflop_per_s: float, switches: dict[str, Any]
+    length: int, mixes: list[str], tflop_per_s: float, switches: dict[str, Any], timer: _Timer
 ) -> list[dict[str, Any]]:
     """A row a direction, times in ms; None where the memory does not suffice."""
     x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    full, all_la = _Layer(None, length, switches), _Layer(0, length, switches)
-    mixed = {name: _Layer(MIXES[name], length, switches) for name in mixes}
+    full, all_la = _Layer(None, length, switches, timer), _Layer(0, length, switches, timer)
+    mixed = {name: _Layer(MIXES[name], length, switches, timer) for name in mixes}
     rows = []
     for direction in DIRECTIONS:
         backward = direction != DIRECTIONS[0]
@@ -100,9 +105,12 @@ class _Layer:
         num_fa: FA heads; None for Megatron's own full attention.
         length: Tokens.
         switches: More of HydraConfig's fields.
+        timer: What times it.
     """
 
-    def __init__(self, num_fa: int | None, length: int, switches: dict[str, Any]) -> None:
+    def __init__(
+        self, num_fa: int | None, length: int, switches: dict[str, Any], timer: _Timer
+    ) -> None:
         from megatron_hydra.config import HydraConfig
         from megatron_hydra.conversion.qwen3 import megatron_fields
         from megatron_hydra.head_plan import HeadPlan
@@ -121,13 +129,13 @@ class _Layer:
             heads = tuple(range(0, HEADS, HEADS // num_fa)) if num_fa else ()
             plan = HeadPlan.from_fa_heads({0: heads}, 1, HEADS, GROUPS)
         model = build_model(HydraConfig(**fields), plan).cuda().bfloat16()
-        self.num_fa = HEADS if num_fa is None else num_fa
+        self.num_fa, self.timer = HEADS if num_fa is None else num_fa, timer
         self.layer, self.angles = model.decoder.layers[0], model.rotary_pos_emb(length)
 
     def time(self, x: Tensor, backward: bool) -> float | None:
         """Median ms of the module."""
         norm, attention = self.layer.input_layernorm, self.layer.self_attention
-        return _time(
+        return self.timer(
             lambda x, *_: [attention(norm(x), None, rotary_pos_emb=self.angles)[0]],
             [x, *norm.parameters(), *attention.parameters()],
             backward,
@@ -158,9 +166,11 @@ class _Layer:
         la += [F.logsigmoid(gates[0] + 4), gates[1].sigmoid()]
         weights = [attention.in_proj.weight, attention.linear_proj.weight]
         return {
-            "FA alone": _time(attend, fa, backward),
-            "LA alone": _time(recur, la, backward),
-            "projections": _time(project, [x, _random(length, 1, HEADS * DIM), *weights], backward),
+            "FA alone": self.timer(attend, fa, backward),
+            "LA alone": self.timer(recur, la, backward),
+            "projections": self.timer(
+                project, [x, _random(length, 1, HEADS * DIM), *weights], backward
+            ),
         }
 
     def flop(self, length: int) -> tuple[float, float]:
@@ -176,23 +186,53 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def _time(
-    function: Callable[..., list[Tensor]], inputs: list[Tensor], backward: bool
-) -> float | None:
-    """Median ms of a function of inputs; with `backward`, also of the gradients of all of them."""
-    try:
-        if not backward:
-            with torch.no_grad():
-                return median_ms(lambda: function(*inputs))
-        leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        upstream = [torch.randn_like(output) for output in function(*leaves)]
-        return median_ms(
-            lambda: torch.autograd.backward(function(*leaves), upstream), grad_to_none=leaves
-        )
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        torch.cuda.empty_cache()
+class _Timer:
+    """Median ms of a function of inputs.
+
+    Args:
+        graphs: Capture the function in a CUDA graph, and time its replays.
+    """
+
+    def __init__(self, graphs: bool) -> None:
+        self.graphs = graphs
+
+    def __call__(
+        self, function: Callable[..., list[Tensor]], inputs: list[Tensor], backward: bool
+    ) -> float | None:
+        """With `backward`, also of the gradients of all inputs; None if memory does not suffice."""
+        try:
+            if not backward:
+                with torch.no_grad():
+                    return self._median_ms(lambda: function(*inputs), [])
+            leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+            upstream = [torch.randn_like(output) for output in function(*leaves)]
+            return self._median_ms(
+                lambda: torch.autograd.backward(function(*leaves), upstream), leaves
+            )
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            for tensor in inputs:
+                tensor.grad = None
+            torch.cuda.empty_cache()
+
+    def _median_ms(self, call: Callable[[], Any], leaves: list[Tensor]) -> float:
+        if not self.graphs:
+            return median_ms(call, grad_to_none=leaves)
+        # Twice beforehand on another stream, as PyTorch's manual asks: workspaces are made, and
+        # the kernels keep what they look up for a shape.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                call()
+                for leaf in leaves:
+                    leaf.grad = None
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return median_ms(graph.replay)
 
 
 def _weighted(full: float | None, all_la: float | None, share: float) -> float | None:

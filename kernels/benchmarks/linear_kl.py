@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--chunk-tokens", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--weights", nargs="+", choices=_SETTINGS, default=_SETTINGS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     figures = device_figures() | {"command": " ".join(sys.argv)}
@@ -40,7 +41,7 @@ def main() -> int:
     print_table(figures["accuracy"])
     rows: list[dict[str, Any]] = []
     for num_tokens in args.tokens:
-        for setting in _SETTINGS:
+        for setting in args.weights:
             inputs = make_inputs(num_tokens, args.hidden, args.vocab, setting)
             for name, step in ways(inputs, setting, args.chunk_tokens):
                 row = {"tokens": num_tokens, "weights": setting, "way": name}

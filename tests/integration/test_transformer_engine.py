@@ -142,22 +142,27 @@ def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path):
             assert (logits - expected).norm() / expected.norm() < 2e-2, backend
 
 
-def test_fp8_differs_from_bf16_by_its_rounding_alone():
-    tokens, positions, results = None, None, []
-    state = _model("transformer_engine", torch.bfloat16).state_dict()
+def test_fp8_differs_from_bf16_by_its_rounding_alone(record_property):
+    # FP8 is the linears' matter: PyTorch's kernels do for the rest.
+    choice = dict(la_kernel="reference", fused_kernels="reference")
+    state, results = None, []
     for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "tensorwise"}):
-        model = _model("transformer_engine", torch.bfloat16, **fp8)
+        model = _model("transformer_engine", torch.bfloat16, **choice, **fp8)
+        state = state or model.state_dict()
         model.load_state_dict(state, strict=False)
         tokens, positions = (t.cuda() for t in token_batch(model.config, length=128))
         loss = model(tokens, positions, None, labels=tokens).float().mean()
         loss.backward()
-        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append({"loss": loss.detach(), **named})
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({"loss": loss.detach(), **gradients})
     expected, found = results
     assert found.keys() == expected.keys()
-    assert any("in_proj.weight" in name for name in found)
-    # E4M3 and E5M2 round by up to 2^-4 and 2^-3: a product of two by under a fifth.
+    errors = {}
     for name, value in expected.items():
-        error = (found[name] - value).float().norm() / value.float().norm()
-        assert error < 0.2, (name, error.item())
-        assert error > 1e-4 or name == "loss", name
+        errors[name] = float((found[name] - value).float().norm() / value.float().norm())
+        record_property(name, f"relative error {errors[name]:.2e}")
+    projections = [name for name in errors if name.endswith(("in_proj.weight", "fc1.weight"))]
+    assert len(projections) == 4
+    # E4M3 rounds by up to 2^-4, E5M2 by 2^-3: a gradient, from two such products on, by a fourth.
+    assert max(errors.values()) < 0.25, max(errors.items(), key=lambda item: item[1])
+    assert min(errors[name] for name in projections) > 1e-3
