@@ -261,6 +261,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         figure = Figure(figsize=(10, 4.2))
         for axes, direction in zip(figure.subplots(1, 2), DIRECTIONS, strict=True):
             rows = [row for row in data["rows"] if row["direction"] == direction]
+            rows.sort(key=lambda row: row["tokens"])
             lengths = [row["tokens"] for row in rows]
             for key, (label, colour, style) in lines.items():
                 if key not in rows[0]:

@@ -76,10 +76,25 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
     seconds = None if milliseconds is None else milliseconds / 1e3
     return row | {
         "peak GiB": peak,
+        "predicted GiB": predicted_gib(stage, length, recompute, args),
         "step ms": milliseconds,
         "tokens/s": None if seconds is None else length / seconds,
         "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S,
     }
+
+
+def predicted_gib(stage: str, length: int, recompute: str, args: argparse.Namespace) -> float:
+    """The peak by formula, Transformer Engine's and the kernels' workspaces left out."""
+    from megatron_hydra.selection.cost import ModelShape
+    from megatron_hydra.selection.training_memory import training_memory
+
+    shape = ModelShape(
+        args.layers, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True, value_bytes=2
+    )
+    plan = None if stage.startswith("full") else _plan(args)
+    of_transfer = {"full": "long_context", "full distill": "distill"}.get(stage, stage)
+    memory = training_memory(shape, plan, of_transfer, length, recompute, args.chunk_tokens)
+    return memory.peak / 2**30
 
 
 def model_tflop(stage: str, length: int, layers: int, num_fa: int) -> float:
@@ -172,7 +187,6 @@ def _training_step(
 def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -> Any:
     from megatron_hydra.config import HydraConfig
     from megatron_hydra.conversion.qwen3 import megatron_fields
-    from megatron_hydra.head_plan import HeadPlan
     from megatron_hydra.model import build_model
     from megatron_hydra.parallel import initialize_model_parallel
 
@@ -188,12 +202,16 @@ def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -
         fields |= dict(
             recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
         )
-    plan = None
-    if hybrid is not None:
-        stride = HEADS // args.fa_heads_per_layer
-        heads = {i: tuple(range(i % stride, HEADS, stride)) for i in range(args.layers)}
-        plan = HeadPlan.from_fa_heads(heads, args.layers, HEADS, GROUPS)
+    plan = None if hybrid is None else _plan(args)
     return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
+
+
+def _plan(args: argparse.Namespace) -> Any:
+    from megatron_hydra.head_plan import HeadPlan
+
+    stride = HEADS // args.fa_heads_per_layer
+    heads = {i: tuple(range(i % stride, HEADS, stride)) for i in range(args.layers)}
+    return HeadPlan.from_fa_heads(heads, args.layers, HEADS, GROUPS)
 
 
 def _print_profile(step: Callable[[], Any]) -> None:

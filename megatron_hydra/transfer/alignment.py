@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.transfer.hidden_states import stage_hidden_states
@@ -123,22 +125,34 @@ class Alignment:
         self._layer_input = args[0] if args else kwargs["hidden_states"]
 
     def _compare_with(self, student_layer: Any) -> Any:
+        config = student_layer.config
+        recomputes = config.recompute_granularity == "full"
+
         def compare(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            # From the layer's input, not the attention's: Transformer Engine fuses the teacher's
-            # norm into its attention.
-            with torch.enable_grad():
-                hidden = student_layer.input_layernorm(self._layer_input)
-                found, _ = student_layer.self_attention(
-                    hidden,
-                    None,
-                    rotary_pos_emb=kwargs.get("rotary_pos_emb"),
-                    packed_seq_params=kwargs.get("packed_seq_params"),
-                )
+            layer_input, weights = self._layer_input, self._token_weights
+            # A layer without gradients adds its input to its attention's output in place.
+            target = output[0].clone() if recomputes else output[0]
+
+            def error() -> Tensor:
+                # From the layer's input, not the attention's: Transformer Engine fuses the
+                # teacher's norm into its attention. A recomputation finds no context of FP8.
+                with get_fp8_context(config):
+                    found, _ = student_layer.self_attention(
+                        student_layer.input_layernorm(layer_input),
+                        None,
+                        rotary_pos_emb=kwargs.get("rotary_pos_emb"),
+                        packed_seq_params=kwargs.get("packed_seq_params"),
+                    )
                 # [s, b]
-                errors = (found.float() - output[0].float()).square().mean(dim=-1)
-                if self._token_weights is not None:
-                    errors = errors * self._token_weights
-                loss = errors.sum()
+                errors = (found.float() - target.float()).square().mean(dim=-1)
+                return (errors if weights is None else errors * weights).sum()
+
+            with torch.enable_grad():
+                if recomputes:
+                    # PyTorch's, since Megatron's wants an input that has a gradient.
+                    loss = checkpoint(error, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    loss = error()
             # Megatron counts layers from 1.
             self.losses[f"layer_{student_layer.layer_number - 1:02d}"] = loss
 

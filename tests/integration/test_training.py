@@ -39,7 +39,9 @@ DECAYED = ("in_proj.weight", "linear_proj.weight", "linear_fc1.weight", "linear_
 # Overrides of a run. Of two alike but for the micro-batches, both equal the one plain loop.
 RUNS = {
     "align": ["transfer.stage=align", "resume.save_every_n_steps=2"],
-    "align_micro_2": ["transfer.stage=align", "data.micro_batch_size=2"],
+    "align_micro_2": [
+        "transfer.stage=align", "data.micro_batch_size=2", "model.recompute=full",
+    ],
     "distill": ["transfer.kl_weight=0.7", "transfer.ce_weight=0.3"],
     "distill_micro_2": [
         "transfer.kl_weight=0.7", "transfer.ce_weight=0.3", "data.micro_batch_size=2",

@@ -1,0 +1,128 @@
+"""What one GPU needs to train a plan: weights, optimizer, activations and the loss, in bytes.
+
+Counted is what Transformer Engine's modules, FlashQLA and our Triton kernels keep for the backward
+pass in bfloat16, each tensor of it listed once by `torch.autograd.graph.saved_tensors_hooks` on an
+H100 (kernels/benchmarks/RESULTS.md holds prediction and measurement side by side). The whole model
+lies on the GPU; the optimizer may be shared by data-parallel ranks.
+
+Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.cost import ModelShape, PlanCost, weight_bytes
+
+_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter; float32 but for the weights
+_CHUNK = 64  # tokens of the LA kernel's triangular systems
+_MULTIPROCESSORS = 132  # of an H100 or H200: FlashQLA cuts sequences into as many parts times heads
+_TEACHER_SHARE = 3 / 8  # of a chunk of the loss, see `hydra_kernels.linear_kl`
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one GPU.
+
+    Attributes:
+        state: Weights, the teacher's too, gradients and optimizer.
+        kept: Activations that wait for the backward pass.
+        passing: The most that lives for a moment beside both.
+    """
+
+    state: float
+    kept: float
+    passing: float
+
+    @property
+    def peak(self) -> float:
+        """All three."""
+        return self.state + self.kept + self.passing
+
+
+def training_memory(
+    shape: ModelShape,
+    plan: HeadPlan | None,
+    stage: Literal["align", "distill", "long_context"],
+    num_tokens: int,
+    recompute: Literal["none", "full"] = "none",
+    chunk_tokens: int = 1024,
+    dp_size: int = 1,
+) -> TrainingMemory:
+    """Predict the peak of a training step.
+
+    Args:
+        shape: The teacher's.
+        plan: The hybrid's; None trains the teacher's own architecture.
+        stage: As `transfer.stage`.
+        num_tokens: T.
+        recompute: As `model.recompute`.
+        chunk_tokens: As `transfer.chunk_tokens`.
+        dp_size: Ranks that share the optimizer's state.
+    """
+    h, layers = shape.hidden_size, shape.num_layers
+    shape = replace(shape, value_bytes=_WEIGHT)
+    teacher = 0.0 if stage == "long_context" else weight_bytes(shape).of(None)
+    trained = weight_bytes(shape).of(plan)
+    if stage == "align":  # the rest is the teacher's own
+        trained -= weight_bytes(shape).teacher - _attention_weight_bytes(shape)
+    state = teacher + trained / _WEIGHT * (_WEIGHT + _GRADIENT + _OPTIMIZER / dp_size)
+
+    # By token and layer, and what no length changes.
+    attention, mlp = attention_bytes(shape).of(plan) / layers, 4 * h + 4 + 6 * shape.ffn_hidden_size
+    states = 0 if plan is None else _MULTIPROCESSORS * shape.head_dim**2 * (4 + 2)
+    if stage == "align":
+        # The float32 difference from the teacher. What is kept to compute it again: both inputs.
+        layer, layer_inputs = attention + 4 * h, 4 * h
+        kept, passing = 0.0, num_tokens * float(mlp)  # the teacher's
+    else:
+        layer, layer_inputs = attention + mlp, 2 * h
+        kept = num_tokens * 4.0 * h  # the final norm's input and output
+        gradient = 4.0 * shape.vocab_size * h  # the output weights', until the backward pass ends
+        logits = 2.0 * chunk_tokens * shape.vocab_size
+        loss = num_tokens * 2 * h + logits
+        if teacher:
+            loss += num_tokens * 2 * h + _TEACHER_SHARE * logits
+        backward = num_tokens * 2 * (h + shape.ffn_hidden_size)
+        if recompute == "full":
+            backward += num_tokens * (layer + 2 * h) + states  # and its output
+        passing = gradient + max(loss, backward)
+    if recompute == "full":
+        kept += layers * num_tokens * layer_inputs
+        if stage == "align":
+            passing = max(passing, num_tokens * layer + states)
+    else:
+        kept += layers * (num_tokens * layer + states)
+    return TrainingMemory(state, kept, passing)
+
+
+def attention_bytes(shape: ModelShape) -> PlanCost:
+    """Bytes a token that the attentions of all layers keep, their inputs and norms counted in."""
+    h, d, heads = shape.hidden_size, shape.head_dim, shape.num_heads
+    # Input, normed input, its rate; what the output projection reads.
+    common = 4 * h + 4 + 2 * heads * d
+    # Query and gate as projected; query and key before and after their norms, value, output; the
+    # norms' rates, the softmax's sum.
+    fa_head = 4 * d + 12 * d + 12
+    group = 4 * d  # key and value as projected
+    # Query, key, value and gate as projected, two gates; the prepared three, output; the chunks'
+    # triangular systems; decay and step size.
+    la_head = 8 * d + 4 + 8 * d + 2 * _CHUNK + 8
+    hybrid = common + 4 * heads + 4 * d  # rates of the fusion's norm; cosines and sines
+    teacher_head, teacher_group = 4 * d + 8, 6 * d + 4  # the output is the projection's input
+    return PlanCost(
+        shape.num_layers * hybrid + shape.total_heads * la_head,
+        fa_head - la_head,
+        group,
+        shape.num_layers * common
+        + shape.total_heads * teacher_head
+        + shape.total_groups * teacher_group,
+    )
+
+
+def _attention_weight_bytes(shape: ModelShape) -> float:
+    """Of the teacher."""
+    matrix = shape.hidden_size * shape.head_dim * shape.value_bytes
+    return 2.0 * matrix * (shape.total_heads + shape.total_groups)

@@ -1,0 +1,50 @@
+"""Predicted memory against what an H100 measured (kernels/benchmarks/RESULTS.md says how)."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.training_memory import training_memory
+
+SHAPE = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True, value_bytes=2)
+PLAN = HeadPlan.from_fa_heads({i: tuple(range(i % 4, 16, 4)) for i in range(28)}, 28, 16, 8)
+# Stage, plan, tokens, recomputation; weights, gradients and optimizer, peak in MiB.
+MEASURED = [
+    ("distill", PLAN, 4096, "none", 36962, 49309),
+    ("long_context", None, 4096, "none", 29541, 38937),
+    ("long_context", PLAN, 8192, "none", 33615, 56216),
+    ("align", PLAN, 4096, "none", 13448, 20287),
+    ("align", PLAN, 16384, "none", 13540, 39784),
+    ("distill", PLAN, 16384, "full", 36942, 41892),
+    ("distill", None, 16384, "full", 32838, 37468),
+    ("long_context", PLAN, 16384, "full", 33621, 38634),
+    ("long_context", None, 16384, "full", 29548, 34203),
+    ("distill", PLAN, 65536, "full", 36957, 53144),
+    ("distill", None, 65536, "full", 32885, 47706),
+    ("long_context", PLAN, 65536, "full", 33645, 49960),
+]
+
+
+@pytest.mark.parametrize(("stage", "plan", "num_tokens", "recompute", "state", "peak"), MEASURED)
+def test_prediction_is_within_5_percent(stage, plan, num_tokens, recompute, state, peak):
+    memory = training_memory(SHAPE, plan, stage, num_tokens, recompute)
+    assert memory.state / 2**20 == pytest.approx(state, rel=0.02)
+    assert (memory.kept + memory.passing) / 2**20 == pytest.approx(peak - state, rel=0.05)
+    assert memory.peak / 2**20 == pytest.approx(peak, rel=0.02)
+
+
+def test_data_parallel_ranks_share_the_optimizer_alone():
+    one, four = (training_memory(SHAPE, PLAN, "distill", 4096, dp_size=n) for n in (1, 4))
+    assert four.kept == one.kept and four.passing == one.passing
+    trained = (one.state - four.state) / (12 * 3 / 4)
+    assert one.state == pytest.approx(18 * trained + 2 * 1.72e9, rel=1e-3)
+
+
+def test_recomputation_keeps_less_in_every_stage():
+    for stage in ("align", "distill", "long_context"):
+        none, full = (
+            training_memory(SHAPE, PLAN, stage, 65536, recompute) for recompute in ("none", "full")
+        )
+        assert full.kept < none.kept / 4 and full.peak < none.peak
