@@ -143,11 +143,9 @@ def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path):
 
 
 def test_fp8_differs_from_bf16_by_its_rounding_alone(record_property):
-    # FP8 is the linears' matter: PyTorch's kernels do for the rest.
-    choice = dict(la_kernel="reference", fused_kernels="reference")
     state, results = None, []
     for fp8 in ({}, {"fp8": "hybrid", "fp8_recipe": "tensorwise"}):
-        model = _model("transformer_engine", torch.bfloat16, **choice, **fp8)
+        model = _model("transformer_engine", torch.bfloat16, **fp8)
         state = state or model.state_dict()
         model.load_state_dict(state, strict=False)
         tokens, positions = (t.cuda() for t in token_batch(model.config, length=128))
@@ -161,8 +159,9 @@ def test_fp8_differs_from_bf16_by_its_rounding_alone(record_property):
     for name, value in expected.items():
         errors[name] = float((found[name] - value).float().norm() / value.float().norm())
         record_property(name, f"relative error {errors[name]:.2e}")
-    projections = [name for name in errors if name.endswith(("in_proj.weight", "fc1.weight"))]
-    assert len(projections) == 4
-    # E4M3 rounds by up to 2^-4, E5M2 by 2^-3: a gradient, from two such products on, by a fourth.
-    assert max(errors.values()) < 0.25, max(errors.items(), key=lambda item: item[1])
-    assert min(errors[name] for name in projections) > 1e-3
+    assert errors.pop("loss") < 0.02
+    # Rounding the operands of the same products to PyTorch's float8 types, scaled in the same way,
+    # moves this model's gradients by 0.15 to 0.25 (matrices; sums that cancel by more).
+    linears = {n: e for n, e in errors.items() if n.endswith(("proj.weight", "fc1.weight"))}
+    assert len(linears) == 6
+    assert min(linears.values()) > 1e-3 and max(linears.values()) < 0.4, linears
