@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -117,6 +118,16 @@ class ProjectionLayout:
             values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
         """
         s, b, _ = projected.shape
+        *parts, _ = projected.split(self._split_sizes, dim=-1)
+        return {
+            name: part.reshape(s, b, *shape)
+            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
+
+    # Looked up in every layer of every step, where Python's time shows.
+    @cached_property
+    def _shapes(self) -> dict[str, list[int]]:
+        """By part of a split: what its last dimension becomes."""
         shapes: dict[str, list[int]] = {}
         for section in self.sections:
             units = len(section.units)
@@ -124,9 +135,8 @@ class ProjectionLayout:
                 shapes["la_qkv"] = [shapes.get("la_qkv", [0])[0] + units * section.width]
             else:
                 shapes[section.name] = [units] if section.width == 1 else [units, section.width]
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        *parts, _ = projected.split([*sizes, self.num_padding_rows], dim=-1)
-        return {
-            name: part.reshape(s, b, *shape)
-            for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
+        return shapes
+
+    @cached_property
+    def _split_sizes(self) -> list[int]:
+        return [*map(math.prod, self._shapes.values()), self.num_padding_rows]
