@@ -1,7 +1,7 @@
 # The commands of this repository; each makes the environment it needs.
 #   make quickstart   the main job, from the shipped teacher to a report (about 11 minutes)
 #   make test         all tests that need no GPU, but for the long matrix
-#   make test-slow    the long matrix of parallel layouts (an hour)
+#   make test-slow    the long matrix of parallel layouts (about 80 minutes)
 #   make certificates certify the quickstart's model anew, and the README's table from it
 #   make checks       formatter, linter, types
 #   make bench-gpu    on a GPU machine: all benchmarks
