@@ -188,24 +188,31 @@ def total_cache_bytes(shape: ModelShape, context_tokens: int) -> PlanCost:
     return cache_bytes_per_token(shape) * context_tokens + state_bytes(shape)
 
 
+def attention_weight_bytes(shape: ModelShape) -> PlanCost:
+    """Bytes of the attentions' weight matrices; left out are vectors (norms, scales)."""
+    h, d = shape.hidden_size, shape.head_dim
+    matrix = h * d
+    fa_head, group = 3 * matrix, 2 * matrix  # query, gate, output; key, value
+    la_head = 5 * matrix + 2 * h + 3 * d * shape.conv_kernel_size  # q k v z output; a b; taps
+    weights = PlanCost(
+        shape.total_heads * la_head,
+        fa_head - la_head,
+        group,
+        shape.total_heads * 2 * matrix + shape.total_groups * group,
+    )
+    return weights * shape.value_bytes
+
+
 def weight_bytes_read(shape: ModelShape) -> PlanCost:
     """Bytes of weight matrices that one decode step reads, whatever the batch.
 
     Left out are vectors (norms, scales) and, of an input embedding of its own, the rows that are
     not looked up.
     """
-    h, d = shape.hidden_size, shape.head_dim
-    matrix = h * d
-    fa_head, group = 3 * matrix, 2 * matrix  # query, gate, output; key, value
-    la_head = 5 * matrix + 2 * h + 3 * d * shape.conv_kernel_size  # q k v z output; a b; taps
+    h = shape.hidden_size
     shared = shape.num_layers * 3 * h * shape.ffn_hidden_size + h * shape.vocab_size
-    attention = PlanCost(
-        shape.total_heads * la_head,
-        fa_head - la_head,
-        group,
-        shape.total_heads * 2 * matrix + shape.total_groups * group,
-    )
-    return (attention + PlanCost(shared, 0, 0, shared)) * shape.value_bytes
+    shared *= shape.value_bytes
+    return attention_weight_bytes(shape) + PlanCost(shared, 0, 0, shared)
 
 
 def weight_bytes(shape: ModelShape) -> PlanCost:

@@ -14,7 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import ModelShape, PlanCost, weight_bytes
+from megatron_hydra.selection.cost import (
+    ModelShape,
+    PlanCost,
+    attention_weight_bytes,
+    weight_bytes,
+)
 
 _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter; float32 but for the weights
 _CHUNK = 64  # tokens of the LA kernel's triangular systems
@@ -62,40 +67,39 @@ def training_memory(
         chunk_tokens: As `transfer.chunk_tokens`.
         dp_size: Ranks that share the optimizer's state.
     """
-    h, layers = shape.hidden_size, shape.num_layers
     shape = replace(shape, value_bytes=_WEIGHT)
     teacher = 0.0 if stage == "long_context" else weight_bytes(shape).of(None)
-    trained = weight_bytes(shape).of(plan)
-    if stage == "align":  # the rest is the teacher's own
-        trained -= weight_bytes(shape).teacher - _attention_weight_bytes(shape)
+    # Stage 1 takes all else from the teacher.
+    trained = (attention_weight_bytes if stage == "align" else weight_bytes)(shape).of(plan)
     state = teacher + trained / _WEIGHT * (_WEIGHT + _GRADIENT + _OPTIMIZER / dp_size)
 
-    # By token and layer, and what no length changes.
-    attention, mlp = attention_bytes(shape).of(plan) / layers, 4 * h + 4 + 6 * shape.ffn_hidden_size
-    states = 0 if plan is None else _MULTIPROCESSORS * shape.head_dim**2 * (4 + 2)
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    attention = attention_bytes(shape).of(plan) / shape.num_layers
+    mlp = 4 * h + 4 + 6 * f
     if stage == "align":
-        # The float32 difference from the teacher. What is kept to compute it again: both inputs.
-        layer, layer_inputs = attention + 4 * h, 4 * h
-        kept, passing = 0.0, num_tokens * float(mlp)  # the teacher's
+        layer = attention + 4 * h  # and the float32 difference from the teacher
+        layer_inputs = 4 * h  # the student's, and the teacher's output
     else:
         layer, layer_inputs = attention + mlp, 2 * h
-        kept = num_tokens * 4.0 * h  # the final norm's input and output
-        gradient = 4.0 * shape.vocab_size * h  # the output weights', until the backward pass ends
-        logits = 2.0 * chunk_tokens * shape.vocab_size
-        loss = num_tokens * 2 * h + logits
-        if teacher:
-            loss += num_tokens * 2 * h + _TEACHER_SHARE * logits
-        backward = num_tokens * 2 * (h + shape.ffn_hidden_size)
-        if recompute == "full":
-            backward += num_tokens * (layer + 2 * h) + states  # and its output
-        passing = gradient + max(loss, backward)
-    if recompute == "full":
-        kept += layers * num_tokens * layer_inputs
-        if stage == "align":
-            passing = max(passing, num_tokens * layer + states)
-    else:
-        kept += layers * (num_tokens * layer + states)
-    return TrainingMemory(state, kept, passing)
+    one_layer = num_tokens * layer
+    if plan is not None:
+        one_layer += _MULTIPROCESSORS * shape.head_dim**2 * (4 + 2)
+    recomputes = recompute == "full"
+    kept = shape.num_layers * (num_tokens * layer_inputs if recomputes else one_layer)
+    again = one_layer if recomputes else 0.0
+
+    if stage == "align":
+        return TrainingMemory(state, kept, max(num_tokens * mlp, again))  # the teacher's MLP
+    kept += num_tokens * 4 * h  # the final norm's input and output
+    logits = 2 * chunk_tokens * shape.vocab_size
+    loss = num_tokens * 2 * h + logits
+    if teacher:
+        loss += num_tokens * 2 * h + _TEACHER_SHARE * logits
+    backward = again + num_tokens * 2 * (h + f)
+    if recomputes:
+        backward += num_tokens * 2 * h  # the layer's output
+    output_gradient = 4 * shape.vocab_size * h  # of the output weights; ends with the backward pass
+    return TrainingMemory(state, kept, output_gradient + max(loss, backward))
 
 
 def attention_bytes(shape: ModelShape) -> PlanCost:
@@ -120,9 +124,3 @@ def attention_bytes(shape: ModelShape) -> PlanCost:
         + shape.total_heads * teacher_head
         + shape.total_groups * teacher_group,
     )
-
-
-def _attention_weight_bytes(shape: ModelShape) -> float:
-    """Of the teacher."""
-    matrix = shape.hidden_size * shape.head_dim * shape.value_bytes
-    return 2.0 * matrix * (shape.total_heads + shape.total_groups)
