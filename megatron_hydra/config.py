@@ -150,3 +150,18 @@ class HydraConfig(HydraFields, TransformerConfig):
         """
         self.check_hydra_fields()
         super().__post_init__()
+
+
+def recompute_fields(granularity: str | None) -> dict[str, Any]:
+    """Megatron's fields that recompute activations.
+
+    Args:
+        granularity: `selective`, what lies between an attention's two projections; `full`, each
+            layer; None or `none`, nothing.
+    """
+    if granularity in (None, "none"):
+        return {}
+    fields: dict[str, Any] = {"recompute_granularity": granularity}
+    if granularity == "full":
+        fields |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return fields

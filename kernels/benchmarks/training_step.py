@@ -185,7 +185,7 @@ def _training_step(
 
 
 def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -> Any:
-    from megatron_hydra.config import HydraConfig
+    from megatron_hydra.config import HydraConfig, recompute_fields
     from megatron_hydra.conversion.qwen3 import megatron_fields
     from megatron_hydra.model import build_model
     from megatron_hydra.parallel import initialize_model_parallel
@@ -196,12 +196,8 @@ def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -
         num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,
         backend="transformer_engine", fused_kernels=args.fused_kernels,
-        apply_rope_fusion=True, bias_activation_fusion=True,
+        apply_rope_fusion=True, bias_activation_fusion=True, **recompute_fields(recompute),
     )  # fmt: skip
-    if recompute == "full":
-        fields |= dict(
-            recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
-        )
     plan = None if hybrid is None else _plan(args)
     return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
 

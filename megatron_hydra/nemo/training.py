@@ -18,6 +18,7 @@ from nemo.collections import llm
 from nemo.utils import logging as nemo_logging
 
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
+from megatron_hydra.config import recompute_fields
 from megatron_hydra.conversion.checkpoint import (
     model_fields,
     read_metadata,
@@ -251,9 +252,9 @@ class TrainingRun:
             )
         if self._bf16 and not strategy.use_distributed_optimizer:
             raise UserError(
-                f"trainer.precision {config.trainer.precision} needs strategy."
-                "use_distributed_optimizer: Megatron's plain optimizer cannot save bfloat16 and "
-                "float32 parameters side by side"
+                f"trainer.precision {config.trainer.precision} needs "
+                "strategy.use_distributed_optimizer: Megatron's plain optimizer cannot save "
+                "bfloat16 and float32 parameters side by side"
             )
         if config.trainer.precision == "fp8" and (
             not self.on_gpu or config.model.backend == "local"
@@ -289,15 +290,12 @@ class TrainingRun:
             for name in ("la_kernel", "fused_kernels", *_SWITCHES)
             if getattr(model, name) is not None
         }
-        if model.recompute != "none":
-            chosen["recompute_granularity"] = model.recompute
-        if model.recompute == "full":
-            chosen |= {"recompute_method": "uniform", "recompute_num_layers": 1}
         return HydraGPTConfig(
             **{
                 **model_fields(self.meta),
                 **self._runtime_fields(),
                 **chosen,
+                **recompute_fields(model.recompute),
                 "seq_length": config.data.seq_length,
                 "tensor_model_parallel_size": config.strategy.tensor_model_parallel_size,
                 "pipeline_model_parallel_size": config.strategy.pipeline_model_parallel_size,

@@ -12,6 +12,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_hydra.attention.sequence_layout import packed_sequence
+from megatron_hydra.config import recompute_fields
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Layout:
 
     def config_fields(self) -> dict[str, Any]:
         """The fields of HydraConfig that this layout decides."""
-        fields: dict[str, Any] = dict(
+        return dict(
             tensor_model_parallel_size=self.tp,
             context_parallel_size=self.cp,
             pipeline_model_parallel_size=self.pp,
@@ -72,12 +73,8 @@ class Layout:
             placement=self.placement,
             # Losses are sums over tokens, so that no split of the batch shows.
             calculate_per_token_loss=True,
+            **recompute_fields(self.recompute),
         )
-        if self.recompute:
-            fields["recompute_granularity"] = self.recompute
-        if self.recompute == "full":
-            fields.update(recompute_method="uniform", recompute_num_layers=1)
-        return fields
 
 
 @dataclass(frozen=True)
