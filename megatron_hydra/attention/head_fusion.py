@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels
-from megatron_hydra.attention.projection_layout import Section
+from megatron_hydra.attention.projection_layout import Section, Sections
 from megatron_hydra.attention.sharded_heads import HeadModule, head_parameter, initial_device
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.placement import LayerPlacement
@@ -89,9 +89,7 @@ class HeadFusion(HeadModule):
             self.gate_weight = torch.nn.Parameter(torch.zeros(2, config.hidden_size, device=device))
             self.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(
-        self, fa: Tensor, la: Tensor, sections: dict[str, Tensor], hidden_states: Tensor
-    ) -> Tensor:
+    def forward(self, fa: Tensor, la: Tensor, sections: Sections, hidden_states: Tensor) -> Tensor:
         """Fuse the branches.
 
         Args:
@@ -120,9 +118,10 @@ class HeadFusion(HeadModule):
             heads = heads * self.head_scale.to(heads.dtype).view(1, 1, -1, 1)
         return heads.flatten(2)
 
-    def _fuse_in_one(self, fa: Tensor, la: Tensor, sections: dict[str, Tensor]) -> Tensor:
+    def _fuse_in_one(self, fa: Tensor, la: Tensor, sections: Sections) -> Tensor:
         """All of `forward` in one kernel, for every fusion but `gate`."""
-        config = self.config
+        config, gradients = self.config, sections.gradients
+        gates = [name for name in ("fa_gate", "la_gate") if name in sections]
         return head_fusion(
             fa,
             la,
@@ -132,6 +131,7 @@ class HeadFusion(HeadModule):
             self.positions,
             eps=None if config.fusion == "none" else config.layernorm_epsilon,
             la_activation="silu" if config.la_output_gate == "silu" else "sigmoid2",
+            empty_gradients=None if gradients is None else lambda: gradients.empty(*gates),
             impl="triton",
         )
 

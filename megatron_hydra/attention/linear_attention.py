@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_hydra.attention.context_parallel import Pieces
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
-from megatron_hydra.attention.projection_layout import Section
+from megatron_hydra.attention.projection_layout import Section, Sections
 from megatron_hydra.attention.sharded_heads import (
     HeadModule,
     InitHead,
@@ -87,9 +87,7 @@ class LinearAttentionBranch(HeadModule):
             self.A_log = self._per_head("A_log", layer_number, _init_a_log)
             self.dt_bias = self._per_head("dt_bias", layer_number, _init_dt_bias)
 
-    def forward(
-        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
-    ) -> Tensor:
+    def forward(self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces) -> Tensor:
         """Run the recurrence over every sequence, of which other ranks may hold parts.
 
         Args:
@@ -109,17 +107,21 @@ class LinearAttentionBranch(HeadModule):
         return pieces.from_contiguous(pieces.sequence_first(output))
 
     def _prepare_fused(
-        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
+        self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces
     ) -> list[Tensor]:
         """As :meth:`_prepare`, in one kernel that reads the sections where they lie.
 
-        They are copied once where a rank has two pieces of each of several rows.
+        Their gradients go where those of all sections are joined. Both are copied once where a
+        rank has two pieces of each of several rows.
         """
-        config, parts = self.config, {}
-        for name in ("la_qkv", "la_decay", "la_beta"):
-            if name in sections:
-                parts[name] = pieces.batch_first(sections[name])
+        config, gradients = self.config, sections.gradients
+        names = [name for name in ("la_qkv", "la_decay", "la_beta") if name in sections]
+        parts = {name: pieces.batch_first(sections[name]) for name in names}
         options: dict[str, Any] = {}
+        if gradients is not None:
+            options["empty_gradients"] = lambda: [
+                pieces.batch_first(place) for place in gradients.empty(*names)
+            ]
         if config.la_short_conv:
             options["conv_weight"] = self.conv_weight
             options["initial_state"] = pieces.tokens_before(
@@ -168,7 +170,7 @@ class LinearAttentionBranch(HeadModule):
         # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
         return [pieces.batch_first(t).contiguous() for t in (query, key, value, log_decay, beta)]
 
-    def _to_contiguous(self, sections: dict[str, Tensor], pieces: Pieces) -> dict[str, Tensor]:
+    def _to_contiguous(self, sections: Sections, pieces: Pieces) -> Sections:
         """The recurrence's inputs where they run, in one exchange."""
         if not pieces.moves_tokens:
             return sections
@@ -176,7 +178,9 @@ class LinearAttentionBranch(HeadModule):
         parts = [sections[name].flatten(2) for name in names]
         moved = pieces.to_contiguous(torch.cat(parts, dim=-1))
         parts = moved.split([part.shape[-1] for part in parts], dim=-1)
-        return {name: part.view_as(sections[name]) for name, part in zip(names, parts, strict=True)}
+        return Sections(
+            {name: part.view_as(sections[name]) for name, part in zip(names, parts, strict=True)}
+        )
 
     def _convolve(self, x: Tensor, pieces: Pieces) -> list[Tensor]:
         if self.config.la_short_conv:

@@ -19,8 +19,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_hydra.config import HydraFields
 from megatron_hydra.placement import LayerPlacement
@@ -110,19 +113,26 @@ class ProjectionLayout:
             start += len(section.units) * section.width
         raise KeyError(f"no rows for unit {unit} in section {name!r} on this rank")
 
-    def split(self, projected: Tensor) -> dict[str, Tensor]:
+    def split(self, projected: Tensor) -> Sections:
         """Cut `[s, b, rows]` into views.
 
         Returns:
             `{section: [s, b, units, width]}`; width 1 is dropped. The LA heads' queries, keys and
             values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
         """
-        s, b, _ = projected.shape
-        *parts, _ = projected.split(self._split_sizes, dim=-1)
-        return {
-            name: part.reshape(s, b, *shape)
-            for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
-        }
+        gradients = SectionGradients(self, projected)
+        parts = zip((*self._shapes, "padding"), _Split.apply(projected, gradients), strict=True)
+        views = {name: self.shaped(name, part) for name, part in parts if name != "padding"}
+        return Sections(views, gradients)
+
+    def cut(self, projected: Tensor) -> dict[str, Tensor]:
+        """Views `[s, b, ·]` of all parts of a split in order, "padding" last."""
+        parts = projected.split(self._split_sizes, dim=-1)
+        return dict(zip((*self._shapes, "padding"), parts, strict=True))
+
+    def shaped(self, name: str, part: Tensor) -> Tensor:
+        """A part of a cut as `split` returns it."""
+        return part.reshape(*part.shape[:2], *self._shapes[name])
 
     # Looked up in every layer of every step, where Python's time shows.
     @cached_property
@@ -140,3 +150,102 @@ class ProjectionLayout:
     @cached_property
     def _split_sizes(self) -> list[int]:
         return [*map(math.prod, self._shapes.values()), self.num_padding_rows]
+
+
+class Sections(dict[str, Tensor]):
+    """What :meth:`ProjectionLayout.split` returns: views by name, and where gradients may go."""
+
+    def __init__(self, views: dict[str, Tensor], gradients: SectionGradients | None = None) -> None:
+        super().__init__(views)
+        self.gradients = gradients
+
+
+class SectionGradients:
+    """One buffer for the gradients of a split's sections, side by side as the sections are.
+
+    Kernels whose backward writes into it spare the copy that joins them. Whatever lies elsewhere
+    is copied, so nobody needs to know of it.
+
+    Args:
+        layout: Cuts it.
+        like: `[s, b, rows]`, what was split; only its shape, dtype and device are kept.
+    """
+
+    def __init__(self, layout: ProjectionLayout, like: Tensor) -> None:
+        self.layout = layout
+        self._shape = like.shape
+        self._options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self._joined: Tensor | None = None
+        self._handed: set[str] = set()
+
+    def empty(self, *names: str) -> list[Tensor]:
+        """Memory for the gradients of sections, `[s, b, units, width]`, nothing in it.
+
+        A backward function asks for all of its own at once, in each pass. Whoever asks a second
+        time begins a pass, with a new buffer: what an earlier one left stays as it is.
+        """
+        if self._joined is None or self._handed.intersection(names):
+            self._joined, self._handed = self._new(), set()
+        self._handed.update(names)
+        places = self.layout.cut(self._joined)
+        return [self.layout.shaped(name, places[name]) for name in names]
+
+    def join(self, gradients: dict[str, Tensor | None]) -> Tensor:
+        """The `[s, b, rows]` that :meth:`ProjectionLayout.cut` makes `gradients` of; None is 0."""
+        joined, handed = self._joined, self._handed
+        self._joined, self._handed = None, set()
+        if joined is not None:
+            places = self.layout.cut(joined)
+            if not all(_is_same(places[name], gradients[name]) for name in handed):
+                joined = None  # of an earlier pass, or somebody has added to what lies there
+        if joined is None:
+            joined, handed = self._new(), set()
+        for name, place in self.layout.cut(joined).items():
+            gradient = gradients[name]
+            if gradient is None:
+                place.zero_()
+            elif name not in handed:
+                _copy(gradient, place)
+        return joined
+
+    def _new(self) -> Tensor:
+        return torch.empty(self._shape, **self._options)
+
+
+class _Split(torch.autograd.Function):
+    """`ProjectionLayout.cut`, whose gradients `SectionGradients` joins."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, gradients: SectionGradients) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
+        parts = gradients.layout.cut(projected)
+        ctx.names = list(parts)
+        return tuple(parts.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        return ctx.gradients.join(dict(zip(ctx.names, gradients, strict=True))), None
+
+
+def _is_same(x: Tensor, y: Tensor | None) -> bool:
+    """Whether two tensors of one shape and dtype are the same memory."""
+    if x.numel() == 0:
+        return True
+    if y is None or x.data_ptr() != y.data_ptr():
+        return False
+    return all(a == b for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True) if n > 1)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy columns; 16 bytes at once if they allow it, as PyTorch copies them one by one."""
+    both = (source, target)
+    per_16_bytes = 16 // target.element_size()
+    if all(
+        x.stride(-1) == 1
+        and not any(n % per_16_bytes for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
+        for x in both
+    ):
+        source, target = (x.view(torch.complex128) for x in both)
+    target.copy_(source)

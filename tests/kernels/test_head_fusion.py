@@ -251,6 +251,32 @@ def test_gradients_lie_as_their_makers_want_them():
     assert dscale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("setting", ["silu", "no FA gate", "no gate"])
+def test_gradients_are_written_where_told(setting: str):
+    tensors = views(make_leaves(setting, (2, 3), 32, 5, 2, LOW_PRECISION), setting)
+    tensors = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    learned = [x for x in tensors if x is not None]
+    gates = [x for x in tensors[2:4] if x is not None]
+    made: list[list[torch.Tensor]] = []
+
+    def empty_gradients() -> list[torch.Tensor]:
+        made.append([torch.empty_strided(z.shape, z.stride(), **_like(z)) for z in gates])
+        return made[-1]
+
+    results = []
+    for given in ({}, {"empty_gradients": empty_gradients}):
+        out = head_fusion(*tensors, make_positions(5), eps=1e-3, impl="triton", **given)
+        results.append(torch.autograd.grad(out.float().square().sum(), learned))
+    assert all(map(torch.equal, *results))
+    assert len(made) == 1
+    for found, place in zip(results[1][2:], made[0], strict=False):
+        assert found.data_ptr() == place.data_ptr() and found.stride() == place.stride()
+
+
+def _like(x: torch.Tensor) -> dict[str, Any]:
+    return {"dtype": x.dtype, "device": x.device}
+
+
 def test_saves_its_inputs_and_one_number_a_head_and_token():
     leaves = make_leaves("silu", (2, 3), 32, 5, 2, torch.bfloat16)
     tensors = [x.detach().requires_grad_() for x in views(leaves, "silu")]

@@ -295,6 +295,31 @@ def test_gradient_lies_as_the_input_does():
     assert gradient.transpose(0, 1).is_contiguous()
 
 
+def test_gradients_are_written_where_told():
+    inputs = {name: _as(t, torch.float32) for name, t in make_inputs(5, heads=1).items()}
+    learned = [inputs[name].requires_grad_() for name in ("x", "a", "b")]
+    made: list[list[torch.Tensor]] = []
+
+    def empty_gradients() -> list[torch.Tensor]:
+        wide = [
+            torch.full((*t.shape[:2], t.shape[2] + 7), torch.nan, device=DEVICE) for t in learned
+        ]
+        made.append([w[..., 3 : 3 + t.shape[2]] for w, t in zip(wide, learned, strict=True)])
+        return made[-1]
+
+    results = []
+    for options in ({}, {"empty_gradients": empty_gradients}):
+        outputs = la_preparation(**inputs, num_heads=1, impl="triton", **options)
+        loss = sum(
+            (x * torch.arange(x.numel(), device=DEVICE).view(x.shape)).sum() for x in outputs
+        )
+        results.append(torch.autograd.grad(loss, learned))
+    assert len(made) == 1
+    for expected, found, place in zip(*results, made[0], strict=True):
+        assert torch.equal(found, expected)
+        assert found.data_ptr() == place.data_ptr() and found.stride() == place.stride()
+
+
 def test_low_precision_is_computed_in_float32():
     inputs = rounded(make_inputs(17), torch.bfloat16)
     low = {name: x.to(torch.bfloat16) for name, x in inputs.items()}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_hydra.attention.context_parallel import Pieces
-from megatron_hydra.attention.projection_layout import ProjectionLayout
+from megatron_hydra.attention.projection_layout import ProjectionLayout, SectionGradients
 from megatron_hydra.attention.sequence_layout import (
     SequenceLayout,
     packed_sequence,
@@ -110,6 +110,69 @@ def test_any_layout_reads_the_heads_that_another_has_written(case: Case, gates: 
         ]
         found = factory.merge_fn(read) if read else expected
         assert torch.equal(found, expected)
+
+
+@given(cases(), GATES, st.data())
+def test_gradients_of_sections_are_joined(case: Case, gates: dict, data: st.DataObject) -> None:
+    """Wherever each was written, by two functions or none, and whatever was added to it."""
+    layout = data.draw(st.sampled_from(_layouts(case, 0, HydraFields(**gates))))
+    projected = torch.randn(2, 1, layout.num_rows, requires_grad=True)
+    sections = layout.split(projected)
+    writer = {name: data.draw(st.integers(0, 2), name) for name in sections}
+    used, again = (
+        data.draw(st.sets(st.sampled_from([*sections]), min_size=least)) for least in (1, 0)
+    )
+    _Square.written = {}
+    squares = {name: x**2 for name, x in sections.items()}
+    for number in (1, 2):
+        names = [name for name in sections if writer[name] == number]
+        values = (sections[name] for name in names)
+        squares |= zip(names, _Square.apply(sections.gradients, names, *values), strict=True)
+    loss = sum(squares[name].sum() for name in used)
+    loss = loss + sum(3 * sections[name].sum() for name in again)
+    expected = torch.zeros_like(projected)
+    for name, place in layout.split(expected).items():
+        place.copy_(2 * sections[name].detach() * (name in used) + 3 * (name in again))
+
+    # A pass that stops at the sections, then whole ones: none may write over another's result.
+    passes: list[tuple[Tensor, Tensor]] = []
+    for factor, wanted in ((1, [*sections.values()]), (2, [projected]), (3, [projected])):
+        results = torch.autograd.grad(
+            loss, wanted, torch.tensor(factor), retain_graph=True, allow_unused=True
+        )
+        passes += [(x, x.clone()) for x in results if x is not None]
+        if wanted[0] is not projected:
+            continue
+        found = results[0]
+        torch.testing.assert_close(found, factor * expected)
+        places = layout.split(found)
+        for name, written in _Square.written.items():
+            if written.numel() and not again and {n for n in writer if writer[n]} <= used:
+                assert written.data_ptr() == places[name].data_ptr(), f"{name} was copied"
+    for result, as_it_was in passes:
+        assert torch.equal(result, as_it_was), "a later pass wrote over an earlier one's gradient"
+
+
+class _Square(torch.autograd.Function):
+    """Sections squared, whose gradients are written where all are joined."""
+
+    written: dict[str, Tensor]
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradients: SectionGradients, names: list[str], *values: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.gradients, ctx.names = gradients, names
+        ctx.save_for_backward(*values)
+        return tuple(x**2 for x in values)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        places = ctx.gradients.empty(*ctx.names)
+        for place, x, dy in zip(places, ctx.saved_tensors, upstream, strict=True):
+            torch.mul(2 * x, dy, out=place)
+        _Square.written |= dict(zip(ctx.names, places, strict=True))
+        return (None, None, *places)
 
 
 def _layouts(case: Case, index: int, fields: HydraFields) -> list[ProjectionLayout]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -27,6 +28,7 @@ def head_fusion(
     eps: float | None,
     fa_activation: Activation = "sigmoid2",
     la_activation: Activation = "silu",
+    empty_gradients: Callable[[], list[Tensor]] | None = None,
     impl: Impl,
 ) -> Tensor:
     """Norm, gate and scale each head, and lay FA and LA heads out in one order.
@@ -49,6 +51,10 @@ def head_fusion(
         fa_activation: the FA heads' gate: "sigmoid2" is 2 sigmoid(z), 1 at zero; "silu" is
             z sigmoid(z).
         la_activation: the LA heads' gate.
+        empty_gradients: called once in each backward pass, makes the tensors that the gradients of
+            fa_gate and la_gate (of those given) are written to, so that a caller who joins them
+            with others need not copy them; shaped and typed as these, stride 1 in d.
+            "reference" does not call it.
         impl: "reference" is PyTorch on any device. "triton" is one kernel forward, one and a small
             sum backward; it saves its inputs and one float32 number a head and token, takes any
             strides as long as d's is 1, and needs CUDA or Triton's interpreter. Neither stands in
@@ -77,7 +83,7 @@ def head_fusion(
         from hydra_kernels.head_fusion import triton_head_fusion
 
         return triton_head_fusion.head_fusion(
-            fa, la, fa_gate, la_gate, head_scale, positions, eps, *activations
+            fa, la, fa_gate, la_gate, head_scale, positions, eps, *activations, empty_gradients
         )
     raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 

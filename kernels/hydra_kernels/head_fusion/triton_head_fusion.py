@@ -16,6 +16,7 @@ w = g(z) dy and c = sum over channels of w x r,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,11 +178,12 @@ def _backward_kernel(
     dy_s, dy_b, fa_s, fa_b, fa_n, la_s, la_b, la_n,
     fa_gate_s, fa_gate_b, fa_gate_n, la_gate_s, la_gate_b, la_gate_n,
     dfa_s, dfa_b, dfa_n, dla_s, dla_b, dla_n,
+    dfa_gate_s, dfa_gate_b, dfa_gate_n, dla_gate_s, dla_gate_b, dla_gate_n,
     num_tokens, num_fa, num_heads,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
     FA_ACTIVATION: tl.constexpr, LA_ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Grid as `_forward_kernel`; the gates' gradients are contiguous."""
+    """Grid as `_forward_kernel`."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     block = (tl.program_id(0) // num_heads).to(tl.int64)
     first_token, num_blocks = block * BLOCK, tl.num_programs(0) // num_heads
@@ -195,18 +197,17 @@ def _backward_kernel(
             dy, dy_s, fa + batch * fa_b + head * fa_n, fa_s,
             fa_gate, batch * fa_gate_b + head * fa_gate_n, fa_gate_s,
             dfa + batch * dfa_b + head * dfa_n, dfa_s,
-            dfa_gate, (batch * num_fa + head) * D, num_batch * num_fa * D,
+            dfa_gate, batch * dfa_gate_b + head * dfa_gate_n, dfa_gate_s,
             rms_inverse, rms_start, scale_parts, part, part_stride,
             position, head_scale, first_token, num_tokens, D, PAD, BLOCK, FA_ACTIVATION,
         )  # fmt: skip
     else:
         head -= num_fa
-        num_la = num_heads - num_fa
         _backward_head(
             dy, dy_s, la + batch * la_b + head * la_n, la_s,
             la_gate, batch * la_gate_b + head * la_gate_n, la_gate_s,
             dla + batch * dla_b + head * dla_n, dla_s,
-            dla_gate, (batch * num_la + head) * D, num_batch * num_la * D,
+            dla_gate, batch * dla_gate_b + head * dla_gate_n, dla_gate_s,
             rms_inverse, rms_start, scale_parts, part, part_stride,
             position, head_scale, first_token, num_tokens, D, PAD, BLOCK, LA_ACTIVATION,
         )  # fmt: skip
@@ -224,6 +225,7 @@ class _HeadFusion(torch.autograd.Function):
         positions: Tensor,
         eps: float | None,
         activations: tuple[str, str],
+        empty_gradients: Callable[[], list[Tensor]] | None,
     ) -> Tensor:
         s, b, n_fa, d = fa.shape
         n = n_fa + la.shape[2]
@@ -240,7 +242,7 @@ class _HeadFusion(torch.autograd.Function):
             FA_ACTIVATION=activations[0], LA_ACTIVATION=activations[1],
         )  # fmt: skip
         ctx.save_for_backward(*inputs, head_scale, positions, rms_inverse)
-        ctx.activations = activations
+        ctx.activations, ctx.empty_gradients = activations, empty_gradients
         return out
 
     @staticmethod
@@ -255,10 +257,12 @@ class _HeadFusion(torch.autograd.Function):
         grid, sizes = _launch(fa, n)
         # Strides as fa's and la's: what made them takes its gradient without a copy.
         dfa, dla = torch.empty_like(fa), torch.empty_like(la)
-        dfa_gate, dla_gate = (
-            None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-            for z in (fa_gate, la_gate)
-        )
+        gates = [z for z in (fa_gate, la_gate) if z is not None]
+        if ctx.empty_gradients is None:
+            dz = iter([torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in gates])
+        else:
+            dz = iter(ctx.empty_gradients())
+        dfa_gate, dla_gate = (None if z is None else next(dz) for z in (fa_gate, la_gate))
         scale_parts = None
         if head_scale is not None:
             num_parts = grid[0] // n * b
@@ -267,12 +271,16 @@ class _HeadFusion(torch.autograd.Function):
             dy, *inputs, head_scale, positions, rms_inverse,
             dfa, dla, dfa_gate, dla_gate, scale_parts,
             *_strides(dy)[:2],
-            *(stride for x in (*inputs, dfa, dla) for stride in _strides(x)),
+            *(
+                stride
+                for x in (*inputs, dfa, dla, dfa_gate, dla_gate)
+                for stride in _strides(x)
+            ),
             s, n_fa, n, **sizes,
             FA_ACTIVATION=ctx.activations[0], LA_ACTIVATION=ctx.activations[1],
         )  # fmt: skip
         dscale = None if scale_parts is None else scale_parts.sum(1).to(head_scale.dtype)
-        return dfa, dla, dfa_gate, dla_gate, dscale, None, None, None
+        return dfa, dla, dfa_gate, dla_gate, dscale, None, None, None, None
 
 
 def head_fusion(
@@ -285,10 +293,13 @@ def head_fusion(
     eps: float | None,
     fa_activation: str,
     la_activation: str,
+    empty_gradients: Callable[[], list[Tensor]] | None = None,
 ) -> Tensor:
     """As `api.head_fusion`, whose checks have passed."""
     activations = (fa_activation, la_activation)
-    return _HeadFusion.apply(fa, la, fa_gate, la_gate, head_scale, positions, eps, activations)
+    return _HeadFusion.apply(
+        fa, la, fa_gate, la_gate, head_scale, positions, eps, activations, empty_gradients
+    )
 
 
 def _launch(fa: Tensor, num_heads: int) -> tuple[tuple[int, int], dict[str, int]]:

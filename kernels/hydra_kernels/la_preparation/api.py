@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from hydra_kernels.la_preparation import reference
@@ -45,6 +46,7 @@ def la_preparation(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    empty_gradients: Callable[[], list[Tensor]] | None = None,
     impl: Impl,
 ) -> LAPreparationOutput:
     """From one in-projection's rows to the inputs of the gated delta rule, head by head.
@@ -74,6 +76,10 @@ def la_preparation(
         cu_seqlens: [documents + 1] integer, where documents begin in a row that packs several
             (b = 1): 0, ascending, t. The convolution starts anew at each; the initial state is
             the first document's. None for whole sequences.
+        empty_gradients: Called once in each backward pass, it makes the tensors that the gradients
+            of x, a and b (of those given) are written to, so that a caller who joins them with
+            others need not copy them. Shaped and typed as these, last dimension contiguous.
+            "reference" does not call it.
         impl: "reference" is PyTorch on any device; "triton" is one kernel each way, for bfloat16,
             float16 and float32 with even d up to 256. Neither stands in for the other.
 
@@ -93,7 +99,9 @@ def la_preparation(
         from hydra_kernels.la_preparation import triton_la_preparation
 
         triton_la_preparation.check(x, num_heads, conv_weight)
-        outputs = triton_la_preparation.LAPreparation.apply(*tensors, num_heads, norm_eps)
+        outputs = triton_la_preparation.LAPreparation.apply(
+            *tensors, num_heads, norm_eps, empty_gradients
+        )
         return LAPreparationOutput(*outputs)
     raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 

@@ -6,6 +6,7 @@ reading x again costs less than writing and reading what lies between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ class LAPreparation(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         num_heads: int,
         eps: float,
+        empty_gradients: Callable[[], list[Tensor]] | None,
     ) -> tuple[Tensor | None, ...]:
         rows, num_tokens, channels = x.shape
         x, a, b = (_last_contiguous(t) for t in (x, a, b))
@@ -96,6 +98,7 @@ class LAPreparation(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(*inputs)
         ctx.num_heads, ctx.eps, ctx.given_state = num_heads, eps, small[5] is not None
+        ctx.empty_gradients = empty_gradients
         return (*vectors.unbind(), g, beta)
 
     @staticmethod
@@ -106,7 +109,10 @@ class LAPreparation(torch.autograd.Function):
         x, a, b, conv_weight, q_weight, _, cos, _, _, _, state, _ = inputs
         rows, num_tokens, channels = x.shape
         grid, sizes = _launch(x, num_heads, conv_weight, _LONGEST_BACKWARD)
-        dx, da, db = (_empty_like(t) for t in (x, a, b))
+        given = [t for t in (x, a, b) if t is not None]
+        make = ctx.empty_gradients
+        empty = iter([_empty_like(t) for t in given] if make is None else make())
+        dx, da, db = (None if t is None else next(empty) for t in (x, a, b))
         dstate = (
             None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
         )
@@ -128,7 +134,7 @@ class LAPreparation(torch.autograd.Function):
         if ctx.given_state and state is None:
             dstate = x.new_empty(rows, 0, channels)
         parameters = _parameter_gradients(inputs, partial, gate_partial, num_heads)
-        return (dx, da, db, *parameters, dstate, *[None] * 5)
+        return (dx, da, db, *parameters, dstate, *[None] * 6)
 
 
 def _parameter_gradients(
@@ -208,10 +214,8 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else x.stride()[:2]
 
 
-def _empty_like(x: Tensor | None) -> Tensor | None:
+def _empty_like(x: Tensor) -> Tensor:
     """A dense tensor of x's shape that lies sequence first if x does."""
-    if x is None:
-        return None
     rows, num_tokens, width = x.shape
     like: dict[str, Any] = dict(dtype=x.dtype, device=x.device)
     if x.stride(0) < x.stride(1):
