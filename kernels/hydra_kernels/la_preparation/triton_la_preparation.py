@@ -21,9 +21,9 @@ from hydra_kernels.la_preparation.triton_vectors import HEADS_PER_TILE, MAX_LAG,
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
 _NUM_WARPS = 4
-# Elements of half a tile: eight elements of a vector for each of 4 x 32 threads. Each element has
-# 16 float32 values that stay in registers through the backward loop; more elements would spill.
-_HALF_TILE = 512
+# Elements of half a tile, for 4 x 32 threads. Backward, each element has 16 float32 values in
+# registers: half as many elements let twice as many threads run.
+_HALF_TILE_FORWARD, _HALF_TILE_BACKWARD = 512, 256
 _MAX_STRIPS = 8
 # Tokens of a strip. Longer ones read less twice (3 tokens a strip) and, backward, write fewer sums;
 # shorter ones make enough programs for all multiprocessors of a GPU.
@@ -89,7 +89,7 @@ class LAPreparation(torch.autograd.Function):
         inputs = (
             x, a, b, conv_weight, q_weight, k_weight, cos, sin, a_log, dt_bias, state, reach,
         )  # fmt: skip
-        grid, sizes = _launch(x, num_heads, conv_weight, _LONGEST_FORWARD)
+        grid, sizes = _launch(x, num_heads, conv_weight, _HALF_TILE_FORWARD, _LONGEST_FORWARD)
         forward_kernel[grid](
             *inputs, vectors, g, beta,
             *_strides(x), *_strides(a), *_strides(b),
@@ -108,7 +108,7 @@ class LAPreparation(torch.autograd.Function):
         inputs, num_heads = ctx.saved_tensors, ctx.num_heads
         x, a, b, conv_weight, q_weight, _, cos, _, _, _, state, _ = inputs
         rows, num_tokens, channels = x.shape
-        grid, sizes = _launch(x, num_heads, conv_weight, _LONGEST_BACKWARD)
+        grid, sizes = _launch(x, num_heads, conv_weight, _HALF_TILE_BACKWARD, _LONGEST_BACKWARD)
         given = [t for t in (x, a, b) if t is not None]
         make = ctx.empty_gradients
         empty = iter([_empty_like(t) for t in given] if make is None else make())
@@ -166,13 +166,13 @@ def _parameter_gradients(
 
 
 def _launch(
-    x: Tensor, num_heads: int, conv_weight: Tensor | None, longest: int
+    x: Tensor, num_heads: int, conv_weight: Tensor | None, half_tile: int, longest: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Grid and sizes of a kernel."""
     rows, num_tokens, channels = x.shape
     head_dim = channels // (3 * num_heads)
     half_block = triton.next_power_of_2(head_dim // 2)
-    strips = max(1, min(_MAX_STRIPS, _HALF_TILE // (half_block * HEADS_PER_TILE.value)))
+    strips = max(1, min(_MAX_STRIPS, half_tile // (half_block * HEADS_PER_TILE.value)))
     tiles = triton.cdiv(2 * num_heads, HEADS_PER_TILE.value)
     tiles += triton.cdiv(num_heads, HEADS_PER_TILE.value) + 1
     strip = longest
