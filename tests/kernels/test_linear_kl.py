@@ -103,8 +103,9 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def assert_at_most_twice_the_error(actual: dict, reference: dict, expected: dict, dtype) -> None:
     for name, value in expected.items():
-        # A sum's error may be small by luck: the format's own step is always allowed.
-        floor = 1e-6 if dtype == torch.float32 or name.startswith("d") else 2**-9
+        # A sum's error may be small by luck: the format's own step is always allowed, and the
+        # few of float32's that a GPU's approximate exponentials cost.
+        floor = 2e-6 if dtype == torch.float32 or name.startswith("d") else 2**-9
         allowed = max(FACTOR * error(reference[name], value), floor)
         assert error(actual[name], value) <= allowed, name
 
@@ -352,7 +353,8 @@ def test_a_vocabulary_over_ranks(size: int):
     ],
 )
 def test_bad_input_is_named(changes: dict, message: str):
-    inputs = {name: x.cpu() for name, x in make_inputs(torch.float32).items()}
+    inputs = make_inputs(torch.float32)
+    changes = {n: x.to(DEVICE) if torch.is_tensor(x) else x for n, x in changes.items()}
     with pytest.raises(ValueError, match=message):
         linear_kl(**(inputs | WEIGHTS | {"impl": "reference"} | changes))
 

@@ -26,6 +26,8 @@ NUM_FACTORS = 7
 # Stands for minus infinity, whose difference from itself would be NaN.
 _LOWEST = tl.constexpr(-1.0e38)
 _LOG2_E = tl.constexpr(1.4426950408889634)
+# Blocks of logits that a program reads before it adds them up under one maximum.
+GROUP = tl.constexpr(2)
 
 
 @triton.jit
@@ -35,14 +37,14 @@ def _exp(x):
 
 
 @triton.jit
-def _joined(x, maximum, factor):
-    """Factors for a sum of exp(factor (y - maximum)) and for the term of x that joins it.
-
-    One exponential an element, as either the maximum stays or x becomes it.
-    """
-    decay = _exp(-tl.abs(x - maximum) * factor)
-    rises = x > maximum
-    return tl.where(rises, decay, 1.0), tl.where(rises, 1.0, decay)
+def _load_group(row, columns, num_columns, BLOCK: tl.constexpr):
+    """A row's logits at `columns` and in the blocks that follow, in float32."""
+    return (
+        tl.load(row + columns, mask=columns < num_columns, other=_LOWEST).to(tl.float32),
+        tl.load(row + columns + BLOCK, mask=columns + BLOCK < num_columns, other=_LOWEST).to(
+            tl.float32
+        ),
+    )
 
 
 @triton.jit
@@ -90,31 +92,39 @@ def statistics_kernel(
     max_t = tl.full([BLOCK], _LOWEST, tl.float32)
     target_z = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
-    for block in range(NUM_BLOCKS):
-        columns = begin + block * BLOCK + lanes
-        x_s = tl.load(student + columns, mask=columns < num_columns, other=_LOWEST).to(tl.float32)
+    factor = 1.0
+    if IS_SOFT:
+        factor = softening
+    for group in range(NUM_BLOCKS // GROUP):
+        columns = begin + group * (GROUP * BLOCK) + lanes
+        x_s = _load_group(student, columns, num_columns, BLOCK)
+        x_t = x_s
         if HAS_TEACHER:
-            x_t = tl.load(teacher + columns, mask=columns < num_columns, other=_LOWEST).to(
-                tl.float32
-            )
-            if IS_SOFT:
-                old_s, new_s = _joined(x_s, max_s, softening)
-                soft_z = soft_z * old_s + new_s
-                old_t, new_t = _joined(x_t, max_t, softening)
-            else:
-                old_s, new_s = _joined(x_s, max_s, 1.0)
-                old_t, new_t = _joined(x_t, max_t, 1.0)
-                hard_z = hard_z * old_s + new_s
-            target_z = target_z * old_t + new_t
+            x_t = _load_group(teacher, columns, num_columns, BLOCK)
+        top_s = tl.maximum(max_s, tl.maximum(x_s[0], x_s[1]))
+        hard_z *= _exp(max_s - top_s)
+        top_t = top_s
+        if HAS_TEACHER:
+            top_t = tl.maximum(max_t, tl.maximum(x_t[0], x_t[1]))
+            fade_s, fade_t = _exp((max_s - top_s) * factor), _exp((max_t - top_t) * factor)
+            soft_z *= fade_s
+            target_z *= fade_t
             if KIND == "forward":
-                weighted = weighted * old_t + new_t * (x_t - x_s)
+                weighted *= fade_t
             if KIND == "reverse":
-                weighted = weighted * old_s + new_s * (x_s - x_t)
-            max_t = tl.maximum(max_t, x_t)
-        if IS_SOFT or not HAS_TEACHER:
-            old, new = _joined(x_s, max_s, 1.0)
-            hard_z = hard_z * old + new
-        max_s = tl.maximum(max_s, x_s)
+                weighted *= fade_s
+        for u in tl.static_range(GROUP):
+            from_s = x_s[u] - top_s
+            hard_z += _exp(from_s)
+            if HAS_TEACHER:
+                new_s, new_t = _exp(from_s * factor), _exp((x_t[u] - top_t) * factor)
+                soft_z += new_s
+                target_z += new_t
+                if KIND == "forward":
+                    weighted += new_t * (x_t[u] - x_s[u])
+                if KIND == "reverse":
+                    weighted += new_s * (x_s[u] - x_t[u])
+        max_s, max_t = top_s, top_t
 
     # Lanes without a column hold the lowest maximum: their factor is 0.
     maximum = tl.max(max_s, 0)
@@ -131,10 +141,7 @@ def statistics_kernel(
     tl.store(statistics + 2 * num_rows, label_logit)
     if HAS_TEACHER:
         factor_s = _exp((max_s - maximum) * softening)
-        soft = hard
-        if IS_SOFT:
-            soft = tl.sum(soft_z * factor_s, 0)
-        tl.store(statistics + 3 * num_rows, soft)
+        tl.store(statistics + 3 * num_rows, tl.sum(soft_z * factor_s, 0))
         maximum_t = tl.max(max_t, 0)
         factor_t = _exp((max_t - maximum_t) * softening)
         tl.store(statistics + 4 * num_rows, maximum_t)
@@ -262,6 +269,21 @@ def jsd_sums_kernel(
     sums += split.to(tl.int64) * 2 * num_rows + row
     tl.store(sums, tl.sum(of_p, 0) * tl.load(factors + 6 * num_rows + row))
     tl.store(sums + num_rows, tl.sum(of_q, 0) * tl.load(factors + 5 * num_rows + row))
+
+
+@triton.jit
+def scale_kernel(
+    source,  # float32
+    target,  # may begin where source does, if it is narrower and begin is not 0
+    scale,  # one number
+    begin,
+    end,
+    BLOCK: tl.constexpr,
+):
+    """target = source * scale, of elements `begin` to `end`."""
+    places = begin + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(source + places, mask=places < end) * tl.load(scale)
+    tl.store(target + places, x.to(target.dtype.element_ty), mask=places < end)
 
 
 @triton.jit(do_not_specialize=["num_rows", "first_column"])

@@ -19,11 +19,13 @@ import triton
 from torch.distributed import ReduceOp
 
 from hydra_kernels.linear_kl.triton_kernels import (
+    GROUP,
     NUM_FACTORS,
     NUM_STATISTICS,
     gradient_kernel,
     jsd_sums_kernel,
     merge_kernel,
+    scale_kernel,
     statistics_kernel,
 )
 
@@ -34,12 +36,10 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-_BLOCK = (
-    2048  # columns that a program of the statistics holds: 8 a thread, one 16-byte load in bf16
-)
-_GRADIENT_BLOCK = 4096
-_NUM_WARPS = 8
-_NUM_BLOCKS = 8  # of a split at most: fixed, so that no number of rows compiles anew
+# Columns that a program of the statistics holds: 8 a thread, one 16-byte load in bf16.
+_BLOCK, _NUM_WARPS = 1024, 4
+_MOST_BLOCKS = 8  # of a split
+_GRADIENT_BLOCK, _GRADIENT_NUM_WARPS = 4096, 8
 _MERGED_ROWS = 32
 _PADDING = 64  # elements; rows of logits begin on 128 bytes
 _TEACHER_SHARE = 3 / 8  # of a chunk's rows: few enough to save memory, enough for full products
@@ -253,7 +253,10 @@ def _row_losses(
     is_soft = settings.temperature != 1
     logits = (student, teacher if has_teacher else student)
     strides = tuple(x.stride(0) for x in logits)
-    num_blocks = min(_NUM_BLOCKS, triton.cdiv(num_columns, _BLOCK))
+    # As even splits as blocks and groups of them allow.
+    num_blocks = triton.cdiv(num_columns, _BLOCK)
+    num_blocks = triton.cdiv(num_blocks, triton.cdiv(num_blocks, _MOST_BLOCKS))
+    num_blocks = GROUP.value * triton.cdiv(num_blocks, GROUP.value)
     num_splits = triton.cdiv(num_columns, num_blocks * _BLOCK)
     grid = (num_rows, num_splits)
     loop = {"NUM_BLOCKS": num_blocks, "BLOCK": _BLOCK, "num_warps": _NUM_WARPS}
@@ -288,7 +291,7 @@ def _row_losses(
             *logits, labels, loss_mask, factors, gradient, num_rows, *strides,
             gradient.stride(0), num_columns, shards.first, settings.ce_weight, softening,
             settings.jsd_beta, **flags, IS_SOFT=is_soft, BLOCK=_GRADIENT_BLOCK,
-            num_warps=_NUM_WARPS,
+            num_warps=_GRADIENT_NUM_WARPS,
         )  # fmt: skip
 
 
@@ -357,6 +360,8 @@ def _scaled_in_place(total: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
     target[:done] = source[:done] * scale
     while done < num_elements:
         end = min(2 * done, num_elements)
-        torch.mul(source[done:end], scale, out=target[done:end])
+        # PyTorch's own product with another dtype's output reads one element at a time.
+        grid = (triton.cdiv(end - done, _BLOCK),)
+        scale_kernel[grid](source, target, scale, done, end, BLOCK=_BLOCK, num_warps=_NUM_WARPS)
         done = end
     return target[:num_elements].view_as(total)
