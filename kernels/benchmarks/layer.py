@@ -4,10 +4,11 @@
 
 Qwen3-1.7B's attention (hidden 2,048, 16 heads, 8 query groups, head dimension 128) in bf16 on
 Transformer Engine; weights are random. Of a layer-wise mix only two kinds of layer exist, so its
-time a layer is the mean of a full and an all-LA one, weighted by the ratio. `parts` are what ours
-is made of, each timed alone: attention of the FA heads, the LA kernel, the two projections. `limit`
-counts what no kernel can save: the operations of the projections and of causal attention at this
-run's own matrix-product rate.
+time a layer is the mean of a full and an all-LA one, weighted by the ratio. `two streams` is ours
+with FA and LA heads at once (`overlap_branches`). `parts` are what ours is made of, each timed
+alone: attention of the FA heads, the LA kernel, the two projections. `limit` counts what no kernel
+can save: the operations of the projections and of causal attention at this run's own
+matrix-product rate.
 
 Everything is captured in a CUDA graph and replayed, so that the GPU's time is what is measured;
 `--eager` times calls as Python launches them, which up to about 16K tokens is what Python takes.
@@ -42,7 +43,6 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
-    parser.add_argument("--overlap", action="store_true", help="FA and LA heads on two streams")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
@@ -53,7 +53,7 @@ def main() -> int:
     else:
         warnings.simplefilter("ignore")  # Megatron warns of every optional package
         data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
-        switches = {"fused_kernels": args.fused_kernels, "overlap_branches": args.overlap}
+        switches = {"fused_kernels": args.fused_kernels}
         data |= device_figures() | switches | {"graphs": not args.eager}
         timer = _Timer(not args.eager)
         rows = []
@@ -78,6 +78,8 @@ def measure(
     x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
     full, all_la = _Layer(None, length, switches, timer), _Layer(0, length, switches, timer)
     mixed = {name: _Layer(MIXES[name], length, switches, timer) for name in mixes}
+    two_streams = switches | {"overlap_branches": True}
+    overlapped = {name: _Layer(MIXES[name], length, two_streams, timer) for name in mixes}
     rows = []
     for direction in DIRECTIONS:
         backward = direction != DIRECTIONS[0]
@@ -88,6 +90,7 @@ def measure(
             row[f"layer-wise {name}"] = _weighted(row["full"], row["all LA"], share)
             ours = row[f"ours {name}"] = mixed[name].time(x, backward)
             row[f"full / ours {name}"] = _ratio(row["full"], ours)
+            row[f"two streams {name}"] = overlapped[name].time(x, backward)
             parts = mixed[name].parts(x, backward)
             row |= {f"{part} {name}": ms for part, ms in parts.items()}
             total = None if None in parts.values() else sum(parts.values())
@@ -266,7 +269,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
             for key, (label, colour, style) in lines.items():
                 if key not in rows[0]:
                     continue
-                times = [row[key] for row in rows]  # matplotlib leaves a gap for None
+                times = [row.get(key) for row in rows]  # matplotlib leaves a gap for None
                 axes.plot(
                     lengths, times, style, color=colour, label=label, marker="o" * (style == "-"),
                     markersize=3.5, linewidth=1.6,

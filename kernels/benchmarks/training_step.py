@@ -4,9 +4,10 @@
 
 One GPU, bf16 with float32 main weights (Megatron's distributed optimizer), one sequence a step,
 random weights and tokens. `full` trains the teacher's own architecture with the loss of stage 3:
-what each stage would cost without linear attention, or, for `distill`, beside its teacher. MFU
-counts the model's own operations (no recomputation; the teacher's forward where there is one)
-against the H100's 989 TFLOP/s.
+what each stage would cost without linear attention, or, for `distill`, beside its teacher.
+`distill, modelopt` is the hybrid and its teacher under NeMo's own distillation by ModelOpt, with
+the same two losses. MFU counts the model's own operations (no recomputation; the teacher's forward
+where there is one) against the H100's 989 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from measure import device_figures, median_ms, peak_gib, print_table, write
 
 LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
-STAGES = ("align", "distill", "long_context", "full", "full distill")
+MODELOPT = "distill, modelopt"
+STAGES = ("align", "distill", "long_context", "full", "full distill", MODELOPT)
 LENGTHS = (4096, 16384, 65536)
 PEAK_TFLOP_PER_S = 989.0  # dense bf16, NVIDIA's H100 SXM data sheet
 KIND, SCHEMA_VERSION = "megatron_hydra.training_step_benchmark", 1
@@ -45,6 +47,10 @@ def main() -> int:
     data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
     data |= device_figures()
     rows: list[dict[str, Any]] = []
+    if MODELOPT in args.stages:
+        # Here, as NeMo keeps what failed to be imported, and with it the frames that asked for it:
+        # of a function that holds models, those would never be freed.
+        import nemo.collections.llm.modelopt.distill.model  # noqa: F401
     for length in args.lengths:
         for stage in args.stages:
             rows.append(measure(stage, length, args))
@@ -83,8 +89,12 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def predicted_gib(stage: str, length: int, recompute: str, args: argparse.Namespace) -> float:
-    """The peak by formula, Transformer Engine's and the kernels' workspaces left out."""
+def predicted_gib(
+    stage: str, length: int, recompute: str, args: argparse.Namespace
+) -> float | None:
+    """The peak by formula, workspaces left out; None for ModelOpt, which keeps whole logits."""
+    if stage == MODELOPT:
+        return None
     from megatron_hydra.selection.cost import ModelShape
     from megatron_hydra.selection.training_memory import training_memory
 
@@ -121,7 +131,7 @@ def model_tflop(stage: str, length: int, layers: int, num_fa: int) -> float:
         "long_context": 3 * (student + head),
         "full": 3 * (teacher + head),
         "full distill": 4 * (teacher + head),
-    }[stage]
+    }["distill" if stage == MODELOPT else stage]
     return total / 1e12
 
 
@@ -138,7 +148,7 @@ def _training_step(
     before = torch.cuda.memory_allocated()
     student = _model(None if stage.startswith("full") else args, length, recompute, args)
     teacher = None
-    if stage in ("align", "distill", "full distill"):
+    if stage not in ("long_context", "full"):
         teacher = _model(None, length, "none", args).eval().requires_grad_(False)
     if stage == "align":
         theirs = dict(teacher.named_parameters())
@@ -146,6 +156,8 @@ def _training_step(
             if name in theirs and "self_attention" not in name:
                 parameter.data = theirs[name].data
         alignment = Alignment(student, teacher)
+    if stage == MODELOPT:
+        reduce_losses = _modelopt(student, teacher)
     ddp = DistributedDataParallel(
         student.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -165,6 +177,9 @@ def _training_step(
     def loss() -> torch.Tensor:
         if stage == "align":
             return torch.stack(list(alignment.forward(tokens, positions).values())).sum() / length
+        if stage == MODELOPT:
+            losses = student(tokens, positions, None, labels=tokens.roll(-1, 1))
+            return reduce_losses({"loss_mask": mask}, losses)[0]
         parts = distillation_loss(
             student, teacher, tokens, positions, tokens.roll(-1, 1), mask,
             kl_weight=0.0 if teacher is None else 1.0, ce_weight=1.0,
@@ -182,6 +197,21 @@ def _training_step(
     step()
     torch.cuda.synchronize()
     return step, (torch.cuda.memory_allocated() - before) / 2**30
+
+
+def _modelopt(student: Any, teacher: Any) -> Callable[..., Any]:
+    """Make the student a ModelOpt distillation model as NeMo does; what reduces its losses."""
+    import modelopt.torch.distill as mtd
+    from nemo.collections.llm.modelopt.distill import loss, model, utils
+
+    config = utils.load_distillation_config(None, student.config, teacher.config)
+    config.skip_lm_loss = False
+    config.loss_balancer = loss.LogitsAndIntermediatesLossBalancer()
+    fields = dict(criterion=config.criterion, loss_balancer=config.loss_balancer)
+    mtd.convert(student, mode=[("kd_loss", {"teacher_model": teacher, **fields})])
+    utils.adjust_distillation_model_for_mcore(student, config)
+    student.train()
+    return model._DistillationLossReduction(student.compute_kd_loss).forward
 
 
 def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -> Any:
