@@ -5,12 +5,14 @@
 #   make certificates certify the quickstart's model anew, and the README's table from it
 #   make checks       formatter, linter, types
 #   make bench-gpu    on a GPU machine: all benchmarks
+#   make bench-2-gpus on a machine with two: the certificate, and training steps over both
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test test-slow test-gpu bench-gpu checks certificates teacher clean
+.PHONY: install quickstart test test-slow test-gpu bench-gpu bench-2-gpus checks certificates teacher \
+	clean
 
 install: $(INSTALLED)
 
@@ -53,6 +55,17 @@ bench-gpu:
 		$(PYTHON) kernels/benchmarks/$$name.py --out $(BENCH_OUT)/$$name.json || exit; \
 	done
 	$(PYTHON) kernels/benchmarks/layer.py --draw $(BENCH_OUT)/layer.json --picture $(BENCH_OUT)/layer.png
+
+OURS_AND_FULL := align distill long_context full "full distill"
+TORCHRUN_2 := $(PYTHON) -m torch.distributed.run --nproc-per-node 2
+bench-2-gpus:
+	mkdir -p $(BENCH_OUT)
+	$(TORCHRUN_2) -m hydra_tools.certify --config examples/qwen3_1p7b/certify.yaml --tp 2 --cp 2 \
+		--layers 2 --length 256 --steps 2 model.vocab_size=8192 --out $(BENCH_OUT)/two_gpus.json
+	$(TORCHRUN_2) kernels/benchmarks/training_step.py --tp 2 --lengths 4096 16384 \
+		--stages $(OURS_AND_FULL) --out $(BENCH_OUT)/tp_2.json
+	$(TORCHRUN_2) kernels/benchmarks/training_step.py --cp 2 --lengths 65536 131072 \
+		--stages $(OURS_AND_FULL) --out $(BENCH_OUT)/cp_2.json
 
 checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

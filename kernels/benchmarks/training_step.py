@@ -1,13 +1,15 @@
 """Times one optimizer step of a Qwen3-1.7B-shaped hybrid in each stage, and of full attention.
 
     python kernels/benchmarks/training_step.py --out training_step.json
+    torchrun --nproc-per-node 2 kernels/benchmarks/training_step.py --cp 2 --lengths 131072
 
-One GPU, bf16 with float32 main weights (Megatron's distributed optimizer), one sequence a step,
-random weights and tokens. `full` trains the teacher's own architecture with the loss of stage 3:
-what each stage would cost without linear attention, or, for `distill`, beside its teacher.
-`distill, modelopt` is the hybrid and its teacher under NeMo's own distillation by ModelOpt, with
-the same two losses. MFU counts the model's own operations (no recomputation; the teacher's forward
-where there is one) against the H100's 989 TFLOP/s.
+One GPU, or several with --tp (then sequence parallel too) and --cp; bf16 with float32 main weights
+(Megatron's distributed optimizer), one sequence a step, random weights and tokens. `full` trains
+the teacher's own architecture with the loss of stage 3: what each stage would cost without linear
+attention, or, for `distill`, beside its teacher. `distill, modelopt` is the hybrid and its teacher
+under NeMo's own distillation by ModelOpt, with the same two losses. MFU counts the model's own
+operations (no recomputation; the teacher's forward where there is one) against the H100's 989
+TFLOP/s; memory is rank 0's.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from measure import device_figures, median_ms, peak_gib, print_table, write
+from megatron.core.parallel_state import get_context_parallel_group
+
+from megatron_hydra.attention.sequence_layout import shard_batch
+from megatron_hydra.parallel import initialize_model_parallel
 
 LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
 MODELOPT = "distill, modelopt"
@@ -40,12 +47,18 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
+    parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # Megatron warns of every optional package
     data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
-    data |= device_figures()
+    initialize_model_parallel(args.tp, context=args.cp)
+    if dist.get_world_size() != args.tp * args.cp:
+        parser.error(f"{dist.get_world_size()} ranks are not tp {args.tp} x cp {args.cp}")
+    is_first = dist.get_rank() == 0
+    data |= device_figures() | {"tp": args.tp, "cp": args.cp}
     rows: list[dict[str, Any]] = []
     if MODELOPT in args.stages:
         # Here, as NeMo keeps what failed to be imported, and with it the frames that asked for it:
@@ -54,16 +67,22 @@ def main() -> int:
     for length in args.lengths:
         for stage in args.stages:
             rows.append(measure(stage, length, args))
-            print_table(rows[-1:])
-            write(args.out, data, rows)
-    print()
-    print_table(rows)
-    print(data["device"], data["versions"])
+            if is_first:
+                print_table(rows[-1:])
+                write(args.out, data, rows)
+    if is_first:
+        print()
+        print_table(rows)
+        print(data["device"], data["versions"])
+    dist.destroy_process_group()
     return 0
 
 
 def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Step time, rate and memory of one stage at one length; None where memory does not suffice."""
+    """Step time, rate and memory of one stage at one length.
+
+    None where memory does not suffice; of several ranks that is an error, as the others wait.
+    """
     recompute = "none" if length <= 4096 else "full"
     row: dict[str, Any] = {"stage": stage, "tokens": length, "recompute": recompute}
     milliseconds = peak = None
@@ -77,6 +96,8 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
         if args.profile:
             _print_profile(step)
     except torch.OutOfMemoryError:
+        if dist.get_world_size() > 1:
+            raise
         row["weights and optimizer GiB"] = None
     tflop = model_tflop(stage, length, args.layers, args.fa_heads_per_layer)
     seconds = None if milliseconds is None else milliseconds / 1e3
@@ -85,15 +106,15 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
         "predicted GiB": predicted_gib(stage, length, recompute, args),
         "step ms": milliseconds,
         "tokens/s": None if seconds is None else length / seconds,
-        "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S,
+        "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S / args.tp / args.cp,
     }
 
 
 def predicted_gib(
     stage: str, length: int, recompute: str, args: argparse.Namespace
 ) -> float | None:
-    """The peak by formula, workspaces left out; None for ModelOpt, which keeps whole logits."""
-    if stage == MODELOPT:
+    """The peak by formula, workspaces left out; None for several ranks, and for ModelOpt."""
+    if stage == MODELOPT or args.tp * args.cp > 1:
         return None
     from megatron_hydra.selection.cost import ModelShape
     from megatron_hydra.selection.training_memory import training_memory
@@ -170,18 +191,25 @@ def _training_step(
         ),
         [ddp],
     )  # fmt: skip
+    torch.manual_seed(0)  # the same tokens on all ranks
     tokens = torch.randint(VOCAB, (1, length), device="cuda")
-    positions = torch.arange(length, device="cuda")[None]
-    mask = torch.ones(1, length, device="cuda")
+    whole = {
+        "tokens": tokens,
+        "positions": torch.arange(length, device="cuda")[None],
+        "labels": tokens.roll(-1, 1),
+        "mask": torch.ones(1, length, device="cuda"),
+    }
+    batch = shard_batch(whole, get_context_parallel_group())
+    tokens, positions, labels, mask = batch.values()
 
     def loss() -> torch.Tensor:
         if stage == "align":
             return torch.stack(list(alignment.forward(tokens, positions).values())).sum() / length
         if stage == MODELOPT:
-            losses = student(tokens, positions, None, labels=tokens.roll(-1, 1))
+            losses = student(tokens, positions, None, labels=labels)
             return reduce_losses({"loss_mask": mask}, losses)[0]
         parts = distillation_loss(
-            student, teacher, tokens, positions, tokens.roll(-1, 1), mask,
+            student, teacher, tokens, positions, labels, mask,
             kl_weight=0.0 if teacher is None else 1.0, ce_weight=1.0,
             chunk_tokens=args.chunk_tokens,
         )  # fmt: skip
@@ -218,15 +246,15 @@ def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -
     from megatron_hydra.config import HydraConfig, recompute_fields
     from megatron_hydra.conversion.qwen3 import megatron_fields
     from megatron_hydra.model import build_model
-    from megatron_hydra.parallel import initialize_model_parallel
 
-    initialize_model_parallel()
     fields = megatron_fields(torch.bfloat16) | dict(
         num_layers=args.layers, hidden_size=HIDDEN, ffn_hidden_size=FFN,
         num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,
         backend="transformer_engine", fused_kernels=args.fused_kernels,
         apply_rope_fusion=True, bias_activation_fusion=True, **recompute_fields(recompute),
+        tensor_model_parallel_size=args.tp, sequence_parallel=args.tp > 1,
+        context_parallel_size=args.cp,
     )  # fmt: skip
     plan = None if hybrid is None else _plan(args)
     return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
