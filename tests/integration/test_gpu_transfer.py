@@ -1,0 +1,121 @@
+"""The example's three stages in NeMo's loop on GPUs: Transformer Engine, fla, our kernels.
+
+Catches: a stage that does not learn or does not take what the one before it wrote, FP8 that trains
+elsewhere than bf16, tensor-parallel ranks over NCCL that differ from one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import write_models
+
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.testing import run_distributed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.dist,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+EXAMPLE = Path(__file__).parents[2] / "examples/qwen3_1p7b"
+STAGES = ("stage1_align", "stage2_distill", "stage3_long_context")
+# Qwen3-1.7B's widths; its other layers and most of its vocabulary only cost time.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 4,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+PLAN = HeadPlan.from_fa_heads({i: range(i, 16, 4) for i in range(4)}, 4, 16, 8)
+NUM_STEPS, LENGTH = 6, 1024
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `write_inputs`, with one GPU's run in bf16 in `bf16`."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder, PLAN, **SHAPE)
+    run_distributed(transfer, 1, folder, folder / "bf16", [])
+    return folder
+
+
+def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> None:
+    """Write `teacher`, `hybrid`, and the documents of `data`."""
+    from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
+
+    write_models(folder, plan, **qwen3_fields)
+    rng = torch.Generator().manual_seed(0)
+    documents = torch.randint(256, (NUM_STEPS * 8, LENGTH), generator=rng)
+    write_indexed_dataset(folder / "data", documents.tolist(), 257, {})
+
+
+def transfer(inputs: Path, folder: Path, overrides: list[str]) -> None:
+    """Run the stages one after the other; rank 0 writes each step's loss to `losses.json`."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    from megatron_hydra.nemo.config import load_config
+    from megatron_hydra.nemo.training import TrainingRun
+
+    losses: dict[str, list[float]] = {}
+    previous = inputs / "hybrid"
+    for stage in STAGES:
+        shown: list[float] = []
+        of_run = [
+            f"data.paths=[{inputs}/data]", f"data.seq_length={LENGTH}", "data.num_workers=0",
+            "data.micro_batch_size=2", "data.global_batch_size=4", f"log.folder={folder / stage}",
+            f"trainer.max_steps={NUM_STEPS}", "optim.warmup_steps=1", "log.every_n_steps=1",
+            "strategy.tensor_model_parallel_size=1", "strategy.sequence_parallel=false",
+            f"transfer.init_from={previous}",
+        ]  # fmt: skip
+        if stage != "stage3_long_context":
+            of_run.append(f"transfer.teacher={inputs}/teacher")
+        run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", [*of_run, *overrides]))
+        run.run(lambda step, scalars, shown=shown: shown.append(scalars["loss"]))
+        unset_num_microbatches_calculator()  # NeMo keeps the first run's
+        losses[stage], previous = shown, folder / stage / "hybrid"
+    if torch.distributed.get_rank() == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
+def _losses(folder: Path) -> dict[str, torch.Tensor]:
+    losses = json.loads((folder / "losses.json").read_text())
+    return {stage: torch.tensor(losses[stage]) for stage in STAGES}
+
+
+def test_every_stage_learns(inputs: Path) -> None:
+    for stage, losses in _losses(inputs / "bf16").items():
+        assert len(losses) == NUM_STEPS
+        assert losses[-1] < losses[0], f"{stage}: {losses}"
+
+
+def test_fp8_learns_as_bf16_does(inputs: Path, tmp_path: Path) -> None:
+    run_distributed(transfer, 1, inputs, tmp_path, ["trainer.precision=fp8"])
+    _assert_close(_losses(tmp_path), _losses(inputs / "bf16"), 2**-4)  # half a step of E4M3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
+def test_two_tensor_parallel_ranks_equal_one(
+    inputs: Path, tmp_path: Path, sequence_parallel: str
+) -> None:
+    layout = [
+        "strategy.tensor_model_parallel_size=2",
+        f"strategy.sequence_parallel={sequence_parallel}",
+    ]
+    run_distributed(transfer, 2, inputs, tmp_path, layout)
+    _assert_close(_losses(tmp_path), _losses(inputs / "bf16"), 2**-7)  # two steps of bf16
+
+
+def _assert_close(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float
+) -> None:
+    """The first step's losses by `allowed`; later ones, whose weights differ, by four times it."""
+    for stage, losses in expected.items():
+        error = (found[stage] - losses).abs() / losses
+        assert error[0] <= allowed and error.max() <= 4 * allowed, f"{stage}: {error}"
