@@ -175,8 +175,7 @@ class SectionGradients:
         self.layout = layout
         self._shape = like.shape
         self._options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        self._joined: Tensor | None = None
-        self._handed: set[str] = set()
+        self._begin(None)
 
     def empty(self, *names: str) -> list[Tensor]:
         """Memory for the gradients of sections, `[s, b, units, width]`, nothing in it.
@@ -185,31 +184,30 @@ class SectionGradients:
         time begins a pass, with a new buffer: what an earlier one left stays as it is.
         """
         if self._joined is None or self._handed.intersection(names):
-            self._joined, self._handed = self._new(), set()
+            self._begin(torch.empty(self._shape, **self._options))
         self._handed.update(names)
-        places = self.layout.cut(self._joined)
-        return [self.layout.shaped(name, places[name]) for name in names]
+        return [self.layout.shaped(name, self._places[name]) for name in names]
 
     def join(self, gradients: dict[str, Tensor | None]) -> Tensor:
         """The `[s, b, rows]` that :meth:`ProjectionLayout.cut` makes `gradients` of; None is 0."""
-        joined, handed = self._joined, self._handed
-        self._joined, self._handed = None, set()
-        if joined is not None:
-            places = self.layout.cut(joined)
-            if not all(_is_same(places[name], gradients[name]) for name in handed):
-                joined = None  # of an earlier pass, or somebody has added to what lies there
-        if joined is None:
-            joined, handed = self._new(), set()
-        for name, place in self.layout.cut(joined).items():
+        # Of another pass, or somebody has added to what lies there: it stays as it is.
+        is_usable = all(_is_same(self._places[name], gradients[name]) for name in self._handed)
+        if self._joined is None or not is_usable:
+            self._begin(torch.empty(self._shape, **self._options))
+        for name, place in self._places.items():
             gradient = gradients[name]
             if gradient is None:
                 place.zero_()
-            elif name not in handed:
+            elif name not in self._handed:
                 _copy(gradient, place)
+        joined = self._joined
+        self._begin(None)
         return joined
 
-    def _new(self) -> Tensor:
-        return torch.empty(self._shape, **self._options)
+    def _begin(self, joined: Tensor | None) -> None:
+        self._joined = joined
+        self._places = {} if joined is None else self.layout.cut(joined)
+        self._handed: set[str] = set()
 
 
 class _Split(torch.autograd.Function):
@@ -240,12 +238,9 @@ def _is_same(x: Tensor, y: Tensor | None) -> bool:
 
 def _copy(source: Tensor, target: Tensor) -> None:
     """Copy columns; 16 bytes at once if they allow it, as PyTorch copies them one by one."""
-    both = (source, target)
-    per_16_bytes = 16 // target.element_size()
-    if all(
-        x.stride(-1) == 1
-        and not any(n % per_16_bytes for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
-        for x in both
-    ):
-        source, target = (x.view(torch.complex128) for x in both)
+    *steps, last = source.stride()
+    offsets = (source.storage_offset(), target.storage_offset())
+    divisor = math.gcd(*offsets, *steps, *target.stride()[:-1], target.shape[-1])
+    if last == 1 and divisor * target.element_size() % 16 == 0:
+        source, target = source.view(torch.complex128), target.view(torch.complex128)
     target.copy_(source)
