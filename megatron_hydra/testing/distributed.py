@@ -1,4 +1,4 @@
-"""Runs a function on several ranks of this machine, over gloo."""
+"""Runs a function on several ranks of this machine."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def run_distributed(
 ) -> None:
     """Call `function(*args)` on `world_size` fresh processes joined by torchrun's environment.
 
-    Each process has CUDA's calls mapped to the CPU and one thread; `function` (of a module's top
-    level) sets up Megatron's groups itself with `initialize_model_parallel`. An exception on any
-    rank is raised here. Ranks fork from a server that has imported Megatron and run nothing.
+    Each process has one thread; `function` (of a module's top level) sets up Megatron's groups
+    itself with `initialize_model_parallel`. An exception on any rank is raised here. Without a GPU
+    CUDA's calls are mapped to the CPU, and ranks fork from a server that has imported Megatron and
+    run nothing; with one they start anew, as CUDA does not survive a fork.
 
     Args:
         function: What each rank runs.
@@ -38,9 +39,11 @@ def run_distributed(
     Raises:
         TimeoutError: If a rank has not ended in time; says where each of those stood.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["megatron_hydra.testing.preload"]
-    )
+    start_method = "spawn" if torch.cuda.is_available() else "forkserver"
+    if start_method == "forkserver":
+        multiprocessing.get_context(start_method).set_forkserver_preload(
+            ["megatron_hydra.testing.preload"]
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,7 +53,7 @@ def run_distributed(
             (world_size, port, Path(stacks), function, args),
             nprocs=world_size,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         deadline = time.monotonic() + limit_s
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
