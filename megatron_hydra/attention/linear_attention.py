@@ -111,14 +111,15 @@ class LinearAttentionBranch(HeadModule):
     ) -> list[Tensor]:
         """As :meth:`_prepare`, in one kernel that reads the sections where they lie.
 
-        Their gradients go where those of all sections are joined. Both are copied once where a
-        rank has two pieces of each of several rows.
+        They are copied once where a rank has two pieces of each of several rows. Their gradients go
+        where those of all sections are joined, but for context parallelism, whose last tokens have
+        another reader.
         """
         config, gradients = self.config, sections.gradients
         names = [name for name in ("la_qkv", "la_decay", "la_beta") if name in sections]
         parts = {name: pieces.batch_first(sections[name]) for name in names}
         options: dict[str, Any] = {}
-        if gradients is not None:
+        if gradients is not None and not pieces.is_split:
             options["empty_gradients"] = lambda: [
                 pieces.batch_first(place) for place in gradients.empty(*names)
             ]

@@ -10,11 +10,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_hydra.attention import projection_layout
 from megatron_hydra.attention.context_parallel import Pieces
 from megatron_hydra.attention.projection_layout import ProjectionLayout, SectionGradients
 from megatron_hydra.attention.sequence_layout import (
@@ -26,7 +28,10 @@ from megatron_hydra.attention.sequence_layout import (
 from megatron_hydra.attention.sharded_heads import sharded_heads
 from megatron_hydra.config import HydraFields
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
+from megatron_hydra.model import build_model
+from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.placement import CostModel, LayerPlacement, PlacementPolicy, place_heads
+from megatron_hydra.testing.tiny import tiny_config, tiny_plan, token_batch
 
 HEAD_DIM = 3
 # Reproducible, and no complaint about the first example's imports.
@@ -151,6 +156,23 @@ def test_gradients_of_sections_are_joined(case: Case, gates: dict, data: st.Data
                 assert written.data_ptr() == places[name].data_ptr(), f"{name} was copied"
     for result, as_it_was in passes:
         assert torch.equal(result, as_it_was), "a later pass wrote over an earlier one's gradient"
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_the_layers_kernels_write_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[str] = []
+
+    def copy(source: Tensor, target: Tensor) -> None:
+        copied.append("copy")
+        target.copy_(source)
+
+    monkeypatch.setattr(projection_layout, "_copy", copy)
+    initialize_model_parallel()
+    model = build_model(tiny_config(fused_kernels="triton"), tiny_plan())
+    tokens, positions = token_batch(model.config)
+    model(tokens, positions, None, labels=tokens).mean().backward()
+    # Of each layer queries, keys and values of the FA heads, which Megatron's modules hand back.
+    assert len(copied) == 3 * model.config.num_layers
 
 
 class _Square(torch.autograd.Function):

@@ -274,7 +274,7 @@ def jsd_sums_kernel(
 @triton.jit
 def scale_kernel(
     source,  # float32
-    target,  # may begin where source does, if it is narrower and begin is not 0
+    target,  # may begin where source does, if half as wide or less and end is 2 begin at most
     scale,  # one number
     begin,
     end,
