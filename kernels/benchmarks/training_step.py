@@ -1,7 +1,8 @@
 """Times one optimizer step of a Qwen3-1.7B-shaped hybrid in each stage, and of full attention.
 
     python kernels/benchmarks/training_step.py --out training_step.json
-    torchrun --nproc-per-node 2 kernels/benchmarks/training_step.py --cp 2 --lengths 131072
+    torchrun --nproc-per-node 2 kernels/benchmarks/training_step.py --cp 2 --lengths 131072 \\
+        --stages align distill long_context full
 
 One GPU, or several with --tp (then sequence parallel too) and --cp; bf16 with float32 main weights
 (Megatron's distributed optimizer), one sequence a step, random weights and tokens. `full` trains
@@ -19,6 +20,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,9 @@ def main() -> int:
     is_first = dist.get_rank() == 0
     data |= device_figures() | {"tp": args.tp, "cp": args.cp}
     rows: list[dict[str, Any]] = []
+    if args.stages is STAGES and find_spec("nemo") is None:
+        print(f"NeMo is not installed: without its {MODELOPT!r}")
+        args.stages = [stage for stage in STAGES if stage != MODELOPT]
     if MODELOPT in args.stages:
         # Here, as NeMo keeps what failed to be imported, and with it the frames that asked for it:
         # of a function that holds models, those would never be freed.
@@ -160,7 +165,11 @@ def _training_step(
     stage: str, length: int, recompute: str, args: argparse.Namespace
 ) -> tuple[Callable[[], Any], float]:
     """A function that runs one step, and what weights, gradients and optimizer take."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from megatron_hydra.transfer.alignment import Alignment
@@ -219,7 +228,7 @@ def _training_step(
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         loss().backward()
-        ddp.finish_grad_sync()
+        finalize_model_grads([ddp])
         optimizer.step()
 
     step()
