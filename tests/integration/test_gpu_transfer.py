@@ -46,13 +46,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> None:
-    """Write `teacher`, `hybrid`, and the documents of `data`."""
+    """Write `teacher`, `hybrid` and `data`."""
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
     write_models(folder, plan, **qwen3_fields)
-    rng = torch.Generator().manual_seed(0)
-    documents = torch.randint(256, (NUM_STEPS * 8, LENGTH), generator=rng)
-    write_indexed_dataset(folder / "data", documents.tolist(), 257, {})
+    # The same sample wherever one begins: a loss falls by what is learnt alone.
+    tokens = torch.randint(256, (LENGTH,), generator=torch.Generator().manual_seed(0)).repeat(2)
+    write_indexed_dataset(folder / "data", [tokens.tolist()], 257, {})
 
 
 def transfer(inputs: Path, folder: Path, overrides: list[str]) -> None:
@@ -71,7 +71,7 @@ def transfer(inputs: Path, folder: Path, overrides: list[str]) -> None:
             "data.micro_batch_size=2", "data.global_batch_size=4", f"log.folder={folder / stage}",
             f"trainer.max_steps={NUM_STEPS}", "optim.warmup_steps=1", "log.every_n_steps=1",
             "strategy.tensor_model_parallel_size=1", "strategy.sequence_parallel=false",
-            f"transfer.init_from={previous}",
+            f"transfer.init_from={previous}", "optim.lr=2e-4", "optim.min_lr=2e-4",
         ]  # fmt: skip
         if stage != "stage3_long_context":
             of_run.append(f"transfer.teacher={inputs}/teacher")
@@ -85,18 +85,24 @@ def transfer(inputs: Path, folder: Path, overrides: list[str]) -> None:
 
 def _losses(folder: Path) -> dict[str, torch.Tensor]:
     losses = json.loads((folder / "losses.json").read_text())
-    return {stage: torch.tensor(losses[stage]) for stage in STAGES}
+    return {stage: torch.tensor(losses[stage], dtype=torch.float64) for stage in STAGES}
 
 
 def test_every_stage_learns(inputs: Path) -> None:
     for stage, losses in _losses(inputs / "bf16").items():
         assert len(losses) == NUM_STEPS
-        assert losses[-1] < losses[0], f"{stage}: {losses}"
+        assert losses[-1] < 0.9 * losses[0], f"{stage}: {losses}"
 
 
 def test_fp8_learns_as_bf16_does(inputs: Path, tmp_path: Path) -> None:
     run_distributed(transfer, 1, inputs, tmp_path, ["trainer.precision=fp8"])
-    _assert_close(_losses(tmp_path), _losses(inputs / "bf16"), 2**-4)  # half a step of E4M3
+    for stage, expected in _losses(inputs / "bf16").items():
+        found = _losses(tmp_path)[stage]
+        assert not torch.equal(found, expected), "nothing ran in FP8"
+        fallen, expected_fall = (1 - x[-1] / x[0] for x in (found, expected))
+        assert fallen >= expected_fall / 2, f"{stage}: {found}, bf16 {expected}"
+        if stage == STAGES[0]:  # the same weights: half a step of E4M3 is 2^-4 of a number
+            assert (found[0] / expected[0] - 1).abs() <= 2**-4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -109,13 +115,9 @@ def test_two_tensor_parallel_ranks_equal_one(
         f"strategy.sequence_parallel={sequence_parallel}",
     ]
     run_distributed(transfer, 2, inputs, tmp_path, layout)
-    _assert_close(_losses(tmp_path), _losses(inputs / "bf16"), 2**-7)  # two steps of bf16
-
-
-def _assert_close(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], allowed: float
-) -> None:
-    """The first step's losses by `allowed`; later ones, whose weights differ, by four times it."""
-    for stage, losses in expected.items():
-        error = (found[stage] - losses).abs() / losses
-        assert error[0] <= allowed and error.max() <= 4 * allowed, f"{stage}: {error}"
+    for stage, expected in _losses(inputs / "bf16").items():
+        found = _losses(tmp_path)[stage]
+        # Of what a stage learns in these steps, a tenth and more; the runs' rounding, which grows
+        # as they train, comes to 2^-9 on two CPU ranks.
+        error = (found - expected).abs().max() / expected[0]
+        assert error <= 2**-6, f"{stage}: {found}, one {expected}"
