@@ -131,7 +131,7 @@ class HeadFusion(HeadModule):
             self.positions,
             eps=None if config.fusion == "none" else config.layernorm_epsilon,
             la_activation="silu" if config.la_output_gate == "silu" else "sigmoid2",
-            empty_gradients=None if gradients is None else lambda: gradients.empty(*gates),
+            empty_gradients=lambda: gradients.empty(*gates),
             impl="triton",
         )
 

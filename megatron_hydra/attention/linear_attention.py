@@ -115,11 +115,12 @@ class LinearAttentionBranch(HeadModule):
         where those of all sections are joined, but for context parallelism, whose last tokens have
         another reader.
         """
-        config, gradients = self.config, sections.gradients
+        config = self.config
         names = [name for name in ("la_qkv", "la_decay", "la_beta") if name in sections]
         parts = {name: pieces.batch_first(sections[name]) for name in names}
         options: dict[str, Any] = {}
-        if gradients is not None and not pieces.is_split:
+        if not pieces.is_split:
+            gradients = sections.gradients
             options["empty_gradients"] = lambda: [
                 pieces.batch_first(place) for place in gradients.empty(*names)
             ]
@@ -179,9 +180,9 @@ class LinearAttentionBranch(HeadModule):
         parts = [sections[name].flatten(2) for name in names]
         moved = pieces.to_contiguous(torch.cat(parts, dim=-1))
         parts = moved.split([part.shape[-1] for part in parts], dim=-1)
-        return Sections(
-            {name: part.view_as(sections[name]) for name, part in zip(names, parts, strict=True)}
-        )
+        named = zip(names, parts, strict=True)
+        views = {name: part.view_as(sections[name]) for name, part in named}
+        return Sections(views, sections.gradients)
 
     def _convolve(self, x: Tensor, pieces: Pieces) -> list[Tensor]:
         if self.config.la_short_conv:

@@ -121,9 +121,9 @@ class ProjectionLayout:
             values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
         """
         gradients = SectionGradients(self, projected)
-        parts = zip((*self._shapes, "padding"), _Split.apply(projected, gradients), strict=True)
-        views = {name: self.shaped(name, part) for name, part in parts if name != "padding"}
-        return Sections(views, gradients)
+        *parts, _ = _Split.apply(projected, gradients)
+        named = zip(self._shapes, parts, strict=True)
+        return Sections({name: self.shaped(name, part) for name, part in named}, gradients)
 
     def cut(self, projected: Tensor) -> dict[str, Tensor]:
         """Views `[s, b, ·]` of all parts of a split in order, "padding" last."""
@@ -155,7 +155,7 @@ class ProjectionLayout:
 class Sections(dict[str, Tensor]):
     """What :meth:`ProjectionLayout.split` returns: views by name, and where gradients may go."""
 
-    def __init__(self, views: dict[str, Tensor], gradients: SectionGradients | None = None) -> None:
+    def __init__(self, views: dict[str, Tensor], gradients: SectionGradients) -> None:
         super().__init__(views)
         self.gradients = gradients
 
