@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from hydra_kernels.gradients import gradient_memory
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -257,12 +259,11 @@ class _HeadFusion(torch.autograd.Function):
         grid, sizes = _launch(fa, n)
         # Strides as fa's and la's: what made them takes its gradient without a copy.
         dfa, dla = torch.empty_like(fa), torch.empty_like(la)
-        gates = [z for z in (fa_gate, la_gate) if z is not None]
-        if ctx.empty_gradients is None:
-            dz = iter([torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in gates])
-        else:
-            dz = iter(ctx.empty_gradients())
-        dfa_gate, dla_gate = (None if z is None else next(dz) for z in (fa_gate, la_gate))
+        dfa_gate, dla_gate = gradient_memory(
+            (fa_gate, la_gate),
+            ctx.empty_gradients,
+            lambda z: torch.empty(z.shape, dtype=z.dtype, device=z.device),
+        )
         scale_parts = None
         if head_scale is not None:
             num_parts = grid[0] // n * b

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from hydra_kernels.device import check_device
+from hydra_kernels.gradients import gradient_memory
 from hydra_kernels.la_preparation.triton_backward import backward_kernel
 from hydra_kernels.la_preparation.triton_forward import forward_kernel
 from hydra_kernels.la_preparation.triton_vectors import HEADS_PER_TILE, MAX_LAG, reach_kernel
@@ -109,10 +110,7 @@ class LAPreparation(torch.autograd.Function):
         x, a, b, conv_weight, q_weight, _, cos, _, _, _, state, _ = inputs
         rows, num_tokens, channels = x.shape
         grid, sizes = _launch(x, num_heads, conv_weight, _HALF_TILE_BACKWARD, _LONGEST_BACKWARD)
-        given = [t for t in (x, a, b) if t is not None]
-        make = ctx.empty_gradients
-        empty = iter([_empty_like(t) for t in given] if make is None else make())
-        dx, da, db = (None if t is None else next(empty) for t in (x, a, b))
+        dx, da, db = gradient_memory((x, a, b), ctx.empty_gradients, _empty_like)
         dstate = (
             None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
         )
