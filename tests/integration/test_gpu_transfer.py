@@ -96,8 +96,9 @@ def test_every_stage_learns(inputs: Path) -> None:
 
 def test_fp8_learns_as_bf16_does(inputs: Path, tmp_path: Path) -> None:
     run_distributed(transfer, 1, inputs, tmp_path, ["trainer.precision=fp8"])
+    losses = _losses(tmp_path)
     for stage, expected in _losses(inputs / "bf16").items():
-        found = _losses(tmp_path)[stage]
+        found = losses[stage]
         assert not torch.equal(found, expected), "nothing ran in FP8"
         fallen, expected_fall = (1 - x[-1] / x[0] for x in (found, expected))
         assert fallen >= expected_fall / 2, f"{stage}: {found}, bf16 {expected}"
@@ -115,8 +116,9 @@ def test_two_tensor_parallel_ranks_equal_one(
         f"strategy.sequence_parallel={sequence_parallel}",
     ]
     run_distributed(transfer, 2, inputs, tmp_path, layout)
+    losses = _losses(tmp_path)
     for stage, expected in _losses(inputs / "bf16").items():
-        found = _losses(tmp_path)[stage]
+        found = losses[stage]
         # Of what a stage learns in these steps, a tenth and more; the runs' rounding, which grows
         # as they train, comes to 2^-9 on two CPU ranks.
         error = (found - expected).abs().max() / expected[0]
