@@ -28,7 +28,8 @@ def run_distributed(
     Each process has one thread; `function` (of a module's top level) sets up Megatron's groups
     itself with `initialize_model_parallel`. An exception on any rank is raised here. Without a GPU
     CUDA's calls are mapped to the CPU, and ranks fork from a server that has imported Megatron and
-    run nothing; with one they start anew, as CUDA does not survive a fork.
+    run nothing; with one they start anew, as CUDA does not survive a fork. More ranks than GPUs
+    share the first, each as a host of its own: NCCL takes one rank for a GPU of a host.
 
     Args:
         function: What each rank runs.
@@ -82,12 +83,16 @@ def _run(
     rank: int, world_size: int, port: int, stacks: Path, function: Callable, args: tuple
 ) -> None:
     torch.set_num_threads(1)
+    crowded = torch.cuda.is_available() and torch.cuda.device_count() < world_size
+    host, local_rank, local_size = (rank, 0, 1) if crowded else (0, rank, world_size)
     os.environ.update(
         TORCHELASTIC_RUN_ID="run_distributed",
-        GROUP_RANK="0",
+        GROUP_RANK=str(host),
+        GROUP_WORLD_SIZE=str(world_size // local_size),
+        NCCL_HOSTID=str(host),
         RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(local_rank),
+        LOCAL_WORLD_SIZE=str(local_size),
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),

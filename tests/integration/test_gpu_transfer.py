@@ -1,7 +1,8 @@
 """The example's three stages in NeMo's loop on GPUs: Transformer Engine, fla, our kernels.
 
 Catches: a stage that does not learn or does not take what the one before it wrote, FP8 that trains
-elsewhere than bf16, tensor-parallel ranks over NCCL that differ from one.
+elsewhere than bf16, tensor- and context-parallel ranks over NCCL that differ from one. Two ranks
+share a GPU where there is but one.
 """
 
 from __future__ import annotations
@@ -55,8 +56,11 @@ def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> None:
     write_indexed_dataset(folder / "data", [tokens.tolist()], 257, {})
 
 
-def transfer(inputs: Path, folder: Path, overrides: list[str]) -> None:
-    """Run the stages one after the other; rank 0 writes each step's loss to `losses.json`."""
+def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | None = None) -> None:
+    """Run the stages, each from what the one before it wrote, here or in the run `before`.
+
+    Rank 0 writes each step's loss to `losses.json`.
+    """
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     from megatron_hydra.nemo.config import load_config
@@ -78,7 +82,7 @@ def transfer(inputs: Path, folder: Path, overrides: list[str]) -> None:
         run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", [*of_run, *overrides]))
         run.run(lambda step, scalars, shown=shown: shown.append(scalars["loss"]))
         unset_num_microbatches_calculator()  # NeMo keeps the first run's
-        losses[stage], previous = shown, folder / stage / "hybrid"
+        losses[stage], previous = shown, (before or folder) / stage / "hybrid"
     if torch.distributed.get_rank() == 0:
         (folder / "losses.json").write_text(json.dumps(losses))
 
@@ -106,7 +110,6 @@ def test_fp8_learns_as_bf16_does(inputs: Path, tmp_path: Path) -> None:
             assert (found[0] / expected[0] - 1).abs() <= 2**-4
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("sequence_parallel", ["false", "true"])
 def test_two_tensor_parallel_ranks_equal_one(
     inputs: Path, tmp_path: Path, sequence_parallel: str
@@ -115,11 +118,28 @@ def test_two_tensor_parallel_ranks_equal_one(
         "strategy.tensor_model_parallel_size=2",
         f"strategy.sequence_parallel={sequence_parallel}",
     ]
-    run_distributed(transfer, 2, inputs, tmp_path, layout)
+    run_distributed(transfer, 2, inputs, tmp_path, layout, inputs / "bf16")
     losses = _losses(tmp_path)
     for stage, expected in _losses(inputs / "bf16").items():
         found = losses[stage]
-        # Of what a stage learns in these steps, a tenth and more; the runs' rounding, which grows
-        # as they train, comes to 2^-9 on two CPU ranks.
-        error = (found - expected).abs().max() / expected[0]
+        # Before, after one and after two updates from the same weights: the forward and backward
+        # passes and the optimizer. Then a loss that swings makes more of the runs' rounding.
+        error = ((found - expected).abs() / expected[0])[:3].max()
         assert error <= 2**-6, f"{stage}: {found}, one {expected}"
+
+
+def certify(out: Path) -> None:
+    """The command's certificate of the example, at two layers and a small vocabulary."""
+    from hydra_tools import cli
+
+    of_run = ["--tp", "2", "--cp", "2", "--layers", "2", "--length", "256", "--steps", "2"]
+    config = ["--config", f"{EXAMPLE}/certify.yaml", "model.vocab_size=8192"]
+    assert cli.main(["certify", *config, *of_run, "--out", str(out)]) == 0
+
+
+def test_certificate_of_two_ranks(tmp_path: Path) -> None:
+    run_distributed(certify, 2, tmp_path / "certificate.json")
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    assert certificate["passed"] and certificate["backend"] == "transformer_engine"
+    layouts = " ".join(row["layout"] for row in certificate["rows"])
+    assert "tp2" in layouts and "cp2" in layouts
