@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def main() -> None:
 def measure(
     tokens: int, heads: int, document: int | None, copy_gb_per_s: float
 ) -> Iterator[dict[str, Any]]:
-    """Forward and backward of every implementation for one size."""
+    """Forward and backward of every implementation for one size.
+
+    Backward is both passes less the forward one: not every peer can repeat it alone.
+    """
     inputs = make_inputs(tokens, heads)
     cu_seqlens = None
     if document is not None:
@@ -63,16 +67,14 @@ def measure(
             continue  # half a minute of compilation a size
         torch.compiler.reset()
         try:
-            outputs = function(inputs, heads, cu_seqlens)
-            upstream = [torch.randn_like(x) for x in outputs]
-            gib = peak_gib(lambda f=function: f(inputs, heads, cu_seqlens))
-            forward = median_ms(lambda f=function: f(inputs, heads, cu_seqlens))
-            backward = median_ms(
-                lambda o=outputs, u=upstream: torch.autograd.grad(o, learned, u, retain_graph=True)
-            )
+            run = partial(function, inputs, heads, cu_seqlens)
+            upstream = [torch.randn_like(x) for x in run()]
+            gib, forward = peak_gib(run), median_ms(run)
+            both = median_ms(lambda f=run, u=upstream: torch.autograd.grad(f(), learned, u))
+            backward = both - forward
         except torch.OutOfMemoryError:
             gib = forward = backward = float("nan")
-        outputs = upstream = None
+        run = upstream = None
         for direction, ms in (("forward", forward), ("backward", backward)):
             floor = floor_bytes(tokens, heads, direction) / copy_gb_per_s / 1e6
             yield {
