@@ -49,6 +49,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
+    parser.add_argument("--fp8", action="store_true", help="the linears in FP8, as in training")
+    parser.add_argument("--overlap-branches", action=argparse.BooleanOptionalAction)
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
@@ -261,10 +263,13 @@ def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -
         num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,
         backend="transformer_engine", fused_kernels=args.fused_kernels,
+        overlap_branches=args.overlap_branches,
         apply_rope_fusion=True, bias_activation_fusion=True, **recompute_fields(recompute),
         tensor_model_parallel_size=args.tp, sequence_parallel=args.tp > 1,
         context_parallel_size=args.cp,
     )  # fmt: skip
+    if args.fp8:
+        fields |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
     plan = None if hybrid is None else _plan(args)
     return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
 

@@ -41,6 +41,9 @@ from megatron_hydra.placement import CostModel, place_heads
 
 logger = logging.getLogger(__name__)
 
+# Measured on an H100, see kernels/benchmarks/RESULTS.md: beyond it either branch fills the GPU.
+_OVERLAP_TOKENS = 32768
+
 
 @dataclass
 class HydraAttentionSubmodules:
@@ -204,7 +207,7 @@ class HydraAttention(MegatronModule):
             fa_angles = rotary_pos_emb[tokens.positions]
             la_angles = rotary_pos_emb[pieces.positions]
         fa_inputs = (sections, fa_angles, tokens, packed_seq_params)
-        if self.config.overlap_branches and projected.is_cuda:
+        if self._overlaps(projected):
             main, side = torch.cuda.current_stream(), _side_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
@@ -221,6 +224,14 @@ class HydraAttention(MegatronModule):
             fa = self.full_attention(*fa_inputs)
             la = self.linear_attention(sections, la_angles, pieces)
         return self.fusion(fa, la, sections, hidden_states)
+
+    def _overlaps(self, projected: Tensor) -> bool:
+        if not projected.is_cuda:
+            return False
+        if self.config.overlap_branches is not None:
+            return self.config.overlap_branches
+        num_tokens = projected.shape[0] * projected.shape[1]
+        return num_tokens <= _OVERLAP_TOKENS and self.pg_collection.cp.size() == 1
 
     def per_head_parameters(self) -> dict[str, tuple[Sequence[Section], int]]:
         """Which rows of a parameter belong to which head.

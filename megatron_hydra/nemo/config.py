@@ -32,6 +32,7 @@ class ModelSection:
     la_kernel: Literal["auto", "reference", "fla"] | None = None
     fused_kernels: Literal["auto", "reference", "triton"] | None = None
     overlap_branches: bool | None = None
+    """None: by the tokens of each micro-batch, as `HydraConfig` says; stays None in config.yaml."""
     placement: Literal["balanced", "by_type"] | None = None
     fa_query_scale: Literal["none", "inference", "always"] | None = None
     fa_query_scale_start: int | None = None
