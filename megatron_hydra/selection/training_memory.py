@@ -89,6 +89,8 @@ def training_memory(
     again = one_layer if recomputes else 0.0
 
     if stage == "align":
+        if recomputes:  # the layer's output, and both in float32 beside their difference
+            again += num_tokens * 10 * h
         return TrainingMemory(state, kept, max(num_tokens * mlp, again))  # the teacher's MLP
     kept += num_tokens * 4 * h  # the final norm's input and output
     logits = 2 * chunk_tokens * shape.vocab_size

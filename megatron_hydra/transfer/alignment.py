@@ -133,7 +133,7 @@ class Alignment:
             # A layer without gradients adds its input to its attention's output in place.
             target = output[0].clone() if recomputes else output[0]
 
-            def error() -> Tensor:
+            def error(*_: Tensor) -> Tensor:
                 # From the layer's input, not the attention's: Transformer Engine fuses the
                 # teacher's norm into its attention. A recomputation finds no context of FP8.
                 with get_fp8_context(config):
@@ -149,8 +149,10 @@ class Alignment:
 
             with torch.enable_grad():
                 if recomputes:
-                    # PyTorch's, since Megatron's wants an input that has a gradient.
-                    loss = checkpoint(error, use_reentrant=False, preserve_rng_state=False)
+                    # Reentrant: the other kind keeps what a kernel stores beside its saved
+                    # tensors, as FlashQLA does. It wants an input that has a gradient.
+                    anchor = layer_input.new_empty(0).requires_grad_()
+                    loss = checkpoint(error, anchor, use_reentrant=True, preserve_rng_state=False)
                 else:
                     loss = error()
             # Megatron counts layers from 1.
