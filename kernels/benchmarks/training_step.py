@@ -120,8 +120,8 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
 def predicted_gib(
     stage: str, length: int, recompute: str, args: argparse.Namespace
 ) -> float | None:
-    """The peak by formula, workspaces left out; None for several ranks, and for ModelOpt."""
-    if stage == MODELOPT or args.tp * args.cp > 1:
+    """The peak by formula, workspaces left out; None for several ranks, FP8, and ModelOpt."""
+    if stage == MODELOPT or args.tp * args.cp > 1 or args.fp8:
         return None
     from megatron_hydra.selection.cost import ModelShape
     from megatron_hydra.selection.training_memory import training_memory
