@@ -229,6 +229,7 @@ def _training_step(
     def step() -> None:
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
+        ddp.set_is_first_microbatch()  # FP8 rounds the new weights
         loss().backward()
         finalize_model_grads([ddp])
         optimizer.step()
