@@ -108,7 +108,7 @@ def test_branches_on_two_streams_change_nothing():
     x, upstream = (torch.randn(512, 2, 512, device="cuda", generator=generator) for _ in range(2))
     rotary = RotaryEmbedding(64, 1.0, rotary_base=10000)(512)
     results = []
-    for layer.config.overlap_branches in (False, True, True):
+    for layer.config.overlap_branches in (False, True, None):
         layer.zero_grad()
         results.append(_run(layer, x, rotary, upstream, None))
     assert all(torch.equal(result["output"], results[0]["output"]) for result in results)
