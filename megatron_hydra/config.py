@@ -153,16 +153,18 @@ class HydraConfig(HydraFields, TransformerConfig):
         super().__post_init__()
 
 
-def recompute_fields(granularity: str | None) -> dict[str, Any]:
+def recompute_fields(granularity: str | None, num_layers: int | None = None) -> dict[str, Any]:
     """Megatron's fields that recompute activations.
 
     Args:
         granularity: `selective`, what lies between an attention's two projections; `full`, each
             layer; None or `none`, nothing.
+        num_layers: With `full`, the first so many layers of a pipeline stage alone; None for all.
     """
     if granularity in (None, "none"):
         return {}
     fields: dict[str, Any] = {"recompute_granularity": granularity}
     if granularity == "full":
-        fields |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+        method = "uniform" if num_layers is None else "block"
+        fields |= {"recompute_method": method, "recompute_num_layers": num_layers or 1}
     return fields

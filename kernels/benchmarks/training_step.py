@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--overlap-branches", action=argparse.BooleanOptionalAction)
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
+    parser.add_argument("--recompute-layers", type=int, help="above 4,096 tokens; all by default")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -91,7 +92,8 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
     None where memory does not suffice; of several ranks that is an error, as the others wait.
     """
     recompute = "none" if length <= 4096 else "full"
-    row: dict[str, Any] = {"stage": stage, "tokens": length, "recompute": recompute}
+    layers = 0 if recompute == "none" else args.recompute_layers or args.layers
+    row: dict[str, Any] = {"stage": stage, "tokens": length, "layers recomputed": layers}
     milliseconds = peak = None
     gc.collect()  # DDP's hooks hold the model in a cycle
     torch.cuda.empty_cache()
@@ -131,7 +133,10 @@ def predicted_gib(
     )
     plan = None if stage.startswith("full") else _plan(args)
     of_transfer = {"full": "long_context", "full distill": "distill"}.get(stage, stage)
-    memory = training_memory(shape, plan, of_transfer, length, recompute, args.chunk_tokens)
+    memory = training_memory(
+        shape, plan, of_transfer, length, recompute, args.chunk_tokens,
+        recompute_layers=args.recompute_layers,
+    )  # fmt: skip
     return memory.peak / 2**30
 
 
@@ -215,7 +220,8 @@ def _training_step(
 
     def loss() -> torch.Tensor:
         if stage == "align":
-            return torch.stack(list(alignment.forward(tokens, positions).values())).sum() / length
+            losses = torch.stack(list(alignment.forward(tokens, positions).values()))
+            return alignment.pipeline_output(losses.sum() / length)
         if stage == MODELOPT:
             losses = student(tokens, positions, None, labels=labels)
             return reduce_losses({"loss_mask": mask}, losses)[0]
@@ -265,7 +271,8 @@ def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,
         backend="transformer_engine", fused_kernels=args.fused_kernels,
         overlap_branches=args.overlap_branches,
-        apply_rope_fusion=True, bias_activation_fusion=True, **recompute_fields(recompute),
+        apply_rope_fusion=True, bias_activation_fusion=True,
+        **recompute_fields(recompute, args.recompute_layers),
         tensor_model_parallel_size=args.tp, sequence_parallel=args.tp > 1,
         context_parallel_size=args.cp,
     )  # fmt: skip

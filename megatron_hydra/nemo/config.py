@@ -15,6 +15,8 @@ from megatron_hydra.yaml_config import read_config
 
 Stage = Literal["align", "distill", "long_context"]
 
+# Whichever is chosen, the results are equal bit by bit: a run that needs less memory goes on.
+_BIT_EQUAL = ("model.recompute", "model.recompute_layers")
 FP8_TOKEN_MULTIPLE = 16
 """Of a rank's tokens: cuBLAS takes no other sizes in FP8."""
 
@@ -39,6 +41,9 @@ class ModelSection:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those between an
     attention's two projections, or each layer's."""
+    recompute_layers: int | None = None
+    """With `recompute: full`, the first so many layers of each pipeline stage alone; None: all.
+    As few as the memory allows are the fastest (`megatron_hydra.selection.training_memory`)."""
 
 
 @dataclass
@@ -227,6 +232,7 @@ _BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
 # What each number may be; not-a-number is in no range.
 _RANGES: dict[str, _Range] = {
     "model.fa_query_scale_start": _COUNT_OR_0,
+    "model.recompute_layers": _COUNT,
     "data.seq_length": _COUNT,
     "data.micro_batch_size": _COUNT,
     "data.global_batch_size": _COUNT,
@@ -277,12 +283,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str | None:
     """The first `section.key` among ``sections`` whose value differs, or None.
 
-    What either leaves open, None or `auto`, differs from nothing.
+    What either leaves open, None or `auto`, differs from nothing, nor does what is recomputed.
     """
     for section in sections:
         for item in fields(getattr(old, section)):
             values = [getattr(getattr(config, section), item.name) for config in (old, new)]
-            if values[0] != values[1] and None not in values and "auto" not in values:
+            is_open = None in values or "auto" in values or f"{section}.{item.name}" in _BIT_EQUAL
+            if values[0] != values[1] and not is_open:
                 return f"{section}.{item.name}"
     return None
 
@@ -304,6 +311,11 @@ def _check(config: RunConfig) -> None:
         )
     if optim.schedule == "cosine" and optim.min_lr > optim.lr:
         raise UserError(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
+    if config.model.recompute_layers is not None and config.model.recompute != "full":
+        raise UserError(
+            f"model.recompute_layers is {config.model.recompute_layers}, which needs "
+            f"model.recompute full, not {config.model.recompute}"
+        )
     _check_loss_weights(transfer)
     if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
         raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")

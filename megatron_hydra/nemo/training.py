@@ -271,6 +271,11 @@ class TrainingRun:
                 f"{key} {folder} has {num_layers} layers, which do not divide by "
                 f"strategy.pipeline_model_parallel_size {num_stages}"
             )
+        of_stage = num_layers // num_stages
+        if (recomputed := self.config.model.recompute_layers or 0) > of_stage:
+            raise UserError(
+                f"model.recompute_layers {recomputed} is above a pipeline stage's {of_stage} layers"
+            )
 
     def _check_teacher(self, teacher: dict[str, Any]) -> None:
         self._check_stages(teacher, "transfer.teacher", str(self.config.transfer.teacher))
@@ -295,7 +300,7 @@ class TrainingRun:
                 **model_fields(self.meta),
                 **self._runtime_fields(),
                 **chosen,
-                **recompute_fields(model.recompute),
+                **recompute_fields(model.recompute, model.recompute_layers),
                 "seq_length": config.data.seq_length,
                 "tensor_model_parallel_size": config.strategy.tensor_model_parallel_size,
                 "pipeline_model_parallel_size": config.strategy.pipeline_model_parallel_size,

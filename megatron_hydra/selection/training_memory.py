@@ -55,6 +55,7 @@ def training_memory(
     recompute: Literal["none", "full"] = "none",
     chunk_tokens: int = 1024,
     dp_size: int = 1,
+    recompute_layers: int | None = None,
 ) -> TrainingMemory:
     """Predict the peak of a training step.
 
@@ -66,6 +67,7 @@ def training_memory(
         recompute: As `model.recompute`.
         chunk_tokens: As `transfer.chunk_tokens`.
         dp_size: Ranks that share the optimizer's state.
+        recompute_layers: As `model.recompute_layers`.
     """
     shape = replace(shape, value_bytes=_WEIGHT)
     teacher = 0.0 if stage == "long_context" else weight_bytes(shape).of(None)
@@ -84,8 +86,11 @@ def training_memory(
     one_layer = num_tokens * layer
     if plan is not None:
         one_layer += _MULTIPROCESSORS * shape.head_dim**2 * (4 + 2)
-    recomputes = recompute == "full"
-    kept = shape.num_layers * (num_tokens * layer_inputs if recomputes else one_layer)
+    num_recomputed = 0 if recompute == "none" else recompute_layers or shape.num_layers
+    num_whole = shape.num_layers - num_recomputed
+    kept = num_recomputed * num_tokens * layer_inputs + num_whole * one_layer
+    # Layers that are kept whole are free by then: the first layers are recomputed, and last.
+    recomputes = num_whole == 0
     again = one_layer if recomputes else 0.0
 
     if stage == "align":

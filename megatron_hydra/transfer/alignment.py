@@ -57,12 +57,16 @@ class Alignment:
         self._received: Tensor | None = None
         self._stage_output: Tensor | None = None
         self._layer_input: Tensor | None = None
-        for student_layer, teacher_layer in zip(
-            student.decoder.layers, teacher.decoder.layers, strict=True
+        config = student.config
+        for i, (student_layer, teacher_layer) in enumerate(
+            zip(student.decoder.layers, teacher.decoder.layers, strict=True)
         ):
+            recomputes = config.recompute_granularity == "full" and (
+                config.recompute_method == "uniform" or i < config.recompute_num_layers
+            )
             teacher_layer.register_forward_pre_hook(self._keep_input, with_kwargs=True)
             teacher_layer.self_attention.register_forward_hook(
-                self._compare_with(student_layer), with_kwargs=True
+                self._compare_with(student_layer, recomputes), with_kwargs=True
             )
 
     def forward(
@@ -92,7 +96,7 @@ class Alignment:
             self._stage_output = stage_hidden_states(
                 self.teacher, tokens, position_ids, packed_seq_params
             )
-        losses, self.losses = self.losses, {}
+        losses, self.losses, self._layer_input = self.losses, {}, None
         return losses
 
     def set_pipeline_input(self, received: Tensor | None) -> None:
@@ -124,9 +128,8 @@ class Alignment:
     def _keep_input(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self._layer_input = args[0] if args else kwargs["hidden_states"]
 
-    def _compare_with(self, student_layer: Any) -> Any:
+    def _compare_with(self, student_layer: Any, recomputes: bool) -> Any:
         config = student_layer.config
-        recomputes = config.recompute_granularity == "full"
 
         def compare(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             layer_input, weights = self._layer_input, self._token_weights

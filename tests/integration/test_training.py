@@ -45,6 +45,7 @@ RUNS = {
     "distill": ["transfer.kl_weight=0.7", "transfer.ce_weight=0.3"],
     "distill_micro_2": [
         "transfer.kl_weight=0.7", "transfer.ce_weight=0.3", "data.micro_batch_size=2",
+        "model.recompute=full", "model.recompute_layers=1",
     ],
     "long_context": ["transfer.stage=long_context", "log.every_n_steps=2"],
     "align_packed": [

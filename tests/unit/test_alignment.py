@@ -69,8 +69,8 @@ def test_target_is_the_teachers_attention_output_and_layers_are_independent():
 @pytest.mark.parametrize("packed", [False, True])
 def test_full_recomputation_is_bit_equal_and_keeps_less(packed: bool) -> None:
     results, kept = [], []
-    for recompute in ("none", "full"):
-        teacher, student = _pair(tiny_plan(), **recompute_fields(recompute))
+    for recompute in (("none",), ("full",), ("full", 1)):
+        teacher, student = _pair(tiny_plan(), **recompute_fields(*recompute))
         tokens, positions = token_batch(student.config)
         weights, packing = None, None
         if packed:
@@ -90,7 +90,9 @@ def test_full_recomputation_is_bit_equal_and_keeps_less(packed: bool) -> None:
     assert results[0].keys() == results[1].keys() and len(results[0]) > 4
     for name, value in results[0].items():
         assert torch.equal(results[1][name], value), name
+        assert torch.equal(results[2][name], value), name
     assert kept[1] < kept[0] / 10
+    assert kept[0] * 0.2 < kept[2] < kept[0] * 0.8  # one of two layers
 
 
 def test_only_attention_trains_and_training_lowers_the_loss():

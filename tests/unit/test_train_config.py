@@ -106,6 +106,7 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
         ("strategy.context_parallel_size=3", "data.seq_length 8 does not divide by 2 x strategy.c"),
         ("trainer.precision=fp8", "precision is fp8, but a micro-batch has 8 tokens a rank, which"),
+        ("model.recompute_layers=2", "_layers is 2, which needs model.recompute full, not none"),
         ("optim.min_lr=1", "optim.min_lr 1.0 is above optim.lr 0.001"),
         ("optim.lr", "override 'optim.lr' must read section.key=value"),
         ("optim.lr=[", "the value of override 'optim.lr=[' is not valid YAML"),
@@ -190,6 +191,7 @@ def test_what_was_left_open_differs_from_nothing(config_file: Path) -> None:
     assert found(chosen, ["model.backend=transformer_engine"]) == "model.backend"
     assert found(chosen, ["trainer.accelerator=gpu"]) == "trainer.accelerator"
     assert found([], ["data.seed=5"]) == "data.seed"
+    assert found([], ["model.recompute=full", "model.recompute_layers=2"]) is None
 
 
 def test_finished_checkpoints_are_found_newest_first(config_file: Path) -> None:
