@@ -212,20 +212,21 @@ class LinearAttentionBranch(HeadModule):
             return gated_delta_rule(
                 query, key, value, log_decay, beta, cu_seqlens=pieces.cu_seqlens, impl=self.impl
             ).output
-        d = value.shape[-1]
+        # Two value heads a head, see `context_parallel.py`.
         output, ends = gated_delta_rule(
             query,
             key,
-            F.pad(value, (0, d)),
-            log_decay,
-            beta,
-            initial_state=pieces.start_of_recurrence(value),
+            torch.stack((value, torch.zeros_like(value)), dim=3).flatten(2, 3),
+            log_decay.repeat_interleave(2, dim=-1),
+            beta.repeat_interleave(2, dim=-1),
+            initial_state=pieces.start_of_recurrence(value).flatten(1, 2),
             output_final_state=True,
             cu_seqlens=pieces.cu_seqlens,
             impl=self.impl,
         )
-        state = pieces.states_before(ends).to(value.dtype)
-        return output[..., :d] + torch.einsum("bsnk,bnkv->bsnv", output[..., d:], state)
+        from_zeros, from_identity = output.unflatten(2, (-1, 2)).unbind(3)
+        state = pieces.states_before(ends.unflatten(1, (-1, 2))).to(value.dtype)
+        return from_zeros + torch.einsum("bsnk,bnkv->bsnv", from_identity, state)
 
     def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
         if not self.config.la_decay:

@@ -52,42 +52,43 @@ def documents(length: int) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 63, 130, 512])
 def test_gated_delta_rule(length: int, head_dim: int, packed: bool, monkeypatch):
     monkeypatch.setenv("FLA_FLASH_QLA", "0")
-    # Packed rows come alone, and with values twice as wide under context parallelism.
-    batch, value_dim = (1, 2 * head_dim) if packed else (2, head_dim)
-    check_gated_delta_rule(length, batch, 4, head_dim, value_dim, packed)
+    check_gated_delta_rule(length, 1 if packed else 2, 4, head_dim, packed)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [130, 1024])
 def test_flash_qla_behind_fla(length: int, packed: bool, monkeypatch, caplog):
-    """FlashQLA compiles for each number of heads for minutes: here one of the benchmarks'."""
+    """FlashQLA compiles for each number of heads for minutes: here two of the benchmarks'."""
     pytest.importorskip("flash_qla")
     monkeypatch.setenv("FLA_FLASH_QLA", "1")
     with caplog.at_level("INFO", logger="fla.backends"):
-        check_gated_delta_rule(length, 1, 14, 128, 128, packed)
+        check_gated_delta_rule(length, 1, 12 if packed else 14, 128, packed)
     assert "rejected" not in caplog.text
 
 
 def check_gated_delta_rule(
-    length: int, batch: int, heads: int, head_dim: int, value_dim: int, packed: bool
+    length: int, batch: int, heads: int, head_dim: int, packed: bool
 ) -> None:
+    """Packed rows have two value heads a key head, as under context parallelism."""
+    group = 2 if packed else 1
     rng = torch.Generator(device="cuda").manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng, device="cuda")
 
     cu_seqlens = documents(length) if packed else None
-    vectors = (batch, length, heads, head_dim)
+    vectors, values = (batch, length, heads, head_dim), (batch, length, group * heads, head_dim)
     inputs = {
         "q": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "k": F.normalize(randn(*vectors), dim=-1).bfloat16(),
-        "v": randn(*vectors[:3], value_dim).bfloat16(),
-        "g": F.logsigmoid(randn(*vectors[:3]) + 2),
-        "beta": randn(*vectors[:3]).sigmoid(),
-        "initial_state": randn(batch, heads, head_dim, value_dim) * 0.1,
+        "v": randn(*values).bfloat16(),
+        "g": F.logsigmoid(randn(*values[:3]) + 2),
+        "beta": randn(*values[:3]).sigmoid(),
+        "initial_state": randn(batch, group * heads, head_dim, head_dim) * 0.1,
     }
     exact_inputs = with_grad(inputs, torch.float64)
     q, k, v, g, beta, state = exact_inputs.values()
+    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
     exact = gradients(
         recurrent_gated_delta_rule(q, k, v, g, beta, head_dim**-0.5, state, cu_seqlens),
         exact_inputs,

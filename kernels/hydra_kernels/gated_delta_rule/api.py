@@ -50,7 +50,8 @@ def gated_delta_rule(
     holds; normalising them is the caller's.
 
     Args:
-        q, k: [b, t, heads, d_k].
+        q, k: [b, t, key heads, d_k]; value head i takes key head i // (heads / key heads), which is
+            grouped value attention where there are fewer.
         v: [b, t, heads, d_v].
         g: [b, t, heads], log of the decay, at most 0; float32 recommended.
         beta: [b, t, heads], write strength; float32 recommended.
@@ -76,6 +77,7 @@ def gated_delta_rule(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if impl == "reference":
+        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
         output, state = reference.chunk_gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, chunk_size, cu_seqlens
         )
@@ -135,12 +137,15 @@ def _check_shapes(
         raise ValueError(
             f"q and v must be [b, t, heads, d], got {tuple(q.shape)} and {tuple(v.shape)}"
         )
-    b, t, heads, d_k = q.shape
+    b, t, key_heads, d_k = q.shape
+    heads = v.shape[2]
     if t == 0:
         raise ValueError("q has no tokens: t must be 1 or more")
+    if heads % max(key_heads, 1):
+        raise ValueError(f"v's {heads} heads do not divide by q's {key_heads}")
     check_cu_seqlens(cu_seqlens, b)
     expected = {
-        "k": (k, (b, t, heads, d_k)),
+        "k": (k, (b, t, key_heads, d_k)),
         "v": (v, (b, t, heads, v.shape[-1])),
         "g": (g, (b, t, heads)),
         "beta": (beta, (b, t, heads)),
