@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_hydra.attention.sequence_layout import SequenceLayout
 from megatron_hydra.attention.sharded_heads import initial_device
 from megatron_hydra.config import HydraConfig
+from megatron_hydra.errors import UserError
 from megatron_hydra.placement import LayerPlacement
 
 
@@ -39,6 +40,9 @@ class FullAttentionBranch(MegatronModule):
         pg_collection: Process groups, of which `tp` and `cp` are used.
         cp_comm_type: How Transformer Engine passes keys and values between context-parallel
             ranks, see Megatron's field of that name.
+
+    Raises:
+        UserError: With `a2a`, if the rank's FA heads do not divide by the context-parallel size.
     """
 
     def __init__(
@@ -62,6 +66,12 @@ class FullAttentionBranch(MegatronModule):
         index = torch.tensor(places, dtype=torch.long, device=initial_device(config))
         self.register_buffer("key_index", index, persistent=False)
         self.core_attention = None
+        if cp_comm_type == "a2a" and len(self.heads) % pg_collection.cp.size():
+            raise UserError(
+                f"cp_comm_type is a2a, but the {len(self.heads)} FA heads of layer "
+                f"{layer_number - 1} on tensor-parallel rank {rank} do not divide by the "
+                f"context-parallel size {pg_collection.cp.size()}; p2p and all_gather need not"
+            )
         if self.heads:
             self.core_attention = build_module(
                 submodules.core_attention,

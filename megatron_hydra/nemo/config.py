@@ -90,6 +90,10 @@ class StrategySection:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] | None = None
+    """How Transformer Engine brings keys and values to the queries of other context-parallel ranks:
+    around a ring, by exchanging heads for tokens, or gathered. None is Megatron's own choice, the
+    ring. What LA heads exchange does not depend on it."""
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
 

@@ -256,12 +256,13 @@ class TrainingRun:
                 "strategy.use_distributed_optimizer: Megatron's plain optimizer cannot save "
                 "bfloat16 and float32 parameters side by side"
             )
-        if config.trainer.precision == "fp8" and (
-            not self.on_gpu or config.model.backend == "local"
+        uses_te = self.on_gpu and config.model.backend != "local"
+        for wanted, is_wanted in (
+            ("trainer.precision fp8", config.trainer.precision == "fp8"),
+            (f"strategy.cp_comm_type {strategy.cp_comm_type}", strategy.cp_comm_type is not None),
         ):
-            raise UserError(
-                "trainer.precision fp8 needs a GPU and model.backend transformer_engine"
-            )
+            if is_wanted and not uses_te:
+                raise UserError(f"{wanted} needs a GPU and model.backend transformer_engine")
 
     def _check_stages(self, meta: dict[str, Any], key: str, folder: str) -> None:
         num_layers = meta["config"]["num_layers"]
@@ -326,6 +327,7 @@ class TrainingRun:
         by_device = "transformer_engine" if self.on_gpu else "local"
         fields: dict[str, Any] = {
             "sequence_parallel": self.config.strategy.sequence_parallel,
+            "cp_comm_type": self.config.strategy.cp_comm_type,
             "backend": self.config.model.backend or by_device,
         }
         if self._bf16:

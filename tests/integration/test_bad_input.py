@@ -262,6 +262,15 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
             "strategy.pipeline_model_parallel_size=3",
             "IN/hybrid has 2 layers, which do not divide by strategy.pipeline_model",
         ),
+        (
+            "model.recompute=full model.recompute_layers=3",
+            "model.recompute_layers 3 is above a pipeline stage's 2 layers",
+        ),
+        ("strategy.cp_comm_type=a2a", "strategy.cp_comm_type a2a needs a GPU and model.backend"),
+        (
+            "trainer.precision=fp8 strategy.use_distributed_optimizer=true",
+            "trainer.precision fp8 needs a GPU and model.backend transformer_engine",
+        ),
         ("log.folder=IN/text.txt/run", "cannot write"),
         ("optim.beta1=1.5", "optim.beta1 is 1.5"),
         ("trainer.num_threads=-1", "trainer.num_threads is -1"),
