@@ -77,7 +77,8 @@ class NumberWatch(pl.Callback):
             num_heads = len(attention.proj_section.units)
             largest = torch.zeros(num_heads, device=attention.linear_proj.weight.device)
             self._largest_outputs.append(largest)
-            attention.linear_proj.register_forward_pre_hook(_keep_largest(largest))
+            # Behind it, not before: Megatron captures no module with hooks of others before it.
+            attention.linear_proj.register_forward_hook(_keep_largest(largest))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begin a step."""
@@ -225,7 +226,7 @@ def _keep_largest(largest: Tensor) -> Any:
     """A hook that keeps the largest absolute value of each head, `[n]`, of `[s, b, n d]`."""
 
     @torch.no_grad()
-    def keep(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+    def keep(module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         heads = args[0].unflatten(-1, (len(largest), -1))
         found = torch.linalg.vector_norm(heads, torch.inf, dim=(0, 1, 3))
         largest.copy_(torch.maximum(largest, found))  # both carry NaN on

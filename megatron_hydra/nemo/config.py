@@ -1,24 +1,23 @@
-"""The training configuration: its YAML sections and checks; imports no NeMo."""
+"""The training configuration: its YAML sections; imports no NeMo."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from megatron_hydra.errors import UserError
+from megatron_hydra.nemo.config_checks import check
 from megatron_hydra.yaml_config import read_config
 
 Stage = Literal["align", "distill", "long_context"]
 
-# Whichever is chosen, the results are equal bit by bit: a run that needs less memory goes on.
-_BIT_EQUAL = ("model.recompute", "model.recompute_layers")
-FP8_TOKEN_MULTIPLE = 16
-"""Of a rank's tokens: cuBLAS takes no other sizes in FP8."""
+# Whichever is chosen, the same kernels read the same numbers: a run that turns out to need less
+# memory goes on.
+_SAME_RESULTS = ("model.recompute", "model.recompute_layers", "model.cuda_graphs")
 
 
 @dataclass
@@ -44,6 +43,12 @@ class ModelSection:
     recompute_layers: int | None = None
     """With `recompute: full`, the first so many layers of each pipeline stage alone; None: all.
     As few as the memory allows are the fastest (`megatron_hydra.selection.training_memory`)."""
+    cuda_graphs: bool = False
+    """Replay the student's layers from Megatron's CUDA graphs, captured after the first step: below
+    some 16,384 tokens a micro-batch Python launches kernels more slowly than a GPU runs them.
+
+    Only where each micro-batch is like the last and keeps all activations: stages 2 and 3, samples
+    whole, nothing recomputed, without pipeline and context parallelism."""
 
 
 @dataclass
@@ -222,53 +227,6 @@ class RunConfig:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
-_Range = tuple[Callable[[float], bool], str]
-_COUNT: _Range = (lambda value: 1 <= value < 2**31, "1 or more, and below 2^31")
-_COUNT_OR_0: _Range = (lambda value: 0 <= value < 2**31, "0 or more, and below 2^31")
-_SEED: _Range = (lambda value: 0 <= value < 2**32, "0 or more, and below 2^32")
-_WORKERS: _Range = (lambda value: 0 <= value <= 1024, "0 to 1024")
-# Far below float32's largest number, which PyTorch's optimizer must be able to hold.
-_POSITIVE: _Range = (lambda value: 0 < value < 1e30, "above 0, and below 1e30")
-_POSITIVE_OR_0: _Range = (lambda value: 0 <= value < 1e30, "0 or more, and below 1e30")
-_ABOVE_1: _Range = (lambda value: 1 < value < 1e30, "above 1, and below 1e30")
-_SHARE: _Range = (lambda value: 0 < value < 1, "above 0, and below 1")
-_BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
-# What each number may be; not-a-number is in no range.
-_RANGES: dict[str, _Range] = {
-    "model.fa_query_scale_start": _COUNT_OR_0,
-    "model.recompute_layers": _COUNT,
-    "data.seq_length": _COUNT,
-    "data.micro_batch_size": _COUNT,
-    "data.global_batch_size": _COUNT,
-    "data.weights": _POSITIVE,
-    "data.num_workers": _WORKERS,
-    "data.seed": _SEED,
-    "trainer.max_steps": _COUNT,
-    "trainer.num_threads": _WORKERS,
-    "trainer.seed": _SEED,
-    "strategy.tensor_model_parallel_size": _COUNT,
-    "strategy.pipeline_model_parallel_size": _COUNT,
-    "strategy.context_parallel_size": _COUNT,
-    "optim.lr": _POSITIVE_OR_0,
-    "optim.min_lr": _POSITIVE_OR_0,
-    "optim.warmup_steps": _COUNT_OR_0,
-    "optim.weight_decay": _POSITIVE_OR_0,
-    "optim.beta1": _BELOW_1,
-    "optim.beta2": _BELOW_1,
-    "optim.eps": _POSITIVE,
-    "optim.clip_grad": _POSITIVE_OR_0,
-    "transfer.kl_weight": _POSITIVE_OR_0,
-    "transfer.ce_weight": _POSITIVE_OR_0,
-    "transfer.jsd_beta": _SHARE,
-    "transfer.chunk_tokens": _COUNT,
-    "log.every_n_steps": _COUNT,
-    "resume.save_every_n_steps": _COUNT,
-    "resume.keep": _COUNT,
-    "bad_numbers.max_skipped_in_a_row": _COUNT_OR_0,
-    "bad_numbers.spike_factor": _ABOVE_1,
-}
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides and check the result.
 
@@ -280,7 +238,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         UserError: If the file cannot be read, or a key or value is not allowed.
     """
     config: RunConfig = read_config(RunConfig, path, overrides)
-    _check(config)
+    check(config)
     return config
 
 
@@ -292,94 +250,9 @@ def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str |
     for section in sections:
         for item in fields(getattr(old, section)):
             values = [getattr(getattr(config, section), item.name) for config in (old, new)]
-            is_open = None in values or "auto" in values or f"{section}.{item.name}" in _BIT_EQUAL
+            is_open = (
+                None in values or "auto" in values or f"{section}.{item.name}" in _SAME_RESULTS
+            )
             if values[0] != values[1] and not is_open:
                 return f"{section}.{item.name}"
     return None
-
-
-def _check(config: RunConfig) -> None:
-    """Check values against each other, and fill in what depends on the stage."""
-    _check_ranges(config)
-    transfer, data, optim = config.transfer, config.data, config.optim
-    if not data.paths:
-        raise UserError("data.paths is empty: name one indexed dataset or more")
-    if data.weights and len(data.weights) != len(data.paths):
-        raise UserError(
-            f"data.weights has {len(data.weights)} values for {len(data.paths)} data.paths"
-        )
-    if data.global_batch_size % data.micro_batch_size:
-        raise UserError(
-            f"data.global_batch_size {data.global_batch_size} does not divide by "
-            f"data.micro_batch_size {data.micro_batch_size}"
-        )
-    if optim.schedule == "cosine" and optim.min_lr > optim.lr:
-        raise UserError(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
-    if config.model.recompute_layers is not None and config.model.recompute != "full":
-        raise UserError(
-            f"model.recompute_layers is {config.model.recompute_layers}, which needs "
-            f"model.recompute full, not {config.model.recompute}"
-        )
-    _check_loss_weights(transfer)
-    if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
-        raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
-    _check_sequence_length(data, config.strategy)
-    if config.trainer.precision == "fp8" and not data.reset_at_document_end:
-        _check_fp8(data, config.strategy)
-
-
-def _check_fp8(data: DataSection, strategy: StrategySection) -> None:
-    """Check that a rank's tokens fit FP8 products; packed documents are padded to fit."""
-    ranks = strategy.context_parallel_size
-    if strategy.sequence_parallel:
-        ranks *= strategy.tensor_model_parallel_size
-    tokens = data.micro_batch_size * data.seq_length // ranks
-    if tokens % FP8_TOKEN_MULTIPLE:
-        raise UserError(
-            f"trainer.precision is fp8, but a micro-batch has {tokens} tokens a rank, which do not "
-            f"divide by {FP8_TOKEN_MULTIPLE}"
-        )
-
-
-def _check_sequence_length(data: DataSection, strategy: StrategySection) -> None:
-    """Check that ranks can share a sample's tokens; packed documents are padded to fit."""
-    tensor, context = strategy.tensor_model_parallel_size, strategy.context_parallel_size
-    if strategy.sequence_parallel and tensor == 1:
-        raise UserError("strategy.sequence_parallel needs tensor_model_parallel_size above 1")
-    if data.reset_at_document_end:
-        return
-    if context > 1 and data.seq_length % (2 * context):
-        raise UserError(
-            f"data.seq_length {data.seq_length} does not divide by 2 x "
-            f"strategy.context_parallel_size = {2 * context}"
-        )
-    if strategy.sequence_parallel and data.seq_length % (tensor * context):
-        raise UserError(
-            f"strategy.sequence_parallel is on, but data.seq_length {data.seq_length} does not "
-            f"divide by tensor_model_parallel_size x context_parallel_size = {tensor * context}"
-        )
-
-
-def _check_loss_weights(transfer: TransferSection) -> None:
-    """Fill in the stage's weights; alignment has none."""
-    if transfer.stage == "align":
-        for name in ("kl_weight", "ce_weight"):
-            if getattr(transfer, name) is not None:
-                raise UserError(f"transfer.{name} is given, but stage align does not use it")
-        return
-    if transfer.kl_weight is None:
-        transfer.kl_weight = 0.0 if transfer.stage == "long_context" else 1.0
-    if transfer.ce_weight is None:
-        transfer.ce_weight = 1.0
-    if transfer.kl_weight == 0 and transfer.ce_weight == 0:
-        raise UserError("transfer.kl_weight and transfer.ce_weight are both 0: nothing to train")
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Check each number alone."""
-    for key, (is_allowed, words) in _RANGES.items():
-        section, name = key.split(".")
-        values = getattr(getattr(config, section), name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not is_allowed(value):
-                raise UserError(f"{key} is {value}; it must be {words}")

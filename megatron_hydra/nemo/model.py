@@ -25,7 +25,8 @@ from megatron_hydra.conversion.checkpoint import load_checkpoint
 from megatron_hydra.conversion.distributed_weights import load_weights
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
-from megatron_hydra.nemo.config import FP8_TOKEN_MULTIPLE, TransferSection
+from megatron_hydra.nemo.config import TransferSection
+from megatron_hydra.nemo.config_checks import FP8_TOKEN_MULTIPLE
 from megatron_hydra.nemo.data import pack_documents
 from megatron_hydra.transfer.alignment import Alignment
 from megatron_hydra.transfer.distillation import (
@@ -106,8 +107,11 @@ class HydraModel(llm.GPTModel):
         """Build the student, load its first weights, and load the frozen teacher."""
         if hasattr(self, "module"):
             return
-        # NeMo seeds this itself only where CUDA is available.
-        model_parallel_cuda_manual_seed(self.seed, force_reset_rng=True)
+        # NeMo seeds this itself only where CUDA is available. Graphs take random numbers from
+        # Transformer Engine's tracker alone.
+        model_parallel_cuda_manual_seed(
+            self.seed, te_rng_tracker=self.config.cuda_graph_impl == "local", force_reset_rng=True
+        )
         # Stages of a distillation send each other the hidden states of two models, and packed
         # rows differ in length: not the shape that Megatron expects. Set after its own check,
         # which would ask for a setting of mixtures of experts.

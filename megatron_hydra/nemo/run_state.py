@@ -112,7 +112,10 @@ def random_states() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": dict(get_cuda_rng_tracker().get_states()),
+        "tracker": {
+            name: state.get_state() if isinstance(state, torch.Generator) else state
+            for name, state in get_cuda_rng_tracker().get_states().items()
+        },
     }
 
 
@@ -123,7 +126,13 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    tracker = get_cuda_rng_tracker()
+    generators = {n: s for n, s in tracker.get_states().items() if isinstance(s, torch.Generator)}
+    if generators:  # CUDA graphs hold on to them
+        for name, generator in generators.items():
+            generator.set_state(states["tracker"][name])
+    else:
+        tracker.set_states(states["tracker"])
 
 
 def _sharded(states: dict[str, Any] | None) -> ShardedObject:

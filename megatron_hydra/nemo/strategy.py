@@ -1,4 +1,4 @@
-"""NeMo's Megatron strategy, on machines with and without a GPU."""
+"""NeMo's Megatron strategy and its precision, on machines with and without a GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_io
-from megatron_hydra.nemo.config import StrategySection
+from megatron_hydra.nemo.config import StrategySection, TrainerSection
 
 
 def make_strategy(
@@ -43,6 +44,43 @@ def make_strategy(
     )
     strategy.log_train_loss = False  # it is the last pipeline stage's part alone
     return strategy
+
+
+def use_gpu(section: TrainerSection) -> bool:
+    """Whether a run is on GPUs.
+
+    Raises:
+        UserError: If that is not what the section asks for.
+    """
+    available = torch.cuda.is_available()
+    if section.accelerator == "gpu" and not available:
+        raise UserError("trainer.accelerator is 'gpu', but PyTorch finds no GPU here")
+    if section.accelerator == "cpu" and available:
+        raise UserError(
+            "trainer.accelerator is 'cpu' on a machine with a GPU: Megatron would use the GPU; "
+            "hide it (CUDA_VISIBLE_DEVICES=) or choose 'auto'"
+        )
+    return available
+
+
+def make_precision(section: TrainerSection) -> nl.MegatronMixedPrecision | None:
+    """NeMo's plugin for a bf16 or FP8 run.
+
+    Left to itself it builds the student in float32, and casts it once it is wrapped: no weight of
+    it would equal the teacher's, which is built in bfloat16.
+    """
+    if section.precision == "fp32":
+        return None
+    return nl.MegatronMixedPrecision(
+        precision="bf16-mixed", params_dtype=torch.bfloat16, **fp8_fields(section)
+    )
+
+
+def fp8_fields(section: TrainerSection) -> dict[str, str]:
+    """Megatron's fields; its recipe `tensorwise` keeps no state from step to step."""
+    if section.precision != "fp8":
+        return {}
+    return {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
 
 
 class HydraStrategy(nl.MegatronStrategy):

@@ -14,6 +14,7 @@ from typing import Any
 import nemo.lightning as nl
 import torch
 from lightning_utilities.core import rank_zero
+from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from nemo.collections import llm
 from nemo.utils import logging as nemo_logging
 
@@ -39,7 +40,7 @@ from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.run_folder import RunFolder
 from megatron_hydra.nemo.run_state import RunStateCallback, check_model
-from megatron_hydra.nemo.strategy import make_strategy
+from megatron_hydra.nemo.strategy import fp8_fields, make_precision, make_strategy, use_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class TrainingRun:
     def __init__(self, config: RunConfig) -> None:
         _quieten()
         self.config = config
-        self.on_gpu = _use_gpu(config)
+        self.on_gpu = use_gpu(config.trainer)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._check_layout()
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
@@ -104,23 +105,27 @@ class TrainingRun:
             end_of_document if config.data.reset_at_document_end else None,
         )
         watch = NumberWatch(config)
-        llm.train(
-            model=model,
-            data=make_data_module(config.data, end_of_document, self.folder.data_index),
-            trainer=self._trainer(show, watch),
-            log=_Logger(
-                explicit_log_dir=str(self.folder.nemo_logs),
-                log_global_rank_0_only=True,
-            ),
-            resume=nl.AutoResume(resume_from_path=str(checkpoint)) if checkpoint else None,
-            optim=make_optimizer(
-                config.optim,
-                config.trainer.max_steps,
-                config.strategy.use_distributed_optimizer,
-                self._bf16,
-                watch,
-            ),
-        )
+        try:
+            llm.train(
+                model=model,
+                data=make_data_module(config.data, end_of_document, self.folder.data_index),
+                trainer=self._trainer(show, watch),
+                log=_Logger(
+                    explicit_log_dir=str(self.folder.nemo_logs),
+                    log_global_rank_0_only=True,
+                ),
+                resume=nl.AutoResume(resume_from_path=str(checkpoint)) if checkpoint else None,
+                optim=make_optimizer(
+                    config.optim,
+                    config.trainer.max_steps,
+                    config.strategy.use_distributed_optimizer,
+                    self._bf16,
+                    watch,
+                ),
+            )
+        finally:
+            if config.model.cuda_graphs:  # one record of them a process, whatever the model
+                delete_cuda_graphs()
         self._write_hybrid(model, command)
 
     def _checkpoint(self) -> Path | None:
@@ -169,7 +174,7 @@ class TrainingRun:
                 torch.bfloat16 if self._bf16 else torch.float32,
                 config.resume.async_save,
             ),
-            plugins=self._precision(),
+            plugins=make_precision(config.trainer),
             callbacks=[
                 watch,
                 scalars,
@@ -183,15 +188,6 @@ class TrainingRun:
             val_check_interval=None,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
-        )
-
-    def _precision(self) -> nl.MegatronMixedPrecision | None:
-        """NeMo's plugin would else build the student in float32, and cast it once it is wrapped:
-        no weight of it would equal the teacher's, which is built in bfloat16."""
-        if not self._bf16:
-            return None
-        return nl.MegatronMixedPrecision(
-            precision="bf16-mixed", params_dtype=torch.bfloat16, **self._fp8_fields
         )
 
     def _checkpoint_callback(self) -> HydraModelCheckpoint:
@@ -259,6 +255,7 @@ class TrainingRun:
         uses_te = self.on_gpu and config.model.backend != "local"
         for wanted, is_wanted in (
             ("trainer.precision fp8", config.trainer.precision == "fp8"),
+            ("model.cuda_graphs", config.model.cuda_graphs),
             (f"strategy.cp_comm_type {strategy.cp_comm_type}", strategy.cp_comm_type is not None),
         ):
             if is_wanted and not uses_te:
@@ -296,6 +293,8 @@ class TrainingRun:
             for name in ("la_kernel", "fused_kernels", *_SWITCHES)
             if getattr(model, name) is not None
         }
+        if model.cuda_graphs:
+            chosen["cuda_graph_impl"] = "local"
         return HydraGPTConfig(
             **{
                 **model_fields(self.meta),
@@ -332,7 +331,7 @@ class TrainingRun:
         }
         if self._bf16:
             fields |= megatron_fields(torch.bfloat16)
-        fields |= self._fp8_fields
+        fields |= fp8_fields(self.config.trainer)
         if fields["backend"] == "transformer_engine":
             fields |= {"apply_rope_fusion": True, "bias_activation_fusion": True}
         return fields
@@ -344,13 +343,6 @@ class TrainingRun:
     @property
     def _bf16(self) -> bool:
         return self.config.trainer.precision != "fp32"
-
-    @property
-    def _fp8_fields(self) -> dict[str, str]:
-        """Megatron's; its recipe `tensorwise` keeps no state from step to step."""
-        if self.config.trainer.precision != "fp8":
-            return {}
-        return {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
 
     def _end_of_document(self) -> int:
         data = self.config.data
@@ -369,18 +361,6 @@ class _Logger(nl.NeMoLogger):
     """NeMo's logger, whose look at the checkpoint callbacks asks for nvidia-resiliency-ext."""
 
     def _setup_trainer_model_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
-
-
-def _use_gpu(config: RunConfig) -> bool:
-    available = torch.cuda.is_available()
-    if config.trainer.accelerator == "gpu" and not available:
-        raise UserError("trainer.accelerator is 'gpu', but PyTorch finds no GPU here")
-    if config.trainer.accelerator == "cpu" and available:
-        raise UserError(
-            "trainer.accelerator is 'cpu' on a machine with a GPU: Megatron would use the GPU; "
-            "hide it (CUDA_VISIBLE_DEVICES=) or choose 'auto'"
-        )
-    return available
 
 
 def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:

@@ -266,6 +266,10 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
             "model.recompute=full model.recompute_layers=3",
             "model.recompute_layers 3 is above a pipeline stage's 2 layers",
         ),
+        (
+            "transfer.stage=distill model.cuda_graphs=true",
+            "model.cuda_graphs needs a GPU and model",
+        ),
         ("strategy.cp_comm_type=a2a", "strategy.cp_comm_type a2a needs a GPU and model.backend"),
         (
             "trainer.precision=fp8 strategy.use_distributed_optimizer=true",

@@ -1,8 +1,8 @@
 """The example's three stages in NeMo's loop on GPUs: Transformer Engine, fla, our kernels.
 
 Catches: a stage that does not learn or does not take what the one before it wrote, FP8 that trains
-elsewhere than bf16, tensor- and context-parallel ranks over NCCL that differ from one. Two ranks
-share a GPU where there is but one.
+elsewhere than bf16, CUDA graphs that replay something else, tensor- and context-parallel ranks over
+NCCL that differ from one. Two ranks share a GPU where there is but one.
 """
 
 from __future__ import annotations
@@ -33,24 +33,31 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 4096,
     "max_position_embeddings": 4096,
 }  # fmt: skip
-PLAN = HeadPlan.from_fa_heads({i: range(i, 16, 4) for i in range(4)}, 4, 16, 8)
 NUM_STEPS, LENGTH = 6, 1024
+GRAPHS = "model.cuda_graphs=true"
+
+
+def plan(num_layers: int) -> HeadPlan:
+    """A quarter of the heads FA, all query groups among them."""
+    return HeadPlan.from_fa_heads(
+        {i: range(i % 4, 16, 4) for i in range(num_layers)}, num_layers, 16, 8
+    )
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `write_inputs`, with one GPU's run in bf16 in `bf16`."""
     folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder, PLAN, **SHAPE)
+    write_inputs(folder, **SHAPE)
     run_distributed(transfer, 1, folder, folder / "bf16", [])
     return folder
 
 
-def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> None:
+def write_inputs(folder: Path, **qwen3_fields: Any) -> None:
     """Write `teacher`, `hybrid` and `data`."""
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
-    write_models(folder, plan, **qwen3_fields)
+    write_models(folder, plan(qwen3_fields["num_hidden_layers"]), **qwen3_fields)
     # The same sample wherever one begins: a loss falls by what is learnt alone.
     tokens = torch.randint(256, (LENGTH,), generator=torch.Generator().manual_seed(0)).repeat(2)
     write_indexed_dataset(folder / "data", [tokens.tolist()], 257, {})
@@ -59,14 +66,21 @@ def write_inputs(folder: Path, plan: HeadPlan, **qwen3_fields: Any) -> None:
 def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | None = None) -> None:
     """Run the stages, each from what the one before it wrote, here or in the run `before`.
 
-    Rank 0 writes each step's loss to `losses.json`.
+    Rank 0 writes each step's loss, and the number of CUDA graphs replayed, to `losses.json`.
     """
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     from megatron_hydra.nemo.config import load_config
     from megatron_hydra.nemo.training import TrainingRun
 
-    losses: dict[str, list[float]] = {}
+    replay, losses, num_replayed = torch.cuda.CUDAGraph.replay, {}, 0
+
+    def count(graph: torch.cuda.CUDAGraph) -> None:
+        nonlocal num_replayed
+        num_replayed += 1
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = count
     previous = inputs / "hybrid"
     for stage in STAGES:
         shown: list[float] = []
@@ -79,17 +93,40 @@ def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | No
         ]  # fmt: skip
         if stage != "stage3_long_context":
             of_run.append(f"transfer.teacher={inputs}/teacher")
-        run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", [*of_run, *overrides]))
+        of_run += [key for key in overrides if key != GRAPHS or stage != STAGES[0]]
+        run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", of_run))
         run.run(lambda step, scalars, shown=shown: shown.append(scalars["loss"]))
         unset_num_microbatches_calculator()  # NeMo keeps the first run's
         losses[stage], previous = shown, (before or folder) / stage / "hybrid"
     if torch.distributed.get_rank() == 0:
-        (folder / "losses.json").write_text(json.dumps(losses))
+        found = {"losses": losses, "num_replayed": num_replayed}
+        (folder / "losses.json").write_text(json.dumps(found))
 
 
 def _losses(folder: Path) -> dict[str, torch.Tensor]:
-    losses = json.loads((folder / "losses.json").read_text())
+    losses = json.loads((folder / "losses.json").read_text())["losses"]
     return {stage: torch.tensor(losses[stage], dtype=torch.float64) for stage in STAGES}
+
+
+def _assert_starts_as(folder: Path, expected_folder: Path) -> None:
+    losses = _losses(folder)
+    for stage, expected in _losses(expected_folder).items():
+        found = losses[stage]
+        # Before, after one and after two updates from the same weights: the forward and backward
+        # passes and the optimizer. Then a loss that swings makes more of the runs' rounding.
+        error = ((found - expected).abs() / expected[0])[:3].max()
+        assert error <= 2**-6, f"{stage}: {found}, expected {expected}"
+
+
+def _assert_learns_in_fp8(folder: Path, expected_folder: Path) -> None:
+    losses = _losses(folder)
+    for stage, expected in _losses(expected_folder).items():
+        found = losses[stage]
+        assert not torch.equal(found, expected), "nothing ran in FP8"
+        fallen, expected_fall = (1 - x[-1] / x[0] for x in (found, expected))
+        assert fallen >= expected_fall / 2, f"{stage}: {found}, bf16 {expected}"
+        if stage == STAGES[0]:  # the same weights: half a step of E4M3 is 2^-4 of a number
+            assert (found[0] / expected[0] - 1).abs() <= 2**-4
 
 
 def test_every_stage_learns(inputs: Path) -> None:
@@ -102,32 +139,48 @@ def test_fp8_learns_as_bf16_does(inputs: Path, tmp_path: Path) -> None:
     run_distributed(
         transfer, 1, inputs, tmp_path, ["trainer.precision=fp8", "model.recompute=full"]
     )
-    losses = _losses(tmp_path)
-    for stage, expected in _losses(inputs / "bf16").items():
-        found = losses[stage]
-        assert not torch.equal(found, expected), "nothing ran in FP8"
-        fallen, expected_fall = (1 - x[-1] / x[0] for x in (found, expected))
-        assert fallen >= expected_fall / 2, f"{stage}: {found}, bf16 {expected}"
-        if stage == STAGES[0]:  # the same weights: half a step of E4M3 is 2^-4 of a number
-            assert (found[0] / expected[0] - 1).abs() <= 2**-4
+    _assert_learns_in_fp8(tmp_path, inputs / "bf16")
 
 
-@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
-def test_two_tensor_parallel_ranks_equal_one(
-    inputs: Path, tmp_path: Path, sequence_parallel: str
-) -> None:
-    layout = [
-        "strategy.tensor_model_parallel_size=2",
-        f"strategy.sequence_parallel={sequence_parallel}",
-    ]
-    run_distributed(transfer, 2, inputs, tmp_path, layout, inputs / "bf16")
-    losses = _losses(tmp_path)
-    for stage, expected in _losses(inputs / "bf16").items():
-        found = losses[stage]
-        # Before, after one and after two updates from the same weights: the forward and backward
-        # passes and the optimizer. Then a loss that swings makes more of the runs' rounding.
-        error = ((found - expected).abs() / expected[0])[:3].max()
-        assert error <= 2**-6, f"{stage}: {found}, one {expected}"
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_cuda_graphs_change_nothing(inputs: Path, tmp_path: Path, precision: str) -> None:
+    overrides = [GRAPHS, f"trainer.precision={precision}"]
+    run_distributed(transfer, 1, inputs, tmp_path, overrides, inputs / "bf16")
+    num_replayed = json.loads((tmp_path / "losses.json").read_text())["num_replayed"]
+    # Two stages, steps after the first, micro-batches, layers, forward and backward.
+    assert num_replayed == 2 * (NUM_STEPS - 1) * 2 * SHAPE["num_hidden_layers"] * 2
+    if precision == "fp8":
+        _assert_learns_in_fp8(tmp_path, inputs / "bf16")
+    else:
+        _assert_starts_as(tmp_path, inputs / "bf16")
+
+
+TENSOR, CONTEXT = "strategy.tensor_model_parallel_size=2", "strategy.context_parallel_size=2"
+LAYOUTS = {
+    "tensor parallel": [TENSOR],
+    "tensor parallel, graphs": [TENSOR, GRAPHS],
+    "sequence parallel": [TENSOR, "strategy.sequence_parallel=true"],
+    "context parallel, ring": [CONTEXT],
+    "context parallel, all-to-all": [CONTEXT, "strategy.cp_comm_type=a2a"],
+    "context parallel, gathered": [CONTEXT, "strategy.cp_comm_type=all_gather"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_equal_one(inputs: Path, tmp_path: Path, layout: str) -> None:
+    run_distributed(transfer, 2, inputs, tmp_path, LAYOUTS[layout], inputs / "bf16")
+    _assert_starts_as(tmp_path, inputs / "bf16")
+
+
+@pytest.mark.exhaustive
+def test_whole_model_learns_on_two_tensor_parallel_ranks(tmp_path: Path) -> None:
+    """Qwen3-1.7B's layers and vocabulary; about 120 GB of checkpoints on the way."""
+    whole = {"num_hidden_layers": 28, "vocab_size": 151936, "dtype": torch.bfloat16}
+    write_inputs(tmp_path, **{**SHAPE, **whole})
+    layout = [TENSOR, "strategy.sequence_parallel=true"]
+    run_distributed(transfer, 2, tmp_path, tmp_path / "run", layout)
+    for stage, losses in _losses(tmp_path / "run").items():
+        assert losses[-1] < 0.95 * losses[0], f"{stage}: {losses}"
 
 
 def certify(out: Path) -> None:

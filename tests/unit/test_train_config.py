@@ -119,6 +119,24 @@ def test_each_mistake_gets_its_sentence(config_file: Path, override: str, senten
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("transfer.stage=align", "transfer.stage is align, with which model.cuda_graphs does not"),
+        ("data.reset_at_document_end=true", "data.reset_at_document_end is True, with which"),
+        ("model.recompute=full", "model.recompute is full, with which"),
+        ("strategy.pipeline_model_parallel_size=2", "_parallel_size is 2, with which"),
+        ("strategy.context_parallel_size=2", "it needs 1"),
+    ],
+)
+def test_cuda_graphs_refuse_what_changes(config_file: Path, override: str, sentence: str) -> None:
+    graphs = ["model.cuda_graphs=true"]
+    load_config(config_file, [*graphs, "strategy.tensor_model_parallel_size=2"])
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [*graphs, override])
+    assert sentence in str(caught.value)
+
+
 def test_sequence_length_divides_by_ranks_that_share_it(config_file: Path) -> None:
     shared = ["strategy.tensor_model_parallel_size=4", "strategy.sequence_parallel=true",
               "strategy.context_parallel_size=2"]  # fmt: skip
@@ -192,6 +210,7 @@ def test_what_was_left_open_differs_from_nothing(config_file: Path) -> None:
     assert found(chosen, ["trainer.accelerator=gpu"]) == "trainer.accelerator"
     assert found([], ["data.seed=5"]) == "data.seed"
     assert found([], ["model.recompute=full", "model.recompute_layers=2"]) is None
+    assert found([], ["model.cuda_graphs=true"]) is None
 
 
 def test_finished_checkpoints_are_found_newest_first(config_file: Path) -> None:
