@@ -49,23 +49,27 @@ test-gpu:
 
 # On a GPU machine too: every table and picture of kernels/benchmarks/RESULTS.md, into BENCH_OUT.
 BENCH_OUT ?= runs/benchmarks
+STEP := kernels/benchmarks/training_step.py
+WHOLE := distill long_context full "full distill"
 bench-gpu:
 	mkdir -p $(BENCH_OUT)
-	for name in head_fusion linear_kl la_preparation layer training_step; do \
+	for name in layer training_step head_fusion linear_kl la_preparation; do \
 		$(PYTHON) kernels/benchmarks/$$name.py --out $(BENCH_OUT)/$$name.json || exit; \
 	done
+	$(PYTHON) $(STEP) --cuda-graphs --lengths 4096 8192 --stages $(WHOLE) \
+		--out $(BENCH_OUT)/cuda_graphs.json
+	$(PYTHON) $(STEP) --fp8 --lengths 16384 --stages distill "full distill" --out $(BENCH_OUT)/fp8.json
 	$(PYTHON) kernels/benchmarks/layer.py --draw $(BENCH_OUT)/layer.json --picture $(BENCH_OUT)/layer.png
 
-OURS_AND_FULL := align distill long_context full "full distill"
 TORCHRUN_2 := $(PYTHON) -m torch.distributed.run --nproc-per-node 2
 bench-2-gpus:
 	mkdir -p $(BENCH_OUT)
 	$(TORCHRUN_2) -m hydra_tools.certify --config examples/qwen3_1p7b/certify.yaml --tp 2 --cp 2 \
 		--layers 2 --length 256 --steps 2 model.vocab_size=8192 --out $(BENCH_OUT)/two_gpus.json
-	$(TORCHRUN_2) kernels/benchmarks/training_step.py --tp 2 --lengths 4096 16384 \
-		--stages $(OURS_AND_FULL) --out $(BENCH_OUT)/tp_2.json
-	$(TORCHRUN_2) kernels/benchmarks/training_step.py --cp 2 --lengths 65536 131072 \
-		--stages $(OURS_AND_FULL) --out $(BENCH_OUT)/cp_2.json
+	$(TORCHRUN_2) $(STEP) --tp 2 --lengths 4096 16384 \
+		--stages align $(WHOLE) --out $(BENCH_OUT)/tp_2.json
+	$(TORCHRUN_2) $(STEP) --cp 2 --lengths 65536 131072 \
+		--stages align $(WHOLE) --out $(BENCH_OUT)/cp_2.json
 
 checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

@@ -8,7 +8,9 @@ One GPU, or several with --tp (then sequence parallel too) and --cp; bf16 with f
 (Megatron's distributed optimizer), one sequence a step, random weights and tokens. `full` trains
 the teacher's own architecture with the loss of stage 3: what each stage would cost without linear
 attention, or, for `distill`, beside its teacher. `distill, modelopt` is the hybrid and its teacher
-under NeMo's own distillation by ModelOpt, with the same two losses. MFU counts the model's own
+under NeMo's own distillation by ModelOpt, with the same two losses. With --cuda-graphs the layers
+that train replay Megatron's CUDA graphs; nothing is recomputed, and the peak is all that PyTorch
+holds on to, as the graphs' memory is not among what it calls allocated. MFU counts the model's own
 operations (no recomputation; the teacher's forward where there is one) against the H100's 989
 TFLOP/s; memory is rank 0's.
 """
@@ -28,6 +30,8 @@ import torch
 import torch.distributed as dist
 from measure import device_figures, median_ms, peak_gib, print_table, write
 from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.cuda_graphs import create_cudagraphs, delete_cuda_graphs
 
 from megatron_hydra.attention.sequence_layout import shard_batch
 from megatron_hydra.parallel import initialize_model_parallel
@@ -51,9 +55,12 @@ def main() -> int:
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
     parser.add_argument("--fp8", action="store_true", help="the linears in FP8, as in training")
     parser.add_argument("--overlap-branches", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--cuda-graphs", action="store_true", help="of the layers that train")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks")
-    parser.add_argument("--recompute-layers", type=int, help="above 4,096 tokens; all by default")
+    parser.add_argument(
+        "--recompute-layers", type=int, help="by default none up to 4,096 tokens, then all"
+    )
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -62,6 +69,10 @@ def main() -> int:
     initialize_model_parallel(args.tp, context=args.cp)
     if dist.get_world_size() != args.tp * args.cp:
         parser.error(f"{dist.get_world_size()} ranks are not tp {args.tp} x cp {args.cp}")
+    if args.cuda_graphs and {"align", MODELOPT} & {*args.stages}:
+        parser.error("--cuda-graphs is for --stages whose own layers train, whole")
+    if args.cuda_graphs:  # which take random numbers from Transformer Engine's tracker alone
+        model_parallel_cuda_manual_seed(1234, te_rng_tracker=True, force_reset_rng=True)
     is_first = dist.get_rank() == 0
     data |= device_figures() | {"tp": args.tp, "cp": args.cp}
     rows: list[dict[str, Any]] = []
@@ -91,28 +102,36 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
 
     None where memory does not suffice; of several ranks that is an error, as the others wait.
     """
-    recompute = "none" if length <= 4096 else "full"
-    layers = 0 if recompute == "none" else args.recompute_layers or args.layers
+    layers = args.recompute_layers
+    if layers is None:
+        layers = 0 if length <= 4096 or args.cuda_graphs else args.layers
     row: dict[str, Any] = {"stage": stage, "tokens": length, "layers recomputed": layers}
     milliseconds = peak = None
     gc.collect()  # DDP's hooks hold the model in a cycle
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     try:
-        step, optimizer_gib = _training_step(stage, length, recompute, args)
+        step, optimizer_gib = _training_step(stage, length, layers, args)
         row["weights and optimizer GiB"] = optimizer_gib
         milliseconds = median_ms(step, rep_ms=1)
-        peak = peak_gib(step) + torch.cuda.memory_allocated() / 2**30
+        if args.cuda_graphs:
+            peak = torch.cuda.max_memory_reserved() / 2**30
+        else:
+            peak = peak_gib(step) + torch.cuda.memory_allocated() / 2**30
         if args.profile:
             _print_profile(step)
     except torch.OutOfMemoryError:
         if dist.get_world_size() > 1:
             raise
         row["weights and optimizer GiB"] = None
+    finally:
+        if args.cuda_graphs:  # one record of them a process, whatever the model
+            delete_cuda_graphs()
     tflop = model_tflop(stage, length, args.layers, args.fa_heads_per_layer)
     seconds = None if milliseconds is None else milliseconds / 1e3
     return row | {
         "peak GiB": peak,
-        "predicted GiB": predicted_gib(stage, length, recompute, args),
+        "predicted GiB": predicted_gib(stage, length, layers, args),
         "step ms": milliseconds,
         "tokens/s": None if seconds is None else length / seconds,
         "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S / args.tp / args.cp,
@@ -120,10 +139,10 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
 
 
 def predicted_gib(
-    stage: str, length: int, recompute: str, args: argparse.Namespace
+    stage: str, length: int, recompute_layers: int, args: argparse.Namespace
 ) -> float | None:
-    """The peak by formula, workspaces left out; None for several ranks, FP8, and ModelOpt."""
-    if stage == MODELOPT or args.tp * args.cp > 1 or args.fp8:
+    """The peak by formula, workspaces left out; None for what it does not know."""
+    if stage == MODELOPT or args.tp * args.cp > 1 or args.fp8 or args.cuda_graphs:
         return None
     from megatron_hydra.selection.cost import ModelShape
     from megatron_hydra.selection.training_memory import training_memory
@@ -134,8 +153,8 @@ def predicted_gib(
     plan = None if stage.startswith("full") else _plan(args)
     of_transfer = {"full": "long_context", "full distill": "distill"}.get(stage, stage)
     memory = training_memory(
-        shape, plan, of_transfer, length, recompute, args.chunk_tokens,
-        recompute_layers=args.recompute_layers,
+        shape, plan, of_transfer, length, "full" if recompute_layers else "none",
+        args.chunk_tokens, recompute_layers=recompute_layers or None,
     )  # fmt: skip
     return memory.peak / 2**30
 
@@ -169,7 +188,7 @@ def model_tflop(stage: str, length: int, layers: int, num_fa: int) -> float:
 
 
 def _training_step(
-    stage: str, length: int, recompute: str, args: argparse.Namespace
+    stage: str, length: int, recompute_layers: int, args: argparse.Namespace
 ) -> tuple[Callable[[], Any], float]:
     """A function that runs one step, and what weights, gradients and optimizer take."""
     from megatron.core.distributed import (
@@ -183,10 +202,12 @@ def _training_step(
     from megatron_hydra.transfer.distillation import distillation_loss
 
     before = torch.cuda.memory_allocated()
-    student = _model(None if stage.startswith("full") else args, length, recompute, args)
+    student = _model(
+        not stage.startswith("full"), length, args, **_student_fields(recompute_layers, args)
+    )
     teacher = None
     if stage not in ("long_context", "full"):
-        teacher = _model(None, length, "none", args).eval().requires_grad_(False)
+        teacher = _model(False, length, args).eval().requires_grad_(False)
     if stage == "align":
         theirs = dict(teacher.named_parameters())
         for name, parameter in student.named_parameters():
@@ -242,6 +263,8 @@ def _training_step(
 
     step()
     torch.cuda.synchronize()
+    if args.cuda_graphs:
+        create_cudagraphs()
     return step, (torch.cuda.memory_allocated() - before) / 2**30
 
 
@@ -260,8 +283,16 @@ def _modelopt(student: Any, teacher: Any) -> Callable[..., Any]:
     return model._DistillationLossReduction(student.compute_kd_loss).forward
 
 
-def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -> Any:
-    from megatron_hydra.config import HydraConfig, recompute_fields
+def _student_fields(recompute_layers: int, args: argparse.Namespace) -> dict[str, Any]:
+    from megatron_hydra.config import recompute_fields
+
+    some = recompute_layers if recompute_layers < args.layers else None
+    graphs = {"cuda_graph_impl": "local"} if args.cuda_graphs else {}
+    return recompute_fields("full" if recompute_layers else "none", some) | graphs
+
+
+def _model(hybrid: bool, length: int, args: argparse.Namespace, **more: Any) -> Any:
+    from megatron_hydra.config import HydraConfig
     from megatron_hydra.conversion.qwen3 import megatron_fields
     from megatron_hydra.model import build_model
 
@@ -272,13 +303,12 @@ def _model(hybrid: Any, length: int, recompute: str, args: argparse.Namespace) -
         backend="transformer_engine", fused_kernels=args.fused_kernels,
         overlap_branches=args.overlap_branches,
         apply_rope_fusion=True, bias_activation_fusion=True,
-        **recompute_fields(recompute, args.recompute_layers),
         tensor_model_parallel_size=args.tp, sequence_parallel=args.tp > 1,
-        context_parallel_size=args.cp,
+        context_parallel_size=args.cp, **more,
     )  # fmt: skip
     if args.fp8:
         fields |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-    plan = None if hybrid is None else _plan(args)
+    plan = _plan(args) if hybrid else None
     return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
 
 
