@@ -1,10 +1,12 @@
-"""Builds Megatron's GPTModel for a hybrid or for its teacher, from one configuration."""
+"""Builds Megatron's GPTModel for a hybrid or for its teacher, and ends its CUDA graphs."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
 
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.head_plan import HeadPlan
@@ -54,3 +56,21 @@ def build_model(
         vp_stage=vp_stage,
         **kwargs,
     )
+
+
+def release_cuda_graphs(model: torch.nn.Module) -> None:
+    """Let go of the CUDA graphs that Megatron has captured of a model's layers.
+
+    Their memory is free afterwards, the process groups in their collectives can be destroyed (while
+    a graph exists, that hangs: https://github.com/pytorch/pytorch/issues/115388), and another
+    model's can be captured. Megatron's own function does the last alone: it no longer knows graphs
+    that are finished.
+    """
+    for manager in model.modules():
+        if isinstance(manager, CudaGraphManager):
+            for runner in manager.cudagraph_runners:
+                for graph in (runner.fwd_graph, runner.bwd_graph):
+                    if graph is not None:
+                        graph.reset()
+            manager.cudagraph_runners.clear()
+    delete_cuda_graphs()

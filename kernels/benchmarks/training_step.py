@@ -31,9 +31,10 @@ import torch.distributed as dist
 from measure import device_figures, median_ms, peak_gib, print_table, write
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.cuda_graphs import create_cudagraphs, delete_cuda_graphs
+from megatron.core.transformer.cuda_graphs import create_cudagraphs
 
 from megatron_hydra.attention.sequence_layout import shard_batch
+from megatron_hydra.model import build_model, release_cuda_graphs
 from megatron_hydra.parallel import initialize_model_parallel
 
 LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
@@ -106,13 +107,15 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
     if layers is None:
         layers = 0 if length <= 4096 or args.cuda_graphs else args.layers
     row: dict[str, Any] = {"stage": stage, "tokens": length, "layers recomputed": layers}
-    milliseconds = peak = None
+    student = milliseconds = peak = None
     gc.collect()  # DDP's hooks hold the model in a cycle
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     try:
-        step, optimizer_gib = _training_step(stage, length, layers, args)
-        row["weights and optimizer GiB"] = optimizer_gib
+        student = _student(stage, length, layers, args)
+        step = _training_step(student, stage, length, args)
+        row["weights and optimizer GiB"] = (torch.cuda.memory_allocated() - before) / 2**30
         milliseconds = median_ms(step, rep_ms=1)
         if args.cuda_graphs:
             peak = torch.cuda.max_memory_reserved() / 2**30
@@ -125,8 +128,8 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
             raise
         row["weights and optimizer GiB"] = None
     finally:
-        if args.cuda_graphs:  # one record of them a process, whatever the model
-            delete_cuda_graphs()
+        if args.cuda_graphs and student is not None:
+            release_cuda_graphs(student)
     tflop = model_tflop(stage, length, args.layers, args.fa_heads_per_layer)
     seconds = None if milliseconds is None else milliseconds / 1e3
     return row | {
@@ -188,9 +191,9 @@ def model_tflop(stage: str, length: int, layers: int, num_fa: int) -> float:
 
 
 def _training_step(
-    stage: str, length: int, recompute_layers: int, args: argparse.Namespace
-) -> tuple[Callable[[], Any], float]:
-    """A function that runs one step, and what weights, gradients and optimizer take."""
+    student: Any, stage: str, length: int, args: argparse.Namespace
+) -> Callable[[], Any]:
+    """A function that runs one step, called once."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -201,10 +204,6 @@ def _training_step(
     from megatron_hydra.transfer.alignment import Alignment
     from megatron_hydra.transfer.distillation import distillation_loss
 
-    before = torch.cuda.memory_allocated()
-    student = _model(
-        not stage.startswith("full"), length, args, **_student_fields(recompute_layers, args)
-    )
     teacher = None
     if stage not in ("long_context", "full"):
         teacher = _model(False, length, args).eval().requires_grad_(False)
@@ -265,7 +264,7 @@ def _training_step(
     torch.cuda.synchronize()
     if args.cuda_graphs:
         create_cudagraphs()
-    return step, (torch.cuda.memory_allocated() - before) / 2**30
+    return step
 
 
 def _modelopt(student: Any, teacher: Any) -> Callable[..., Any]:
@@ -283,18 +282,19 @@ def _modelopt(student: Any, teacher: Any) -> Callable[..., Any]:
     return model._DistillationLossReduction(student.compute_kd_loss).forward
 
 
-def _student_fields(recompute_layers: int, args: argparse.Namespace) -> dict[str, Any]:
+def _student(stage: str, length: int, recompute_layers: int, args: argparse.Namespace) -> Any:
     from megatron_hydra.config import recompute_fields
 
     some = recompute_layers if recompute_layers < args.layers else None
-    graphs = {"cuda_graph_impl": "local"} if args.cuda_graphs else {}
-    return recompute_fields("full" if recompute_layers else "none", some) | graphs
+    fields = recompute_fields("full" if recompute_layers else "none", some)
+    if args.cuda_graphs:
+        fields["cuda_graph_impl"] = "local"
+    return _model(not stage.startswith("full"), length, args, **fields)
 
 
 def _model(hybrid: bool, length: int, args: argparse.Namespace, **more: Any) -> Any:
     from megatron_hydra.config import HydraConfig
     from megatron_hydra.conversion.qwen3 import megatron_fields
-    from megatron_hydra.model import build_model
 
     fields = megatron_fields(torch.bfloat16) | dict(
         num_layers=args.layers, hidden_size=HIDDEN, ffn_hidden_size=FFN,

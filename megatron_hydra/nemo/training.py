@@ -14,7 +14,6 @@ from typing import Any
 import nemo.lightning as nl
 import torch
 from lightning_utilities.core import rank_zero
-from megatron.core.transformer.cuda_graphs import delete_cuda_graphs
 from nemo.collections import llm
 from nemo.utils import logging as nemo_logging
 
@@ -31,6 +30,7 @@ from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model import release_cuda_graphs
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import HydraModelCheckpoint
@@ -124,8 +124,8 @@ class TrainingRun:
                 ),
             )
         finally:
-            if config.model.cuda_graphs:  # one record of them a process, whatever the model
-                delete_cuda_graphs()
+            if config.model.cuda_graphs and hasattr(model, "module"):
+                release_cuda_graphs(bare_model(model.module))
         self._write_hybrid(model, command)
 
     def _checkpoint(self) -> Path | None:
