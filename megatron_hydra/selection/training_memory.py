@@ -94,8 +94,9 @@ def training_memory(
     again = one_layer if recomputes else 0.0
 
     if stage == "align":
-        if recomputes:  # the layer's output, and both in float32 beside their difference
-            again += num_tokens * 10 * h
+        if recomputes:  # the layer's output, and both in float32 beside their difference; or later
+            gradients = attention_gradient_bytes(shape).of(plan) / shape.num_layers
+            again += num_tokens * max(10 * h, gradients)
         return TrainingMemory(state, kept, max(num_tokens * mlp, again))  # the teacher's MLP
     kept += num_tokens * 4 * h  # the final norm's input and output
     logits = 2 * chunk_tokens * shape.vocab_size
@@ -131,3 +132,14 @@ def attention_bytes(shape: ModelShape) -> PlanCost:
         + shape.total_heads * teacher_head
         + shape.total_groups * teacher_group,
     )
+
+
+def attention_gradient_bytes(shape: ModelShape) -> PlanCost:
+    """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
+
+    That is the gated delta rule's: the joined gradient of the projected sections, those of the
+    prepared query, key and value, and the states of all chunks, which it computes again.
+    """
+    d = shape.head_dim
+    la_head = 8 * d + 4 + 6 * d + 2 * d**2 // _CHUNK
+    return PlanCost(shape.total_heads * la_head, 4 * d - la_head, 4 * d, 0)
