@@ -101,7 +101,10 @@ def test_the_largest_estimates_are_measured_exactly_and_the_others_kept() -> Non
     found = scorer.measure(model, batch)
     rechecked = torch.zeros(2, 4, dtype=torch.bool)
     rechecked[1, 2] = rechecked[0, 0] = rechecked[0, 3] = True
-    torch.testing.assert_close(found, torch.where(rechecked, exact, estimates), atol=0, rtol=0)
+    # float64: some processors add in another order where fewer heads are patched at once.
+    expected = torch.where(rechecked, exact, estimates)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    assert (exact - estimates).abs().min() > 1e-6, "any one could stand for the other"
     assert not scorer.start_round(done)
 
 

@@ -98,7 +98,10 @@ def test_row_holds_every_document_padded_as_ranks_need(
 @pytest.mark.parametrize("stage", ["align", "distill", "text alone"])
 def test_packed_row_equals_the_sum_over_documents(rows: list[list[int]], stage: str) -> None:
     initialize_model_parallel()
-    config = tiny_config(init_method_std=0.2, fa_query_scale="always", fa_rope=True)
+    # The certificate's epsilon: a smaller one lets norms of nearly nothing make much of rounding.
+    config = tiny_config(
+        init_method_std=0.2, fa_query_scale="always", fa_rope=True, layernorm_epsilon=1e-2
+    )
     teacher = build_model(dataclasses.replace(config), None)
     student = build_model(config, tiny_plan())
     reuse_teacher_weights(student, {name: p.data for name, p in teacher.named_parameters()})
@@ -123,7 +126,7 @@ def test_packed_row_equals_the_sum_over_documents(rows: list[list[int]], stage: 
     for name, expected_gradient in gradients[1].items():
         # float32, against the largest entry: what differs is the order of sums.
         worst = (gradients[0][name] - expected_gradient).abs().max()
-        assert worst <= 1e-4 * expected_gradient.abs().max(), name
+        assert worst <= 2e-5 * expected_gradient.abs().max(), name
 
 
 def _losses_of_stage(stage: str, student: Any, teacher: Any) -> Any:
