@@ -93,7 +93,7 @@ def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | No
         ]  # fmt: skip
         if stage != "stage3_long_context":
             of_run.append(f"transfer.teacher={inputs}/teacher")
-        of_run += [key for key in overrides if stage != STAGES[0] or key not in GRAPHS]
+        of_run += [x for x in overrides if stage != STAGES[0] or x not in GRAPHS]
         run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", of_run))
         run.run(lambda step, scalars, shown=shown: shown.append(scalars["loss"]))
         unset_num_microbatches_calculator()  # NeMo keeps the first run's
