@@ -245,7 +245,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str | None:
     """The first `section.key` among ``sections`` whose value differs, or None.
 
-    What either leaves open, None or `auto`, differs from nothing, nor does what is recomputed.
+    What either leaves open, None or `auto`, differs from nothing, nor does what changes no result.
     """
     for section in sections:
         for item in fields(getattr(old, section)):

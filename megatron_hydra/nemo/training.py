@@ -70,6 +70,7 @@ class TrainingRun:
         self._check_layout()
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
         self._check_stages(self.meta, "transfer.init_from", config.transfer.init_from)
+        self._check_recomputation()
         tokenizer_files(self._tokenizer)  # or the trained hybrid could not be written
         if config.transfer.teacher is not None:
             self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
@@ -269,7 +270,11 @@ class TrainingRun:
                 f"{key} {folder} has {num_layers} layers, which do not divide by "
                 f"strategy.pipeline_model_parallel_size {num_stages}"
             )
-        of_stage = num_layers // num_stages
+
+    def _check_recomputation(self) -> None:
+        """Of the hybrid alone: a teacher recomputes nothing."""
+        num_stages = self.config.strategy.pipeline_model_parallel_size
+        of_stage = self.meta["config"]["num_layers"] // num_stages
         if (recomputed := self.config.model.recompute_layers or 0) > of_stage:
             raise UserError(
                 f"model.recompute_layers {recomputed} is above a pipeline stage's {of_stage} layers"
