@@ -72,5 +72,8 @@ def release_cuda_graphs(model: torch.nn.Module) -> None:
                 for graph in (runner.fwd_graph, runner.bwd_graph):
                     if graph is not None:
                         graph.reset()
+                # They hold the last step's autograd node, which holds the runner and with it the
+                # layer: a cycle through C++, which Python's collector does not see.
+                runner.fwd_graph_outputs = runner.fwd_graph_output_surface = None
             manager.cudagraph_runners.clear()
     delete_cuda_graphs()
