@@ -48,7 +48,7 @@ class ModelSection:
     some 16,384 tokens a micro-batch Python launches kernels more slowly than a GPU runs them.
 
     Only where each micro-batch is like the last and keeps all activations: stages 2 and 3, samples
-    whole, nothing recomputed, data parallelism alone."""
+    whole, nothing recomputed, neither pipeline nor context parallel."""
 
 
 @dataclass

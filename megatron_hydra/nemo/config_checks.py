@@ -139,7 +139,6 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         ("transfer.stage", config.transfer.stage, ("distill", "long_context")),
         ("data.reset_at_document_end", data.reset_at_document_end, (False,)),
         ("model.recompute", model.recompute, ("none",)),
-        ("strategy.tensor_model_parallel_size", strategy.tensor_model_parallel_size, (1,)),
         ("strategy.pipeline_model_parallel_size", strategy.pipeline_model_parallel_size, (1,)),
         ("strategy.context_parallel_size", strategy.context_parallel_size, (1,)),
     ):

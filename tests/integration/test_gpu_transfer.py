@@ -1,13 +1,15 @@
 """The example's three stages in NeMo's loop on GPUs: Transformer Engine, fla, our kernels.
 
 Catches: a stage that does not learn or does not take what the one before it wrote, FP8 that trains
-elsewhere than bf16, CUDA graphs that replay something else, tensor- and context-parallel ranks over
-NCCL that differ from one. Two ranks share a GPU where there is but one.
+elsewhere than bf16, CUDA graphs that replay something else or do not go on from a checkpoint,
+tensor- and context-parallel ranks over NCCL that differ from one. Two ranks share a GPU where there
+is but one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,8 @@ def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | No
         of_run += [x for x in overrides if stage != STAGES[0] or x not in GRAPHS]
         run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", of_run))
         run.run(lambda step, scalars, shown=shown: shown.append(scalars["loss"]))
+        if torch.distributed.get_rank() == 0:
+            run.folder.write_config()
         unset_num_microbatches_calculator()  # NeMo keeps the first run's
         losses[stage], previous = shown, (before or folder) / stage / "hybrid"
     if torch.distributed.get_rank() == 0:
@@ -144,21 +148,49 @@ def test_fp8_learns_as_bf16_does(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_cuda_graphs_change_nothing(inputs: Path, tmp_path: Path, precision: str) -> None:
-    overrides = [*GRAPHS, f"trainer.precision={precision}"]
+    overrides = [
+        *GRAPHS,
+        f"trainer.precision={precision}",
+        f"resume.save_every_n_steps={NUM_STEPS // 2}",
+    ]
     run_distributed(transfer, 1, inputs, tmp_path, overrides, inputs / "bf16")
-    num_replayed = json.loads((tmp_path / "losses.json").read_text())["num_replayed"]
-    # Two stages, steps after the first, micro-batches, layers, forward and backward.
-    assert num_replayed == 2 * (NUM_STEPS - 1) * 2 * SHAPE["num_hidden_layers"] * 2
+    _assert_replayed(tmp_path)
     if precision == "fp8":
         _assert_learns_in_fp8(tmp_path, inputs / "bf16")
     else:
         _assert_starts_as(tmp_path, inputs / "bf16")
+    run_distributed(go_on_from_half, 1, tmp_path)
+    went_on = torch.tensor(json.loads((tmp_path / "went_on.json").read_text()))
+    expected = _losses(tmp_path)["stage2_distill"]
+    error = ((went_on - expected[NUM_STEPS // 2 :]).abs() / expected[0]).max()
+    assert error <= 2**-6, f"{went_on}, without a break {expected}"
+
+
+def go_on_from_half(folder: Path) -> None:
+    """Train the second half of stage 2 again; each step's loss goes to `went_on.json`."""
+    from megatron_hydra.nemo.config import load_config
+    from megatron_hydra.nemo.training import TrainingRun
+
+    stage = folder / "stage2_distill"
+    shutil.rmtree(stage / "hybrid")
+    shutil.rmtree(stage / f"checkpoints/step_{NUM_STEPS:08}")
+    losses: list[float] = []
+    run = TrainingRun(load_config(stage / "config.yaml"))
+    run.run(lambda step, scalars: losses.append(scalars["loss"]))
+    (folder / "went_on.json").write_text(json.dumps(losses))
+
+
+def _assert_replayed(folder: Path) -> None:
+    num_replayed = json.loads((folder / "losses.json").read_text())["num_replayed"]
+    # Two stages, steps after the first, micro-batches, layers, forward and backward.
+    assert num_replayed == 2 * (NUM_STEPS - 1) * 2 * SHAPE["num_hidden_layers"] * 2
 
 
 TENSOR, CONTEXT = "strategy.tensor_model_parallel_size=2", "strategy.context_parallel_size=2"
 LAYOUTS = {
     "tensor parallel": [TENSOR],
     "sequence parallel": [TENSOR, "strategy.sequence_parallel=true"],
+    "sequence parallel, graphs": [TENSOR, "strategy.sequence_parallel=true", *GRAPHS],
     "context parallel, ring": [CONTEXT],
     "context parallel, all-to-all": [CONTEXT, "strategy.cp_comm_type=a2a"],
     "context parallel, gathered": [CONTEXT, "strategy.cp_comm_type=all_gather"],
@@ -169,6 +201,8 @@ LAYOUTS = {
 def test_two_ranks_equal_one(inputs: Path, tmp_path: Path, layout: str) -> None:
     run_distributed(transfer, 2, inputs, tmp_path, LAYOUTS[layout], inputs / "bf16")
     _assert_starts_as(tmp_path, inputs / "bf16")
+    if "graphs" in layout:
+        _assert_replayed(tmp_path)
 
 
 @pytest.mark.exhaustive
