@@ -145,7 +145,7 @@ def predicted_gib(
     stage: str, length: int, recompute_layers: int, args: argparse.Namespace
 ) -> float | None:
     """The peak by formula, workspaces left out; None for what it does not know."""
-    if stage == MODELOPT or args.tp * args.cp > 1 or args.fp8 or args.cuda_graphs:
+    if stage == MODELOPT or args.fp8 or args.cuda_graphs:
         return None
     from megatron_hydra.selection.cost import ModelShape
     from megatron_hydra.selection.training_memory import training_memory
@@ -157,7 +157,8 @@ def predicted_gib(
     of_transfer = {"full": "long_context", "full distill": "distill"}.get(stage, stage)
     memory = training_memory(
         shape, plan, of_transfer, length, "full" if recompute_layers else "none",
-        args.chunk_tokens, recompute_layers=recompute_layers or None,
+        args.chunk_tokens, recompute_layers=recompute_layers or None, tp_size=args.tp,
+        cp_size=args.cp,
     )  # fmt: skip
     return memory.peak / 2**30
 

@@ -1,9 +1,10 @@
-"""What one GPU needs to train a plan: weights, optimizer, activations and the loss, in bytes.
+"""What each GPU needs to train a plan: weights, optimizer, activations and the loss, in bytes.
 
 Counted is what Transformer Engine's modules, FlashQLA and our Triton kernels keep for the backward
 pass in bfloat16, each tensor of it listed once by `torch.autograd.graph.saved_tensors_hooks` on an
-H100 (kernels/benchmarks/RESULTS.md holds prediction and measurement side by side). The whole model
-lies on the GPU; the optimizer may be shared by data-parallel ranks.
+H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). All layers lie on
+the GPU, each head and row of weights on one tensor-parallel rank; data- and context-parallel ranks
+share the optimizer's state.
 
 Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = head dimension.
 """
@@ -56,8 +57,11 @@ def training_memory(
     chunk_tokens: int = 1024,
     dp_size: int = 1,
     recompute_layers: int | None = None,
+    *,
+    tp_size: int = 1,
+    cp_size: int = 1,
 ) -> TrainingMemory:
-    """Predict the peak of a training step.
+    """Predict the peak of a training step on a rank.
 
     Args:
         shape: The teacher's.
@@ -66,52 +70,66 @@ def training_memory(
         num_tokens: T.
         recompute: As `model.recompute`.
         chunk_tokens: As `transfer.chunk_tokens`.
-        dp_size: Ranks that share the optimizer's state.
+        dp_size: Data-parallel ranks, under the distributed optimizer.
         recompute_layers: As `model.recompute_layers`.
+        tp_size: Tensor-parallel ranks, with sequence parallelism, heads placed `balanced`.
+        cp_size: Context-parallel ranks.
     """
     shape = replace(shape, value_bytes=_WEIGHT)
     teacher = 0.0 if stage == "long_context" else weight_bytes(shape).of(None)
     # Stage 1 takes all else from the teacher.
     trained = (attention_weight_bytes if stage == "align" else weight_bytes)(shape).of(plan)
-    state = teacher + trained / _WEIGHT * (_WEIGHT + _GRADIENT + _OPTIMIZER / dp_size)
+    trained *= 1 + (_GRADIENT + _OPTIMIZER / (dp_size * cp_size)) / _WEIGHT
+    state = (teacher + trained) / tp_size
 
-    h, f = shape.hidden_size, shape.ffn_hidden_size
-    attention = attention_bytes(shape).of(plan) / shape.num_layers
+    h, f, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size / tp_size
+    # A tensor-parallel rank keeps its part of the tokens, or of the heads, of everything.
+    tokens = num_tokens / (tp_size * cp_size)
+    is_split = cp_size > 1
+    attention = attention_bytes(shape, is_split).of(plan) / shape.num_layers
     mlp = 4 * h + 4 + 6 * f
     if stage == "align":
         layer = attention + 4 * h  # and the float32 difference from the teacher
         layer_inputs = 4 * h  # the student's, and the teacher's output
     else:
         layer, layer_inputs = attention + mlp, 2 * h
-    one_layer = num_tokens * layer
+    one_layer = tokens * layer
     if plan is not None:
         one_layer += _MULTIPROCESSORS * shape.head_dim**2 * (4 + 2)
     num_recomputed = 0 if recompute == "none" else recompute_layers or shape.num_layers
     num_whole = shape.num_layers - num_recomputed
-    kept = num_recomputed * num_tokens * layer_inputs + num_whole * one_layer
+    kept = num_recomputed * tokens * layer_inputs + num_whole * one_layer
     # Layers that are kept whole are free by then: the first layers are recomputed, and last.
     recomputes = num_whole == 0
     again = one_layer if recomputes else 0.0
+    if tp_size > 1:  # a linear's input for its weights' gradient, gathered from all ranks
+        again += tokens * tp_size * 2 * h
 
     if stage == "align":
         if recomputes:  # the layer's output, and both in float32 beside their difference; or later
-            gradients = attention_gradient_bytes(shape).of(plan) / shape.num_layers
-            again += num_tokens * max(10 * h, gradients)
-        return TrainingMemory(state, kept, max(num_tokens * mlp, again))  # the teacher's MLP
-    kept += num_tokens * 4 * h  # the final norm's input and output
-    logits = 2 * chunk_tokens * shape.vocab_size
-    loss = num_tokens * 2 * h + logits
+            gradients = attention_gradient_bytes(shape, is_split).of(plan) / shape.num_layers
+            again += tokens * max(10 * h, gradients)
+        return TrainingMemory(state, kept, max(tokens * mlp, again))  # the teacher's MLP
+    kept += tokens * 4 * h  # the final norm's input and output
+    logits = 2 * chunk_tokens * vocab
+    loss = tokens * 2 * h + logits
     if teacher:
-        loss += num_tokens * 2 * h + _TEACHER_SHARE * logits
-    backward = again + num_tokens * 2 * (h + f)
+        loss += tokens * 2 * h + _TEACHER_SHARE * logits
+    backward = again + tokens * 2 * (h + f)
     if recomputes:
-        backward += num_tokens * 2 * h  # the layer's output
-    output_gradient = 4 * shape.vocab_size * h  # of the output weights; ends with the backward pass
+        backward += tokens * 2 * h  # the layer's output
+    output_gradient = 4 * vocab * h  # of the output weights; ends with the backward pass
     return TrainingMemory(state, kept, output_gradient + max(loss, backward))
 
 
-def attention_bytes(shape: ModelShape) -> PlanCost:
-    """Bytes a token that the attentions of all layers keep, their inputs and norms counted in."""
+def attention_bytes(shape: ModelShape, is_split: bool = False) -> PlanCost:
+    """Bytes a token that the attentions of all layers keep, their inputs and norms counted in.
+
+    Args:
+        shape: The teacher's.
+        is_split: Whether context-parallel ranks share the tokens: each LA head is then two value
+            heads of one key head, and its output is composed of theirs.
+    """
     h, d, heads = shape.hidden_size, shape.head_dim, shape.num_heads
     # Input, normed input, its rate; what the output projection reads.
     common = 4 * h + 4 + 2 * heads * d
@@ -122,6 +140,8 @@ def attention_bytes(shape: ModelShape) -> PlanCost:
     # Query, key, value and gate as projected, two gates; the prepared three, output; the chunks'
     # triangular systems; decay and step size.
     la_head = 8 * d + 4 + 8 * d + 2 * _CHUNK + 8
+    if is_split:  # value and output a second time, and the output composed
+        la_head += 6 * d + 2 * _CHUNK + 8
     hybrid = common + 4 * heads + 4 * d  # rates of the fusion's norm; cosines and sines
     teacher_head, teacher_group = 4 * d + 8, 6 * d + 4  # the output is the projection's input
     return PlanCost(
@@ -134,12 +154,14 @@ def attention_bytes(shape: ModelShape) -> PlanCost:
     )
 
 
-def attention_gradient_bytes(shape: ModelShape) -> PlanCost:
+def attention_gradient_bytes(shape: ModelShape, is_split: bool = False) -> PlanCost:
     """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
 
     That is the gated delta rule's: the joined gradient of the projected sections, those of the
     prepared query, key and value, and the states of all chunks, which it computes again.
+    Arguments as :func:`attention_bytes`.
     """
     d = shape.head_dim
-    la_head = 8 * d + 4 + 6 * d + 2 * d**2 // _CHUNK
+    value_heads = 2 if is_split else 1
+    la_head = 8 * d + 4 + 4 * d + value_heads * (2 * d + 2 * d**2 // _CHUNK)
     return PlanCost(shape.total_heads * la_head, 4 * d - la_head, 4 * d, 0)

@@ -11,7 +11,7 @@ from megatron_hydra.selection.training_memory import training_memory
 SHAPE = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True, value_bytes=2)
 PLAN = HeadPlan.from_fa_heads({i: tuple(range(i % 4, 16, 4)) for i in range(28)}, 28, 16, 8)
 # Stage, plan, tokens, layers recomputed; weights, gradients and optimizer, peak in MiB.
-MEASURED = [
+ONE_GPU = [
     ("distill", PLAN, 4096, 0, 36962, 49309),
     ("long_context", None, 4096, 0, 29541, 38937),
     ("long_context", PLAN, 8192, 0, 33615, 56216),
@@ -30,13 +30,48 @@ MEASURED = [
     ("distill", PLAN, 16384, 14, 36942, 60580),
     ("long_context", PLAN, 8192, 1, 33649, 55562),
 ]
+# The same of one of two GPUs, and its tensor- and context-parallel ranks.
+TWO_GPUS = [
+    ("align", PLAN, 4096, 0, 6737, 10280, 2, 1),
+    ("distill", PLAN, 4096, 0, 18453, 24825, 2, 1),
+    ("long_context", PLAN, 4096, 0, 16810, 23114, 2, 1),
+    ("align", PLAN, 16384, 28, 6711, 9266, 2, 1),
+    ("distill", PLAN, 16384, 28, 18465, 21014, 2, 1),
+    ("long_context", PLAN, 16384, 28, 16816, 19381, 2, 1),
+    ("long_context", None, 4096, 0, 14805, 19552, 2, 1),
+    ("distill", None, 4096, 0, 16416, 21269, 2, 1),
+    ("long_context", None, 16384, 28, 14779, 17124, 2, 1),
+    ("distill", None, 16384, 28, 16428, 18781, 2, 1),
+    ("align", PLAN, 65536, 28, 10113, 20561, 1, 2),
+    ("distill", PLAN, 65536, 28, 25722, 34807, 1, 2),
+    ("long_context", PLAN, 65536, 28, 22424, 31541, 1, 2),
+    ("align", PLAN, 131072, 28, 10068, 31039, 1, 2),
+    ("distill", PLAN, 131072, 28, 25757, 42689, 1, 2),
+    ("long_context", PLAN, 131072, 28, 22443, 39439, 1, 2),
+    ("long_context", None, 65536, 28, 19742, 27686, 1, 2),
+    ("distill", None, 65536, 28, 23009, 31001, 1, 2),
+    ("long_context", None, 131072, 28, 19729, 34476, 1, 2),
+    ("distill", None, 131072, 28, 23043, 37822, 1, 2),
+]
 
 
-@pytest.mark.parametrize(("stage", "plan", "num_tokens", "layers", "state", "peak"), MEASURED)
-def test_prediction_is_within_5_percent(stage, plan, num_tokens, layers, state, peak):
+@pytest.mark.parametrize(
+    ("stage", "plan", "num_tokens", "layers", "state", "peak", "tp_size", "cp_size"),
+    [*((*row, 1, 1) for row in ONE_GPU), *TWO_GPUS],
+)
+def test_prediction_is_within_5_percent(
+    stage, plan, num_tokens, layers, state, peak, tp_size, cp_size
+):
     recompute = "full" if layers else "none"
     memory = training_memory(
-        SHAPE, plan, stage, num_tokens, recompute, recompute_layers=layers or None
+        SHAPE,
+        plan,
+        stage,
+        num_tokens,
+        recompute,
+        recompute_layers=layers or None,
+        tp_size=tp_size,
+        cp_size=cp_size,
     )
     assert memory.state / 2**20 == pytest.approx(state, rel=0.02)
     assert (memory.kept + memory.passing) / 2**20 == pytest.approx(peak - state, rel=0.05)
