@@ -2,9 +2,9 @@
 
 Counted is what Transformer Engine's modules, FlashQLA and our Triton kernels keep for the backward
 pass in bfloat16, each tensor of it listed once by `torch.autograd.graph.saved_tensors_hooks` on an
-H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). All layers lie on
-the GPU, each head and row of weights on one tensor-parallel rank; data- and context-parallel ranks
-share the optimizer's state.
+H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). All layers lie on the GPU,
+each head and row of weights on one tensor-parallel rank; data- and context-parallel ranks share the
+optimizer's state.
 
 Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = head dimension.
 """
@@ -85,8 +85,8 @@ def training_memory(
     h, f, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size / tp_size
     # A tensor-parallel rank keeps its part of the tokens, or of the heads, of everything.
     tokens = num_tokens / (tp_size * cp_size)
-    is_split = cp_size > 1
-    attention = attention_bytes(shape, is_split).of(plan) / shape.num_layers
+    value_heads = 1 if cp_size == 1 else 2
+    attention = attention_bytes(shape, value_heads).of(plan) / shape.num_layers
     mlp = 4 * h + 4 + 6 * f
     if stage == "align":
         layer = attention + 4 * h  # and the float32 difference from the teacher
@@ -107,7 +107,7 @@ def training_memory(
 
     if stage == "align":
         if recomputes:  # the layer's output, and both in float32 beside their difference; or later
-            gradients = attention_gradient_bytes(shape, is_split).of(plan) / shape.num_layers
+            gradients = attention_gradient_bytes(shape, value_heads).of(plan) / shape.num_layers
             again += tokens * max(10 * h, gradients)
         return TrainingMemory(state, kept, max(tokens * mlp, again))  # the teacher's MLP
     kept += tokens * 4 * h  # the final norm's input and output
@@ -122,13 +122,13 @@ def training_memory(
     return TrainingMemory(state, kept, output_gradient + max(loss, backward))
 
 
-def attention_bytes(shape: ModelShape, is_split: bool = False) -> PlanCost:
+def attention_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:
     """Bytes a token that the attentions of all layers keep, their inputs and norms counted in.
 
     Args:
         shape: The teacher's.
-        is_split: Whether context-parallel ranks share the tokens: each LA head is then two value
-            heads of one key head, and its output is composed of theirs.
+        value_heads: Of each LA head: two where context-parallel ranks share the tokens, and its
+            output is composed of theirs.
     """
     h, d, heads = shape.hidden_size, shape.head_dim, shape.num_heads
     # Input, normed input, its rate; what the output projection reads.
@@ -137,11 +137,11 @@ def attention_bytes(shape: ModelShape, is_split: bool = False) -> PlanCost:
     # norms' rates, the softmax's sum.
     fa_head = 4 * d + 12 * d + 12
     group = 4 * d  # key and value as projected
-    # Query, key, value and gate as projected, two gates; the prepared three, output; the chunks'
-    # triangular systems; decay and step size.
-    la_head = 8 * d + 4 + 8 * d + 2 * _CHUNK + 8
-    if is_split:  # value and output a second time, and the output composed
-        la_head += 6 * d + 2 * _CHUNK + 8
+    # Query, key, value and gate as projected, two gates; query and key as prepared; of each value
+    # head value, output, the chunks' triangular systems, decay and step size.
+    la_head = 8 * d + 4 + 4 * d + value_heads * (4 * d + 2 * _CHUNK + 8)
+    if value_heads > 1:
+        la_head += 2 * d  # the output composed of theirs
     hybrid = common + 4 * heads + 4 * d  # rates of the fusion's norm; cosines and sines
     teacher_head, teacher_group = 4 * d + 8, 6 * d + 4  # the output is the projection's input
     return PlanCost(
@@ -154,7 +154,7 @@ def attention_bytes(shape: ModelShape, is_split: bool = False) -> PlanCost:
     )
 
 
-def attention_gradient_bytes(shape: ModelShape, is_split: bool = False) -> PlanCost:
+def attention_gradient_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:
     """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
 
     That is the gated delta rule's: the joined gradient of the projected sections, those of the
@@ -162,6 +162,5 @@ def attention_gradient_bytes(shape: ModelShape, is_split: bool = False) -> PlanC
     Arguments as :func:`attention_bytes`.
     """
     d = shape.head_dim
-    value_heads = 2 if is_split else 1
     la_head = 8 * d + 4 + 4 * d + value_heads * (2 * d + 2 * d**2 // _CHUNK)
     return PlanCost(shape.total_heads * la_head, 4 * d - la_head, 4 * d, 0)
