@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from megatron_hydra.errors import UserError
@@ -24,8 +23,8 @@ class WeightFiles:
     paths: tuple[Path, ...]
     index: Path | None = None
     """What names several files; None for the one file of an unsharded model."""
-    file_of: Mapping[str, Path] = field(default_factory=dict)
-    """Tensor -> its file, as the index has it."""
+    tensors: frozenset[str] = frozenset()
+    """The tensors that the index names; transformers passes over any other in these files."""
 
 
 def is_checkpoint_folder(folder: str | os.PathLike[str]) -> bool:
@@ -80,12 +79,12 @@ def weight_files(folder: str | os.PathLike[str]) -> WeightFiles:
     index = folder / _INDEX
     if not index.is_file():
         raise _no_weights(folder)
-    file_of = {tensor: folder / name for tensor, name in _read_index(index).items()}
-    paths = tuple(dict.fromkeys(file_of.values()))
+    weight_map = _read_index(index)
+    paths = tuple(folder / name for name in dict.fromkeys(weight_map.values()))
     for path in paths:
         if not path.is_file():
             raise UserError(f"weight file {path} does not exist, which {index} names")
-    return WeightFiles(paths, index, file_of)
+    return WeightFiles(paths, index, frozenset(weight_map))
 
 
 def _read_index(index: Path) -> dict[str, str]:
