@@ -31,7 +31,7 @@ from megatron_hydra.conversion.qwen3 import (
     megatron_fields,
     teacher_hash,
 )
-from megatron_hydra.conversion.tokenizer import tokenizer_files
+from megatron_hydra.conversion.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_beside
 from megatron_hydra.head_plan import HeadPlan
@@ -122,7 +122,7 @@ def save_checkpoint(
         "teacher_weights_hash": teacher_weights_hash,
         "provenance": dict(provenance),
     }
-    tokenizer = tokenizer_files(Path(tokenizer_folder))
+    tokenizer = tokenizer_files(find_tokenizer(tokenizer_folder))
     with _output_of_all_ranks(Path(folder), overwrite) as temporary:
         if dist.get_rank() == 0:
             (temporary / "model.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")

@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from megatron_hydra.conversion.qwen3_config import read_qwen3_config
+from megatron_hydra.conversion.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 
@@ -44,6 +46,23 @@ def is_checkpoint_folder(folder: str | os.PathLike[str]) -> bool:
         f"{folder} is neither a checkpoint folder (model.json) "
         "nor a Hugging Face folder (config.json)"
     )
+
+
+def check_model_folder(folder: str | os.PathLike[str]) -> bool:
+    """Read what is small of a model folder, so that a bad one is said before anything takes long.
+
+    Returns:
+        As :func:`is_checkpoint_folder`.
+
+    Raises:
+        UserError: If the folder does not exist, is of another model, or lacks weights or tokenizer.
+    """
+    is_checkpoint = is_checkpoint_folder(folder)
+    if not is_checkpoint:
+        read_qwen3_config(folder)
+        weight_files(folder)
+    tokenizer_files(find_tokenizer(folder))
+    return is_checkpoint
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ _SCALING_KEYS = {
 }  # fmt: skip
 
 
-def read_qwen3_config(folder: str | Path) -> dict[str, Any]:
+def read_qwen3_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check ``config.json``; return its shape-giving fields by transformers' names.
 
     ``rope_theta`` is at the top level whichever transformers release wrote the file, and what the
@@ -132,7 +133,7 @@ def read_qwen3_config(folder: str | Path) -> dict[str, Any]:
     return {name: config[name] for name in (*FIELDS, "max_position_embeddings")}
 
 
-def config_hash(folder: str | Path) -> str:
+def config_hash(folder: str | os.PathLike[str]) -> str:
     """SHA-256 of the folder's shape-giving fields; see :func:`teacher_hash`."""
     config = read_qwen3_config(folder)
     return _hash({field: config[name] for name, field in FIELDS.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -43,7 +44,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files
 
 
-def tokenizer_folder(folder: str | Path) -> Path:
+def find_tokenizer(folder: str | os.PathLike[str]) -> Path:
     """Where a tokenizer, model or checkpoint folder has its tokenizer.
 
     Raises:
@@ -57,23 +58,23 @@ def tokenizer_folder(folder: str | Path) -> Path:
     return nested if nested.is_dir() and not has_own else folder
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder or of a checkpoint's ``tokenizer`` folder.
 
     Raises:
         UserError: If the folder does not exist or transformers cannot read it.
     """
-    source = tokenizer_folder(folder)
+    source = find_tokenizer(folder)
     return _load(source, source)
 
 
-def check_tokenizer(folder: str | Path) -> None:
+def check_tokenizer(folder: str | os.PathLike[str]) -> None:
     """Load what a checkpoint folder would keep of a model folder's tokenizer.
 
     Raises:
         UserError: If a later command could not load that.
     """
-    source = tokenizer_folder(folder)
+    source = find_tokenizer(folder)
     with tempfile.TemporaryDirectory() as copy:
         for file in tokenizer_files(source):
             shutil.copy(file, copy)
@@ -101,6 +102,9 @@ def _settings(source: Path) -> dict[str, Any]:
     settings = parse_json((source / _SETTINGS).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(f"{_SETTINGS} holds no JSON object")
+    name = settings.get("tokenizer_class")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"tokenizer_class in {_SETTINGS} is {name!r}; it must be a word or null")
     return settings
 
 

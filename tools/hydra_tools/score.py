@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_tools import launch
-from megatron_hydra.conversion.model_folder import weights_hash
+from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.selection.combination import Array
@@ -27,11 +27,6 @@ from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
 from megatron_hydra.selection.text import local_text, read_text, split_held_out
-from megatron_hydra.selection.uncertainty import (
-    bootstrap_scores,
-    score_intervals,
-    split_half_correlation,
-)
 
 _NUM_TOP_HEADS = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -53,13 +48,14 @@ def run(args: argparse.Namespace) -> int:
     config = load_scoring_config(args.config, args.overrides, values)
     check_outputs([config.out], (config.model.teacher, config.probes.text, args.config))
     check_output(config.out, args.overwrite, "file")
+    _check_world_size(config)
+    check_model_folder(config.model.teacher)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
 
-    _check_world_size(config)
     initialize_model_parallel(config.model.tensor_model_parallel_size)
     weights = weights_hash(config.model.teacher)
     loaded = _load_teacher(config)
@@ -109,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(scores: HeadScores) -> list[str]:
     """Sentences on scores: pairs kept and dropped, the heads that matter most, how sure that is."""
+    from megatron_hydra.selection.uncertainty import bootstrap_scores, score_intervals
+
     lines = []
     for probe in scores.probes:
         if probe.gaps:
@@ -140,6 +138,8 @@ def describe(scores: HeadScores) -> list[str]:
 
 
 def _reproducibility(scores: HeadScores) -> str:
+    from megatron_hydra.selection.uncertainty import split_half_correlation
+
     try:
         half = split_half_correlation(scores)
     except UserError as error:
