@@ -257,10 +257,15 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
         ("transfer.init_from=IN/teacher", "hybrid"),
         ("transfer.teacher=IN/hybrid", "teacher"),
         ("strategy.tensor_model_parallel_size=2", "1 ranks do not divide"),
-        ("strategy.tensor_model_parallel_size=3", "does not divide by the tensor-parallel size 3"),
+        (
+            "strategy.tensor_model_parallel_size=3",
+            "strategy.tensor_model_parallel_size 3 does not fit transfer.init_from IN/hybrid: "
+            "the 4 query heads of a layer do not divide by 3; allowed: 1, 2, 4",
+        ),
         (
             "strategy.pipeline_model_parallel_size=3",
-            "IN/hybrid has 2 layers, which do not divide by strategy.pipeline_model",
+            "strategy.pipeline_model_parallel_size 3 does not fit transfer.init_from IN/hybrid: "
+            "the 2 layers do not divide by 3; allowed: 1, 2",
         ),
         (
             "model.recompute=full model.recompute_layers=3",

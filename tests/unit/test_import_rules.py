@@ -15,7 +15,7 @@ SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
 
 # What each part of megatron_hydra may import of the others. Whatever a part may import, those
 # above it may too; selection, transfer and conversion never import one another.
-FOUNDATION = {"errors", "files", "head_plan", "placement", "cpu", "yaml_config"}
+FOUNDATION = {"errors", "files", "head_plan", "placement", "parallel_sizes", "cpu", "yaml_config"}
 MODEL = FOUNDATION | {"config", "attention", "layer_specs", "model", "parallel"}
 CHARTS = {"chart_style", "heatmap", "selection_charts"}
 MIDDLE = MODEL | CHARTS | {"selection", "transfer", "conversion"}
@@ -24,6 +24,7 @@ ALLOWED_PARTS = {
     "files": {"errors"},
     "head_plan": {"errors", "files"},
     "placement": {"errors", "head_plan"},
+    "parallel_sizes": {"errors"},
     "cpu": {"errors"},
     "yaml_config": {"errors"},
     "chart_style": {"errors", "files"},
@@ -42,7 +43,13 @@ ALLOWED_PARTS = {
     "report": MIDDLE | {"evaluation"},
     "testing": MIDDLE | {"nemo", "evaluation", "report"},
 }
-STANDARD_LIBRARY_ONLY = ("errors.py", "files.py", "head_plan.py", "placement.py")
+STANDARD_LIBRARY_ONLY = (
+    "errors.py",
+    "files.py",
+    "head_plan.py",
+    "placement.py",
+    "parallel_sizes.py",
+)
 # Scores and plans are read, combined, planned and compared where PyTorch is not installed: these
 # files of selection import one another, the foundation and numerics, and nothing else.
 PLANNING = (

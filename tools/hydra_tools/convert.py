@@ -16,6 +16,7 @@ from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_no_input, check_output, versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint.save_checkpoint(
         args.out, model, config, plan, args.teacher, provenance, args.overwrite
     )
+    print(ParallelSizes.of(vars(config)).describe())
     print(f"checkpoint: {args.out}")
     return 0
 

@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_tools import launch
-from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, versions
+from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
@@ -52,6 +52,9 @@ def run(args: argparse.Namespace) -> int:
     values = {key: value for key, value in given.items() if value is not None}
     config = load_scoring_config(args.config, args.overrides, values)
     check_output(config.out, args.overwrite, "file")
+    _check_parallel_size(config)
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
@@ -60,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     initialize_model_parallel(config.model.tensor_model_parallel_size)
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
+    if launch.rank() == 0:
+        print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     controls = _controls(config, shape)
     probes = _make_probes(config, loaded.tokenizer_folder)
     teacher_hash = loaded.meta["teacher_config_hash"]
@@ -155,6 +160,13 @@ def _check_world_size(config: ScoringConfig) -> None:
             f"model.tensor_model_parallel_size {tensor} does not divide the {size} ranks: start "
             f"torchrun with a multiple of {tensor} ranks"
         )
+
+
+def _check_parallel_size(config: ScoringConfig) -> None:
+    sizes = stored_sizes(config.model.teacher)
+    if sizes is not None:
+        tensor = config.model.tensor_model_parallel_size
+        sizes.check(f"model.teacher {config.model.teacher}", tensor, section="model.")
 
 
 def _load_teacher(config: ScoringConfig) -> Any:
