@@ -64,7 +64,7 @@ class HydraFields:
     """
 
     vocab_size: int = 0
-    """Rows of the embedding; must divide by the tensor-parallel size (no padding rows)."""
+    """Tokens of the vocabulary; padded where tensor-parallel ranks cannot share them equally."""
     seq_length: int = 2048
     """Longest sequence the model is built for, in tokens."""
     rotary_base: float = 10000.0

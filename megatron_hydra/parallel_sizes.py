@@ -86,8 +86,8 @@ class ParallelSizes:
                 f"divide by {size}, as the teacher's attention, Megatron's, needs"
             )
         for what, whole in self._padded:
-            if whole % size:
-                return f"{what} of {whole} does not divide by {size}"
+            if not real_part(whole, size, size - 1)[1]:
+                return f"{what} of {whole} is too small to be shared by {size} ranks"
         return None
 
     def why_not_pipeline(self, size: int) -> str | None:

@@ -16,7 +16,7 @@ SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
 # What each part of megatron_hydra may import of the others. Whatever a part may import, those
 # above it may too; selection, transfer and conversion never import one another.
 FOUNDATION = {"errors", "files", "head_plan", "placement", "parallel_sizes", "cpu", "yaml_config"}
-MODEL = FOUNDATION | {"config", "attention", "layer_specs", "model", "parallel"}
+MODEL = FOUNDATION | {"config", "attention", "padding", "layer_specs", "model", "parallel"}
 CHARTS = {"chart_style", "heatmap", "selection_charts"}
 MIDDLE = MODEL | CHARTS | {"selection", "transfer", "conversion"}
 ALLOWED_PARTS = {
@@ -31,8 +31,9 @@ ALLOWED_PARTS = {
     "config": FOUNDATION,
     "parallel": FOUNDATION | {"config"},
     "attention": FOUNDATION | {"config"},
-    "layer_specs": FOUNDATION | {"config", "attention"},
-    "model": FOUNDATION | {"config", "attention", "layer_specs"},
+    "padding": FOUNDATION | {"config"},
+    "layer_specs": FOUNDATION | {"config", "attention", "padding"},
+    "model": FOUNDATION | {"config", "attention", "padding", "layer_specs"},
     "selection": MODEL,
     "transfer": MODEL,
     "conversion": MODEL,
