@@ -120,8 +120,9 @@ def linear_kl(
                 f"{tuple(teacher_weight.shape)}"
             )
         _check_shapes(teacher_hidden, teacher_weight, labels, loss_mask)
-        teacher_weight = teacher_weight[: shards.size]
-    student_weight = student_weight[: shards.size]
+    if shards.size < shards.part:  # or the slice's gradient would be a copy for nothing
+        student_weight = student_weight[: shards.size]
+        teacher_weight = None if teacher_weight is None else teacher_weight[: shards.size]
     _check_labels(labels, loss_mask, shards)
     loss_mask = loss_mask.to(torch.promote_types(student_weight.dtype, torch.float32))
     tensors = student_hidden, student_weight, teacher_hidden, teacher_weight, labels, loss_mask
