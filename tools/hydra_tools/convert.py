@@ -18,6 +18,7 @@ from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_confi
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         args.overwrite,
         teacher_weights_hash=hash_of_weights,
     )
+    print(ParallelSizes.of(vars(config)).describe())
     print(f"checkpoint: {args.out}")
     return 0
 

@@ -20,6 +20,7 @@ from hydra_tools import launch
 from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(config.out, args.overwrite, "file")
     _check_world_size(config)
     check_model_folder(config.model.teacher)
+    _check_parallel_size(config)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     weights = weights_hash(config.model.teacher)
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
+    if launch.rank() == 0:
+        print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     controls = _controls(config, shape)
     probes = _make_probes(config, loaded.tokenizer_folder)
     teacher_hash = loaded.meta["teacher_config_hash"]
@@ -158,6 +162,13 @@ def _check_world_size(config: ScoringConfig) -> None:
             f"model.tensor_model_parallel_size {tensor} does not divide the {size} ranks: start "
             f"torchrun with a multiple of {tensor} ranks"
         )
+
+
+def _check_parallel_size(config: ScoringConfig) -> None:
+    sizes = stored_sizes(config.model.teacher)
+    if sizes is not None:
+        tensor = config.model.tensor_model_parallel_size
+        sizes.check(f"model.teacher {config.model.teacher}", tensor, section="model.")
 
 
 def _load_teacher(config: ScoringConfig) -> Any:
