@@ -308,6 +308,7 @@ def test_existing_outputs_need_overwrite(scores: Path) -> None:
         ("inspect", {"matplotlib"}),
         ("pareto", {"matplotlib"}),
         ("report", set()),
+        ("evaluate", {"matplotlib"}),
     ],
 )
 def test_verbs_without_a_model_start_without_pytorch(verb: str, others: set[str]) -> None:

@@ -258,7 +258,6 @@ def test_command_writes_what_the_report_reads(
         (["--lengths", "9000"], r"9000 tokens needs 9001 .* ask for --lengths up to \d+, or give"),
         (["--perplexity-tokens", "99"], "ask for 200 or more, or for --lengths up to 99"),
         (["--perplexity-tokens", "0"], "--perplexity-tokens is 0"),
-        (["--serve-dtype", "int8"], "invalid choice: 'int8'"),
         (["--text", "nowhere.txt"], "cannot read the text file nowhere.txt"),
         (["--training-length", "0"], "--training-length is 0"),
         (["--overwrite", "--out", "TEXT"], "text.txt would replace the input"),
