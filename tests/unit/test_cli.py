@@ -67,6 +67,22 @@ def test_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["score"]) == 130
 
 
+def test_a_reader_that_leaves_is_no_error(scores: Path) -> None:
+    plan = subprocess.Popen(
+        [sys.executable, "-m", "hydra_tools.cli", *plan_arguments(scores, "--fa-heads", "2")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert plan.stdout is not None
+    assert plan.stderr is not None
+    plan.stdout.close()
+    assert plan.stderr.read() == ""
+    assert plan.wait() == 141
+    assert scores.with_name("plan.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -276,8 +292,12 @@ def test_colours_appear_on_a_terminal(
         (["--fa-heads", "2", "combine.normalise=maybe"], "combine.normalise is 'maybe'"),
         (["--fa-heads", "1", "--png", "/proc/plan.png"], "cannot write /proc/plan.png"),
         (["--fa-heads", "1", "--scores", "none.json"], "cannot read none.json"),
-        (["--fa-heads", "1", "--out", "{folder}/plan.png"], "would both be written to"),
-        (["--fa-heads", "1", "--out", "{folder}/scores.json"], "exists: name another"),
+        (["--fa-heads", "1", "--out", "{folder}/plan.png"], "two outputs would be written to"),
+        (["--fa-heads", "1", "--out", "{folder}/scores.json"], "would replace the input"),
+        (
+            ["--fa-heads", "1", "--overwrite", "--out", "{folder}/scores.json"],
+            "would replace the input",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing_behind(
@@ -348,3 +368,28 @@ def test_recorded_training_command_can_be_typed_again(
     typed = ["--config", "a.yaml", "data.seed=4", "--overwrite"]
     command = train._command(parser.parse_args(typed))
     assert command == [*start.split(), *typed]
+
+
+_OTHER_RANK = """
+from hydra_tools.cli import run_verb
+from megatron_hydra.errors import UserError
+try:
+    run_verb("plan", ["--scores", "none", "--out", "plan.json", "--fa-heads", "1"], "plan")
+except UserError:
+    pass
+from megatron_hydra.cpu import install_if_needed
+install_if_needed()
+import megatron.core.models.gpt.gpt_layer_specs
+"""
+
+
+def test_every_rank_is_quiet_about_optional_packages(tmp_path: Path) -> None:
+    """Catches filters that rank 0 alone sets: three ranks said 21 times what is not installed."""
+    run = subprocess.run(
+        [sys.executable, "-c", _OTHER_RANK],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (run.returncode, run.stderr) == (0, "")

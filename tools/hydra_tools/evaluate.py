@@ -34,7 +34,7 @@ from megatron_hydra.evaluation.ruler import (
     make_task_samples,
     needle_depths,
 )
-from megatron_hydra.files import check_no_input, check_output, versions
+from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import (
     SERVE_DTYPES,
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
     folders = parse_models(args.model)
-    check_no_input(args.out, (*folders.values(), args.text))
+    check_outputs([args.out], (*folders.values(), args.text))
     check_output(args.out, args.overwrite, "file")
     tasks, depths = parse_tasks(args.tasks), needle_depths(args.depths)
     _check(args, folders, depths)
