@@ -213,6 +213,7 @@ class TrainingRun:
             "stage": self.config.transfer.stage,
             "init_from": self.meta["provenance"],
             "max_steps": self.config.trainer.max_steps,
+            "seq_length": self.config.data.seq_length,
             "command": list(command),
             "versions": versions(),
         }

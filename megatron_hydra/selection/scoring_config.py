@@ -35,7 +35,8 @@ class ModelSection:
     backend: Literal["local", "transformer_engine"] | None = None
     """None: Transformer Engine on a GPU, `local` on a CPU."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """None: as stored."""
+    """None: that of a checkpoint folder; float32 for a Hugging Face folder, whatever it stores.
+    Costs are told in the format that serves, which this is not: see `plan --serve-dtype`."""
     tensor_model_parallel_size: int = 1
 
 

@@ -27,7 +27,7 @@ from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
-from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
 
 _NUM_TOP_HEADS = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -200,7 +200,7 @@ def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
 
     section = config.probes
     tokenizer = load_tokenizer(tokenizer_folder)
-    text = read_text(section.text) if section.text else local_text()
+    text = read_text(section.text) if section.text else stand_in_text("probes.text=")
     # Held out, as far as the teacher was trained on the same text.
     _, text_tokens = split_held_out(tokenizer.encode(text, add_special_tokens=False))
     return [
@@ -261,7 +261,7 @@ def _provenance(config: ScoringConfig, args: argparse.Namespace) -> dict[str, An
     return {
         "command": shlex.join(launch.command("score", [*flags, *args.overrides])),
         "config": config.to_dict(),
-        "text": config.probes.text or "Python's documentation",
+        "text": config.probes.text or STAND_IN,
         "versions": versions(),
     }
 
