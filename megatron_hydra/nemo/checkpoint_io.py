@@ -38,7 +38,16 @@ def make_checkpoint_io(async_save: bool) -> CheckpointIO:
 
 
 class HydraModelCheckpoint(nl.ModelCheckpoint):
-    """NeMo's checkpoint callback, whose removals are over before they count as over."""
+    """NeMo's checkpoint callback, which also saves where the run is asked to stop.
+
+    Its removals are over before they count as over.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save at the steps that are to be saved, and at the one that a run stops after."""
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.should_stop and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _remove_checkpoint(
         self, trainer: pl.Trainer, filepath: str, override_async: bool = False

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,24 @@ class TrainingRun:
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
 
-    def run(self, show: ShowStep, start_anew: bool = False, command: Sequence[str] = ()) -> None:
+    def run(
+        self,
+        show: ShowStep,
+        start_anew: bool = False,
+        command: Sequence[str] = (),
+        asks_to_stop: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Train from the newest finished checkpoint, or from the start, and write the hybrid.
 
         Args:
             show: Called on rank 0 after each step with finished steps and scalars.
             start_anew: Leave an earlier run's checkpoints, which rank 0 is removing, aside.
             command: Recorded as provenance.
+            asks_to_stop: Looked at once a step: where it is true on any rank, all save and stop.
+
+        Returns:
+            The finished steps; fewer than `trainer.max_steps`, with no hybrid written, where the
+            run was stopped.
         """
         config = self.config
         if config.trainer.num_threads:
@@ -105,12 +116,14 @@ class TrainingRun:
             self._runtime_fields(),
             end_of_document if config.data.reset_at_document_end else None,
         )
-        watch = NumberWatch(config)
+        # In a function, which NeMo's copies of its arguments leave alone.
+        watch = NumberWatch(config, lambda: asks_to_stop())
+        trainer = self._trainer(show, watch)
         try:
             llm.train(
                 model=model,
                 data=make_data_module(config.data, end_of_document, self.folder.data_index),
-                trainer=self._trainer(show, watch),
+                trainer=trainer,
                 log=_Logger(
                     explicit_log_dir=str(self.folder.nemo_logs),
                     log_global_rank_0_only=True,
@@ -127,7 +140,9 @@ class TrainingRun:
         finally:
             if config.model.cuda_graphs and hasattr(model, "module"):
                 release_cuda_graphs(bare_model(model.module))
-        self._write_hybrid(model, command)
+        if trainer.global_step == config.trainer.max_steps:
+            self._write_hybrid(model, command)
+        return int(trainer.global_step)
 
     def _checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole, or None where there is none yet."""
@@ -164,7 +179,7 @@ class TrainingRun:
             show,
             watch,
         )
-        return nl.Trainer(
+        trainer = nl.Trainer(
             accelerator="gpu" if self.on_gpu else "cpu",
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
@@ -190,6 +205,9 @@ class TrainingRun:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
+        # Lightning's handlers end the loop with exit code 0, on the one rank that got the signal.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        return trainer
 
     def _checkpoint_callback(self) -> HydraModelCheckpoint:
         resume = self.config.resume
