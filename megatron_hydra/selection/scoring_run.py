@@ -32,6 +32,12 @@ from megatron_hydra.selection.scores import ProbeRecord
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
+# How a message calls what makes two runs the same, where its key would not be understood.
+_WORDS = {
+    "teacher_config_hash": "shape of the teacher",
+    "weights": "content of the teacher's weight files",
+}
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -70,8 +76,8 @@ class PartialFolder:
         for key in {**stored, **self.fingerprint}:
             if stored.get(key) != self.fingerprint.get(key):
                 raise UserError(
-                    f"{self.path} holds an unfinished run with another {key}: run that to its "
-                    "end, pass --overwrite to start anew, or name another output"
+                    f"{self.path} holds an unfinished run with another {_WORDS.get(key, key)}: "
+                    "name another output, run that to its end, or pass --overwrite to start anew"
                 )
 
     def load(self) -> dict[str, Array]:

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     config = qwen3.hydra_config(args.teacher, **overrides)
     plan = _load_plan(args.plan, config) if args.plan else None
     batches = _calibration_batches(args) if plan and config.fusion in ("scale", "gate") else []
+    hash_of_weights = checkpoint.weights_hash(args.teacher)
     tensors = qwen3.read_weights(args.teacher)
     initialize_model_parallel()
     if plan is None:
@@ -78,7 +79,14 @@ def run(args: argparse.Namespace) -> int:
         "calibration_tokens": sum(batch.numel() for batch in batches),
     }
     checkpoint.save_checkpoint(
-        args.out, model, config, plan, args.teacher, provenance, args.overwrite
+        args.out,
+        model,
+        config,
+        plan,
+        args.teacher,
+        provenance,
+        args.overwrite,
+        teacher_weights_hash=hash_of_weights,
     )
     print(f"checkpoint: {args.out}")
     return 0

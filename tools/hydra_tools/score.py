@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_tools import launch
+from megatron_hydra.conversion.model_folder import weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.selection.combination import Array
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     _check_world_size(config)
     initialize_model_parallel(config.model.tensor_model_parallel_size)
+    weights = weights_hash(config.model.teacher)
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
     controls = _controls(config, shape)
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     same = {
         **config.to_dict(),
         "teacher_config_hash": teacher_hash,
+        "weights": weights,
         "probes": probes_digest(probes),
     }
     same["run"] = {"batch_tokens": config.run.batch_tokens}
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             )
         scores = HeadScores(
             shape, teacher_hash, records, {**effects, **controls}, config.combination(),
-            _provenance(config, args),
+            _provenance(config, args), loaded.meta["teacher_weights_hash"],
         )  # fmt: skip
         scores.save(config.out, args.overwrite)
         partial.remove()
