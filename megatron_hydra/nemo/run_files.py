@@ -24,7 +24,7 @@ _WRITTEN = {
     "checkpoints": re.compile(rf"step_\d+-unfinished|step_\d+/{_WEIGHTS}"),
     "tensorboard": re.compile(r"events\.out\.tfevents\.[^/]+"),
     "hybrid": re.compile(rf"model\.json|plan\.json|tokenizer/[^/]+|{_WEIGHTS}"),
-    "data_index": re.compile(r"[0-9a-f]{32}-\w+-(train|valid|test)-\w+\.(npy|txt)"),
+    "data_index": re.compile(r"([0-9a-f]{16}/)?[0-9a-f]{32}-\w+-(train|valid|test)-\w+\.(npy|txt)"),
     "nemo_logs": re.compile(r"(cmd-args|git-info)\.log|(lightning_logs|nemo_\w+[\w-]*)\.txt"),
 }
 # What a killed run leaves of an output that it was writing.

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import HydraModelCheckpoint
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, make_data_module
+from megatron_hydra.nemo.going_on import check_trained, newest_checkpoint, run_identity
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_state import RunStateCallback, check_model
+from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_precision, make_strategy, use_gpu
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class TrainingRun:
     Attributes:
         config: The run's configuration, with what was chosen in place of None and `auto`.
         folder: Its run folder.
+        identity: What its checkpoints are known by.
 
     Args:
         config: The run's configuration.
@@ -78,6 +81,7 @@ class TrainingRun:
         check_datasets(config.data, self.model_config.vocab_size)
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
+        self.identity = run_identity(self.config, self.model_config.plan, self.meta)
 
     def run(
         self,
@@ -102,7 +106,7 @@ class TrainingRun:
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         torch.manual_seed(config.trainer.seed)
-        checkpoint = None if start_anew else self._checkpoint()
+        checkpoint = None if start_anew else self.checkpoint
         logger.info(
             "accelerator %s; %s",
             config.trainer.accelerator,
@@ -144,31 +148,26 @@ class TrainingRun:
             self._write_hybrid(model, command)
         return int(trainer.global_step)
 
-    def _checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole, or None where there is none yet."""
-        damage: list[UserError] = []
-        for checkpoint in self.folder.finished_checkpoints():
-            try:
-                check_weights(checkpoint / "weights")
-            except UserError as error:
-                damage.append(error)
-                continue
-            if damage:
-                logger.warning("%s; going on from %s instead", damage[0], checkpoint)
-            check_model(
-                checkpoint / "weights", *self._model_identity, self.config.transfer.init_from
-            )
-            return checkpoint
-        if damage:
-            raise UserError(
-                f"{damage[0]}; no checkpoint of {self.folder.path} is whole: pass --overwrite to "
-                "start anew"
-            )
-        return None
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """What the run goes on from, found when it is first asked for; None: from the start.
 
-    @property
-    def _model_identity(self) -> tuple[HeadPlan, str]:
-        return self.model_config.plan, self.meta["teacher_config_hash"]
+        Raises:
+            UserError: If the run cannot go on.
+        """
+        return newest_checkpoint(self.folder, self.identity)
+
+    def check_goes_on(self) -> None:
+        """Raise what keeps the run from going on now, before anything is written."""
+        _ = self.checkpoint
+
+    def check_trained(self) -> None:
+        """Check that the hybrid that is written already was trained on what this run would read.
+
+        Raises:
+            UserError: If it was not, or nobody knows.
+        """
+        check_trained(self.folder, self.identity)
 
     def _trainer(self, show: ShowStep, watch: NumberWatch) -> nl.Trainer:
         config = self.config
@@ -194,7 +193,7 @@ class TrainingRun:
             callbacks=[
                 watch,
                 scalars,
-                RunStateCallback(*self._model_identity),
+                RunStateCallback(self.identity),
                 self._checkpoint_callback(),
             ],
             logger=False,
@@ -232,6 +231,7 @@ class TrainingRun:
             "stage": self.config.transfer.stage,
             "init_from": self.meta["provenance"],
             "max_steps": self.config.trainer.max_steps,
+            "inputs": dict(self.identity.inputs),
             "command": list(command),
             "versions": versions(),
         }
@@ -248,6 +248,7 @@ class TrainingRun:
             self._tokenizer,
             provenance,
             overwrite=True,
+            teacher_weights_hash=self.meta["teacher_weights_hash"],
         )
 
     def _check_layout(self) -> None:
@@ -307,6 +308,16 @@ class TrainingRun:
             raise UserError(
                 f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
                 f"{self.config.transfer.init_from}: their shapes differ"
+            )
+        converted_from = [meta["teacher_weights_hash"] for meta in (teacher, self.meta)]
+        if (
+            self.config.transfer.stage == "align"
+            and all(converted_from)
+            and converted_from[0] != converted_from[1]
+        ):
+            raise UserError(
+                f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
+                f"{self.config.transfer.init_from}: they were converted from different weights"
             )
 
     def _model_config(self) -> HydraGPTConfig:

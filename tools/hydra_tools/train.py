@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
         if is_held:  # or another run does: said now, not after the imports
             stack.enter_context(folder.lock())
         training = _prepare(config)
+        if not args.overwrite and folder.is_complete():
+            training.check_trained()  # its inputs are named otherwise now
+            return _whole(folder)
         folder = RunFolder(training.config, args.config)  # with nothing left open
         if is_first_rank:
             if not is_held:
@@ -60,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
             _check_folder(folder, args.overwrite)
             if args.overwrite:
                 folder.remove()
+            else:
+                training.check_goes_on()
             folder.write_config()
         num_steps = _train(training, args, asked)
         if num_steps == config.trainer.max_steps:
