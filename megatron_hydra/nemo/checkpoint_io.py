@@ -23,6 +23,7 @@ from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from megatron_hydra.conversion.distributed_weights import InProcessSave, damage_named
+from megatron_hydra.nemo.config import ResumeSection
 from megatron_hydra.nemo.run_state import sharded_run_state
 
 
@@ -35,6 +36,30 @@ def make_checkpoint_io(async_save: bool) -> CheckpointIO:
     """
     checkpoint_io = _InProcessCheckpointIO(async_save=async_save)
     return _BackgroundCheckpointIO(checkpoint_io) if async_save else checkpoint_io
+
+
+def make_checkpoint_callback(folder: Path, section: ResumeSection) -> HydraModelCheckpoint:
+    """What decides when a run saves, and which checkpoints it keeps.
+
+    Args:
+        folder: Of the checkpoints.
+        section: How often, and how many.
+    """
+    return HydraModelCheckpoint(
+        dirpath=str(folder),
+        filename="step_{finished_steps:08.0f}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=section.save_every_n_steps,
+        monitor="finished_steps",
+        mode="max",
+        save_top_k=section.keep,
+        save_last=False,
+        enable_version_counter=False,  # a damaged one is written over
+        save_optim_on_train_end=True,
+        always_save_context=False,
+        save_context_on_train_end=False,
+        verbose=False,
+    )
 
 
 class HydraModelCheckpoint(nl.ModelCheckpoint):

@@ -83,7 +83,7 @@ class RunFolder:
         if changed := list(differences(earlier, self.config)):
             raise UserError(
                 f"{self.path} holds a run with "
-                + ", ".join(f"{key} {old}, not {new}" for key, old, new in changed)
+                + ", ".join(f"{key} {old} (here {new})" for key, old, new in changed)
                 + f": set it back, or {_WAY_OUT}; a run that goes on may change only "
                 + ", ".join(MAY_CHANGE)
             )
@@ -166,7 +166,7 @@ class RunFolder:
             folder: step
             for folder in (self.checkpoints.iterdir() if self.checkpoints.is_dir() else ())
             if (step := checkpoint_step(folder)) is not None
-            and folder.is_dir()
+            and (folder / "weights").is_dir()
             # NeMo marks a checkpoint as unfinished by a file beside it while it writes.
             and not folder.with_name(f"{folder.name}-unfinished").exists()
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,9 +13,7 @@ from typing import Any
 
 import nemo.lightning as nl
 import torch
-from lightning_utilities.core import rank_zero
 from nemo.collections import llm
-from nemo.utils import logging as nemo_logging
 
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.config import recompute_fields
@@ -34,12 +31,13 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import release_cuda_graphs
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
-from megatron_hydra.nemo.checkpoint_io import HydraModelCheckpoint
+from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, make_data_module
 from megatron_hydra.nemo.going_on import check_trained, newest_checkpoint, run_identity
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
+from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_folder import RunFolder
 from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_precision, make_strategy, use_gpu
@@ -66,7 +64,7 @@ class TrainingRun:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        _quieten()
+        quieten()
         self.config = config
         self.on_gpu = use_gpu(config.trainer)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -128,7 +126,7 @@ class TrainingRun:
                 model=model,
                 data=make_data_module(config.data, end_of_document, self.folder.data_index),
                 trainer=trainer,
-                log=_Logger(
+                log=QuietLogger(
                     explicit_log_dir=str(self.folder.nemo_logs),
                     log_global_rank_0_only=True,
                 ),
@@ -194,7 +192,7 @@ class TrainingRun:
                 watch,
                 scalars,
                 RunStateCallback(self.identity),
-                self._checkpoint_callback(),
+                make_checkpoint_callback(self.folder.checkpoints, config.resume),
             ],
             logger=False,
             enable_progress_bar=False,
@@ -207,24 +205,6 @@ class TrainingRun:
         # Lightning's handlers end the loop with exit code 0, on the one rank that got the signal.
         trainer._signal_connector.register_signal_handlers = lambda: None
         return trainer
-
-    def _checkpoint_callback(self) -> HydraModelCheckpoint:
-        resume = self.config.resume
-        return HydraModelCheckpoint(
-            dirpath=str(self.folder.checkpoints),
-            filename="step_{finished_steps:08.0f}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=resume.save_every_n_steps,
-            monitor="finished_steps",
-            mode="max",
-            save_top_k=resume.keep,
-            save_last=False,
-            enable_version_counter=False,  # a damaged one is written over
-            save_optim_on_train_end=True,
-            always_save_context=False,
-            save_context_on_train_end=False,
-            verbose=False,
-        )
 
     def _write_hybrid(self, model: HydraModel, command: Sequence[str]) -> None:
         provenance = {
@@ -391,25 +371,9 @@ class TrainingRun:
         return token
 
 
-class _Logger(nl.NeMoLogger):
-    """NeMo's logger, whose look at the checkpoint callbacks asks for nvidia-resiliency-ext."""
-
-    def _setup_trainer_model_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
-
-
 def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:
     meta = read_metadata(folder)
     if meta["kind"] != kind:
         raise UserError(f"{key} {folder} is a {meta['kind']} checkpoint; a {kind} is needed")
     check_weights(Path(folder) / "weights")
     return meta
-
-
-def _quieten() -> None:
-    """Keep the notes and warnings of NeMo, Lightning and Megatron off the terminal."""
-    nemo_logging.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-    warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
-    rank_zero.log.setLevel(logging.ERROR)
-    # NeMo's telemetry: it complains of every run that ends before its last step.
-    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)
