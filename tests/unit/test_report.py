@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
@@ -52,7 +53,7 @@ def write_run(folder: Path, losses: Mapping[str, Sequence[float]]) -> Path:
     num_steps = len(next(iter(losses.values())))
     other = {"train/grad_norm": [1.0] * num_steps, "train/tokens_per_s": [900.0] * num_steps}
     write_events(folder, {**losses, **other})
-    (folder / "config.yaml").write_text("data:\n  seed: 4321\n  path: <corpus>\n")
+    (folder / "run_config.yaml").write_text("data:\n  seed: 4321\n  path: <corpus>\n")
     (folder / "hybrid").mkdir(parents=True, exist_ok=True)
     meta = {
         "schema_version": 1,
@@ -236,6 +237,10 @@ def _retrain(run: Path, fa_heads: list[list[int]]) -> None:
     head_plan(fa_heads).save(run / "hybrid" / "plan.json", overwrite=True)
 
 
+def _skip_every_step(run: Path) -> None:
+    write_run(run, {"train/loss": [math.nan, math.nan], "train/skipped_steps": [1.0, 2.0]})
+
+
 def _unfinish(run: Path) -> None:
     (run / "hybrid" / "model.json").unlink()
 
@@ -262,7 +267,7 @@ def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
         (lambda d: d["models"][1]["grid"].update(depths=[0, 50, 100]), "depths has 1 50"),
         (lambda d: d["models"][1]["grid"].update(lengths=["short"]), "lengths has 0 'short'"),
         (_set("perplexity", {"64": 2.0}), "has no perplexity at length 128"),
-        (_set("perplexity", {"64": float("nan"), "128": 2.0}), "64 nan"),
+        (_set("perplexity", {"64": float("nan"), "128": 2.0}), "NaN is no number of JSON"),
         (_set_task(interval=[0.5, 0.6]), r"interval \[0.5, 0.6\]; its counts give"),
         (_drop("plan"), "has no 'plan'"),
         (_set("plan", [[3], [4]]), r"plan \[\[3\], \[4\]\]; it must list"),
@@ -301,14 +306,14 @@ def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
-        (lambda run: (run / "config.yaml").write_text("a: [1"), "not valid YAML"),
+        (lambda run: (run / "run_config.yaml").unlink(), "no run_config.yaml"),
+        (lambda run: (run / "run_config.yaml").write_text("a: [1"), "not valid YAML"),
         (lambda run: _unfinish(write_run(run, {"train/loss": [2.0, 1.0]})), "has not finished"),
         (lambda run: write_events(run, {}), "no loss curve; .* found: none"),
         (lambda run: write_events(run, {"train/lr": [1.0, 1.0]}), "no loss curve.*train/lr"),
         (lambda run: write_events(run, {"train/loss": [1.0, 1.0]}), "no curve train/grad_norm"),
-        (lambda run: write_run(run, {"train/loss": [1.0]}), "single point"),
-        (lambda run: write_run(run, {"train/loss": [1.0, float("nan")]}), "nan at step 1"),
+        (lambda run: write_run(run, {"train/loss": [1.0, math.nan]}), "nan at step 1"),
+        (lambda run: _skip_every_step(run), "train/loss has no finite value: every step was skip"),
         (lambda run: None, "no TensorBoard event file"),
         (lambda run: _retrain(run, CONTROL), "trained a hybrid of another plan"),
     ],
@@ -316,7 +321,7 @@ def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):
 def test_odd_run_is_refused(arguments, tmp_path, spoil, message):
     run = tmp_path / "run"
     head_plan().save(run / "hybrid" / "plan.json")
-    (run / "config.yaml").write_text("a: 1\n")
+    (run / "run_config.yaml").write_text("a: 1\n")
     (run / "hybrid" / "model.json").write_text('{"schema_version": 1, "kind": "hybrid"}')
     spoil(run)
     arguments.run = [f"stage1={run}"]
@@ -352,6 +357,36 @@ def test_resumed_run_keeps_the_last_value_of_a_step(tmp_path):
     curve = read_run("stage1", tmp_path).curves["train/loss"]
     assert curve.steps.tolist() == [0, 1, 2, 3, 4]
     assert curve.values.tolist() == [5.0, 4.0, 2.5, 1.5, 0.5]
+
+
+def test_steps_that_a_later_life_did_again_are_its_own(tmp_path):
+    """A step skipped in the first life and not in the second was not skipped; nor is it twice."""
+    write_events(tmp_path, {"train/loss": [5.0, 4.0, math.nan, 3.5]})
+    write_events(tmp_path, {"train/skipped_steps": [1.0]}, first_step=2)
+    write_run(tmp_path, {"train/loss": [1.0]})  # from the start again, one step alone
+    run = read_run("stage1", tmp_path)
+    assert run.skipped_steps == [] and run.curves["train/loss"].values.tolist() == [1.0]
+
+
+def test_a_run_that_skipped_steps_is_drawn_with_gaps_and_said_to(arguments, tmp_path):
+    losses = [4.0, 3.0, math.nan, math.inf, 2.0, 1.0]
+    run = write_run(tmp_path / "run", {"train/ce": losses, "train/loss": losses})
+    write_events(run, {"train/skipped_steps": [1.0, 2.0], "train/loss_spike": [3.0]}, first_step=2)
+    write_events(run, {"train/loss": losses[4:], "train/ce": losses[4:],
+                       "train/grad_norm": [1.0] * 2, "train/tokens_per_s": [9.0] * 2},
+                 first_step=4)  # fmt: skip
+    arguments.run = [f"stage1={run}"]
+    verb.run(arguments)
+    page = Page(arguments.out)
+    assert "cross entropy 4 → 1; 2 steps skipped for NaN or Inf (2, 3), marked by b" in page.text
+    assert read_run("stage1", run).skipped_steps == [2, 3]
+
+
+def test_a_run_of_one_step_is_a_dot(arguments, tmp_path):
+    run = write_run(tmp_path / "run", {"train/loss": [1.5]})
+    arguments.run = [f"stage1={run}"]
+    verb.run(arguments)
+    assert "total 1.5 → 1.5" in Page(arguments.out).text
 
 
 def test_crossover_is_the_first_length_that_needs_less(tmp_path):
