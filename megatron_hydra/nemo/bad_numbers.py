@@ -52,9 +52,7 @@ class NumberWatch(pl.Callback):
         asks_to_stop: Whether this rank is asked to end the run; looked at once a step.
     """
 
-    def __init__(
-        self, config: RunConfig, asks_to_stop: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, config: RunConfig, asks_to_stop: Callable[[], bool] = lambda: False) -> None:
         self.section, self.data = config.bad_numbers, config.data
         self.stage = config.transfer.stage
         self.asks_to_stop = asks_to_stop

@@ -29,7 +29,7 @@ MAY_CHANGE = (
     "bad_numbers",
 )
 """What a run that goes on may change, sections and keys: it decides how a step is computed, or how
-many there are, but not what a step is. A key that is not here is held to what the run began with."""
+many there are, but not what a step is. What is not here is held to what the run began with."""
 HELD_BY_CONTENT = ("transfer.init_from", "transfer.teacher", "data.paths")
 """What else a run is held to: the contents that these name, however they are spelt."""
 
@@ -47,7 +47,7 @@ class ModelSection:
     la_kernel: Literal["auto", "reference", "fla"] | None = None
     fused_kernels: Literal["auto", "reference", "triton"] | None = None
     overlap_branches: bool | None = None
-    """None: by the tokens of each micro-batch, as `HydraConfig` says; stays None in the run folder."""
+    """None: by the tokens of each micro-batch, as `HydraConfig` says; the run folder keeps None."""
     placement: Literal["balanced", "by_type"] | None = None
     fa_query_scale: Literal["none", "inference", "always"] | None = None
     fa_query_scale_start: int | None = None

@@ -6,6 +6,7 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, lock, write_beside
 from megatron_hydra.nemo.config import MAY_CHANGE, RunConfig, differences, load_config
@@ -19,7 +20,7 @@ from megatron_hydra.nemo.run_files import (
     trained_steps,
     written_files,
 )
-from megatron_hydra.nemo.run_inputs import input_paths, moved_inputs
+from megatron_hydra.nemo.run_inputs import input_paths, moved_inputs, result_bytes
 
 _WAY_OUT = "choose another log.folder"
 
@@ -94,13 +95,13 @@ class RunFolder:
         max_steps, trained = self.config.trainer.max_steps, trained_steps(self.hybrid)
         if max_steps < reached:
             raise UserError(
-                f"trainer.max_steps is {max_steps}, but {self.path} holds a run of {reached} steps: "
-                f"raise it to {reached} or more, or {_WAY_OUT}"
+                f"trainer.max_steps is {max_steps}, but {self.path} holds a run of {reached} "
+                f"steps: raise it to {reached} or more, or {_WAY_OUT}"
             )
         if trained is not None and trained < max_steps and not self.finished_checkpoints():
             raise UserError(
-                f"{self.path} holds a model trained for {trained} steps, but no checkpoint to go on "
-                f"from to trainer.max_steps {max_steps}: set it back to {trained}, or {_WAY_OUT}"
+                f"{self.path} holds a model trained for {trained} steps, but no checkpoint to go "
+                f"on from to trainer.max_steps {max_steps}: set it back to {trained}, or {_WAY_OUT}"
             )
 
     def _steps_reached(self) -> int | None:
@@ -152,7 +153,11 @@ class RunFolder:
             file.unlink(missing_ok=True)
         kept = {self.path / name for name in OUTPUT_FOLDERS} | {self.path}
         for folder in sorted({parent for file in removed for parent in file.parents}, reverse=True):
-            if folder.is_relative_to(self.path) and folder not in kept and not any(folder.iterdir()):
+            if (
+                folder.is_relative_to(self.path)
+                and folder not in kept
+                and not any(folder.iterdir())
+            ):
                 folder.rmdir()
 
     def write_config(self) -> None:
@@ -171,6 +176,21 @@ class RunFolder:
             and not folder.with_name(f"{folder.name}-unfinished").exists()
         }
         return sorted(finished, key=lambda folder: (finished[folder], folder.name), reverse=True)
+
+    def check_room(self) -> None:
+        """Check that the disk has room for what the run is going to write at the least.
+
+        That is the trained hybrid, and the checkpoints that it keeps with the one that is written
+        before the oldest goes; less where some are there already, or the run is shorter.
+
+        Raises:
+            UserError: Naming the needed and the free space.
+        """
+        resume, max_steps = self.config.resume, self.config.trainer.max_steps
+        num_saves = max_steps // resume.save_every_n_steps
+        num_new = min(resume.keep + 1, num_saves) - len(self.finished_checkpoints())
+        hybrid, checkpoint = result_bytes(self.config)
+        check_space(self.checkpoints, hybrid + max(0, num_new) * checkpoint)
 
     def _check_places(self) -> None:
         """Check that the folder can be written, and nothing that the run reads lies in its way."""

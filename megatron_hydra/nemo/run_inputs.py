@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.config import HELD_BY_CONTENT, RunConfig
@@ -35,23 +36,45 @@ def check_present(config: RunConfig) -> None:
             if path.suffix != ".json" and not path.is_file():
                 prefix = str(path).removesuffix(path.suffix)
                 raise UserError(
-                    f"no indexed dataset {prefix}: {path} is missing (see megatron-hydra preprocess)"
+                    f"no indexed dataset {prefix}: {path} is missing "
+                    "(see megatron-hydra preprocess)"
                 )
         elif not (path / "model.json").is_file():
             raise UserError(f"{path} is not a checkpoint folder: it has no model.json")
     _check_sequence_length(config)
 
 
+def result_bytes(config: RunConfig) -> tuple[int, int]:
+    """Bytes of the trained hybrid, and the least that one checkpoint of the run has.
+
+    By the weights that the run starts from; 0 where these are damaged, which others tell.
+    """
+    folder = Path(config.transfer.init_from)
+    stored = sum(file.stat().st_size for file in folder.glob("weights/*") if file.is_file())
+    model = _model_fields(folder)
+    num_parameters = stored // (4 if model.get("params_dtype") == "float32" else 2)
+    is_float32 = config.trainer.precision == "fp32"
+    per_parameter = 4 if is_float32 else 2
+    if config.transfer.stage != "align":  # which has optimizer state of the attentions alone
+        per_parameter += 8 if is_float32 else 12  # Adam's moments, and float32 weights
+    return stored, num_parameters * per_parameter
+
+
+def _model_fields(folder: Path) -> dict[str, Any]:
+    """The model's fields in model.json; none where it is damaged, as its own reader will say."""
+    try:
+        model = json.loads((folder / "model.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return model if isinstance(model, dict) else {}
+
+
 def _check_sequence_length(config: RunConfig) -> None:
     """Only the stage whose purpose it is takes a model beyond the length it is built for."""
     if config.transfer.stage == "long_context":
         return
-    try:
-        text = (Path(config.transfer.init_from) / "model.json").read_text(encoding="utf-8")
-        longest = int(json.loads(text)["config"]["seq_length"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # damaged: the checkpoint's reader says how
-    if config.data.seq_length > longest:
+    longest = _model_fields(Path(config.transfer.init_from)).get("seq_length")
+    if isinstance(longest, int) and config.data.seq_length > longest:
         raise UserError(
             f"data.seq_length is {config.data.seq_length}, but transfer.init_from "
             f"{config.transfer.init_from} is built for {longest} tokens: choose {longest} or "

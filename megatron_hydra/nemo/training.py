@@ -25,6 +25,7 @@ from megatron_hydra.conversion.checkpoint import (
 )
 from megatron_hydra.conversion.distributed_weights import check_weights
 from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
+from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
@@ -121,6 +122,21 @@ class TrainingRun:
         # In a function, which NeMo's copies of its arguments leave alone.
         watch = NumberWatch(config, lambda: asks_to_stop())
         trainer = self._trainer(show, watch)
+        with disk_full_named(self.folder.checkpoints):
+            self._fit(model, trainer, watch, end_of_document, checkpoint)
+            if trainer.global_step == config.trainer.max_steps:
+                self._write_hybrid(model, command)
+        return int(trainer.global_step)
+
+    def _fit(
+        self,
+        model: HydraModel,
+        trainer: nl.Trainer,
+        watch: NumberWatch,
+        end_of_document: int,
+        checkpoint: Path | None,
+    ) -> None:
+        config = self.config
         try:
             llm.train(
                 model=model,
@@ -142,9 +158,6 @@ class TrainingRun:
         finally:
             if config.model.cuda_graphs and hasattr(model, "module"):
                 release_cuda_graphs(bare_model(model.module))
-        if trainer.global_step == config.trainer.max_steps:
-            self._write_hybrid(model, command)
-        return int(trainer.global_step)
 
     @cached_property
     def checkpoint(self) -> Path | None:

@@ -75,7 +75,9 @@ class TrainingRun:
     @property
     def skipped_steps(self) -> list[int]:
         """The steps that the run left out because of NaN or Inf."""
-        return [int(step) for step in self.curves[_SKIPPED].steps] if _SKIPPED in self.curves else []
+        return (
+            [int(step) for step in self.curves[_SKIPPED].steps] if _SKIPPED in self.curves else []
+        )
 
     @property
     def layer_alignment(self) -> list[Curve]:
@@ -85,7 +87,7 @@ class TrainingRun:
 
 
 def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
-    """Read ``run_config.yaml``, every event file below ``tensorboard/``, and the hybrid's provenance.
+    """Read ``run_config.yaml``, the event files in ``tensorboard/``, and the hybrid's provenance.
 
     A run that was stopped and resumed has several event files with steps in common: what the
     earlier ones hold from where a later one begins was done again, and is left out.

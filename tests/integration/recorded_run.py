@@ -56,6 +56,7 @@ def _record(entry: dict[str, Any]) -> None:
 
 
 def _prepare_and_patch(config: Any) -> Any:
+    _kill_at("imports")
     training = _prepare(config)  # imports all that is patched
     _patch_steps()
     _patch_saving()

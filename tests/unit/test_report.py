@@ -18,7 +18,6 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.results import Accuracy, read_evaluation
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.sections import crossover_tokens
-from megatron_hydra.report.training_runs import read_run
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.pareto import pareto_table
@@ -34,21 +33,24 @@ CONTROL = [[2], [3]]  # as many heads a layer, as many query groups
 NAMES = ("teacher", "hybrid, untrained", "hybrid, trained", "random heads, trained")
 
 
-def write_events(folder: Path, curves: Mapping[str, Sequence[float]], first_step: int = 0) -> None:
-    """Write one TensorBoard event file."""
+def write_events(
+    folder: Path, curves: Mapping[str, Sequence[float | None]], first_step: int = 0
+) -> None:
+    """Write one TensorBoard event file; nothing at a step whose value is None."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for tag, values in curves.items():
             for step, value in enumerate(values, first_step):
-                writer.add_scalar(tag, value, step)
+                if value is not None:
+                    writer.add_scalar(tag, value, step)
 
 
 def head_plan(fa_heads: Sequence[Sequence[int]] = PLAN) -> HeadPlan:
     return HeadPlan.from_fa_heads(dict(enumerate(fa_heads)), LAYERS, HEADS, GROUPS, HASH)
 
 
-def write_run(folder: Path, losses: Mapping[str, Sequence[float]]) -> Path:
+def write_run(folder: Path, losses: Mapping[str, Sequence[float | None]]) -> Path:
     """Write a run folder with these losses, and gradient norm and speed as long."""
     num_steps = len(next(iter(losses.values())))
     other = {"train/grad_norm": [1.0] * num_steps, "train/tokens_per_s": [900.0] * num_steps}
@@ -349,44 +351,6 @@ def test_plan_of_another_teacher_is_refused(arguments, tmp_path):
     edit_json(tmp_path / "plan.json", lambda plan: plan.update(teacher_config_hash="feed" * 4))
     with pytest.raises(UserError, match="another teacher"):
         verb.run(arguments)
-
-
-def test_resumed_run_keeps_the_last_value_of_a_step(tmp_path):
-    write_run(tmp_path, {"train/loss": [5.0, 4.0, 3.0, 2.0]})
-    write_events(tmp_path, {"train/loss": [2.5, 1.5, 0.5]}, first_step=2)
-    curve = read_run("stage1", tmp_path).curves["train/loss"]
-    assert curve.steps.tolist() == [0, 1, 2, 3, 4]
-    assert curve.values.tolist() == [5.0, 4.0, 2.5, 1.5, 0.5]
-
-
-def test_steps_that_a_later_life_did_again_are_its_own(tmp_path):
-    """A step skipped in the first life and not in the second was not skipped; nor is it twice."""
-    write_events(tmp_path, {"train/loss": [5.0, 4.0, math.nan, 3.5]})
-    write_events(tmp_path, {"train/skipped_steps": [1.0]}, first_step=2)
-    write_run(tmp_path, {"train/loss": [1.0]})  # from the start again, one step alone
-    run = read_run("stage1", tmp_path)
-    assert run.skipped_steps == [] and run.curves["train/loss"].values.tolist() == [1.0]
-
-
-def test_a_run_that_skipped_steps_is_drawn_with_gaps_and_said_to(arguments, tmp_path):
-    losses = [4.0, 3.0, math.nan, math.inf, 2.0, 1.0]
-    run = write_run(tmp_path / "run", {"train/ce": losses, "train/loss": losses})
-    write_events(run, {"train/skipped_steps": [1.0, 2.0], "train/loss_spike": [3.0]}, first_step=2)
-    write_events(run, {"train/loss": losses[4:], "train/ce": losses[4:],
-                       "train/grad_norm": [1.0] * 2, "train/tokens_per_s": [9.0] * 2},
-                 first_step=4)  # fmt: skip
-    arguments.run = [f"stage1={run}"]
-    verb.run(arguments)
-    page = Page(arguments.out)
-    assert "cross entropy 4 → 1; 2 steps skipped for NaN or Inf (2, 3), marked by b" in page.text
-    assert read_run("stage1", run).skipped_steps == [2, 3]
-
-
-def test_a_run_of_one_step_is_a_dot(arguments, tmp_path):
-    run = write_run(tmp_path / "run", {"train/loss": [1.5]})
-    arguments.run = [f"stage1={run}"]
-    verb.run(arguments)
-    assert "total 1.5 → 1.5" in Page(arguments.out).text
 
 
 def test_crossover_is_the_first_length_that_needs_less(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.nemo import run_folder
 from megatron_hydra.nemo.config import load_config
 from megatron_hydra.nemo.run_files import HEADER
 from megatron_hydra.nemo.run_folder import RunFolder
@@ -165,7 +166,7 @@ def test_a_config_file_of_ones_own_is_never_replaced(exp: Path) -> None:
 def test_a_hybrid_that_no_run_trained_is_not_replaced(exp: Path) -> None:
     _write(exp / "hybrid/model.json", json.dumps({"provenance": {"calibration_tokens": 1}}))
     for check in (_folder(exp).check, _folder(exp).check_removable):
-        with pytest.raises(UserError, match=r"hybrid/model\.json was not written by a run.*move it"):
+        with pytest.raises(UserError, match=r"model\.json was not written by a run.*move it"):
             check()
     _run_in(exp)
     _folder(exp).check_removable()
@@ -213,7 +214,7 @@ def test_a_run_may_grow_but_not_shrink_below_what_it_has(exp: Path) -> None:
     longer = _folder(exp, "trainer.max_steps=9")
     longer.check()
     assert not longer.is_complete()
-    with pytest.raises(UserError, match=r"max_steps is 5, but .* of 6 steps: raise it to 6 or more"):
+    with pytest.raises(UserError, match=r"max_steps is 5, but .* of 6 steps: raise it to 6"):
         _folder(exp, "trainer.max_steps=5").check()
     shutil.rmtree(exp / "checkpoints")
     with pytest.raises(UserError, match=r"trained for 6 steps, but no checkpoint to go on from to"):
@@ -287,6 +288,30 @@ def test_moved_inputs_are_other_places(exp: Path, monkeypatch: pytest.MonkeyPatc
     spelt = ["transfer.init_from=./converted", "transfer.teacher=link", "data.paths=[data/train]"]
     assert _folder(exp, *spelt).moved_inputs() == set()
     assert _folder(exp, "transfer.teacher=converted").moved_inputs() == {"transfer.teacher"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_bytes"),
+    [
+        # 1,000 float32 parameters: the hybrid, and checkpoints with two moments a parameter.
+        (["trainer.max_steps=5000"], 4000 + 3 * 12000),
+        (["trainer.max_steps=1000", "resume.keep=5"], 4000 + 2 * 12000),
+        (["trainer.max_steps=499"], 4000),
+        (["trainer.max_steps=5000", "trainer.precision=bf16"], 4000 + 3 * 14000),
+        (["trainer.max_steps=5000", "transfer.stage=align"], 4000 + 3 * 4000),
+    ],
+)
+def test_room_is_asked_for_before_it_is_needed(
+    exp: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], num_bytes: int
+) -> None:
+    fields = {"seq_length": 2048, "params_dtype": "float32"}
+    _write(exp / "converted/model.json", json.dumps({"config": fields}))
+    _write(exp / "converted/weights/__0_0.distcp", "x" * 4000)
+    folder = _folder(exp, f"log.folder={exp}/run", *overrides)
+    asked = []
+    monkeypatch.setattr(run_folder, "check_space", lambda path, size: asked.append((path, size)))
+    folder.check_room()
+    assert asked == [(folder.checkpoints, num_bytes)]
 
 
 def test_a_model_is_not_run_beyond_its_length_by_the_way(exp: Path) -> None:

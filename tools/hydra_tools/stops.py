@@ -125,14 +125,12 @@ def _take_all(stops: Stops, reader: int, parent: int) -> None:
 
 
 def _forget() -> None:
-    """In a forked process: SIGTERM ends it, and Ctrl-C, which all processes get, is its parent's."""
+    """In a forked process: SIGTERM ends it; Ctrl-C, which all processes get, is its parent's."""
     if signal.getsignal(signal.SIGTERM) is not _leave_to_the_thread:
         return
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
-        signal.signal(
-            number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN
-        )
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
 def _end_with(parent: int) -> None:

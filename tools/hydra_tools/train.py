@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
                 folder.remove()
             else:
                 training.check_goes_on()
+            folder.check_room()
             folder.write_config()
         num_steps = _train(training, args, asked)
         if num_steps == config.trainer.max_steps:
