@@ -16,6 +16,8 @@ from megatron_hydra.yaml_config import PathText, read_config
 Stage = Literal["align", "distill", "long_context"]
 
 MAY_CHANGE = (
+    "model.overlap_branches",
+    "model.placement",
     "model.recompute",
     "model.recompute_layers",
     "model.cuda_graphs",
@@ -23,6 +25,7 @@ MAY_CHANGE = (
     "data.num_workers",
     "trainer.max_steps",
     "trainer.num_threads",
+    "transfer.chunk_tokens",
     "strategy",
     "log",
     "resume",

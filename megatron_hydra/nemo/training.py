@@ -40,6 +40,7 @@ from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_folder import RunFolder
+from megatron_hydra.nemo.run_inputs import check_present
 from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_precision, make_strategy, use_gpu
 
@@ -70,6 +71,7 @@ class TrainingRun:
         self.on_gpu = use_gpu(config.trainer)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._check_layout()
+        check_present(config)
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
         self._check_stages(self.meta, "transfer.init_from", config.transfer.init_from)
         self._check_recomputation()
@@ -302,16 +304,15 @@ class TrainingRun:
                 f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
                 f"{self.config.transfer.init_from}: their shapes differ"
             )
-        converted_from = [meta["teacher_weights_hash"] for meta in (teacher, self.meta)]
-        if (
-            self.config.transfer.stage == "align"
-            and all(converted_from)
-            and converted_from[0] != converted_from[1]
-        ):
-            raise UserError(
+        converted_from = {meta["teacher_weights_hash"] for meta in (teacher, self.meta)}
+        if len(converted_from) == 2 and "" not in converted_from:
+            sentence = (
                 f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
                 f"{self.config.transfer.init_from}: they were converted from different weights"
             )
+            if self.config.transfer.stage == "align":
+                raise UserError(sentence)
+            logger.warning("%s", sentence)  # another teacher may be wanted here
 
     def _model_config(self) -> HydraGPTConfig:
         config, model = self.config, self.config.model

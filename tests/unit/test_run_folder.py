@@ -188,7 +188,7 @@ def test_run_goes_on_only_with_what_decides_its_result_unchanged(exp: Path, resu
         changed.check()
     words = str(caught.value)
     assert "holds a run with data.seed 1234 (here 7), optim.lr 0.001 (here 1.0): set it b" in words
-    assert "choose another log.folder; a run that goes on may change only model.recompute" in words
+    assert "choose another log.folder; a run that goes on may change only model.overlap_br" in words
     assert "--overwrite" not in words and "\n" not in words
     folder.run_config.write_text(f"{HEADER}\ndata: [")
     with pytest.raises(UserError, match=r"run_config\.yaml, of an earlier run: .* not valid YAML"):
