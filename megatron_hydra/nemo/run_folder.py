@@ -71,7 +71,8 @@ class RunFolder:
                 or the folder holds something else, or results of another configuration.
         """
         self._check_places()
-        self._check_in_the_way()
+        if not self.is_complete():
+            self._check_in_the_way()
         reached = self._steps_reached()
         if reached is None:
             return  # a run that failed at once has nothing to go on from

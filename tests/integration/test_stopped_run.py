@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lives import BATCH, Run, order, paths, write_inputs
+from lives import BATCH, RUN_SECONDS_MAX, Run, order, paths, write_inputs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_hydra.nemo.config import load_config
@@ -28,7 +28,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     inputs = write_inputs(tmp_path / "inputs")
     run = Run(inputs, tmp_path / "run", "distill", ALONE)
     early = run.start("imports:1:SIGINT", 0)
-    assert early.wait(60) == EX_TEMPFAIL
+    assert early.wait(RUN_SECONDS_MAX) == EX_TEMPFAIL
     assert "megatron-hydra: SIGINT before a step was finished: nothing was saved;" in run.printed()
     assert not run.folder.exists()
 
@@ -42,7 +42,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     first.send_signal(signal.SIGTERM)
     first.send_signal(signal.SIGCONT)
-    assert first.wait(120) == EX_TEMPFAIL
+    assert first.wait(RUN_SECONDS_MAX) == EX_TEMPFAIL
     assert (
         f"megatron-hydra: SIGTERM: stopped after step 3 of 10, which is saved in {run.folder}/"
         "checkpoints; the same command goes on from there\n"
@@ -71,7 +71,7 @@ def test_stopped_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def _wait_for(run: Run, process: subprocess.Popen) -> None:
     """Until the process has stopped itself."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + RUN_SECONDS_MAX
     while not run.kills()[1:]:
         assert process.poll() is None and time.monotonic() < end, run.printed()[-4000:]
         time.sleep(0.2)
@@ -82,7 +82,8 @@ def _train(run: Run) -> tuple[subprocess.CompletedProcess, float]:
     start = time.monotonic()
     finished = subprocess.run(
         [sys.executable, "-m", "hydra_tools.cli", "train", *run.arguments],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": paths()},
+        capture_output=True, text=True, timeout=RUN_SECONDS_MAX,
+        env={**os.environ, "PYTHONPATH": paths()},
     )  # fmt: skip
     return finished, time.monotonic() - start
 

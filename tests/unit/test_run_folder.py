@@ -171,8 +171,12 @@ def test_a_hybrid_that_no_run_trained_is_not_replaced(exp: Path) -> None:
     _run_in(exp)
     _folder(exp).check_removable()
     _write(exp / "hybrid/notes.txt", "mine")
-    with pytest.raises(UserError, match=r"hybrid/notes\.txt was not written by a run"):
-        _folder(exp).check_removable()
+    folder, longer = _folder(exp), _folder(exp, "trainer.max_steps=9")
+    folder.write_config()
+    folder.check()  # it is complete: nothing more is written
+    for check in (longer.check, folder.check_removable):
+        with pytest.raises(UserError, match=r"hybrid/notes\.txt was not written by a run"):
+            check()
 
 
 @pytest.mark.parametrize("result", ["hybrid", "checkpoints"])
