@@ -31,6 +31,7 @@ from megatron_hydra.conversion.qwen3 import (
     megatron_fields,
     teacher_hash,
 )
+from megatron_hydra.conversion.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_beside
 from megatron_hydra.head_plan import HeadPlan
@@ -66,10 +67,6 @@ _FIELD_TYPES = {
     for field in dataclass_fields(HydraConfig)
 } | {"params_dtype": str}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def save_checkpoint(
         "teacher_weights_hash": teacher_weights_hash,
         "provenance": dict(provenance),
     }
-    tokenizer = tokenizer_files(Path(tokenizer_folder))
+    tokenizer = tokenizer_files(find_tokenizer(tokenizer_folder))
     with _output_of_all_ranks(Path(folder), overwrite) as temporary:
         if dist.get_rank() == 0:
             (temporary / "model.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
@@ -163,18 +160,6 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path}: the config does not match its teacher_config_hash")
     return meta
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer, which a checkpoint folder keeps a copy of.
-
-    Raises:
-        UserError: If the folder has no tokenizer.
-    """
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(file.name == "tokenizer_config.json" for file in files):
-        raise UserError(f"{folder} has no tokenizer: tokenizer_config.json is missing")
-    return files
 
 
 def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from megatron_hydra.conversion.qwen3_config import read_qwen3_config
+from megatron_hydra.conversion.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 
@@ -24,8 +25,8 @@ class WeightFiles:
     paths: tuple[Path, ...]
     index: Path | None = None
     """What names several files; None for the one file of an unsharded model."""
-    file_of: Mapping[str, Path] = field(default_factory=dict)
-    """Tensor -> its file, as the index has it."""
+    tensors: frozenset[str] = frozenset()
+    """The tensors that the index names; transformers passes over any other in these files."""
 
 
 def is_checkpoint_folder(folder: str | os.PathLike[str]) -> bool:
@@ -45,6 +46,23 @@ def is_checkpoint_folder(folder: str | os.PathLike[str]) -> bool:
         f"{folder} is neither a checkpoint folder (model.json) "
         "nor a Hugging Face folder (config.json)"
     )
+
+
+def check_model_folder(folder: str | os.PathLike[str]) -> bool:
+    """Read what is small of a model folder, so that a bad one is said before anything takes long.
+
+    Returns:
+        As :func:`is_checkpoint_folder`.
+
+    Raises:
+        UserError: If the folder does not exist, is of another model, or lacks weights or tokenizer.
+    """
+    is_checkpoint = is_checkpoint_folder(folder)
+    if not is_checkpoint:
+        read_qwen3_config(folder)
+        weight_files(folder)
+    tokenizer_files(find_tokenizer(folder))
+    return is_checkpoint
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:
@@ -80,12 +98,12 @@ def weight_files(folder: str | os.PathLike[str]) -> WeightFiles:
     index = folder / _INDEX
     if not index.is_file():
         raise _no_weights(folder)
-    file_of = {tensor: folder / name for tensor, name in _read_index(index).items()}
-    paths = tuple(dict.fromkeys(file_of.values()))
+    weight_map = _read_index(index)
+    paths = tuple(folder / name for name in dict.fromkeys(weight_map.values()))
     for path in paths:
         if not path.is_file():
             raise UserError(f"weight file {path} does not exist, which {index} names")
-    return WeightFiles(paths, index, file_of)
+    return WeightFiles(paths, index, frozenset(weight_map))
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -73,7 +73,6 @@ class TrainingRun:
         self._check_layout()
         check_present(config)
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
-        self._check_stages(self.meta, "transfer.init_from", config.transfer.init_from)
         self._check_recomputation()
         tokenizer_files(self._tokenizer)  # or the trained hybrid could not be written
         if config.transfer.teacher is not None:
@@ -276,15 +275,6 @@ class TrainingRun:
             if is_wanted and not uses_te:
                 raise UserError(f"{wanted} needs a GPU and model.backend transformer_engine")
 
-    def _check_stages(self, meta: dict[str, Any], key: str, folder: str) -> None:
-        num_layers = meta["config"]["num_layers"]
-        num_stages = self.config.strategy.pipeline_model_parallel_size
-        if num_layers % num_stages:
-            raise UserError(
-                f"{key} {folder} has {num_layers} layers, which do not divide by "
-                f"strategy.pipeline_model_parallel_size {num_stages}"
-            )
-
     def _check_recomputation(self) -> None:
         """Of the hybrid alone: a teacher recomputes nothing."""
         num_stages = self.config.strategy.pipeline_model_parallel_size
@@ -295,7 +285,6 @@ class TrainingRun:
             )
 
     def _check_teacher(self, teacher: dict[str, Any]) -> None:
-        self._check_stages(teacher, "transfer.teacher", str(self.config.transfer.teacher))
         if teacher["config"]["vocab_size"] != self.meta["config"]["vocab_size"] or (
             self.config.transfer.stage == "align"
             and teacher["teacher_config_hash"] != self.meta["teacher_config_hash"]

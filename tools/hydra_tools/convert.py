@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
+from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_config
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from torch import Tensor
 
     from megatron_hydra.config import HydraConfig
+
+logger = logging.getLogger(__name__)
 
 _BATCH_SEQUENCES = 8
 
@@ -52,21 +58,26 @@ def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
     check_outputs([args.out], (args.teacher, args.plan, args.calibration_text))
     check_output(args.out, args.overwrite, "folder", marker="model.json")
+    overrides = parse_overrides(args.overrides)
+    _check_calibration(args)
+    if check_model_folder(args.teacher):
+        raise UserError(f"--teacher {args.teacher} is a checkpoint folder: it is converted already")
+    hash_of_weights = weights_hash(args.teacher)
+    plan = _load_plan(args.plan, args.teacher, hash_of_weights) if args.plan else None
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
     import torch
 
     from megatron_hydra.conversion import checkpoint, qwen3
+    from megatron_hydra.conversion.tokenizer import check_tokenizer
     from megatron_hydra.parallel import initialize_model_parallel
 
-    overrides = parse_overrides(args.overrides)
     checkpoint.check_stored("hybrid" if args.plan else "teacher", overrides)
     overrides["params_dtype"] = getattr(torch, args.dtype)
     config = qwen3.hydra_config(args.teacher, **overrides)
-    plan = _load_plan(args.plan, config) if args.plan else None
+    check_tokenizer(args.teacher)
     batches = _calibration_batches(args) if plan and config.fusion in ("scale", "gate") else []
-    hash_of_weights = checkpoint.weights_hash(args.teacher)
     tensors = qwen3.read_weights(args.teacher)
     initialize_model_parallel()
     if plan is None:
@@ -88,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         args.overwrite,
         teacher_weights_hash=hash_of_weights,
     )
+    print(ParallelSizes.of(vars(config)).describe())
     print(f"checkpoint: {args.out}")
     return 0
 
@@ -112,17 +124,32 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _load_plan(path: Path, config: HydraConfig) -> HeadPlan:
-    from megatron_hydra.conversion.qwen3 import teacher_hash
-
-    plan = HeadPlan.load(path)
+def _load_plan(path: Path, teacher: Path, hash_of_weights: str) -> HeadPlan:
+    """Read a plan for this teacher; warn if it was made for another training of its shape."""
+    plan, config = HeadPlan.load(path), read_qwen3_config(teacher)
     plan.check_teacher(
-        config.num_layers,
-        config.num_attention_heads,
-        config.num_query_groups,
-        teacher_hash(config),
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config_hash(teacher),
     )
+    measured = plan.provenance.get("teacher_weights_hash")
+    if measured and measured != hash_of_weights:
+        logger.warning(
+            "%s was made from scores of other weights than those in %s: the heads that mattered "
+            "there need not be those that matter here, which a new `score` would tell",
+            path,
+            teacher,
+        )
     return plan
+
+
+def _check_calibration(args: argparse.Namespace) -> None:
+    length, wanted = args.calibration_length, args.calibration_tokens
+    if not 0 < length <= wanted:
+        raise UserError(
+            f"--calibration-length is {length}; allowed: 1 to --calibration-tokens, {wanted}"
+        )
 
 
 def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
@@ -133,10 +160,6 @@ def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
     from megatron_hydra.selection.text import local_text, read_text
 
     length, wanted = args.calibration_length, args.calibration_tokens
-    if not 0 < length <= wanted:
-        raise UserError(
-            f"--calibration-length is {length}; allowed: 1 to --calibration-tokens, {wanted}"
-        )
     text = read_text(args.calibration_text) if args.calibration_text else local_text()
     text = text[: 16 * wanted]  # more than enough characters for any language and tokenizer
     tokenizer = load_tokenizer(args.teacher)

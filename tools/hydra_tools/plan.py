@@ -15,9 +15,10 @@ from pathlib import Path
 from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
 from megatron_hydra.selection.combination import Combination
-from megatron_hydra.selection.cost import costs_of, num_stored_groups
+from megatron_hydra.selection.cost import ModelShape, costs_of, num_stored_groups
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
     PlanSummary,
@@ -146,8 +147,20 @@ def run(args: argparse.Namespace) -> int:
     context = args.context or DEFAULT_CONTEXT_TOKENS
     costs = [costs_of(scores.shape, of, context, summary.budget.device) for of in (plan, None)]
     print("\n" + "\n".join(cost_lines(*costs)))
+    print(_parallel_sizes(scores.shape).describe())
     print(f"\nplan:    {args.out}\npicture: {png}")
     return 0
+
+
+def _parallel_sizes(shape: ModelShape) -> ParallelSizes:
+    return ParallelSizes(
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        vocab_size=shape.vocab_size,
+    )
 
 
 @dataclass

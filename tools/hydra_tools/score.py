@@ -17,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_tools import launch
-from megatron_hydra.conversion.model_folder import weights_hash
+from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
@@ -27,11 +28,6 @@ from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
 from megatron_hydra.selection.text import local_text, read_text, split_held_out
-from megatron_hydra.selection.uncertainty import (
-    bootstrap_scores,
-    score_intervals,
-    split_half_correlation,
-)
 
 _NUM_TOP_HEADS = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -53,17 +49,21 @@ def run(args: argparse.Namespace) -> int:
     config = load_scoring_config(args.config, args.overrides, values)
     check_outputs([config.out], (config.model.teacher, config.probes.text, args.config))
     check_output(config.out, args.overwrite, "file")
+    _check_world_size(config)
+    check_model_folder(config.model.teacher)
+    _check_parallel_size(config)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
 
-    _check_world_size(config)
     initialize_model_parallel(config.model.tensor_model_parallel_size)
     weights = weights_hash(config.model.teacher)
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
+    if launch.rank() == 0:
+        print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     controls = _controls(config, shape)
     probes = _make_probes(config, loaded.tokenizer_folder)
     teacher_hash = loaded.meta["teacher_config_hash"]
@@ -75,9 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "probes": probes_digest(probes),
     }
     same["run"] = {"batch_tokens": config.run.batch_tokens}
-    partial = PartialFolder(config.out, same)
-    if args.overwrite and launch.rank() == 0:
-        partial.remove()
+    partial = PartialFolder(config.out, same, start_anew=args.overwrite)
     start = time.perf_counter()
     records, effects = ScoringRun(
         loaded.model.eval(),
@@ -111,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(scores: HeadScores) -> list[str]:
     """Sentences on scores: pairs kept and dropped, the heads that matter most, how sure that is."""
+    from megatron_hydra.selection.uncertainty import bootstrap_scores, score_intervals
+
     lines = []
     for probe in scores.probes:
         if probe.gaps:
@@ -142,6 +142,8 @@ def describe(scores: HeadScores) -> list[str]:
 
 
 def _reproducibility(scores: HeadScores) -> str:
+    from megatron_hydra.selection.uncertainty import split_half_correlation
+
     try:
         half = split_half_correlation(scores)
     except UserError as error:
@@ -160,6 +162,13 @@ def _check_world_size(config: ScoringConfig) -> None:
             f"model.tensor_model_parallel_size {tensor} does not divide the {size} ranks: start "
             f"torchrun with a multiple of {tensor} ranks"
         )
+
+
+def _check_parallel_size(config: ScoringConfig) -> None:
+    sizes = stored_sizes(config.model.teacher)
+    if sizes is not None:
+        tensor = config.model.tensor_model_parallel_size
+        sizes.check(f"model.teacher {config.model.teacher}", tensor, section="model.")
 
 
 def _load_teacher(config: ScoringConfig) -> Any:
