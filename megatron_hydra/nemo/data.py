@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_hydra.attention.sequence_layout import pad_documents, padded_lengths
 from megatron_hydra.errors import UserError
+from megatron_hydra.files import content_hash
 from megatron_hydra.nemo.config import DataSection
 from megatron_hydra.nemo.indexed_dataset import dataset_files, read_notes
 
@@ -40,7 +42,8 @@ def make_data_module(
     Args:
         section: Paths, lengths and batch sizes.
         end_of_document: Token that ends a document; read only to mask its loss.
-        index_folder: Where Megatron keeps its sample indices.
+        index_folder: Where Megatron keeps its sample indices. It knows them by the datasets' paths;
+            a folder below, named by the contents, keeps those of other tokens apart.
     """
     module = llm.PreTrainingDataModule(
         paths=_blend(section),
@@ -54,11 +57,28 @@ def make_data_module(
         eod_mask_loss=section.mask_end_of_document,
         seed=section.seed,
         split="1,0,0",
-        index_mapping_dir=str(index_folder),
+        index_mapping_dir=str(index_folder / datasets_hash(section)[:16]),
         output_log=False,
     )
     module.create_attention_mask = False  # causal attention makes its own
     return module
+
+
+def datasets_hash(section: DataSection) -> str:
+    """A cheap hash (hex) of what the datasets hold, in the order of their paths.
+
+    Equal for equal tokens and documents; see :func:`~megatron_hydra.files.content_hash`.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    hashes = []
+    for path in section.paths:
+        try:
+            hashes.append(content_hash(dataset_files(path)[:2]))
+        except OSError as error:
+            raise UserError(f"cannot read the dataset {path}: {error.strerror}") from error
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def pack_documents(
