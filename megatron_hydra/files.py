@@ -1,20 +1,29 @@
-"""Writing outputs so that nothing is lost: written beside, then moved into place."""
+"""Files, so that nothing is lost: checked, locked, written beside, moved into place, hashed."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import json
+import logging
+import math
 import os
 import platform
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hydra.disk import disk_full_named, existing_folder
 from megatron_hydra.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _RECORDED_PACKAGES = (
     "torch",
@@ -28,6 +37,9 @@ _RECORDED_PACKAGES = (
 # A line break is escaped inside a JSON string, so what follows this opening is never in one.
 _NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 
+# Of a file that is larger than both together, a hash reads evenly spaced blocks alone.
+_HASH_BLOCK_BYTES = 2**16
+_HASH_BLOCKS = 1024
 OutputKind = Literal["file", "folder"]
 
 
@@ -59,9 +71,7 @@ def check_output(
         raise UserError(f"output {target} holds the current folder: name one inside it")
     if marker and target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise UserError(f"output {target} holds something else: it has no {marker}; not replaced")
-    ancestor = target.absolute().parent
-    while not ancestor.exists():
-        ancestor = ancestor.parent
+    ancestor = existing_folder(target)
     try:
         # Permission bits do not tell (root, read-only mounts, /proc): try, and leave no trace.
         with tempfile.TemporaryFile(dir=ancestor):
@@ -71,15 +81,53 @@ def check_output(
     return target
 
 
-def check_no_input(output: Path, inputs: Iterable[Path | None]) -> None:
-    """Check that ``output`` is none of the inputs and no folder that holds one; None is none.
+def expand(path: str | os.PathLike[str], what: str = "path") -> Path:
+    """``path`` with the home folder for `~` and the environment's values for `$NAME`.
+
+    Shells do so for a word's start alone: not in YAML, in quotes or behind an `=`.
+
+    Args:
+        path: As a user wrote it.
+        what: How the message calls it.
+
+    Raises:
+        UserError: If the environment has no such variable, or no such user's home is known.
+    """
+    text = os.path.expandvars(os.fspath(path))
+    if unset := re.search(r"\$(\w+|\{\w+\})", text):
+        raise UserError(f"{what} is {os.fspath(path)}, but {unset[0]} is not set")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{what} is {os.fspath(path)}: {error}") from error
+
+
+def check_outputs(
+    outputs: Iterable[str | os.PathLike[str] | None],
+    inputs: Iterable[str | os.PathLike[str] | None],
+) -> None:
+    """Check that no output is an input, holds one or lies in one, nor is another output.
+
+    Symbolic links are followed. What is None is passed over.
+
+    Args:
+        outputs: What a command writes; nothing else of a folder is held to be at risk.
+        inputs: What it reads. A folder is one piece: nothing may be written into it.
 
     Raises:
         UserError: Naming both.
     """
-    for source in filter(None, inputs):
-        if source.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"output {output} would replace the input {source}: name another")
+    targets = [Path(output) for output in outputs if output is not None]
+    sources = [Path(source) for source in inputs if source is not None]
+    for position, target in enumerate(targets):
+        place = target.resolve()
+        if place in [other.resolve() for other in targets[:position]]:
+            raise UserError(f"two outputs would be written to {target}: name another for one")
+        for source in sources:
+            if source.resolve().is_relative_to(place):
+                raise UserError(f"output {target} would replace the input {source}: name another")
+            if place.is_relative_to(source.resolve()):
+                raise UserError(f"output {target} lies in the input {source}: name a place outside")
 
 
 @contextmanager
@@ -100,18 +148,56 @@ def write_beside(
             way round.
     """
     target = check_output(path, overwrite, kind, marker)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        yield temporary
-        _replace(temporary, target)
+        with disk_full_named(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _replace(temporary, target)
     finally:
         _remove(temporary)
 
 
+@contextmanager
+def lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Hold the file ``path`` locked, so that one process at a time works on ``what``.
+
+    A POSIX record lock: the kernel drops it when the process ends, however that ends, and a
+    shared file system (NFS, Lustre) knows it on every machine. The file itself says who holds it.
+    The same process may take a lock twice.
+
+    Raises:
+        UserError: If another process holds it; says which.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                stream.seek(0)
+                holder = stream.read().strip() or "another process"
+                raise UserError(
+                    f"{what} is in use by {holder}: wait until that ends, or choose another"
+                ) from error
+            logger.warning(
+                "%s cannot be locked (%s): see to it that nothing else works on it",
+                what,
+                error.strerror,
+            )
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
 def write_json(path: str | os.PathLike[str], data: Any, overwrite: bool = False) -> None:
     """Write ``data`` as indented JSON, lists of numbers on one line, by :func:`write_beside`."""
-    text = _NUMBER_LIST.sub(_on_one_line, json.dumps(data, indent=1))
+    text = _NUMBER_LIST.sub(_on_one_line, json.dumps(data, indent=1, allow_nan=False))
     with write_beside(path, overwrite) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -125,10 +211,10 @@ def read_json(path: str | os.PathLike[str], kind: str, schema_version: int) -> d
     source = Path(path)
     data: Any
     try:
-        data = json.loads(source.read_text(encoding="utf-8"))
+        data = parse_json(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid JSON: {error}") from error
     found = data.get("kind") if isinstance(data, dict) else type(data).__name__
     if not isinstance(data, dict) or found != kind:
@@ -139,6 +225,42 @@ def read_json(path: str | os.PathLike[str], kind: str, schema_version: int) -> d
             f"this release reads version {schema_version}"
         )
     return data
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON as its standard has it: Python's reader also takes NaN, and the last of two keys.
+
+    Raises:
+        ValueError: For text that is no JSON, NaN, a number beyond double precision (1e999), or a
+            key that stands twice in one object.
+    """
+    return json.loads(
+        text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_no_repeats
+    )
+
+
+def content_hash(files: Iterable[str | os.PathLike[str]]) -> str:
+    """A hash (hex) of the files' names, sizes and contents, in the order of their names.
+
+    Of a file above 64 MiB 1,024 evenly spaced blocks of 64 KiB are read, the first and the last
+    bytes among them: two trainings of a model differ in every matrix, and a change of a few bytes
+    may go unseen.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(map(Path, files), key=lambda path: path.name):
+        try:
+            with path.open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest.update(f"{path.name} {size}\n".encode())
+                for place in _hashed_places(size):
+                    stream.seek(place)
+                    digest.update(stream.read(_HASH_BLOCK_BYTES))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -154,6 +276,34 @@ def versions() -> dict[str, str]:
 
 def _on_one_line(match: re.Match[str]) -> str:
     return "[" + " ".join(match.group()[1:-1].split()) + "]"
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text} is too large")
+    return value
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found
+
+
+def _hashed_places(size: int) -> Iterable[int]:
+    """Where in a file of ``size`` bytes the blocks that a hash reads begin."""
+    if size <= _HASH_BLOCKS * _HASH_BLOCK_BYTES:
+        return range(0, size, _HASH_BLOCK_BYTES)
+    last = size - _HASH_BLOCK_BYTES
+    return (last * index // (_HASH_BLOCKS - 1) for index in range(_HASH_BLOCKS))
 
 
 def _check_kind(target: Path, kind: OutputKind) -> None:

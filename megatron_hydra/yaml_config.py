@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.files import expand
+
+PathText = Annotated[str, expand]
+"""The type of a field that holds a path: `~` and `$NAME` in it are replaced."""
 
 Config = TypeVar("Config")
 
@@ -46,7 +51,7 @@ def read_config(
 
 def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -56,13 +61,27 @@ def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     return raw
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's safe loader, which otherwise takes the last of two like keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, name = key.split(".")
     if not (equals and sections and all((*sections, name))):
         raise UserError(f"override {override!r} must read section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"the value of override {override!r} is not valid YAML") from error
     target = raw
@@ -84,7 +103,7 @@ def _build(cls: type, raw: Any, where: str) -> Any:
     for key in raw:
         if key not in known:
             raise UserError(_unknown_key(cls, str(key), where))
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for name, item in known.items():
         full_name = f"{where}.{name}" if where else name
@@ -114,6 +133,9 @@ def _names(cls: type) -> str:
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(kind)
+    if origin is Annotated:
+        kind, convert = typing.get_args(kind)
+        return str(convert(_convert(kind, value, name), name))
     if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
         return _build(kind, value, name)
     if origin in (typing.Union, types.UnionType):
@@ -139,8 +161,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
 def _convert_scalar(kind: type, value: Any, name: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-3, without a dot, as text
-            return float(value)
-        except (TypeError, ValueError):
+            number = float(value)
+            if math.isfinite(number):
+                return number
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

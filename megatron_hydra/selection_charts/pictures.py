@@ -15,6 +15,9 @@ from megatron_hydra.selection_charts.capabilities import capability_figure
 from megatron_hydra.selection_charts.pareto import pareto_figure
 from megatron_hydra.selection_charts.ranking import rank_figure
 
+PICTURES = ("head_map.png", "ranking.png", "capabilities.png", "pareto.png")
+"""What is written to the folder, the last one where there is a table of budgets."""
+
 
 def save_selection_pictures(
     folder: str | os.PathLike[str],
@@ -39,8 +42,7 @@ def save_selection_pictures(
         UserError: If the plan is of another teacher or other scores, or a picture exists and
             ``overwrite`` is False, or cannot be written.
     """
-    names = ["head_map.png", "ranking.png", "capabilities.png"]
-    names += [] if pareto is None else ["pareto.png"]
+    names = PICTURES if pareto is not None else PICTURES[:-1]
     paths = [check_output(Path(folder) / name, overwrite, "file") for name in names]
     with chart_style():
         figures = [rank_figure(scores, plan), capability_figure(scores, plan)]

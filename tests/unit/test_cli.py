@@ -66,6 +66,22 @@ def test_interruption_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["score"]) == 130
 
 
+def test_a_reader_that_leaves_is_no_error(scores: Path) -> None:
+    plan = subprocess.Popen(
+        [sys.executable, "-m", "hydra_tools.cli", *plan_arguments(scores, "--fa-heads", "2")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert plan.stdout is not None
+    assert plan.stderr is not None
+    plan.stdout.close()
+    assert plan.stderr.read() == ""
+    assert plan.wait() == 141
+    assert scores.with_name("plan.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -208,8 +224,12 @@ def test_colours_appear_on_a_terminal(
         (["--fa-heads", "2", "combine.normalise=maybe"], "combine.normalise is 'maybe'"),
         (["--fa-heads", "1", "--png", "/proc/plan.png"], "cannot write /proc/plan.png"),
         (["--fa-heads", "1", "--scores", "none.json"], "cannot read none.json"),
-        (["--fa-heads", "1", "--out", "{folder}/plan.png"], "would both be written to"),
-        (["--fa-heads", "1", "--out", "{folder}/scores.json"], "exists: name another"),
+        (["--fa-heads", "1", "--out", "{folder}/plan.png"], "two outputs would be written to"),
+        (["--fa-heads", "1", "--out", "{folder}/scores.json"], "would replace the input"),
+        (
+            ["--fa-heads", "1", "--overwrite", "--out", "{folder}/scores.json"],
+            "would replace the input",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing_behind(

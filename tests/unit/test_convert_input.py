@@ -46,7 +46,7 @@ def _refused(inputs: Path, capsys: pytest.CaptureFixture[str], *words: str) -> s
         (".", "would replace the input"),
         ("plan.json", "plan.json would replace the input"),
         ("text.txt", "text.txt would replace the input"),
-        ("teacher/config.json", "config.json is a file, and a folder is to be written"),
+        ("teacher/config.json", "config.json lies in the input"),
     ],
 )
 def test_overwrite_replaces_nothing_but_an_earlier_checkpoint(

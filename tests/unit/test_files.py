@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_hydra.disk import check_space, disk_full_named
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import (
-    check_no_input,
     check_output,
+    check_outputs,
+    content_hash,
+    expand,
+    lock,
+    parse_json,
     read_json,
     versions,
     write_beside,
@@ -126,16 +134,156 @@ def test_only_a_folder_with_its_marker_is_replaced(tmp_path: Path) -> None:
         check_output(target, False, "folder", marker="model.json")
 
 
-def test_an_input_is_never_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_no_input_holds_none_and_lies_in_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "models" / "teacher"
     source.mkdir(parents=True)
     (tmp_path / "link").symlink_to(source)
     for output in ("models/teacher", "models", "models/../models/teacher", "link"):
         with pytest.raises(UserError, match=f"output {output} would replace the input"):
-            check_no_input(Path(output), [None, source])
-    for output in ("models/teacher/hybrid", "models/teacher2", "mod"):
-        check_no_input(Path(output), [None, source])
+            check_outputs([Path(output)], [None, source])
+    for output in ("models/teacher/config.json", "link/tokenizer.json", "models/teacher/a/b"):
+        with pytest.raises(UserError, match=f"output {output} lies in the input"):
+            check_outputs([Path(output)], [None, source])
+    check_outputs([Path("models/teacher2"), None, Path("mod")], [None, source])
+    with pytest.raises(UserError, match=r"two outputs would be written to mod"):
+        check_outputs([Path("mod"), "./mod"], [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 448 vs 342"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
+def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_output(
+    tmp_path: Path, error: Exception
+) -> None:
+    target = tmp_path / "out.txt"
+    target.write_text("old")
+    for raised in (error, _caused_by(error), _of_a_rank(error)):
+        with (
+            pytest.raises(UserError, match=r"cannot write .*out\.txt: the disk is full"),
+            write_beside(target, overwrite=True) as temporary,
+        ):
+            temporary.write_text("half")
+            raise raised
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["out.txt"]
+    with pytest.raises(ValueError, match="a bug"), disk_full_named(target):
+        raise ValueError("a bug")
+
+
+def _caused_by(error: Exception) -> Exception:
+    outer = RuntimeError("writing failed")
+    outer.__cause__ = error
+    return outer
+
+
+def _of_a_rank(error: Exception) -> Exception:
+    outer = RuntimeError("a rank failed")
+    outer.failures = {1: (error, None)}  # type: ignore[attr-defined]
+    return outer
+
+
+def test_a_real_full_disk() -> None:
+    with pytest.raises(UserError, match="the disk is full"), disk_full_named("/dev/full"):
+        Path("/dev/full").write_text("x")
+
+
+def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
+    check_space(tmp_path / "new" / "out", 1)
+    with pytest.raises(UserError, match=r"out needs 1,048,576\.0 GiB, and .* has .* free"):
+        check_space(tmp_path / "new" / "out", 2**50)
+
+
+def test_one_process_at_a_time_holds_a_lock_and_a_killed_one_leaves_none(tmp_path: Path) -> None:
+    path = tmp_path / "run" / ".lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    with (
+        pytest.raises(UserError, match=rf"the run is in use by process {holder.pid} on "),
+        lock(path, "the run"),
+    ):
+        raise AssertionError
+    holder.kill()
+    holder.wait()
+    with lock(path, "the run"):
+        pass
+
+
+_HOLDER = """
+import sys, time
+from megatron_hydra.files import lock
+with lock(sys.argv[1], "the run"):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("text", ["NaN", "-Infinity", "1e999", '{"a": 1, "a": 2}'])
+def test_json_is_read_by_its_standard(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match="no number of JSON|too large|stands twice"):
+        parse_json(text)
+    path = tmp_path / "file.json"
+    path.write_text(f'{{"kind": "k", "schema_version": 1, "x": {text}}}')
+    with pytest.raises(UserError, match=r"file\.json is not valid JSON"):
+        read_json(path, "k", 1)
+    assert parse_json('{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
+
+
+def test_no_json_with_nan_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "file.json", {"x": float("nan")})
+    assert names(tmp_path) == []
+
+
+def test_a_hash_sees_names_sizes_and_contents(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"one")
+    second.write_bytes(b"two")
+    found = content_hash([first, second])
+    assert content_hash([second, first]) == found
+    assert content_hash([first]) != found
+    copy = tmp_path / "copy" / "b"
+    copy.parent.mkdir()
+    copy.write_bytes(b"two")
+    assert content_hash([first, copy]) == found, "a copy elsewhere is the same"
+    second.write_bytes(b"twa")
+    assert content_hash([first, second]) != found
+    with pytest.raises(UserError, match="cannot read .*c: No such file"):
+        content_hash([tmp_path / "c"])
+
+
+def test_a_hash_of_a_large_file_reads_blocks_of_all_of_it(tmp_path: Path) -> None:
+    path, size = tmp_path / "large", 2**27 + 5
+    with path.open("wb") as stream:
+        stream.truncate(size)
+    found = {content_hash([path])}
+    for place in (0, size // 3 // 2**17 * 2**17, size - 1):
+        with path.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(b"x" * min(2**17, size - place))
+        found.add(content_hash([path]))
+    assert len(found) == 4
+
+
+def test_home_and_variables_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUNS", "/runs")
+    assert expand("~/a") == Path("/home/me/a")
+    assert expand("$RUNS/${RUNS}/b") == Path("/runs//runs/b")
+    assert expand("plain/$") == Path("plain/$")
+    with pytest.raises(UserError, match=r"log\.folder is \$NOWHERE/a, but \$NOWHERE is not set"):
+        expand("$NOWHERE/a", "log.folder")
 
 
 def test_the_current_folder_is_never_replaced(

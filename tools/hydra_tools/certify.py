@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools import launch
-from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, read_json, write_json
+from megatron_hydra.files import check_output, check_outputs, read_json, write_json
 
 if TYPE_CHECKING:
     from megatron_hydra.head_plan import HeadPlan
@@ -65,9 +64,12 @@ def run(args: argparse.Namespace) -> int:
     if args.config is None or args.out is None:
         raise UserError("--config and --out are needed, or --table with certificates")
     _check_sizes(args)
+    check_outputs([args.out], [args.config])
     out = check_output(args.out, args.overwrite, kind="file")
     for name, value in _DETERMINISTIC.items():
         os.environ.setdefault(name, value)
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of every optional package that is absent
@@ -146,6 +148,8 @@ def _check_sizes(args: argparse.Namespace) -> None:
 
 
 def _tabulate(args: argparse.Namespace) -> int:
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     from megatron_hydra.testing.certificate_tables import (
         KIND,

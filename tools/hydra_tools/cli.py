@@ -6,6 +6,8 @@ import argparse
 import difflib
 import importlib
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,19 +34,26 @@ _LOGGERS = ("megatron_hydra", "hydra_kernels", "hydra_tools", "fla.backends")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one verb; return the exit code: 0, 2 for bad input, 130 when interrupted.
+
+    What a verb writes is written before it prints: 141 says that nobody read all of its words.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in VERBS:
         return _without_verb(arguments)
     log_to_stderr()
     try:
-        return run_verb(arguments[0], arguments[1:], f"megatron-hydra {arguments[0]}")
+        code = run_verb(arguments[0], arguments[1:], f"megatron-hydra {arguments[0]}")
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"megatron-hydra: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("megatron-hydra: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return _without_reader()
 
 
 def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
@@ -61,6 +70,13 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
     )
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(arguments)))
+
+
+def _without_reader() -> int:
+    """End as `| head` wants it: silent, with the shell's code for SIGPIPE."""
+    # Python flushes what is left when it ends, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def _without_verb(arguments: list[str]) -> int:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_no_input, check_output, versions
+from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
 
 if TYPE_CHECKING:
@@ -51,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
-    check_no_input(args.out, (args.teacher, args.plan, args.calibration_text))
+    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text))
     check_output(args.out, args.overwrite, "folder", marker="model.json")
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     import torch
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.perplexity import perplexity, text_windows
 from megatron_hydra.evaluation.results import (
@@ -27,7 +26,7 @@ from megatron_hydra.evaluation.ruler import (
     make_task_samples,
     needle_depths,
 )
-from megatron_hydra.files import check_no_input, check_output, versions
+from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import ModelShape, cache_bytes_per_token, state_bytes
 from megatron_hydra.selection.needles import TASKS, NeedleTask, find_task
@@ -82,11 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
     folders = parse_models(args.model)
-    check_no_input(args.out, (*folders.values(), args.text))
+    check_outputs([args.out], (*folders.values(), args.text))
     check_output(args.out, args.overwrite, "file")
     if args.training_length < 1:
         raise UserError(f"--training-length is {args.training_length}; it must be above 0")
     tasks, depths = parse_tasks(args.tasks), needle_depths(args.depths)
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.comparison import PlanComparison, compare_plans
@@ -76,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
         print("\n" + "\n".join(describe_comparison(comparison, *names)))
     if args.pictures and scores is not None:
         # matplotlib takes a while to import: the text comes first.
-        from megatron_hydra.selection_charts import save_selection_pictures
+        from megatron_hydra.selection_charts import PICTURES, save_selection_pictures
 
+        inputs = (args.plan, args.scores, args.against, args.pareto)
+        check_outputs([args.pictures / name for name in PICTURES], inputs)
         table = None if args.pareto is None else ParetoTable.load(args.pareto)
         for path in save_selection_pictures(args.pictures, scores, plan, args.overwrite, table):
             print(f"picture: {path}")

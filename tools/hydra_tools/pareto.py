@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra_tools.inspect import add_cost_arguments, align
 from hydra_tools.plan import add_choice_arguments, read_constraints, read_ratio, recombine
-from megatron_hydra.files import check_output, versions
+from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.selection.budget import Budget, BudgetKind
 from megatron_hydra.selection.cost import Costs, find_device
 from megatron_hydra.selection.pareto import ParetoTable, pareto_table
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan every budget; write the table; print it."""
+    check_outputs([args.out], [args.scores])
     check_output(args.out, args.overwrite, "file")
     scores = recombine(HeadScores.load(args.scores), args.combine)
     kind: BudgetKind = "fa_ratio" if args.by == "fa-ratio" else "kv_cache_ratio"

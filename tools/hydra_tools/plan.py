@@ -13,8 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
-from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
 from megatron_hydra.selection.combination import Combination
@@ -122,8 +121,7 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Choose the heads; write plan and picture; print the head map and a summary."""
     png = args.png or args.out.with_suffix(".png")
-    if png == args.out:
-        raise UserError(f"plan and picture would both be written to {png}: name another")
+    check_outputs([args.out, png], [args.scores])
     check_output(args.out, args.overwrite, "file")
     # Written before the plan: beside none it is left over from a command that was cut off.
     overwrite_png = args.overwrite or (args.png is None and not args.out.exists())

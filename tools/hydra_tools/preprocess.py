@@ -12,9 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_no_input, versions
+from megatron_hydra.files import check_outputs, versions
 
 _RETRIEVAL_ARGUMENTS = ("seq_length", "num_documents")
 
@@ -43,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the dataset; print what it holds."""
     _check(args)
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     from megatron_hydra.conversion.qwen3 import load_tokenizer
     from megatron_hydra.nemo.indexed_dataset import (
@@ -51,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
         write_indexed_dataset,
     )
 
-    for file in dataset_files(args.out):
-        check_no_input(file, [args.input])
+    check_outputs(dataset_files(args.out), (args.input, args.tokenizer))
     check_dataset_output(args.out, args.overwrite)
     tokenizer = load_tokenizer(args.tokenizer)
     mixed = args.retrieval_fraction is not None

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_outputs
 from megatron_hydra.report import write_report
+
+_READ_OF_RUN = ("run_config.yaml", "tensorboard", "hybrid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print its path."""
+    runs = _parse_runs(args.run)
+    # The page may stand in a run's folder, beside what is read there.
+    read = [folder / part for folder in runs.values() for part in _READ_OF_RUN]
+    files = (args.scores, args.plan, args.evaluation, args.pareto)
+    check_outputs([args.out], (*files, args.teacher, *read))
     page = write_report(
         args.out,
         scores=args.scores,
         plan=args.plan,
         evaluation=args.evaluation,
-        runs=_parse_runs(args.run),
+        runs=runs,
         pareto=args.pareto,
         command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
         teacher_config_hash=_teacher_hash(args.teacher) if args.teacher else "",

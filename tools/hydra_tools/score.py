@@ -17,9 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from hydra_tools import launch
-from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, versions
+from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
@@ -51,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     given = {"model.teacher": args.teacher, "run.out": args.out}
     values = {key: value for key, value in given.items() if value is not None}
     config = load_scoring_config(args.config, args.overrides, values)
+    check_outputs([config.out], (config.model.teacher, config.probes.text, args.config))
     check_output(config.out, args.overwrite, "file")
+    from megatron_hydra import cpu
+
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
