@@ -72,12 +72,6 @@ def encode(
     )["input_ids"]
 
 
-def encode_long(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of one text, in as little memory as its length allows."""
-    pieces = cut_pieces(tokenizer, [(text, True)])
-    return [token for piece, _ in pieces for token in encode(tokenizer, [piece])[0]]
-
-
 def cut_pieces(
     tokenizer: PreTrainedTokenizerBase,
     pieces: Iterable[tuple[str, bool]],
@@ -120,7 +114,10 @@ def _safe_cut(
         places = pattern.finditer(text, start, len(text) - _SEEN_CHARACTERS)
         for place in islice(places, _TRIED_CUTS):
             cut = place.end()
-            left, right = text[max(0, cut - _SEEN_CHARACTERS) : cut], text[cut : cut + _SEEN_CHARACTERS]
+            left, right = (
+                text[max(0, cut - _SEEN_CHARACTERS) : cut],
+                text[cut : cut + _SEEN_CHARACTERS],
+            )
             whole, *parts = encode(tokenizer, [left + right, left, right], special_as_text)
             if whole == parts[0] + parts[1]:
                 return cut
