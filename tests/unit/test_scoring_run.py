@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,54 @@ def test_an_unfinished_run_of_another_configuration_is_refused(
         main(arguments(folder, "other.json"))
     assert main(arguments(folder, "other.json", "probes.seed=1")) == 2
     assert "another probes" in capsys.readouterr().err
+    assert main(arguments(folder, "other.json", "scorers.path_patching.max_rounds=1")) == 2
+    assert "another scorers.path_patching.max_rounds: run" in capsys.readouterr().err
     assert main(arguments(folder, "other.json", "probes.seed=1", "--overwrite")) == 0
+
+
+def test_what_no_run_wrote_is_left_where_it_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a folder of the user's own that goes because it has the name."""
+    notes = folder / "own.json.partial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    for more in ((), ("--overwrite",)):
+        assert main(arguments(folder, "own.json", *more)) == 2
+        assert "holds notes.txt, which no scoring run wrote" in capsys.readouterr().err
+    assert notes.read_text() == "precious"
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from megatron_hydra.cpu import install_if_needed
+install_if_needed()
+from megatron_hydra.selection.scoring_run import PartialFolder
+folder = PartialFolder(Path(sys.argv[1]), {})
+folder.open()
+print("open", flush=True)
+time.sleep(120)
+"""
+
+
+def test_one_run_at_a_time_writes_a_scores_file(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(folder / "twice.json")],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"open\n"
+    assert main(arguments(folder, "twice.json", "--overwrite")) == 2
+    assert f"is in use by process {holder.pid} on " in capsys.readouterr().err
+    holder.kill()
+    holder.wait()
+    # The same record but for its configuration: a killed run leaves no lock behind.
+    assert main(arguments(folder, "twice.json")) == 2
+    assert "holds an unfinished run with another" in capsys.readouterr().err
 
 
 def test_pairs_with_a_small_gap_are_dropped_counted_and_seen_by_no_scorer(folder: Path) -> None:

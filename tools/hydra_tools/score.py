@@ -72,9 +72,7 @@ def run(args: argparse.Namespace) -> int:
         "probes": probes_digest(probes),
     }
     same["run"] = {"batch_tokens": config.run.batch_tokens}
-    partial = PartialFolder(config.out, same)
-    if args.overwrite and launch.rank() == 0:
-        partial.remove()
+    partial = PartialFolder(config.out, same, start_anew=args.overwrite)
     start = time.perf_counter()
     records, effects = ScoringRun(
         loaded.model.eval(),
