@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection.text_files import TextOptions, find_files, read_pieces
+from megatron_hydra.selection.text_files import TextOptions, find_texts, read_pieces
 
 _DEFAULT_OPTIONS = TextOptions()
 MIN_TEXT_CHARACTERS = 20_000
@@ -57,7 +57,7 @@ def read_text(
         UserError: As :func:`~megatron_hydra.selection.text_files.read_pieces`, or if the text is
             too short.
     """
-    files = find_files([names] if isinstance(names, str | os.PathLike) else names)
+    files = find_texts([names] if isinstance(names, str | os.PathLike) else names, options)
     enough = None if num_characters is None else max(num_characters, MIN_TEXT_CHARACTERS)
     documents = [""]
     num_read = 0

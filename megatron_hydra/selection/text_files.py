@@ -90,34 +90,24 @@ def text_options(args: argparse.Namespace) -> TextOptions:
     return TextOptions(args.text_key, args.text_format)
 
 
-def find_files(names: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files that files, folders and patterns name, each once.
+def find_texts(names: Iterable[str | os.PathLike[str]], options: TextOptions) -> list[Path]:
+    """The files that files, folders and patterns name, each once; none of them is read yet.
 
     Names keep their order; the files of a folder, with those of its folders, and of a pattern are
     sorted by their paths. Hidden files are left out, in a folder also files of other types.
 
     Raises:
-        UserError: If a file is missing, or a folder or pattern holds none.
+        UserError: If a file is missing or not what ``options`` say, or a folder or pattern holds
+            none.
     """
     found: dict[Path, Path] = {}
     for name in names:
         for path in _expand(Path(name)):
             found.setdefault(path.resolve(), path)
-    return list(found.values())
-
-
-def check_files(files: Sequence[Path], options: TextOptions) -> None:
-    """Check that files can be read as ``options`` says, before any work is done.
-
-    Raises:
-        UserError: On the first that cannot.
-    """
+    files = list(found.values())
     for path in files[:_CHECKED_FILES]:
-        with _said(path):
-            if not stat.S_ISREG(path.stat().st_mode):
-                continue  # a pipe can be read once only
-            with _open(path) as stream:
-                _kind(path, stream.peek(_HEAD_BYTES), options)
+        _check_start(path, options)
+    return files
 
 
 def read_pieces(
@@ -132,7 +122,7 @@ def read_pieces(
     line or a row is one. A byte-order mark is dropped.
 
     Args:
-        files: As :func:`find_files` returns them.
+        files: As :func:`find_texts` returns them.
         options: How they are read.
         separator: Text between the documents of a plain text file.
         advance: Called with the number of bytes read from disk since the call before.
@@ -158,10 +148,10 @@ def _expand(path: Path) -> list[Path]:
     if path.is_dir():
         return _files_below(path)
     if not path.exists() and glob.has_magic(str(path)):
-        matches = sorted(glob.glob(str(path), recursive=True))
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
         if not matches:
             raise UserError(f"no file matches the pattern {path}")
-        return [file for match in matches for file in _expand(Path(match))]
+        return [file for match in matches for file in _expand(match)]
     with _said(path):
         path.stat()
     return [path]
@@ -187,6 +177,13 @@ def _files_below(folder: Path) -> list[Path]:
             min(others).relative_to(folder),
         )  # fmt: skip
     return sorted(found)
+
+
+def _check_start(path: Path, options: TextOptions) -> None:
+    with _said(path):
+        if stat.S_ISREG(path.stat().st_mode):  # a pipe can be read once only
+            with _open(path) as stream:
+                _kind(path, stream.peek(_HEAD_BYTES), options)
 
 
 def _bare_suffix(path: Path) -> str:
@@ -306,9 +303,12 @@ def _json_lines(path: Path, stream: BinaryIO, key: str) -> Iterator[Piece]:
 
 def _json_text(line: str, key: str, place: str) -> str:
     try:
-        data = json.loads(line)
+        data = json.loads(line.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at character {error.pos + 1}"
+        raise UserError(f"{place} is no JSON object: {reason}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is no JSON object: {error}") from error
+        raise UserError(f"{place} is no JSON object that can be read: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{place} is no JSON object, but a {type(data).__name__}")
     if key not in data:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.text_files import add_text_options, find_texts, text_options
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -36,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--calibration-text",
-        type=Path,
-        help="text to measure the scale of each teacher head on (default: Python's documentation)",
+        help="text to measure the scale of each teacher head on: a file, folder or quoted pattern "
+        "(default: Python's documentation)",
     )
+    add_text_options(parser)
     parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
     parser.add_argument(
         "--calibration-length", type=int, default=256, metavar="N", help="tokens a sequence"
@@ -50,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
-    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text))
+    texts = find_texts(filter(None, [args.calibration_text]), text_options(args))
+    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text, *texts))
     check_output(args.out, args.overwrite, "folder", marker="model.json")
     from megatron_hydra import cpu
 
@@ -129,8 +132,10 @@ def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
         raise UserError(
             f"--calibration-length is {length}; allowed: 1 to --calibration-tokens, {wanted}"
         )
-    text = read_text(args.calibration_text) if args.calibration_text else local_text()
-    text = text[: 16 * wanted]  # more than enough characters for any language and tokenizer
+    enough = 16 * wanted  # characters, for any language and tokenizer
+    name, options = args.calibration_text, text_options(args)
+    text = read_text(name, options, enough) if name else local_text()
+    text = text[:enough]
     tokenizer = load_tokenizer(args.teacher)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted:

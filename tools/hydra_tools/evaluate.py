@@ -31,6 +31,12 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import ModelShape, cache_bytes_per_token, state_bytes
 from megatron_hydra.selection.needles import TASKS, NeedleTask, find_task
 from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.selection.text_files import (
+    FILES_HELP,
+    add_text_options,
+    find_texts,
+    text_options,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,10 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     parser.add_argument(
         "--text",
-        type=Path,
-        help="haystacks and perplexity text; a tenth of it, held out, is used (default: Python's "
-        "documentation)",
+        nargs="+",
+        default=[],
+        help=f"haystacks and perplexity text, of which a tenth, held out, is used: {FILES_HELP} "
+        "(default: Python's documentation)",
     )
+    add_text_options(parser)
     parser.add_argument(
         "--perplexity-tokens", type=int, default=16384, metavar="N", help="predicted at most"
     )
@@ -81,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
     folders = parse_models(args.model)
-    check_outputs([args.out], (*folders.values(), args.text))
+    texts = find_texts(args.text, text_options(args))
+    check_outputs([args.out], (*folders.values(), *args.text, *texts))
     check_output(args.out, args.overwrite, "file")
     if args.training_length < 1:
         raise UserError(f"--training-length is {args.training_length}; it must be above 0")
@@ -93,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
     for folder in folders.values():
         _check_readable(folder)
-    text = read_text(args.text) if args.text else local_text()
+    text = read_text(texts, text_options(args)) if texts else local_text()
     tokenizer = _common_tokenizer(folders, text)
     # Held out, as far as the models were trained on the same text.
     _, held_out = split_held_out(tokenizer.encode(text, add_special_tokens=False))
@@ -108,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     provenance = {
         "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
-        "text": str(args.text) if args.text else "Python's documentation",
+        "text": " ".join(args.text) or "Python's documentation",
         "perplexity_tokens": len(windows) - 1,
         "seed": args.seed,
         "models": {name: _origin(folder) for name, folder in folders.items()},

@@ -20,8 +20,7 @@ from megatron_hydra.nemo.indexed_dataset import check_dataset_output, dataset_fi
 from megatron_hydra.selection.text_files import (
     FILES_HELP,
     add_text_options,
-    check_files,
-    find_files,
+    find_texts,
     read_pieces,
     text_options,
 )
@@ -75,10 +74,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the dataset; print what it holds."""
     files = _check(args)
     num_bytes = sum(path.stat().st_size for path in files)
-    source = (
-        f"{len(files)} files, {num_bytes / 2**20:,.1f} MiB" if files else "Python's documentation"
-    )
-    print(f"text: {source}", flush=True)
+    source = files[0] if len(files) == 1 else f"{len(files)} files"
+    size = f"{source}, {num_bytes / 2**20:,.1f} MiB"
+    print(f"text: {size if files else 'Python documentation'}", flush=True)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
@@ -110,11 +108,10 @@ def _check(args: argparse.Namespace) -> list[Path]:
     _check_retrieval(args)
     if args.processes < 1:
         raise UserError(f"--processes is {args.processes}; it must be 1 or more")
-    files = find_files(args.input or ())
-    folders = [name for name in args.input or () if Path(name).is_dir()]
-    check_outputs(dataset_files(args.out), (*files, *folders, args.tokenizer))
+    names = args.input or ()
+    files = find_texts(names, text_options(args))
+    check_outputs(dataset_files(args.out), (*names, *files, args.tokenizer))
     check_dataset_output(args.out, args.overwrite)
-    check_files(files, text_options(args))
     if not args.tokenizer.is_dir():
         raise UserError(f"cannot load a tokenizer from {args.tokenizer}: no such folder")
     if args.retrieval_fraction is not None:
