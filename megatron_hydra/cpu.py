@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def install_if_needed() -> bool:
         if "megatron.core" in sys.modules:
             raise RuntimeError("megatron_hydra.cpu.install_if_needed() must run before megatron")
         _replace_cuda_functions()
+        # PyTorch warns of a look at `.grad` of what is no leaf. Megatron's schedule looks there, by
+        # way of the mode below, which the warning then names.
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute", module=__name__)
         _installed = _CudaToCpu()
         _installed.__enter__()
     return True

@@ -299,3 +299,28 @@ def test_recorded_training_command_can_be_typed_again(
     typed = ["--config", "a.yaml", "data.seed=4", "--overwrite"]
     command = train._command(parser.parse_args(typed))
     assert command == [*start.split(), *typed]
+
+
+_OTHER_RANK = """
+from hydra_tools.cli import run_verb
+from megatron_hydra.errors import UserError
+try:
+    run_verb("plan", ["--scores", "none", "--out", "plan.json", "--fa-heads", "1"], "plan")
+except UserError:
+    pass
+from megatron_hydra.cpu import install_if_needed
+install_if_needed()
+import megatron.core.models.gpt.gpt_layer_specs
+"""
+
+
+def test_every_rank_is_quiet_about_optional_packages(tmp_path: Path) -> None:
+    """Catches filters that rank 0 alone sets: three ranks said 21 times what is not installed."""
+    run = subprocess.run(
+        [sys.executable, "-c", _OTHER_RANK],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (run.returncode, run.stderr) == (0, "")

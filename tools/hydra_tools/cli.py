@@ -62,6 +62,9 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
     Raises:
         UserError: For bad input.
     """
+    # Megatron warns of every optional package that is absent, and of its own internal calls; under
+    # torchrun on every rank.
+    warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.")
     module = importlib.import_module(f"hydra_tools.{verb}")
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -105,8 +108,6 @@ def _without_verb(arguments: list[str]) -> int:
 
 def log_to_stderr() -> None:
     """Show what our own packages log; other packages keep their own level."""
-    # Megatron warns of every optional package that is absent, and of its own internal calls.
-    warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.")
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
