@@ -18,6 +18,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, parse_json, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.selection.text_files import add_text_options, find_texts, text_options
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -42,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--calibration-text",
-        type=Path,
-        help="text to measure the scale of each teacher head on (default: Python's documentation, "
-        "which stands in for text like what the model is for)",
+        help="text to measure the scale of each teacher head on: a file, folder or quoted pattern "
+        "(default: Python's documentation, which stands in for text like what the model is for)",
     )
+    add_text_options(parser)
     parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
     parser.add_argument(
         "--calibration-length",
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
-    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text))
+    texts = find_texts(filter(None, [args.calibration_text]), text_options(args))
+    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text, *texts))
     check_output(args.out, args.overwrite, "folder", marker="model.json")
     overrides = parse_overrides(args.overrides)
     _check_calibration(args)
@@ -188,9 +190,10 @@ def _calibration_batches(args: argparse.Namespace, built_for: int) -> list[Tenso
     length = args.calibration_length
     if length is None:
         length = min(built_for, _LONGEST_CALIBRATION, wanted)
-    given = args.calibration_text
-    text = read_text(given) if given else stand_in_text("--calibration-text")
-    text = text[: 16 * wanted]  # more than enough characters for any language and tokenizer
+    enough = 16 * wanted  # characters, for any language and tokenizer
+    name, options = args.calibration_text, text_options(args)
+    text = read_text(name, options, enough) if name else stand_in_text("--calibration-text")
+    text = text[:enough]
     tokenizer = load_tokenizer(args.teacher)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted:

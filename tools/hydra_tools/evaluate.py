@@ -45,6 +45,12 @@ from megatron_hydra.selection.cost import (
 )
 from megatron_hydra.selection.needles import TASKS, NeedleTask, find_task
 from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.selection.text_files import (
+    FILES_HELP,
+    add_text_options,
+    find_texts,
+    text_options,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,10 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     parser.add_argument(
         "--text",
-        type=Path,
-        help="haystacks and perplexity text; a tenth of it, held out, is used (default: Python's "
-        "documentation, which stands in for text like what the models are for)",
+        nargs="+",
+        default=[],
+        help=f"haystacks and perplexity text, of which a tenth, held out, is used: {FILES_HELP} "
+        "(default: Python's documentation, which stands in for text like what the models are for)",
     )
+    add_text_options(parser)
     parser.add_argument(
         "--perplexity-tokens",
         type=int,
@@ -115,7 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
     folders = parse_models(args.model)
-    check_outputs([args.out], (*folders.values(), args.text))
+    texts = find_texts(args.text, text_options(args))
+    check_outputs([args.out], (*folders.values(), *args.text, *texts))
     check_output(args.out, args.overwrite, "file")
     tasks, depths = parse_tasks(args.tasks), needle_depths(args.depths)
     _check(args, folders, depths)
@@ -127,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hydra.parallel import initialize_model_parallel
 
     reaches = {name: _read_reach(folder) for name, folder in folders.items()}
-    text = read_text(args.text) if args.text else stand_in_text("--text")
+    text = read_text(texts, text_options(args)) if texts else stand_in_text("--text")
     tokenizer = _common_tokenizer(folders, text)
     # Held out, as far as the models were trained on the same text.
     _, held_out = split_held_out(tokenizer.encode(text, add_special_tokens=False))
@@ -149,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     provenance = {
         "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
-        "text": str(args.text) if args.text else STAND_IN,
+        "text": " ".join(args.text) or STAND_IN,
         "lengths": chosen.words,
         "training_length": trained_on.words,
         "perplexity_tokens": len(windows) - 1,
