@@ -20,13 +20,15 @@ from hydra_tools import launch
 from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
-from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.selection.text_files import find_texts
 
 _NUM_TOP_HEADS = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -46,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
     given = {"model.teacher": args.teacher, "run.out": args.out}
     values = {key: value for key, value in given.items() if value is not None}
     config = load_scoring_config(args.config, args.overrides, values)
-    check_outputs([config.out], (config.model.teacher, config.probes.text, args.config))
+    texts = find_texts(filter(None, [config.probes.text]), config.probes.text_options)
+    check_outputs([config.out], (config.model.teacher, config.probes.text, *texts, args.config))
     check_output(config.out, args.overwrite, "file")
     _check_world_size(config)
     check_model_folder(config.model.teacher)
+    _check_parallel_size(config)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
@@ -60,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     weights = weights_hash(config.model.teacher)
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
+    if launch.rank() == 0:
+        print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     controls = _controls(config, shape)
     probes = _make_probes(config, loaded.tokenizer_folder)
     teacher_hash = loaded.meta["teacher_config_hash"]
@@ -160,6 +166,13 @@ def _check_world_size(config: ScoringConfig) -> None:
         )
 
 
+def _check_parallel_size(config: ScoringConfig) -> None:
+    sizes = stored_sizes(config.model.teacher)
+    if sizes is not None:
+        tensor = config.model.tensor_model_parallel_size
+        sizes.check(f"model.teacher {config.model.teacher}", tensor, section="model.")
+
+
 def _load_teacher(config: ScoringConfig) -> Any:
     import torch
 
@@ -189,7 +202,8 @@ def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
 
     section = config.probes
     tokenizer = load_tokenizer(tokenizer_folder)
-    text = read_text(section.text) if section.text else local_text()
+    text = section.text
+    text = read_text(text, section.text_options) if text else stand_in_text("probes.text=")
     # Held out, as far as the teacher was trained on the same text.
     _, text_tokens = split_held_out(tokenizer.encode(text, add_special_tokens=False))
     return [
@@ -250,7 +264,7 @@ def _provenance(config: ScoringConfig, args: argparse.Namespace) -> dict[str, An
     return {
         "command": shlex.join(launch.command("score", [*flags, *args.overrides])),
         "config": config.to_dict(),
-        "text": config.probes.text or "Python's documentation",
+        "text": config.probes.text or STAND_IN,
         "versions": versions(),
     }
 
