@@ -133,7 +133,11 @@ BAD_INPUTS = {
 @pytest.mark.parametrize(
     ("verb", "kind"),
     [("convert", kind) for kind in BAD_INPUTS]
-    + [("score", kind) for kind in ("folder", "config", "weights", "tokenizer")],
+    + [
+        (verb, kind)
+        for verb in ("score", "evaluate")
+        for kind in ("folder", "config", "weights", "tokenizer")
+    ],
 )
 def test_bad_folders_are_said_before_pytorch_is_imported(
     inputs: Path, verb: str, kind: str
@@ -141,7 +145,8 @@ def test_bad_folders_are_said_before_pytorch_is_imported(
     """PyTorch, Megatron and transformers take seconds to import, tens of them on some clusters."""
     spoil, message = BAD_INPUTS[kind]
     spoil(inputs)
-    words = [verb, "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    option = {"evaluate": ["--model", "a="]}.get(verb, ["--teacher", ""])
+    words = [verb, option[0], f"{option[1]}{inputs}/teacher", "--out", f"{inputs}/out"]
     words += ["--plan", f"{inputs}/plan.json"] if verb == "convert" else []
     program = (
         "import sys\nfrom hydra_tools import cli\n"
