@@ -192,7 +192,7 @@ MORE = ["--overwrite", "--calibration-tokens", "256"]
     [
         ("la_conv_kernel_size=0", "la_conv_kernel_size is 0; it must be a whole number from 1 on"),
         ("la_conv_kernel_size=-1", "la_conv_kernel_size is -1"),
-        ("fa_query_scale_base=NaN", "fa_query_scale_base is nan; it must be a finite number above"),
+        ("fa_query_scale_base=0.5", "fa_query_scale_base is 0.5; it must be a finite number above"),
         ("seq_length=-3", "seq_length is -3; it must be a whole number from 1 on"),
         ("seq_length=0", "seq_length is 0"),
         ("fa_query_scale_start=-600", "fa_query_scale_start is -600"),
@@ -207,3 +207,11 @@ def test_model_options_out_of_range_are_named(
     words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out", option]
     words += ["--plan", f"{inputs}/plan.json"] if kind == "hybrid" else []
     assert message in _refused(inputs, capsys, *words)
+
+
+def test_nan_is_no_number_of_a_model_option(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    message = _refused(inputs, capsys, *words, "fa_query_scale_base=NaN")
+    assert message == "fa_query_scale_base is 'NaN'; it must be a float"
