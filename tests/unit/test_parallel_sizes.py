@@ -303,4 +303,3 @@ def test_damaged_or_missing_folders_are_left_to_their_readers(tmp_path: Path) ->
     for text in ("{", "[]", '{"config": {"num_layers": 2}}', '{"config": null}'):
         (tmp_path / "model.json").write_text(text)
         assert stored_sizes(tmp_path) is None, text
-
