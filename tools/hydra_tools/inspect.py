@@ -23,6 +23,7 @@ from megatron_hydra.selection.cost import (
     ServeDtype,
     costs_of,
     find_device,
+    state_format,
 )
 from megatron_hydra.selection.explanation import SURE, ChosenHead, Explanation
 from megatron_hydra.selection.pareto import ParetoTable
@@ -168,7 +169,7 @@ def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
     figures = [
         (f"KV cache, GiB ({dtype})", plan.kv_cache_bytes / GIB, teacher.kv_cache_bytes / GIB),
         (
-            f"LA state, GiB (fp32, past inputs {dtype})",
+            f"LA state, GiB ({state_format(dtype)})",
             plan.state_bytes / GIB,
             teacher.state_bytes / GIB,
         ),
