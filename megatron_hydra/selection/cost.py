@@ -95,7 +95,7 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelShape:
-        """Read what ``dataclasses.asdict`` gave; ValueError or TypeError if it is something else."""
+        """Read what ``asdict`` gave; ValueError or TypeError if it is something else."""
         # Earlier releases kept a number format there, too.
         return cls(**{name: value for name, value in data.items() if name != "value_bytes"})
 

@@ -130,7 +130,9 @@ def describe_plan(
     if explanation is None:
         return [*lines, "", "the plan does not say why its heads were chosen: written by hand?"]
     combined = plan.provenance.get("combination", {}).get("scorers", ())
-    lines += ["", *how_sure(explanation), "", *_head_lines(explanation, combined)]
+    lines += ["", *how_sure(explanation)]
+    if explanation.heads:
+        lines += ["", *_head_lines(explanation, combined)]
     return [*lines, "", *_left_out(plan, explanation)]
 
 
