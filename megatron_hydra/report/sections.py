@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megatron_hydra.chart_style import to_svg
@@ -29,6 +30,8 @@ _MIXED_FORMATS = (
     "number format of its weights, and from the head scores these cannot be counted anew: "
     "<code>megatron-hydra evaluate</code> counts all models in one format."
 )
+_MAX_SKIPPED = 8
+"""Skipped steps that are named one by one."""
 _TASK_NAMES = {"single": "Single needle", "multi_key": "Multi-key needle"}
 
 
@@ -267,13 +270,13 @@ def _run_charts(run: TrainingRun, name: str) -> str:
         for chart, kind in figures
     )
     losses = "; ".join(
-        f"{title} {curve.values[0]:.4g} → {_final(curve.values):.4g}"
+        f"{title} {_first(curve.values):.4g} → {_final(curve.values):.4g}"
         for title, curve in run.loss_parts.items()
     )
     steps = int(next(iter(run.loss_parts.values())).steps[-1])
     window = smoothing_window(len(speed.steps))
     smooth = f"; thick: running mean of {window} points" if window > 1 else ""
-    facts = f"up to step {steps:,}; {losses}{smooth}"
+    facts = f"up to step {steps:,}; {losses}{smooth}{_skipped(run.skipped_steps)}"
     config = details("Resolved configuration", f"<pre>{escape(run.config_yaml)}</pre>")
     return (
         f'<h3>{escape(run.name)}</h3><p class="muted">{escape(facts)}</p>'
@@ -283,7 +286,22 @@ def _run_charts(run: TrainingRun, name: str) -> str:
 
 def _final(values: Any) -> float:
     """Mean of the last fiftieth of a curve: one step's loss is a noisy figure."""
-    return float(values[-smoothing_window(len(values)) :].mean())
+    there = values[np.isfinite(values)]
+    return float(there[-smoothing_window(len(values)) :].mean())
+
+
+def _first(values: Any) -> float:
+    return float(values[np.isfinite(values)][0])
+
+
+def _skipped(steps: Sequence[int]) -> str:
+    """`; 3 steps skipped for NaN or Inf (5, 8, 9), marked by broken lines`, or nothing."""
+    if not steps:
+        return ""
+    shown = ", ".join(f"{step:,}" for step in steps[:_MAX_SKIPPED])
+    more = f" and {len(steps) - _MAX_SKIPPED} more" if len(steps) > _MAX_SKIPPED else ""
+    noun = "step" if len(steps) == 1 else "steps"
+    return f"; {len(steps)} {noun} skipped for NaN or Inf ({shown}{more}), marked by broken lines"
 
 
 def provenance_section(

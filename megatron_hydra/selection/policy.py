@@ -272,6 +272,7 @@ def _summary(
         "combination": asdict(scores.combination),
         "explanation": explanation.to_dict(),
         "scores": dict(scores.provenance),
+        "teacher_weights_hash": scores.teacher_weights_hash,
         "versions": versions(),
     }
     plan = _make_plan(scores, chosen, provenance)

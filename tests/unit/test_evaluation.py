@@ -300,8 +300,10 @@ def test_a_bad_model_folder_is_named_before_samples_are_built(
         save_checkpoint(bad, model, model.config, PLAN, folder, {})
         (bad / "plan.json").unlink()
         message = "cannot read .*plan.json"
-    monkeypatch.setattr(evaluate, "read_text", lambda path: pytest.fail("text was read first"))
-    command = ["evaluate", "--model", f"good={folder}", "--model", f"bad={bad}", "--text", "x"]
+    monkeypatch.setattr(evaluate, "read_text", lambda *_: pytest.fail("text was read first"))
+    (tmp_path / "text.txt").write_text("some words\n")
+    models = ["--model", f"good={folder}", "--model", f"bad={bad}"]
+    command = ["evaluate", *models, "--text", str(tmp_path / "text.txt")]
     assert main([*command, "--out", str(tmp_path / "out.json")]) == 2
     assert re.search(message, capsys.readouterr().err)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -173,7 +174,7 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 def test_the_file_explains_itself(tmp_path: Path) -> None:
-    scores = noisy_scores()
+    scores = dataclasses.replace(noisy_scores(), teacher_weights_hash="feed")
     budget = Budget("cache_gib", 1.8e-5, 128)
     constraints = Constraints(min_fa_per_layer=1)
     summary = plan_from_scores(scores, budget, constraints, num_resamples=40)
@@ -184,6 +185,7 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
     assert read_explanation(plan) == summary.explanation
     assert read_shape(plan) == scores.shape
     made_by = plan.provenance
+    assert made_by["teacher_weights_hash"] == "feed"
     assert Budget.from_dict(made_by["budget"]) == budget
     assert Constraints(**made_by["constraints"]) == constraints
     assert made_by["costs"]["plan"]["context_tokens"] == 128

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from hydra_tools.progress import progress
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
     LONGEST_UNASKED,
@@ -45,6 +44,12 @@ from megatron_hydra.selection.cost import (
 )
 from megatron_hydra.selection.needles import TASKS, NeedleTask, find_task
 from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.selection.text_files import (
+    FILES_HELP,
+    add_text_options,
+    find_texts,
+    text_options,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,10 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     parser.add_argument(
         "--text",
-        type=Path,
-        help="haystacks and perplexity text; a tenth of it, held out, is used (default: Python's "
-        "documentation, which stands in for text like what the models are for)",
+        nargs="+",
+        default=[],
+        help=f"haystacks and perplexity text, of which a tenth, held out, is used: {FILES_HELP} "
+        "(default: Python's documentation, which stands in for text like what the models are for)",
     )
+    add_text_options(parser)
     parser.add_argument(
         "--perplexity-tokens",
         type=int,
@@ -115,7 +122,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
     folders = parse_models(args.model)
-    check_outputs([args.out], (*folders.values(), args.text))
+    texts = find_texts(args.text, text_options(args))
+    check_outputs([args.out], (*folders.values(), *args.text, *texts))
     check_output(args.out, args.overwrite, "file")
     tasks, depths = parse_tasks(args.tasks), needle_depths(args.depths)
     _check(args, folders, depths)
@@ -127,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hydra.parallel import initialize_model_parallel
 
     reaches = {name: _read_reach(folder) for name, folder in folders.items()}
-    text = read_text(args.text) if args.text else stand_in_text("--text")
+    text = read_text(texts, text_options(args)) if texts else stand_in_text("--text")
     tokenizer = _common_tokenizer(folders, text)
     # Held out, as far as the models were trained on the same text.
     _, held_out = split_held_out(tokenizer.encode(text, add_special_tokens=False))
@@ -149,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     provenance = {
         "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
-        "text": str(args.text) if args.text else STAND_IN,
+        "text": " ".join(args.text) or STAND_IN,
         "lengths": chosen.words,
         "training_length": trained_on.words,
         "perplexity_tokens": len(windows) - 1,
@@ -301,12 +309,12 @@ def _evaluate(
             f"{', '.join(map(str, beyond))} tokens are beyond that"
         )
 
-    def progress(items: Any, description: str, unit: str) -> Any:
-        return tqdm(items, desc=f"{name}: {description}", unit=unit)
+    def shown(items: Any, description: str, unit: str) -> Any:
+        return progress(items, f"{name}: {description}", unit)
 
-    right = answered_right(model, [sample.sample for sample in samples], progress)
+    right = answered_right(model, [sample.sample for sample in samples], shown)
     try:
-        losses = {length: mean_loss(model, windows, length, progress) for length in lengths}
+        losses = {length: mean_loss(model, windows, length, shown) for length in lengths}
     except UserError as error:
         raise UserError(f"model {name!r}, {folder}: {error}") from error
     return ModelResult(

@@ -15,9 +15,10 @@ from pathlib import Path
 from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
 from megatron_hydra.selection.combination import Combination
-from megatron_hydra.selection.cost import ServeDtype, costs_of, num_stored_groups
+from megatron_hydra.selection.cost import ModelShape, ServeDtype, costs_of, num_stored_groups
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
     PlanSummary,
@@ -152,8 +153,20 @@ def run(args: argparse.Namespace) -> int:
     if args.context is None:
         counted = "budget and costs are" if budget.context_tokens else "costs are"
         print(f"{counted} told at {context:,} tokens, the default: --context names another length")
+    print(_parallel_sizes(scores.shape).describe())
     print(f"\nplan:    {args.out}\npicture: {png}")
     return 0
+
+
+def _parallel_sizes(shape: ModelShape) -> ParallelSizes:
+    return ParallelSizes(
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        vocab_size=shape.vocab_size,
+    )
 
 
 @dataclass
