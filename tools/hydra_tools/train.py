@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The same command again goes on from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 "
         "save after the step in progress (torchrun gives that 30 seconds, or what "
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT says); a second one ends at once. Exit codes: 0 when the "
-        f"trained model is written, 2 for bad input, {stops.EXIT_CODE} when stopped by a signal; "
-        "torchrun has codes of its own, none of them 0."
+        f"trained model is written, 2 for bad input, {stops.EXIT_CODE} when stopped by a signal "
+        "(torchrun has a code of its own for that, which is not 0)."
     )
 
 
