@@ -86,6 +86,9 @@ class DataSection:
 
     So documents of one sample do not see one another; includes `mask_end_of_document`.
     """
+    end_of_document: str | None = None
+    """Text of the token that ends documents; None: the one noted beside the datasets, else
+    `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
     num_workers: int = 0
     seed: int = 1234
 

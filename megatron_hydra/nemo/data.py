@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from nemo.collections import llm
 from torch import Tensor
 
 from megatron_hydra.attention.sequence_layout import pad_documents, padded_lengths
+from megatron_hydra.conversion.token_ids import end_of_document
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 from megatron_hydra.nemo.config import DataSection
-from megatron_hydra.nemo.indexed_dataset import dataset_files, read_notes
+from megatron_hydra.nemo.indexed_dataset import EndOfDocument, dataset_files, read_notes
 
 # Magic and version, the type of a token, the number of sequences and of documents. Then follow
 # the sequences' lengths (int32) and places (int64), and each document's first sequence (int64).
@@ -72,12 +73,7 @@ def datasets_hash(section: DataSection) -> str:
     Raises:
         UserError: If a file cannot be read.
     """
-    hashes = []
-    for path in section.paths:
-        try:
-            hashes.append(content_hash(dataset_files(path)[:2]))
-        except OSError as error:
-            raise UserError(f"cannot read the dataset {path}: {error.strerror}") from error
+    hashes = [content_hash(dataset_files(path)[:2]) for path in section.paths]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
@@ -193,21 +189,77 @@ def _read_index(index: Path) -> tuple[np.dtype, int]:
 def _check_vocabulary(path: str, tokens: np.ndarray, vocab_size: int) -> None:
     notes = read_notes(path)
     if notes is not None:
+        if notes["num_tokens"] != len(tokens):
+            raise UserError(
+                f"{dataset_files(path)[2]} tells of {notes['num_tokens']:,} tokens, but the "
+                f"dataset {path} has {len(tokens):,}: write it anew, or remove the notes of another"
+            )
         if notes["vocab_size"] > vocab_size:
             raise UserError(
-                f"the dataset {path} was made with a tokenizer of {notes['vocab_size']} tokens, "
-                f"but the model has {vocab_size}"
+                f"the dataset {path} was made with a tokenizer whose ids go up to "
+                f"{notes['vocab_size'] - 1}, but the model has {vocab_size} tokens"
             )
-        return
-    # Another tool's dataset does not say; an id outside the embedding would end the run midway.
-    for start in range(0, len(tokens), _SCANNED_TOKENS):
-        block = tokens[start : start + _SCANNED_TOKENS]
+        if notes["largest_token"] is not None:
+            return
+    # What another tool or an earlier release has written does not say what it holds; an id outside
+    # the embedding would end the run midway.
+    for block in _blocks(tokens):
         for token in (block.min(), block.max()):
             if not 0 <= token < vocab_size:
                 raise UserError(
                     f"the dataset {path} holds token {token}, but the model has {vocab_size} "
                     f"tokens: allowed are 0 to {vocab_size - 1}"
                 )
+
+
+def find_end_of_document(section: DataSection, tokenizer: Any) -> int:
+    """The token that ends the documents of all datasets, each of which holds it.
+
+    It is the one that the section names, else the one noted beside the datasets, else the
+    tokenizer's (:func:`~megatron_hydra.conversion.token_ids.end_of_document`).
+
+    Raises:
+        UserError: If the datasets' notes say another, the tokenizer does not have it, or a dataset
+            holds not a single one.
+    """
+    name, named_by = section.end_of_document, "data.end_of_document is"
+    noted: dict[str, EndOfDocument] = {}
+    for path in section.paths:
+        notes = read_notes(path)
+        if notes is None or notes["end_of_document"] is None:
+            continue
+        noted[path] = notes["end_of_document"]
+        if name not in (None, noted[path].token):
+            raise UserError(
+                f"{named_by} {name}, but the documents of {path} end with {noted[path].token}: "
+                "preprocess one of them anew with --end-of-document"
+            )
+        name, named_by = noted[path].token, f"the end of a document of {path} is"
+    token, token_id = end_of_document(tokenizer, name)
+    for path in section.paths:
+        _check_ends(path, token, token_id, noted.get(path))
+    return token_id
+
+
+def _check_ends(path: str, token: str, token_id: int, noted: EndOfDocument | None) -> None:
+    if noted and noted.id != token_id:
+        raise UserError(
+            f"{token} is token {noted.id} in the dataset {path}, but {token_id} in the run's "
+            "tokenizer: preprocess with the tokenizer of transfer.init_from"
+        )
+    if noted and noted.num_documents:
+        return
+    if not any((block == token_id).any() for block in _blocks(read_tokens(path))):
+        raise UserError(
+            f"the dataset {path} has not a single {token}, so its documents have no end to reset "
+            "or mask at: preprocess it anew, or name the token that ends them in "
+            "data.end_of_document"
+        )
+
+
+def _blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(tokens), _SCANNED_TOKENS):
+        yield tokens[start : start + _SCANNED_TOKENS]
 
 
 def _blend(section: DataSection) -> list[Any]:

@@ -34,7 +34,7 @@ from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.config import RunConfig
-from megatron_hydra.nemo.data import check_datasets, make_data_module
+from megatron_hydra.nemo.data import check_datasets, find_end_of_document, make_data_module
 from megatron_hydra.nemo.going_on import check_trained, newest_checkpoint, run_identity
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
@@ -79,6 +79,7 @@ class TrainingRun:
             self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
         self.model_config = self._model_config()
         check_datasets(config.data, self.model_config.vocab_size)
+        self._document_end = self._end_of_document()
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
         self.identity = run_identity(self.config, self.model_config.plan, self.meta)
@@ -112,7 +113,7 @@ class TrainingRun:
             config.trainer.accelerator,
             f"going on from {checkpoint}" if checkpoint else "starting at step 0",
         )
-        end_of_document = self._end_of_document()
+        end_of_document = self._document_end
         model = HydraModel(
             self.model_config,
             config.transfer,
@@ -225,6 +226,7 @@ class TrainingRun:
             "stage": self.config.transfer.stage,
             "init_from": self.meta["provenance"],
             "max_steps": self.config.trainer.max_steps,
+            "seq_length": self.config.data.seq_length,
             "inputs": dict(self.identity.inputs),
             "command": list(command),
             "versions": versions(),
@@ -363,15 +365,10 @@ class TrainingRun:
 
     def _end_of_document(self) -> int:
         data = self.config.data
-        if not (data.mask_end_of_document or data.reset_at_document_end):
+        is_read = data.mask_end_of_document or data.reset_at_document_end
+        if not is_read and data.end_of_document is None:
             return -1  # never read
-        token = load_tokenizer(self._tokenizer).eos_token_id
-        if token is None:
-            name = "reset_at_document_end" if data.reset_at_document_end else "mask_end_of_document"
-            raise UserError(
-                f"data.{name} is on, but the tokenizer {self._tokenizer} has no end-of-text token"
-            )
-        return token
+        return find_end_of_document(data, load_tokenizer(self._tokenizer))
 
 
 def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:

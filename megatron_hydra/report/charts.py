@@ -53,7 +53,7 @@ def draw_curve(curve: Curve, title: str, unit: str, from_zero: bool = False) -> 
 
 
 def draw_cache(
-    lines: Sequence[tuple[str, float, float]], training_length: int, longest: int
+    lines: Sequence[tuple[str, float, float]], training_length: int, longest: int, dtype: str
 ) -> Figure:
     """Memory of one sequence by its length.
 
@@ -61,15 +61,19 @@ def draw_cache(
         lines: Name, bytes a token, constant bytes.
         training_length: Where the teacher was trained, in tokens; marked.
         longest: Right end of the axis, in tokens.
+        dtype: Number format of the cache, named at the axis.
     """
     figure = Figure(figsize=(6.2, 3.0))
     ax = figure.add_subplot()
     lengths = np.geomspace(max(1, training_length // 8), longest, 200)
     # Broken lines above a solid one: lines that lie on each other stay visible.
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
-    for (name, per_token, constant), colour, dash in zip(lines, PALETTE, dashes, strict=False):
-        need = per_token * lengths + constant
-        ax.plot(lengths, need, color=colour, linestyle=dash, linewidth=1.8, label=plain_text(name))
+    for index, (name, per_token, constant) in enumerate(lines):
+        again, place = divmod(index, len(PALETTE))  # past the last colour: other dashes
+        ax.plot(
+            lengths, per_token * lengths + constant, color=PALETTE[place], linewidth=1.8,
+            linestyle=dashes[(place + again) % len(dashes)], label=plain_text(name),
+        )  # fmt: skip
     ax.axvline(training_length, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     ax.annotate(
         "training length", (training_length, 1), xycoords=("data", "axes fraction"),
@@ -80,7 +84,7 @@ def draw_cache(
     ax.xaxis.set_major_formatter(lambda value, _: format_count(value))
     ax.yaxis.set_major_formatter(lambda value, _: format_bytes(value))
     ax.set_xlabel("sequence length (tokens)")
-    ax.set_ylabel("cache and state of one sequence")
+    ax.set_ylabel(f"cache ({dtype}) and state of one sequence")
     ax.legend(loc="lower right")
     return figure
 

@@ -224,7 +224,8 @@ class HeadScores:
         _check_keys(data, [*(item.name for item in fields(cls)), "scores"], "the head scores")
         if not all(isinstance(data[k], Mapping) for k in ("shape", "effects", "provenance")):
             raise UserError("shape, effects and provenance of the head scores must be JSON objects")
-        _check_keys(data["shape"], [item.name for item in fields(ModelShape)], "shape")
+        sizes = {name: size for name, size in data["shape"].items() if name != "value_bytes"}
+        _check_keys(sizes, [item.name for item in fields(ModelShape)], "shape")
         if not isinstance(data["probes"], list):
             raise UserError("probes of the head scores must be a list")
         for key in ("teacher_config_hash", "teacher_weights_hash"):
@@ -248,7 +249,7 @@ class HeadScores:
                 f"probes or effects of the head scores are malformed: {error}"
             ) from error
         return cls(
-            ModelShape(**data["shape"]),
+            ModelShape.from_dict(data["shape"]),
             data["teacher_config_hash"],
             probes,
             effects,

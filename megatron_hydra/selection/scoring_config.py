@@ -13,6 +13,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.controls import CONTROLS
 from megatron_hydra.selection.probes import find_sub_probe
+from megatron_hydra.selection.text_files import TextFormat, TextOptions
 from megatron_hydra.yaml_config import read_config
 
 SCORERS = (
@@ -35,7 +36,8 @@ class ModelSection:
     backend: Literal["local", "transformer_engine"] | None = None
     """None: Transformer Engine on a GPU, `local` on a CPU."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """None: as stored."""
+    """None: that of a checkpoint folder; float32 for a Hugging Face folder, whatever it stores.
+    Costs are told in the format that serves, which this is not: see `plan --serve-dtype`."""
     tensor_model_parallel_size: int = 1
 
 
@@ -60,12 +62,22 @@ class ProbesSection:
     """Tokens of a sample with its answer."""
     seed: int = 0
     text: str | None = None
-    """Text file to hide needles in; a tenth of it, held out, is used. None: Python's docs."""
+    """Text to hide needles in: a file, folder or pattern; a tenth of it, held out, is used. None:
+    Python's docs."""
+    text_key: str = "text"
+    """Field or column of the text in JSON lines and parquet."""
+    text_format: TextFormat = "auto"
+    """What the text's files hold; `auto` goes by their names."""
     min_gap_logits: float = 1.0
     """Pairs whose clean and corrupt run differ by less are dropped: the model hardly tells the
     two answers apart, and the effect is a quotient of noise."""
     min_gap_nats: float = 0.05
     """The same for sub-probes read by log-probability, in nats a token."""
+
+    @property
+    def text_options(self) -> TextOptions:
+        """How :attr:`text` is read."""
+        return TextOptions(self.text_key, self.text_format)
 
 
 @dataclass

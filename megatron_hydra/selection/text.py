@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.selection.text_files import TextOptions, find_texts, read_pieces
 
+_DEFAULT_OPTIONS = TextOptions()
 MIN_TEXT_CHARACTERS = 20_000
+STAND_IN = "Python's documentation, a stand-in: no text was named"
+"""What provenance says of :func:`stand_in_text`."""
+
+_logger = logging.getLogger(__name__)
+
+
+def stand_in_text(option: str) -> str:
+    """:func:`local_text` where a user named no text, with a warning.
+
+    Args:
+        option: What names a text, as the warning says it.
+    """
+    if os.environ.get("RANK", "0") == "0":  # once, not on every rank of torchrun
+        _logger.warning(
+            "no text was named, and Python's documentation stands in for it: name a file of text "
+            "like what the model is for with %s",
+            option,
+        )
+    return local_text()
 
 
 def local_text() -> str:
@@ -39,22 +61,37 @@ def local_text() -> str:
     return "\n\n".join(parts)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """Read a UTF-8 text file to serve as haystack and language-model text.
+def read_text(
+    names: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    options: TextOptions = _DEFAULT_OPTIONS,
+    num_characters: int | None = None,
+) -> str:
+    """Read files to serve as haystack and language-model text, documents a blank line apart.
+
+    Args:
+        names: One or several files, folders or patterns.
+        options: How they are read.
+        num_characters: So many are enough; what follows them may be left unread.
 
     Raises:
-        UserError: If it is missing, no UTF-8, empty or too short.
+        UserError: As :func:`~megatron_hydra.selection.text_files.read_pieces`, or if the text is
+            too short.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the text file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text file {path} is not UTF-8: {error}") from error
+    files = find_texts([names] if isinstance(names, str | os.PathLike) else names, options)
+    enough = None if num_characters is None else max(num_characters, MIN_TEXT_CHARACTERS)
+    documents = [""]
+    num_read = 0
+    for piece in read_pieces(files, options):
+        documents[-1] += piece.text
+        documents.extend([""] * piece.is_end)
+        num_read += len(piece.text.strip())
+        if enough is not None and num_read >= enough:
+            break
+    text = "\n\n".join(document for document in documents if document)
     if len(text.strip()) < MIN_TEXT_CHARACTERS:
-        found = f"has {len(text.strip())} characters" if text.strip() else "is empty"
         raise UserError(
-            f"the text file {path} {found}; at least {MIN_TEXT_CHARACTERS} characters are needed"
+            f"the text of {files[0] if len(files) == 1 else f'{len(files)} files'} has "
+            f"{len(text.strip())} characters; at least {MIN_TEXT_CHARACTERS} are needed"
         )
     return text
 

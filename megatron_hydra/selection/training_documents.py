@@ -39,12 +39,13 @@ def make_training_document(
     length: int,
     max_keys: int = 8,
     text_share: float | None = None,
+    end: int | None = None,
 ) -> TrainingDocument:
     """Draw a document of exactly ``length`` tokens: needles in text, then recalled many times.
 
     A recall is the question of :func:`~megatron_hydra.selection.needles.make_needle_sample` or the
     needle's sentence once more, so that every recalled value can be predicted from the context.
-    The last tokens are a question and its answer, as in the tasks.
+    The last tokens are a question and its answer, as in the tasks, and then ``end``.
 
     Args:
         rng: Source of all choices.
@@ -53,13 +54,15 @@ def make_training_document(
         length: Tokens of the document.
         max_keys: Largest number of needles; the number is drawn evenly from 1 to this.
         text_share: Share of text; None draws it evenly from 0 to 0.8.
+        end: The document's last token, one of the ``length``; None: it ends with the answer.
 
     Raises:
         UserError: As :func:`~megatron_hydra.selection.needles.make_needle_sample`.
     """
     pieces = pieces_of(tokenizer)
     share = rng.uniform(0.0, 0.8) if text_share is None else text_share
-    room = length - pieces.num_question_tokens_max - NUM_VALUE_DIGITS
+    stop = length if end is None else length - 1
+    room = stop - pieces.num_question_tokens_max - NUM_VALUE_DIGITS
     fitting = room // pieces.num_needle_tokens_max
     if fitting < 1:
         raise UserError(f"a training document of {length} tokens has no room for a needle")
@@ -77,18 +80,24 @@ def make_training_document(
             recalls.append(recall)
     segments = _first_mentions_first(rng, segments + recalls)
     last = pieces.question(asked[0])
-    num_text = length - sum(len(s.tokens) for s in segments) - len(last) - NUM_VALUE_DIGITS
+    num_text = stop - sum(len(s.tokens) for s in segments) - len(last) - NUM_VALUE_DIGITS
     document = _spread(rng, segments, draw_text(rng, text_tokens, num_text))
-    end = range(length - NUM_VALUE_DIGITS, length)
-    tokens = document.tokens + last + pieces.value(asked[1])
-    return TrainingDocument(tokens, (*document.answer_positions, *end))
+    answer = range(stop - NUM_VALUE_DIGITS, stop)
+    tokens = document.tokens + last + pieces.value(asked[1]) + [end] * (end is not None)
+    return TrainingDocument(tokens, (*document.answer_positions, *answer))
 
 
 def make_text_document(
-    rng: random.Random, text_tokens: Sequence[int], length: int
+    rng: random.Random, text_tokens: Sequence[int], length: int, end: int | None = None
 ) -> TrainingDocument:
-    """Draw a running piece of ``length`` text tokens; UserError if the text is shorter."""
-    return TrainingDocument(draw_text(rng, text_tokens, length), ())
+    """Draw a running piece of ``length`` text tokens; UserError if the text is shorter.
+
+    Where ``end`` is given, it stands in the last one's place.
+    """
+    tokens = draw_text(rng, text_tokens, length)
+    if end is not None:
+        tokens[-1] = end
+    return TrainingDocument(tokens, ())
 
 
 def _first_mentions_first(rng: random.Random, segments: list[Segment]) -> list[Segment]:

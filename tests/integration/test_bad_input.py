@@ -36,6 +36,7 @@ def inputs(tmp_path: Path, teacher: Path) -> Path:
     make_scores(rows, num_query_groups=2).save(folder / "scores.json")
     (folder / "text.txt").write_text(ENOUGH_TEXT)
     (folder / "empty.txt").write_text(" \n")
+    (folder / "lines.txt").write_text('{"text": "JSON lines by another name"}\n')
     (folder / "taken").write_text("an earlier result")
     return folder
 
@@ -95,6 +96,14 @@ VERBS = {"convert": CONVERT, "score": SCORE, "plan": PLAN, "pareto": PARETO,
         (f"{SCORE} probes.text=IN/empty.txt", "empty.txt is empty"),
         (f"{EVALUATE} --text IN/empty.txt", "empty.txt is empty"),
         (PREPROCESS.replace("text.txt", "empty.txt"), "empty.txt is empty"),
+        (f"{CONVERT} --calibration-text IN/lines.txt", "lines.txt starts with a JSON object"),
+        (f"{SCORE} probes.text=IN/lines.txt", "lines.txt starts with a JSON object"),
+        (f"{EVALUATE} --text IN/lines.txt", "lines.txt starts with a JSON object"),
+        (PREPROCESS.replace("text.txt", "lines.txt"), "lines.txt starts with a JSON object"),
+        (f"{CONVERT} --calibration-text IN/*.text", "no file matches the pattern"),
+        (f"{SCORE} probes.text=IN/nothing", "cannot read the text file"),
+        (f"{EVALUATE} --text IN/text.txt IN/nothing", "cannot read the text file"),
+        (f"{EVALUATE} --text IN/lines.txt --text-format jsonl --text-key no", 'has no "no", but'),
         (
             f"{CONVERT} --calibration-text IN/text.txt --calibration-tokens 99999",
             "has 45000 tokens, fewer than --calibration-tokens, 99999",
@@ -253,6 +262,10 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
         ("trainer.max_steps=many", "max_steps"),
         ("data.seq_length=999999", "999999"),
         ("data.paths=[IN/nothing]", "IN/nothing"),
+        (
+            "data.end_of_document=<end>",
+            "data.end_of_document is <end>, but the documents of IN/data end with <|endoftext|>",
+        ),
         ("transfer.init_from=IN/nothing", "IN/nothing"),
         ("transfer.init_from=IN/teacher", "hybrid"),
         ("transfer.teacher=IN/hybrid", "teacher"),
@@ -332,15 +345,24 @@ def _token_outside(folder: Path) -> None:
     tokens[1000] = 264
 
 
+def _without_ends(folder: Path) -> None:
+    """A dataset whose one document has no end, for a run that resets at ends."""
+    (folder / "data.json").unlink()
+    np.memmap(folder / "data.bin", np.uint16, "r+")[-1] = 0
+    config = folder / "run.yaml"
+    config.write_text(config.read_text().replace("data: {", "data: {reset_at_document_end: true, "))
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (_without_ends, "IN/data has not a single <|endoftext|>, so its documents have no end"),
         (_cut("data.bin"), "data.bin has 89,999 bytes, but"),
         (_cut("data.idx"), "data.idx is cut off"),
         (_write("data.idx", "MMIDIDX"), "data.idx is no index of a Megatron dataset"),
         (_write("data.json", "{"), "cannot read IN/data.json"),
         (_write("data.json", '{"vocab_size": 265, "num_documents": 1, "num_tokens": 45001}'),
-         "made with a tokenizer of 265 tokens, but the model has 264"),
+         "made with a tokenizer whose ids go up to 264, but the model has 264"),
         (_token_outside, "data holds token 264, but the model has 264 tokens"),
         (_cut("hybrid/weights/.metadata"), ".metadata is missing or damaged"),
         (_cut("hybrid/weights/common.pt"), "common.pt is missing or damaged"),

@@ -275,7 +275,11 @@ def test_ratio_is_rounded_to_heads_that_are_possible_and_says_so(
         (("kv_cache_ratio", Fraction(1, 10)), {}, "less than one group: 1/6 is the least"),
         (("kv_cache_ratio", Fraction(1, 3)), {"per_layer": 1}, "the least possible is 1/2"),
         (("cache_gib", 1.0), {}, "needs a context length"),
-        (("cache_gib", 0.0, 100), {}, "0 GiB of cache and state at 100 tokens must be above 0"),
+        (
+            ("cache_gib", 0.0, 100),
+            {},
+            r"0 GiB of cache and state at 100 tokens \(bf16\) must be above 0",
+        ),
         (("cache_gib", 1e-6, 100), {}, "no plan keeps to 1e-06 GiB .*: the least .* [0-9.e-]+ GiB"),
         (("decode_ms", 1e-9, 100), {}, "no plan keeps to 1e-09 ms .*: the least possible is"),
         (("decode_ms", float("nan"), 100), {}, "nan ms a decoded token"),

@@ -15,7 +15,8 @@ import pytest
 from hydra_tools import report as verb
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.results import Accuracy, read_evaluation
+from megatron_hydra.evaluation.reading import read_evaluation
+from megatron_hydra.evaluation.results import Accuracy
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.sections import crossover_tokens
 from megatron_hydra.selection.budget import Budget, Constraints
@@ -106,6 +107,7 @@ def evaluation_data() -> dict[str, Any]:
         "kind": "evaluation",
         "models": [model_result(*row) for row in figures],
         "training_length": 64,
+        "serve_dtype": "bf16",
         "provenance": {"seed": 77, "command": ["megatron-hydra", "evaluate"], "versions": {}},
     }
 
@@ -296,6 +298,7 @@ def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
         ),
         (lambda d: d.update(kind="head_plan"), "kind 'evaluation' is needed"),
         (lambda d: d.pop("training_length"), "has no 'training_length'"),
+        (lambda d: d.update(serve_dtype="int4"), "has serve_dtype 'int4'; allowed: bf16, fp16"),
     ],
 )
 def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):

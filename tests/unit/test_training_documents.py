@@ -43,6 +43,20 @@ def test_a_training_document_has_the_length_and_marks_exactly_the_known_values(l
         assert num_marked > 30 * 4  # more is recalled than the last question
 
 
+@pytest.mark.parametrize("length", [300, 801])
+def test_a_document_ends_after_its_answer(length):
+    """The end is one of the tokens, and takes no digit's place."""
+    for seed in range(10):
+        document = make_training_document(random.Random(seed), TOKENIZER, TEXT, length, end=7)
+        shorter = make_training_document(random.Random(seed), TOKENIZER, TEXT, length - 1)
+        assert document.tokens == [*shorter.tokens, 7] and len(document.tokens) == length
+        assert document.answer_positions == shorter.answer_positions
+        assert document.answer_positions[-1] == length - 2
+        text = make_text_document(random.Random(seed), TEXT, length, 7)
+        assert len(text.tokens) == length and text.tokens.count(7) == 1 and text.tokens[-1] == 7
+        assert TOKENIZER.decode(text.tokens[:-1]) in TOKENIZER.decode(TEXT)
+
+
 def test_less_text_means_more_recalled_values():
     def count(share: float) -> int:
         return len(

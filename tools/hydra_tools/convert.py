@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shlex
 import sys
@@ -16,9 +15,10 @@ from tqdm import tqdm
 from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_config
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, parse_json, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.selection.text_files import add_text_options, find_texts, text_options
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BATCH_SEQUENCES = 8
+_BATCH_TOKENS = 2048
+_LONGEST_CALIBRATION = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--calibration-text",
-        type=Path,
-        help="text to measure the scale of each teacher head on (default: Python's documentation)",
+        help="text to measure the scale of each teacher head on: a file, folder or quoted pattern "
+        "(default: Python's documentation, which stands in for text like what the model is for)",
     )
+    add_text_options(parser)
     parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
     parser.add_argument(
-        "--calibration-length", type=int, default=256, metavar="N", help="tokens a sequence"
+        "--calibration-length",
+        type=int,
+        metavar="N",
+        help="tokens a sequence (default: what the teacher is built for, "
+        f"{_LONGEST_CALIBRATION} at most)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="name=value", help="model options, such as fa_rope=true"
@@ -56,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
-    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text))
+    texts = find_texts(filter(None, [args.calibration_text]), text_options(args))
+    check_outputs([args.out], (args.teacher, args.plan, args.calibration_text, *texts))
     check_output(args.out, args.overwrite, "folder", marker="model.json")
     overrides = parse_overrides(args.overrides)
     _check_calibration(args)
@@ -77,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
     overrides["params_dtype"] = getattr(torch, args.dtype)
     config = qwen3.hydra_config(args.teacher, **overrides)
     check_tokenizer(args.teacher)
-    batches = _calibration_batches(args) if plan and config.fusion in ("scale", "gate") else []
+    batches = (
+        _calibration_batches(args, config.seq_length)
+        if plan and config.fusion in ("scale", "gate")
+        else []
+    )
     tensors = qwen3.read_weights(args.teacher)
     initialize_model_parallel()
     if plan is None:
@@ -87,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     provenance = {
         "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
         "versions": versions(),
-        "calibration_tokens": sum(batch.numel() for batch in batches),
+        **_calibration(args, batches),
     }
     checkpoint.save_checkpoint(
         args.out,
@@ -118,7 +129,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if name in overrides:
             raise UserError(f"model option {name} is given twice")
         try:
-            overrides[name] = json.loads(text)
+            overrides[name] = parse_json(text)
         except ValueError:
             overrides[name] = text
     return overrides
@@ -146,22 +157,43 @@ def _load_plan(path: Path, teacher: Path, hash_of_weights: str) -> HeadPlan:
 
 def _check_calibration(args: argparse.Namespace) -> None:
     length, wanted = args.calibration_length, args.calibration_tokens
-    if not 0 < length <= wanted:
+    if length is not None and not 0 < length <= wanted:
         raise UserError(
             f"--calibration-length is {length}; allowed: 1 to --calibration-tokens, {wanted}"
         )
 
 
-def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
-    """Cut the calibration text into token batches `[b, s]`, int64."""
+def _calibration(args: argparse.Namespace, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """What the heads' scales were measured on, for provenance."""
+    from megatron_hydra.selection.text import STAND_IN
+
+    record: dict[str, Any] = {"calibration_tokens": sum(batch.numel() for batch in batches)}
+    if batches:
+        record["calibration_length"] = batches[0].shape[1]
+        record["calibration_text"] = str(args.calibration_text or STAND_IN)
+    return record
+
+
+def _calibration_batches(args: argparse.Namespace, built_for: int) -> list[Tensor]:
+    """Cut the calibration text into token batches `[b, s]`, int64.
+
+    Args:
+        args: The verb's.
+        built_for: Tokens that the teacher can take.
+    """
     import torch
 
     from megatron_hydra.conversion.qwen3 import load_tokenizer
-    from megatron_hydra.selection.text import local_text, read_text
+    from megatron_hydra.selection.text import read_text, stand_in_text
 
-    length, wanted = args.calibration_length, args.calibration_tokens
-    text = read_text(args.calibration_text) if args.calibration_text else local_text()
-    text = text[: 16 * wanted]  # more than enough characters for any language and tokenizer
+    wanted = args.calibration_tokens
+    length = args.calibration_length
+    if length is None:
+        length = min(built_for, _LONGEST_CALIBRATION, wanted)
+    enough = 16 * wanted  # characters, for any language and tokenizer
+    name, options = args.calibration_text, text_options(args)
+    text = read_text(name, options, enough) if name else stand_in_text("--calibration-text")
+    text = text[:enough]
     tokenizer = load_tokenizer(args.teacher)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted:
@@ -170,7 +202,8 @@ def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
             f"--calibration-tokens, {wanted}"
         )
     sequences = torch.tensor(tokens[: wanted // length * length]).view(-1, length)
-    return list(sequences.split(_BATCH_SEQUENCES))
+    print(f"scales of the heads: on {sequences.numel():,} tokens, {length:,} a sequence")
+    return list(sequences.split(max(1, _BATCH_TOKENS // length)))
 
 
 def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:

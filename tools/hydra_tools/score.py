@@ -27,7 +27,8 @@ from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
-from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.selection.text_files import find_texts
 
 _NUM_TOP_HEADS = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     given = {"model.teacher": args.teacher, "run.out": args.out}
     values = {key: value for key, value in given.items() if value is not None}
     config = load_scoring_config(args.config, args.overrides, values)
-    check_outputs([config.out], (config.model.teacher, config.probes.text, args.config))
+    texts = find_texts(filter(None, [config.probes.text]), config.probes.text_options)
+    check_outputs([config.out], (config.model.teacher, config.probes.text, *texts, args.config))
     check_output(config.out, args.overwrite, "file")
     _check_world_size(config)
     check_model_folder(config.model.teacher)
@@ -200,7 +202,8 @@ def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
 
     section = config.probes
     tokenizer = load_tokenizer(tokenizer_folder)
-    text = read_text(section.text) if section.text else local_text()
+    text = section.text
+    text = read_text(text, section.text_options) if text else stand_in_text("probes.text=")
     # Held out, as far as the teacher was trained on the same text.
     _, text_tokens = split_held_out(tokenizer.encode(text, add_special_tokens=False))
     return [
@@ -261,7 +264,7 @@ def _provenance(config: ScoringConfig, args: argparse.Namespace) -> dict[str, An
     return {
         "command": shlex.join(launch.command("score", [*flags, *args.overrides])),
         "config": config.to_dict(),
-        "text": config.probes.text or "Python's documentation",
+        "text": config.probes.text or STAND_IN,
         "versions": versions(),
     }
 
