@@ -106,11 +106,19 @@ def _fill_with_zeros(file: Path) -> None:
 
 
 def check_full_disk(inputs: Path, overrides: list[str]) -> None:
-    """A real ENOSPC while a checkpoint is written: one sentence, and the one before is whole."""
+    """A real ENOSPC while a checkpoint is written: one sentence, and the one before is whole.
+
+    In the background too, where an error of the writing thread must not get lost.
+    """
+    from nv_one_logger.training_telemetry.api.callbacks import (
+        on_train_end,
+        on_training_single_iteration_end,
+    )
+
     from megatron_hydra.nemo.config import load_config
     from megatron_hydra.nemo.training import TrainingRun
 
-    saving = [*overrides, "resume.save_every_n_steps=1"]
+    saving = [*overrides, "resume.save_every_n_steps=1", "resume.keep=1"]
     run = TrainingRun(load_config(inputs / "run.yaml", saving))
     write_data = FileSystemWriter.write_data
 
@@ -127,6 +135,8 @@ def check_full_disk(inputs: Path, overrides: list[str]) -> None:
         patch.setattr(FileSystemWriter, "write_data", write_to_full_disk)
         with pytest.raises(UserError) as caught:
             run.run(lambda step, scalars: None)
+    on_training_single_iteration_end()
+    on_train_end()  # else NeMo's telemetry takes this process for one that is training
     sentence = f"cannot write {run.folder.checkpoints}: the disk is full or its quota used up"
     assert str(caught.value).startswith(sentence)
     names = [path.name for path in run.folder.finished_checkpoints()]
