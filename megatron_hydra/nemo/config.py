@@ -72,7 +72,7 @@ class ModelSection:
 class DataSection:
     """Megatron indexed datasets, as `megatron-hydra preprocess` writes them."""
 
-    paths: list[str]
+    paths: list[PathText]
     """Prefixes: `PREFIX.bin` and `PREFIX.idx` exist for each."""
     seq_length: int
     micro_batch_size: int

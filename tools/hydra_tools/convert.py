@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from hydra_tools.progress import progress
 from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_config
 from megatron_hydra.errors import UserError
@@ -225,14 +224,14 @@ def _build_hybrid(
     head_rms = None
     if batches:
         teacher = _build_teacher(config, tensors)
-        head_rms = measure_head_rms(teacher, tqdm(batches, desc="head scales", unit="batch"))
+        head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
         del teacher
     model = build_model(config, plan)
     summary = reuse_teacher_weights(
         model,
         megatron_tensors(config, tensors),
         head_rms,
-        progress=lambda layers: tqdm(layers, desc="weights", unit="layer"),
+        progress=lambda layers: progress(layers, "weights", "layer"),
     )
     num_heads = plan.num_layers * plan.num_heads
     print(f"heads: {plan.num_fa_heads} with full attention of {num_heads}")

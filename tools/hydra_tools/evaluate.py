@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from hydra_tools.progress import progress
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
     LONGEST_UNASKED,
@@ -310,12 +309,12 @@ def _evaluate(
             f"{', '.join(map(str, beyond))} tokens are beyond that"
         )
 
-    def progress(items: Any, description: str, unit: str) -> Any:
-        return tqdm(items, desc=f"{name}: {description}", unit=unit)
+    def shown(items: Any, description: str, unit: str) -> Any:
+        return progress(items, f"{name}: {description}", unit)
 
-    right = answered_right(model, [sample.sample for sample in samples], progress)
+    right = answered_right(model, [sample.sample for sample in samples], shown)
     try:
-        losses = {length: mean_loss(model, windows, length, progress) for length in lengths}
+        losses = {length: mean_loss(model, windows, length, shown) for length in lengths}
     except UserError as error:
         raise UserError(f"model {name!r}, {folder}: {error}") from error
     return ModelResult(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hydra_tools import launch
+from hydra_tools.progress import progress
 from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             "log_probability": config.probes.min_gap_nats,
         },
         config.run.batch_tokens,
-        _progress,
+        progress,
     ).run()
     if launch.rank() == 0:
         seconds = time.perf_counter() - start
@@ -267,10 +267,6 @@ def _provenance(config: ScoringConfig, args: argparse.Namespace) -> dict[str, An
         "text": config.probes.text or STAND_IN,
         "versions": versions(),
     }
-
-
-def _progress(items: Any, description: str, unit: str) -> Any:
-    return tqdm(items, desc=description, unit=unit, disable=not items)
 
 
 if __name__ == "__main__":
