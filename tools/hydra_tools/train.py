@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             f"{config.trainer.max_steps}, which is saved in {folder.checkpoints}; {command} "
             "goes on from there"
         )
+        training.wait_for_ranks()  # torchrun ends the others at once when one has ended
         return stops.EXIT_CODE
 
 
