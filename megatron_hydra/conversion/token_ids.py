@@ -62,14 +62,16 @@ def encode(
         texts: Whole texts, or pieces of :func:`cut_pieces`.
         special_as_text: Take special tokens that are spelt in a text for text.
     """
-    return tokenizer(
+    found = tokenizer(
         list(texts),
         add_special_tokens=False,
         split_special_tokens=special_as_text,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    )["input_ids"]
+    )
+    ids: list[list[int]] = found["input_ids"]
+    return ids
 
 
 def cut_pieces(

@@ -390,26 +390,6 @@ def test_damaged_training_input(
     assert message.replace("IN/", f"{folder}/") in refused
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": null}', "line 2"),
-        (b'{"text": 5}', "line 2"),
-        (b'{"txt": "a"}', "line 2"),
-        (b'["text"]', "line 2"),
-        (b'{"text": "\\ud800"}', "line 2"),
-        (b'{"text": "a', "line 2"),
-        (b'{"text": "\xff"}', "is not UTF-8"),
-    ],
-)
-def test_bad_json_lines(
-    inputs: Path, capsys: pytest.CaptureFixture[str], line: bytes, message: str
-) -> None:
-    (inputs / "text.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    refused = _refuse(inputs, capsys, PREPROCESS.replace("text.txt", "text.jsonl"))
-    assert message in refused and "text.jsonl" in refused
-
-
 def test_good_input_passes(inputs: Path) -> None:
     """Else every refusal above could be of something else."""
     for verb in ("convert", "plan", "pareto", "preprocess"):
