@@ -20,7 +20,7 @@ PIECE_CHARACTERS = 2**16
 """Of a long document in one piece; a tokenizer takes some 180 bytes of memory a character."""
 
 _LINE_START = re.compile(r"\n(?=\S)")
-_WORD_END = re.compile(r"\w(?=\s)")
+_WORD_END = re.compile(r"\w(?=\W)")
 _SEEN_CHARACTERS = 256
 _TRIED_CUTS = 8
 
