@@ -79,8 +79,12 @@ def save_png(path: str | os.PathLike[str], figure: Figure, overwrite: bool = Fal
 
 
 def plain_text(name: str) -> str:
-    """A user's name as matplotlib text: a dollar sign starts no formula."""
-    return name.replace("$", r"\$")
+    """A user's name as matplotlib text or label: it shows whatever it starts with or holds.
+
+    A dollar sign starts no formula. A legend leaves out labels that start with an underscore, so
+    that a space of no width stands before one.
+    """
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def byte_unit(value: float) -> tuple[str, int]:

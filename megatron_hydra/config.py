@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("local", "transformer_engine"),
@@ -46,6 +47,13 @@ _MEGATRON_FIELDS: dict[str, Any] = {
     "multi_latent_attention": False,
     "mtp_num_layers": None,
 }
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
 
 
 @dataclass
@@ -56,7 +64,7 @@ class HydraFields:
     """
 
     vocab_size: int = 0
-    """Rows of the embedding; must divide by the tensor-parallel size (no padding rows)."""
+    """Tokens of the vocabulary; padded where tensor-parallel ranks cannot share them equally."""
     seq_length: int = 2048
     """Longest sequence the model is built for, in tokens."""
     rotary_base: float = 10000.0
@@ -130,13 +138,27 @@ class HydraFields:
                 f"num_moe_experts is {self.num_moe_experts}; hybrids and their teachers need dense "
                 "MLPs: mixtures of experts, and with them expert parallelism, are out of scope"
             )
-        tp = self.tensor_model_parallel_size
-        for name in ("vocab_size", "num_attention_heads", "ffn_hidden_size"):
-            if (getattr(self, name) or 0) % tp:
-                raise UserError(
-                    f"{name} is {getattr(self, name)}, which does not divide by the "
-                    f"tensor-parallel size {tp}"
-                )
+        self._check_parallel_sizes()
+
+    def _check_parallel_sizes(self: Any) -> None:
+        """Before Megatron does, whose modules assert while they are built.
+
+        Uneven pipeline stages are Megatron's own fields, and its own checks.
+        """
+        heads = self.num_attention_heads
+        uneven = any(getattr(self, name, None) for name in _UNEVEN_STAGES)
+        ParallelSizes(
+            num_layers=self.num_layers,
+            num_attention_heads=heads,
+            num_query_groups=self.num_query_groups or heads,
+            kv_channels=self.kv_channels or self.hidden_size // heads,
+            ffn_hidden_size=self.ffn_hidden_size or 4 * self.hidden_size,
+            vocab_size=self.vocab_size,
+        ).check(
+            "the model",
+            self.tensor_model_parallel_size,
+            1 if uneven else self.pipeline_model_parallel_size,
+        )
 
 
 @dataclass

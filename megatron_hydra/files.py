@@ -105,6 +105,7 @@ def expand(path: str | os.PathLike[str], what: str = "path") -> Path:
 def check_outputs(
     outputs: Iterable[str | os.PathLike[str] | None],
     inputs: Iterable[str | os.PathLike[str] | None],
+    way_out: str | None = None,
 ) -> None:
     """Check that no output is an input, holds one or lies in one, nor is another output.
 
@@ -113,6 +114,7 @@ def check_outputs(
     Args:
         outputs: What a command writes; nothing else of a folder is held to be at risk.
         inputs: What it reads. A folder is one piece: nothing may be written into it.
+        way_out: What to do, where the outputs have no option each.
 
     Raises:
         UserError: Naming both.
@@ -125,9 +127,11 @@ def check_outputs(
             raise UserError(f"two outputs would be written to {target}: name another for one")
         for source in sources:
             if source.resolve().is_relative_to(place):
-                raise UserError(f"output {target} would replace the input {source}: name another")
+                hint = way_out or "name another"
+                raise UserError(f"output {target} would replace the input {source}: {hint}")
             if place.is_relative_to(source.resolve()):
-                raise UserError(f"output {target} lies in the input {source}: name a place outside")
+                hint = way_out or "name a place outside"
+                raise UserError(f"output {target} lies in the input {source}: {hint}")
 
 
 @contextmanager

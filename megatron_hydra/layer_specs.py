@@ -25,6 +25,7 @@ from megatron_hydra.attention.local_modules import LocalCoreAttention, LocalRMSN
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
+from megatron_hydra.padding import needs_padding, padded_mlp
 
 
 def get_hydra_layer_spec(
@@ -46,7 +47,7 @@ def get_hydra_layer_spec(
             f"the model {config.num_attention_heads}"
         )
     backend = backend or config.backend
-    layer = _base_layer(backend)
+    layer = _base_layer(config, backend)
     attention = ModuleSpec(
         module=HydraAttention,
         params={"layer_plan": layer_plan},
@@ -99,7 +100,7 @@ def get_teacher_block_spec(
 ) -> TransformerBlockSubmodules:
     """Spec of the teacher's layers: Megatron's own SelfAttention, no hybrid anywhere."""
     backend = backend or config.backend
-    layer = _base_layer(backend)
+    layer = _base_layer(config, backend)
     if backend == "local":
         attention = layer.submodules.self_attention
         attention.submodules = dataclasses.replace(
@@ -112,8 +113,15 @@ def get_teacher_block_spec(
     return _block(config, [layer] * config.num_layers, backend, vp_stage, pp_rank)
 
 
-def _base_layer(backend: str) -> ModuleSpec:
-    """Megatron's own spec of a Qwen3 layer."""
+def _base_layer(config: HydraConfig, backend: str) -> ModuleSpec:
+    """Megatron's own spec of a Qwen3 layer, the MLP padded where ranks cannot share it equally."""
+    layer = _megatron_layer(backend)
+    if needs_padding(config, config.ffn_hidden_size):
+        layer = _with(layer, mlp=padded_mlp(layer.submodules.mlp))
+    return layer
+
+
+def _megatron_layer(backend: str) -> ModuleSpec:
     if backend == "local":
         layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
         return _with(layer, pre_mlp_layernorm=LocalRMSNorm)

@@ -11,6 +11,7 @@ from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.layer_specs import get_hydra_block_spec, get_teacher_block_spec
+from megatron_hydra.padding import PaddedVocabularyModel, needs_padding
 
 
 def build_model(
@@ -34,7 +35,8 @@ def build_model(
 
     Returns:
         A model that maps token ids `[b, s]` and position ids `[b, s]` to logits
-        `[b, s, vocab / tp]`. Attention is always causal; pass None for the mask.
+        `[b, s, vocab / tp]`, see `padding.py` where that does not divide. Attention is always
+        causal; pass None for the mask.
 
     Raises:
         UserError: If plan and config disagree.
@@ -43,7 +45,8 @@ def build_model(
         spec = get_teacher_block_spec(config, vp_stage=vp_stage)
     else:
         spec = get_hydra_block_spec(config, plan, vp_stage=vp_stage)
-    return GPTModel(
+    padded = needs_padding(config, config.vocab_size)
+    return (PaddedVocabularyModel if padded else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=config.vocab_size,

@@ -36,15 +36,16 @@ step "data, 1024 tokens a document" $out/data/long.idx \
 
 step "score the teacher's heads" $out/scores.json \
     "${ranks[@]}" hydra_tools.score --config examples/quickstart/score.yaml
-plan=(megatron-hydra plan --scores $out/scores.json --fa-ratio 1/4 --min-fa-per-layer 1)
+serve=(--serve-dtype fp32) # trained in float32, and so are the figures that are shown
+plan=(megatron-hydra plan --scores $out/scores.json --fa-ratio 1/4 --min-fa-per-layer 1 "${serve[@]}")
 step "plan: the heads that score best" $out/plan.json "${plan[@]}" --out $out/plan.json
 step "plans at other budgets" $out/pareto.json megatron-hydra pareto --scores $out/scores.json \
-    --budgets 1/16,1/8,1/4,1/2,3/4 --context 1024 --out $out/pareto.json
+    --budgets 1/16,1/8,1/4,1/2,3/4 --context 1024 "${serve[@]}" --out $out/pareto.json
 step "inspect the plan" $out/pictures megatron-hydra inspect $out/plan.json \
     --scores $out/scores.json --pareto $out/pareto.json --pictures $out/pictures --overwrite
 step "plan: heads at random" $out/random_plan.json "${plan[@]}" --random-seed 0 --out $out/random_plan.json
 
-convert=(megatron-hydra convert --teacher $teacher)
+convert=(megatron-hydra convert --teacher $teacher --calibration-length 256)
 step "convert the teacher" $out/teacher "${convert[@]}" --out $out/teacher
 step "convert to the hybrid" $out/converted "${convert[@]}" --plan $out/plan.json --out $out/converted
 step "convert to the control" $out/random/converted \
@@ -60,6 +61,7 @@ for stage in stage1_align stage2_distill stage3_long_context; do
 done
 
 step "evaluate" $out/evaluation.json megatron-hydra evaluate --num-samples 60 --out $out/evaluation.json \
+    --lengths 256,512,1024 --training-length 256 "${serve[@]}" \
     --model "teacher=$out/teacher" \
     --model "hybrid, untrained=$out/converted" \
     --model "hybrid, trained=$out/stage3_long_context/hybrid" \

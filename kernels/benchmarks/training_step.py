@@ -150,9 +150,7 @@ def predicted_gib(
     from megatron_hydra.selection.cost import ModelShape
     from megatron_hydra.selection.training_memory import training_memory
 
-    shape = ModelShape(
-        args.layers, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True, value_bytes=2
-    )
+    shape = ModelShape(args.layers, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True)
     plan = None if stage.startswith("full") else _plan(args)
     of_transfer = {"full": "long_context", "full distill": "distill"}.get(stage, stage)
     memory = training_memory(

@@ -35,6 +35,8 @@ from megatron_hydra.placement import LayerPlacement
 
 _MIN_DT, _MAX_DT = 1e-3, 1e-1
 _MIN_A, _MAX_A = 1.0, 16.0
+MAX_A_LOG = 80.0
+"""Above it a chunk's sum of log decays can leave float32, whose largest number is exp(88.7)."""
 
 
 class LinearAttentionBranch(HeadModule):

@@ -22,6 +22,8 @@ from megatron_hydra.conversion.distributed_weights import (
     load_weights,
     sharded_weights,
 )
+from megatron_hydra.conversion.model_folder import is_checkpoint_folder as is_checkpoint_folder
+from megatron_hydra.conversion.model_folder import weights_hash as weights_hash
 from megatron_hydra.conversion.qwen3 import (
     SHAPE_FIELDS,
     check_overrides,
@@ -29,6 +31,7 @@ from megatron_hydra.conversion.qwen3 import (
     megatron_fields,
     teacher_hash,
 )
+from megatron_hydra.conversion.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_beside
 from megatron_hydra.head_plan import HeadPlan
@@ -52,17 +55,18 @@ _STORED_FIELDS = {
         ),
     ),
 }
-_META_FIELDS = {"config": dict, "teacher_config_hash": str, "provenance": dict}
+_META_FIELDS = {
+    "config": dict,
+    "teacher_config_hash": str,
+    "teacher_weights_hash": str,
+    "provenance": dict,
+}
 # A field without a default is a number of heads, channels or the like.
 _FIELD_TYPES = {
     field.name: int if field.default is None else type(field.default)
     for field in dataclass_fields(HydraConfig)
 } | {"params_dtype": str}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def save_checkpoint(
     tokenizer_folder: str | Path,
     provenance: Mapping[str, Any],
     overwrite: bool = False,
+    *,
+    teacher_weights_hash: str = "",
 ) -> None:
     """Write a checkpoint folder that any tensor and pipeline layout can load.
 
@@ -100,6 +106,8 @@ def save_checkpoint(
         tokenizer_folder: Its tokenizer files are copied.
         provenance: Plain JSON: how the weights came to be.
         overwrite: Replace an existing folder.
+        teacher_weights_hash: :func:`weights_hash` of the Hugging Face folder that the model was
+            converted from, however it was trained since; empty if unknown.
 
     Raises:
         UserError: On every rank, before anything is written: no tokenizer, existing output,
@@ -111,9 +119,10 @@ def save_checkpoint(
         "kind": kind,
         "config": _plain_config(config, _STORED_FIELDS[kind]),
         "teacher_config_hash": teacher_hash(config),
+        "teacher_weights_hash": teacher_weights_hash,
         "provenance": dict(provenance),
     }
-    tokenizer = tokenizer_files(Path(tokenizer_folder))
+    tokenizer = tokenizer_files(find_tokenizer(tokenizer_folder))
     with _output_of_all_ranks(Path(folder), overwrite) as temporary:
         if dist.get_rank() == 0:
             (temporary / "model.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
@@ -130,7 +139,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         ``schema_version``, ``kind`` (`teacher` or `hybrid`), ``config`` (HydraConfig's fields as
-        plain JSON), ``teacher_config_hash``, ``provenance``.
+        plain JSON), ``teacher_config_hash``, ``teacher_weights_hash`` (empty in a folder that an
+        earlier release wrote: unknown), ``provenance``.
 
     Raises:
         UserError: If the folder is no checkpoint folder, or of another schema version.
@@ -139,7 +149,7 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint folder: it has no model.json")
     kind = _peek_kind(path)
-    meta = read_json(path, kind, SCHEMA_VERSION)
+    meta = {"teacher_weights_hash": "", **read_json(path, kind, SCHEMA_VERSION)}
     for name, wanted in _META_FIELDS.items():
         if not isinstance(meta.get(name), wanted):
             raise UserError(f"{path} has no {name}, or one that is no {wanted.__name__}")
@@ -150,18 +160,6 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path}: the config does not match its teacher_config_hash")
     return meta
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a tokenizer, which a checkpoint folder keeps a copy of.
-
-    Raises:
-        UserError: If the folder has no tokenizer.
-    """
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(file.name == "tokenizer_config.json" for file in files):
-        raise UserError(f"{folder} has no tokenizer: tokenizer_config.json is missing")
-    return files
 
 
 def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:
@@ -233,24 +231,6 @@ def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckp
     return LoadedCheckpoint(model, config, plan, meta, folder / "tokenizer")
 
 
-def is_checkpoint_folder(folder: Path) -> bool:
-    """Whether a model folder is a checkpoint folder; else it is a Hugging Face folder.
-
-    Raises:
-        UserError: If it is neither, or does not exist.
-    """
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
-    if (folder / "model.json").is_file():
-        return True
-    if (folder / "config.json").is_file():
-        return False
-    raise UserError(
-        f"{folder} is neither a checkpoint folder (model.json) "
-        "nor a Hugging Face folder (config.json)"
-    )
-
-
 def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
     """Load a checkpoint folder, or a Hugging Face Qwen3 folder as a teacher on one rank.
 
@@ -267,7 +247,11 @@ def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoin
             "convert it first (megatron-hydra convert)"
         )
     model = load_teacher(folder, **config_overrides)
-    meta = {"kind": "teacher", "teacher_config_hash": teacher_hash(model.config)}
+    meta = {
+        "kind": "teacher",
+        "teacher_config_hash": teacher_hash(model.config),
+        "teacher_weights_hash": weights_hash(folder),
+    }
     return LoadedCheckpoint(model, model.config, None, meta, folder)
 
 

@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 
+from megatron_hydra.attention.linear_attention import MAX_A_LOG, LinearAttentionBranch
 from megatron_hydra.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def load_weights(folder: str | Path, model: GPTModel) -> None:
     Collective. Every parameter is read and every stored tensor used.
 
     Raises:
-        UserError: If the weights cannot be read or are those of another model.
+        UserError: On every rank, if the weights cannot be read or are those of another model, or
+            if a head's decay would give NaN.
     """
     weights = Path(folder) / "weights"
     check_weights(weights)
@@ -88,6 +90,27 @@ def load_weights(folder: str | Path, model: GPTModel) -> None:
     with damage_named(weights):
         state = dist_checkpointing.load(sharded_weights(model), str(weights), strict=strict)
     set_weights(model, state)
+    _check_decays(weights, model)
+
+
+def _check_decays(weights: Path, model: GPTModel) -> None:
+    """Check the LA heads' A_log on all ranks; every rank hears of the first that is too large."""
+    own = [
+        f"A_log of head {head} (LA) of layer {layer.layer_number - 1} is {value:g}"
+        for layer in model.decoder.layers
+        for branch in layer.modules()
+        if isinstance(branch, LinearAttentionBranch) and hasattr(branch, "A_log")
+        for head, value in zip(branch.heads, branch.A_log.tolist(), strict=True)
+        if not value <= MAX_A_LOG  # nor NaN
+    ]
+    of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(of_ranks, own)
+    found = [sentence for sentences in of_ranks for sentence in sentences]
+    if found:
+        raise UserError(
+            f"cannot use the weights {weights}: {found[0]}, and a decay by exp(A_log) gives NaN; "
+            f"allowed: {MAX_A_LOG:g} at most"
+        )
 
 
 def set_weights(model: GPTModel, state: dict[str, Any]) -> None:

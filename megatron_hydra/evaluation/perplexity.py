@@ -1,4 +1,7 @@
-"""Perplexity on text, at given context lengths."""
+"""Next-token loss on text, at given context lengths; its exponential is the perplexity.
+
+Legend: b = windows of a batch, s = tokens of a window, h = hidden size, n = b * s, v = vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,67 +13,108 @@ import torch
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.lengths import check_window
 from megatron_hydra.selection.scorer import Progress, no_progress
+from megatron_hydra.transfer.hidden_states import final_hidden_states
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 MAX_TOKENS = 8192
 """Tokens of one forward, unless a single window is longer."""
+MAX_LOGITS = 2**25
+"""Logits that exist at once, unless those of a single token are more: 128 MiB in float32."""
 
 
 def text_windows(text_tokens: Sequence[int], lengths: Sequence[int], max_tokens: int) -> Tensor:
-    """Take the text that windows of every length divide: each length predicts the same tokens.
+    """Take the text whose tokens every length predicts, in whole windows of the longest.
 
     Args:
         text_tokens: Held-out text.
-        lengths: Window lengths in tokens.
+        lengths: Window lengths in tokens. Those that do not divide the longest have one window
+            that is cut short, so that they predict the same tokens.
         max_tokens: Most tokens to predict.
 
     Returns:
         [predicted tokens + 1], the first of which is never predicted.
 
     Raises:
-        UserError: If the text, or ``max_tokens``, is too short for one set of windows.
+        UserError: If the text, or ``max_tokens``, is too short for the longest window.
     """
-    step = math.lcm(*lengths)
-    count = min(len(text_tokens) - 1, max_tokens) // step * step
-    if count < 1:
+    longest = max(lengths)
+    check_window(longest, max_tokens)
+    num_predicted = len(text_tokens) - 1
+    if longest > num_predicted:
         raise UserError(
-            f"perplexity at lengths {', '.join(map(str, lengths))} needs {step + 1} tokens of "
-            f"held-out text; there are {min(len(text_tokens), max_tokens + 1)}"
+            f"a length of {longest} tokens needs {longest + 1} tokens of held-out text, and there "
+            f"are {len(text_tokens)}: ask for --lengths up to {max(0, num_predicted)}, or give "
+            "more --text"
         )
+    count = min(num_predicted, max_tokens) // longest * longest
     return torch.tensor(text_tokens[: count + 1])
 
 
 @torch.no_grad()
-def perplexity(
+def mean_loss(
     model: GPTModel, tokens: Tensor, length: int, progress: Progress = no_progress
 ) -> float:
-    """exp of the mean next-token loss over windows that do not overlap.
+    """The mean next-token loss over windows that do not overlap, in nats.
 
     Each window of ``length`` inputs predicts the ``length`` tokens that follow each; nothing is
-    carried from window to window, so the first tokens of each have little context.
+    carried from window to window, so the first tokens of each have little context. The last
+    window is shorter where ``length`` does not divide the text.
 
     Args:
-        model: In evaluation mode.
-        tokens: [n * length + 1].
+        model: In evaluation mode, whole on this rank.
+        tokens: [n + 1].
         length: Tokens of a window.
         progress: Shows the batches.
 
     Raises:
         UserError: If a loss is not finite.
     """
-    assert not model.training, "perplexity is measured in evaluation mode"
+    assert not model.training, "loss is measured in evaluation mode"
     tokens = tokens.to(next(model.parameters()).device)
-    inputs, labels = tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
-    size = max(1, MAX_TOKENS // length)
     total = 0.0
-    for start in progress(range(0, len(inputs), size), f"perplexity {length}", "batch"):
-        batch = inputs[start : start + size]
-        positions = torch.arange(length, device=batch.device).expand_as(batch)
-        losses = model(batch, positions, None, labels=labels[start : start + size])
-        total += losses.double().sum().item()
+    batches = _batches(len(tokens) - 1, length)
+    for start, size, window in progress(batches, f"perplexity {length}", "batch"):
+        stop = start + size * window
+        inputs, labels = tokens[start:stop].view(size, window), tokens[start + 1 : stop + 1]
+        total += _sum_of_losses(model, inputs, labels.view(size, window))
     if not math.isfinite(total):
         raise UserError(f"the model's loss on text at {length} tokens is not finite")
-    return math.exp(total / labels.numel())
+    return max(0.0, total / (len(tokens) - 1))
+
+
+def _batches(num_tokens: int, length: int) -> list[tuple[int, int, int]]:
+    """First token, number of windows and their length, of each forward."""
+    whole, rest = divmod(num_tokens, length)
+    size = max(1, MAX_TOKENS // length)
+    batches = [
+        (first * length, min(size, whole - first), length) for first in range(0, whole, size)
+    ]
+    return batches + ([(whole * length, 1, rest)] if rest else [])
+
+
+def _sum_of_losses(model: GPTModel, inputs: Tensor, labels: Tensor) -> float:
+    """Run a batch; the logits follow from the hidden states, a few tokens at a time.
+
+    Args:
+        model: As in :func:`mean_loss`.
+        inputs: [b, s].
+        labels: [b, s].
+    """
+    positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
+    hidden = final_hidden_states(model, inputs, positions)  # [s, b, h]
+    hidden = hidden.transpose(0, 1).reshape(-1, 1, hidden.shape[-1])  # [n, 1, h]
+    labels = labels.reshape(1, -1)
+    weight = None  # the output layer's own
+    if model.share_embeddings_and_output_weights:
+        weight = model.shared_embedding_or_output_weight()
+    chunk = max(1, MAX_LOGITS // model.vocab_size)
+    total = 0.0
+    for start in range(0, len(hidden), chunk):
+        logits, _ = model.output_layer(hidden[start : start + chunk], weight=weight)  # [c, 1, v]
+        losses = model.compute_language_model_loss(labels[:, start : start + chunk], logits)
+        total += losses.double().sum().item()
+    return total

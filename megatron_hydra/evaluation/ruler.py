@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.selection.needles import NeedleSample, NeedleTask, make_needle_sample
-from megatron_hydra.selection.readout import answer_logits, teacher_forced
-from megatron_hydra.selection.scorer import Progress, no_progress
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+    from megatron_hydra.selection.scorer import Progress
 
 MAX_TOKENS = 8192
 """Tokens of one forward, unless a single sample is longer."""
@@ -58,6 +58,15 @@ def needle_depths(num_depths: int) -> tuple[float, ...]:
     return tuple(i / (num_depths - 1) for i in range(num_depths))
 
 
+def check_num_samples(num_samples: int, depths: Sequence[float]) -> None:
+    """Raise a UserError if the samples of a cell cannot be dealt to its depths evenly."""
+    if num_samples < 1 or num_samples % len(depths):
+        raise UserError(
+            f"{num_samples} samples do not divide into {len(depths)} needle depths; "
+            f"allowed: a multiple of {len(depths)}"
+        )
+
+
 def make_task_samples(
     tokenizer: Any,
     text_tokens: Sequence[int],
@@ -83,11 +92,7 @@ def make_task_samples(
     Raises:
         UserError: If the samples do not divide into the depths or cannot be made.
     """
-    if num_samples < 1 or num_samples % len(depths):
-        raise UserError(
-            f"{num_samples} samples do not divide into {len(depths)} needle depths; "
-            f"allowed: a multiple of {len(depths)}"
-        )
+    check_num_samples(num_samples, depths)
     samples = []
     lengths = list(lengths)
     for task in tasks:
@@ -103,7 +108,7 @@ def make_task_samples(
 
 
 def answered_right(
-    model: GPTModel, samples: Sequence[NeedleSample], progress: Progress = no_progress
+    model: GPTModel, samples: Sequence[NeedleSample], progress: Progress | None = None
 ) -> list[bool]:
     """Whether greedy decoding would answer each sample rightly.
 
@@ -112,8 +117,12 @@ def answered_right(
         samples: Of any lengths; neighbours of equal length share a forward.
         progress: Shows the batches.
     """
+    # Imported here: PyTorch, which who only makes samples need not wait for.
+    from megatron_hydra.selection.readout import answer_logits, teacher_forced
+
+    batches = _batches(samples)
     right: list[bool] = []
-    for batch in progress(_batches(samples), "needles", "batch"):
+    for batch in batches if progress is None else progress(batches, "needles", "batch"):
         tokens, answers = teacher_forced(batch)
         predicted = answer_logits(model, tokens, answers.shape[1]).argmax(dim=-1)
         right.extend((predicted.cpu() == answers).all(dim=1).tolist())

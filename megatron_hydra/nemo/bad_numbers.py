@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -45,15 +45,18 @@ class NumberWatch(pl.Callback):
         is_skipped: Whether the step in progress, or the last one, is skipped.
         num_skipped: Skipped steps of the run, those before a resume counted too.
         grad_norm: Of the last step's whole gradient, before clipping.
+        is_stopping: Whether the run is to end after this step; the same on every rank.
 
     Args:
         config: The run's configuration.
+        asks_to_stop: Whether this rank is asked to end the run; looked at once a step.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, asks_to_stop: Callable[[], bool] = lambda: False) -> None:
         self.section, self.data = config.bad_numbers, config.data
         self.stage = config.transfer.stage
-        self.is_skipped = False
+        self.asks_to_stop = asks_to_stop
+        self.is_skipped = self.is_stopping = False
         self.num_skipped = self._skipped_in_a_row = self._step = 0
         self.grad_norm = 0.0
         self._dataset: Any = None
@@ -116,11 +119,13 @@ class NumberWatch(pl.Callback):
         losses = [micro_batch["sums"] for micro_batch in self._micro_batches]
         watched = [*self._largest_outputs, *self._largest_gradients, *losses]
         is_bad = ~torch.cat([x.flatten().float() for x in watched]).isfinite().all()
-        flag = (is_bad | (not math.isfinite(grad_norm))).float()
+        is_bad |= not math.isfinite(grad_norm)
+        flags = torch.stack([is_bad, torch.full_like(is_bad, self.asks_to_stop())]).float()
         # Over all ranks: a loss is known on the last pipeline stage only, and a gradient norm
-        # leaves out the replicated parameters of all tensor-parallel ranks but the first.
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        self.is_skipped = bool(flag.item())
+        # leaves out the replicated parameters of all tensor-parallel ranks but the first. A signal
+        # to stop reaches ranks at different steps, or one rank alone.
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        self.is_skipped, self.is_stopping = map(bool, flags.tolist())
         if not self.is_skipped:
             self._skipped_in_a_row = 0
             return False
@@ -180,6 +185,11 @@ class NumberWatch(pl.Callback):
                 for position in micro_batch_samples(self.data, self._step, size, rank, number)
             ),
         )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """End the loop where the ranks have agreed to; the checkpoint callback then saves."""
+        if self.is_stopping:
+            trainer.should_stop = True
 
     def spike(self, loss: float) -> float | None:
         """Log a jump of the loss; return how many times the median it is, or None.

@@ -23,6 +23,7 @@ from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
 from megatron_hydra.conversion.distributed_weights import InProcessSave, damage_named
+from megatron_hydra.nemo.config import ResumeSection
 from megatron_hydra.nemo.run_state import sharded_run_state
 
 
@@ -37,8 +38,41 @@ def make_checkpoint_io(async_save: bool) -> CheckpointIO:
     return _BackgroundCheckpointIO(checkpoint_io) if async_save else checkpoint_io
 
 
+def make_checkpoint_callback(folder: Path, section: ResumeSection) -> HydraModelCheckpoint:
+    """What decides when a run saves, and which checkpoints it keeps.
+
+    Args:
+        folder: Of the checkpoints.
+        section: How often, and how many.
+    """
+    return HydraModelCheckpoint(
+        dirpath=str(folder),
+        filename="step_{finished_steps:08.0f}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=section.save_every_n_steps,
+        monitor="finished_steps",
+        mode="max",
+        save_top_k=section.keep,
+        save_last=False,
+        enable_version_counter=False,  # a damaged one is written over
+        save_optim_on_train_end=True,
+        always_save_context=False,
+        save_context_on_train_end=False,
+        verbose=False,
+    )
+
+
 class HydraModelCheckpoint(nl.ModelCheckpoint):
-    """NeMo's checkpoint callback, whose removals are over before they count as over."""
+    """NeMo's checkpoint callback, which also saves where the run is asked to stop.
+
+    Its removals are over before they count as over.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save at the steps that are to be saved, and at the one that a run stops after."""
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.should_stop and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _remove_checkpoint(
         self, trainer: pl.Trainer, filepath: str, override_async: bool = False

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from megatron_hydra.nemo.config_checks import check
-from megatron_hydra.yaml_config import read_config
+from megatron_hydra.yaml_config import PathText, read_config
 
 Stage = Literal["align", "distill", "long_context"]
 
-# Whichever is chosen, the same kernels read the same numbers: a run that turns out to need less
-# memory goes on.
-_SAME_RESULTS = ("model.recompute", "model.recompute_layers", "model.cuda_graphs")
+MAY_CHANGE = (
+    "model.overlap_branches",
+    "model.placement",
+    "model.recompute",
+    "model.recompute_layers",
+    "model.cuda_graphs",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "trainer.max_steps",
+    "trainer.num_threads",
+    "transfer.chunk_tokens",
+    "strategy",
+    "log",
+    "resume",
+    "bad_numbers",
+)
+"""What a run that goes on may change, sections and keys: it decides how a step is computed, or how
+many there are, but not what a step is. What is not here is held to what the run began with."""
+HELD_BY_CONTENT = ("transfer.init_from", "transfer.teacher", "data.paths")
+"""What else a run is held to: the contents that these name, however they are spelt."""
 
 
 @dataclass
@@ -25,7 +42,7 @@ class ModelSection:
     """Changes to the configuration stored in the checkpoint; None keeps what is stored there.
 
     Only fields that leave the parameters' names and shapes alone can be changed here. The run
-    folder's config.yaml holds what was chosen for None and `auto`.
+    folder's run_config.yaml holds what was chosen for None and `auto`.
     """
 
     backend: Literal["local", "transformer_engine"] | None = None
@@ -33,7 +50,7 @@ class ModelSection:
     la_kernel: Literal["auto", "reference", "fla"] | None = None
     fused_kernels: Literal["auto", "reference", "triton"] | None = None
     overlap_branches: bool | None = None
-    """None: by the tokens of each micro-batch, as `HydraConfig` says; stays None in config.yaml."""
+    """None: by the tokens of each micro-batch, as `HydraConfig` says; the run folder keeps None."""
     placement: Literal["balanced", "by_type"] | None = None
     fa_query_scale: Literal["none", "inference", "always"] | None = None
     fa_query_scale_start: int | None = None
@@ -55,7 +72,7 @@ class ModelSection:
 class DataSection:
     """Megatron indexed datasets, as `megatron-hydra preprocess` writes them."""
 
-    paths: list[str]
+    paths: list[PathText]
     """Prefixes: `PREFIX.bin` and `PREFIX.idx` exist for each."""
     seq_length: int
     micro_batch_size: int
@@ -146,9 +163,9 @@ class TransferSection:
     """Which stage of the transfer runs, from which weights, held to which teacher."""
 
     stage: Stage
-    init_from: str
+    init_from: PathText
     """Hybrid checkpoint folder that gives configuration, plan and first weights."""
-    teacher: str | None = None
+    teacher: PathText | None = None
     """Teacher checkpoint folder (`megatron-hydra convert` without `--plan`)."""
     kl_weight: float | None = None
     """Weight of the Kullback-Leibler loss; default 1 to distill, 0 for long context.
@@ -173,7 +190,7 @@ class TransferSection:
 class LogSection:
     """The run folder and what is written there."""
 
-    folder: str
+    folder: PathText
     every_n_steps: int = 1
     """Steps between two points in TensorBoard."""
 
@@ -245,17 +262,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
-def difference(old: RunConfig, new: RunConfig, sections: Sequence[str]) -> str | None:
-    """The first `section.key` among ``sections`` whose value differs, or None.
+def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The keys, and both their values, whose change would make ``new`` another run than ``old``.
 
-    What either leaves open, None or `auto`, differs from nothing, nor does what changes no result.
+    What either leaves open, None or `auto`, differs from nothing. What is :data:`HELD_BY_CONTENT`
+    is not looked at: see `run_inputs.check_same_inputs`.
     """
-    for section in sections:
-        for item in fields(getattr(old, section)):
-            values = [getattr(getattr(config, section), item.name) for config in (old, new)]
-            is_open = (
-                None in values or "auto" in values or f"{section}.{item.name}" in _SAME_RESULTS
-            )
-            if values[0] != values[1] and not is_open:
-                return f"{section}.{item.name}"
-    return None
+    for section in fields(RunConfig):
+        for item in fields(getattr(old, section.name)):
+            key = f"{section.name}.{item.name}"
+            values = [getattr(getattr(config, section.name), item.name) for config in (old, new)]
+            is_open = None in values or "auto" in values
+            if values[0] != values[1] and not (
+                is_open or key in HELD_BY_CONTENT or {key, section.name} & set(MAY_CHANGE)
+            ):
+                yield (key, *values)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.parallel_sizes import stored_sizes
 
 if TYPE_CHECKING:
     from megatron_hydra.nemo.config import (
@@ -97,6 +98,7 @@ def check(config: RunConfig) -> None:
     if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
         raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
     _check_sequence_length(data, config.strategy)
+    _check_parallel_sizes(transfer, config.strategy)
     if config.trainer.precision == "fp8" and not data.reset_at_document_end:
         _check_fp8(data, config.strategy)
 
@@ -131,6 +133,20 @@ def _check_sequence_length(data: DataSection, strategy: StrategySection) -> None
             f"strategy.sequence_parallel is on, but data.seq_length {data.seq_length} does not "
             f"divide by tensor_model_parallel_size x context_parallel_size = {tensor * context}"
         )
+
+
+def _check_parallel_sizes(transfer: TransferSection, strategy: StrategySection) -> None:
+    """Check that hybrid and teacher can be cut; folders that are none are refused elsewhere."""
+    for name in ("init_from", "teacher"):
+        folder = getattr(transfer, name)
+        sizes = None if folder is None else stored_sizes(folder)
+        if sizes is not None:
+            sizes.check(
+                f"transfer.{name} {folder}",
+                strategy.tensor_model_parallel_size,
+                strategy.pipeline_model_parallel_size,
+                section="strategy.",
+            )
 
 
 def _check_cuda_graphs(config: RunConfig) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +21,35 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.nemo.run_files import checkpoint_step
 
 logger = logging.getLogger(__name__)
 
 _MODEL, _LAYOUT, _RANDOM_STATES = "hydra_model", "hydra_layout", "hydra_random_states"
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes checkpoints those of one run."""
+
+    plan: HeadPlan
+    teacher_config_hash: str
+    """Of the teacher that the hybrid was made from: its shape."""
+    inputs: Mapping[str, str]
+    """Hashes of the contents of what the run reads, by the keys that name it."""
+    max_steps: int
+    """Where the learning rate's schedule ends; may change."""
+
+
 class RunStateCallback(pl.Callback):
     """Puts the run's state into each checkpoint, and takes the random states out again.
 
     Args:
-        plan: Of the hybrid.
-        teacher_config_hash: Of the teacher that the hybrid was made from.
+        identity: Of the run.
     """
 
-    def __init__(self, plan: HeadPlan, teacher_config_hash: str) -> None:
-        self.plan, self.teacher_config_hash = plan, teacher_config_hash
+    def __init__(self, identity: RunIdentity) -> None:
+        self.identity = identity
         self._loaded: dict[str, Any] | None = None
 
     def on_save_checkpoint(
@@ -42,8 +57,10 @@ class RunStateCallback(pl.Callback):
     ) -> None:
         """Add the state; collective in what is made of it."""
         checkpoint[_MODEL] = {
-            "plan": self.plan.to_dict(),
-            "teacher_config_hash": self.teacher_config_hash,
+            "plan": self.identity.plan.to_dict(),
+            "teacher_config_hash": self.identity.teacher_config_hash,
+            "inputs": dict(self.identity.inputs),
+            "max_steps": self.identity.max_steps,
         }
         checkpoint[_LAYOUT] = _layout()
         checkpoint[_RANDOM_STATES] = _sharded(random_states())
@@ -54,6 +71,21 @@ class RunStateCallback(pl.Callback):
         """Keep the random states for the first step."""
         self._loaded = checkpoint.get(_RANDOM_STATES)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the learning rate from this run's schedule, not the one that was saved.
+
+        Equal, bit for bit, unless `trainer.max_steps` has changed.
+        """
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            for group, start, rate in zip(
+                scheduler.optimizer.param_groups,
+                scheduler.base_lrs,
+                scheduler.lr_lambdas,
+                strict=True,
+            ):
+                group["lr"] = start * rate(scheduler.last_epoch)
+
     def on_train_batch_start(self, *args: Any) -> None:
         """Set the random states; what was set up since the start has drawn from them."""
         if self._loaded is not None:
@@ -61,34 +93,50 @@ class RunStateCallback(pl.Callback):
             self._loaded = None
 
 
-def check_model(weights: Path, plan: HeadPlan, teacher_config_hash: str, source: str) -> None:
-    """Check that a training checkpoint is one of this plan and teacher.
+def read_identity(checkpoint: Path) -> RunIdentity:
+    """The run that a training checkpoint is of.
 
     Args:
-        weights: Its `weights` folder, not damaged.
-        plan: Of the run.
-        teacher_config_hash: Of the run's hybrid.
-        source: Where these two come from, for the message.
+        checkpoint: Its folder, not damaged. What an earlier release has not noted is empty, or 0.
+
+    Raises:
+        UserError: If it is no checkpoint of a run, or was saved at another step than its name says.
+    """
+    state = dist_checkpointing.load_common_state_dict(str(checkpoint / "weights"))
+    saved = state.get(_MODEL)
+    if saved is None:
+        raise UserError(f"{checkpoint} holds no head plan: it is no checkpoint of this release")
+    if state.get("global_step") != checkpoint_step(checkpoint):
+        raise UserError(f"{checkpoint} was saved at step {state.get('global_step')}: it is a copy")
+    return RunIdentity(
+        HeadPlan.from_dict(saved["plan"]),
+        saved["teacher_config_hash"],
+        saved.get("inputs", {}),
+        saved.get("max_steps", 0),
+    )
+
+
+def check_model(saved: RunIdentity, run: RunIdentity, checkpoint: Path, source: str) -> None:
+    """Check that a training checkpoint is one of this run's plan and teacher.
+
+    Args:
+        saved: Of the checkpoint.
+        run: Of the run.
+        checkpoint: Its folder, for the message.
+        source: Where the run's plan and teacher come from, for the message.
 
     Raises:
         UserError: If it is another's.
     """
-    saved = dist_checkpointing.load_common_state_dict(str(weights)).get(_MODEL)
-    checkpoint = weights.parent
-    if saved is None:
-        raise UserError(f"{checkpoint} holds no head plan: it is no checkpoint of this release")
-    if saved["teacher_config_hash"] != teacher_config_hash:
-        raise UserError(
-            f"{checkpoint} is of a hybrid of another teacher than {source}: "
-            "choose another log.folder, or pass --overwrite to start anew"
-        )
-    saved_layers = HeadPlan.from_dict(saved["plan"]).layers
-    for index, (there, here) in enumerate(zip(saved_layers, plan.layers, strict=True)):
+    way_out = "put that back, or choose another log.folder"
+    if saved.teacher_config_hash != run.teacher_config_hash:
+        raise UserError(f"{checkpoint} is of a hybrid of another teacher than {source}: {way_out}")
+    for index, (there, here) in enumerate(zip(saved.plan.layers, run.plan.layers, strict=True)):
         if there != here:
             raise UserError(
                 f"{checkpoint} is of another head plan than {source}: the FA heads of layer "
                 f"{index} are {list(there.fa_heads)} there and {list(here.fa_heads)} here; "
-                "choose another log.folder, or pass --overwrite to start anew"
+                f"{way_out}"
             )
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import nemo.lightning as nl
 import torch
-from lightning_utilities.core import rank_zero
 from nemo.collections import llm
-from nemo.utils import logging as nemo_logging
 
 from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.config import recompute_fields
@@ -27,19 +25,23 @@ from megatron_hydra.conversion.checkpoint import (
 )
 from megatron_hydra.conversion.distributed_weights import check_weights
 from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
+from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import release_cuda_graphs
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
-from megatron_hydra.nemo.checkpoint_io import HydraModelCheckpoint
+from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, find_end_of_document, make_data_module
+from megatron_hydra.nemo.going_on import check_trained, newest_checkpoint, run_identity
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
+from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_state import RunStateCallback, check_model
+from megatron_hydra.nemo.run_inputs import check_present
+from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_precision, make_strategy, use_gpu
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class TrainingRun:
     Attributes:
         config: The run's configuration, with what was chosen in place of None and `auto`.
         folder: Its run folder.
+        identity: What its checkpoints are known by.
 
     Args:
         config: The run's configuration.
@@ -63,13 +66,13 @@ class TrainingRun:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        _quieten()
+        quieten()
         self.config = config
         self.on_gpu = use_gpu(config.trainer)
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._check_layout()
+        check_present(config)
         self.meta = _metadata(config.transfer.init_from, "hybrid", "transfer.init_from")
-        self._check_stages(self.meta, "transfer.init_from", config.transfer.init_from)
         self._check_recomputation()
         tokenizer_files(self._tokenizer)  # or the trained hybrid could not be written
         if config.transfer.teacher is not None:
@@ -79,20 +82,32 @@ class TrainingRun:
         self._document_end = self._end_of_document()
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
+        self.identity = run_identity(self.config, self.model_config.plan, self.meta)
 
-    def run(self, show: ShowStep, start_anew: bool = False, command: Sequence[str] = ()) -> None:
+    def run(
+        self,
+        show: ShowStep,
+        start_anew: bool = False,
+        command: Sequence[str] = (),
+        asks_to_stop: Callable[[], bool] = lambda: False,
+    ) -> int:
         """Train from the newest finished checkpoint, or from the start, and write the hybrid.
 
         Args:
             show: Called on rank 0 after each step with finished steps and scalars.
             start_anew: Leave an earlier run's checkpoints, which rank 0 is removing, aside.
             command: Recorded as provenance.
+            asks_to_stop: Looked at once a step: where it is true on any rank, all save and stop.
+
+        Returns:
+            The finished steps; fewer than `trainer.max_steps`, with no hybrid written, where the
+            run was stopped.
         """
         config = self.config
         if config.trainer.num_threads:
             torch.set_num_threads(config.trainer.num_threads)
         torch.manual_seed(config.trainer.seed)
-        checkpoint = None if start_anew else self._checkpoint()
+        checkpoint = None if start_anew else self.checkpoint
         logger.info(
             "accelerator %s; %s",
             config.trainer.accelerator,
@@ -106,13 +121,30 @@ class TrainingRun:
             self._runtime_fields(),
             end_of_document if config.data.reset_at_document_end else None,
         )
-        watch = NumberWatch(config)
+        # In a function, which NeMo's copies of its arguments leave alone.
+        watch = NumberWatch(config, lambda: asks_to_stop())
+        trainer = self._trainer(show, watch)
+        with disk_full_named(self.folder.checkpoints):
+            self._fit(model, trainer, watch, end_of_document, checkpoint)
+            if trainer.global_step == config.trainer.max_steps:
+                self._write_hybrid(model, command)
+        return int(trainer.global_step)
+
+    def _fit(
+        self,
+        model: HydraModel,
+        trainer: nl.Trainer,
+        watch: NumberWatch,
+        end_of_document: int,
+        checkpoint: Path | None,
+    ) -> None:
+        config = self.config
         try:
             llm.train(
                 model=model,
                 data=make_data_module(config.data, end_of_document, self.folder.data_index),
-                trainer=self._trainer(show, watch),
-                log=_Logger(
+                trainer=trainer,
+                log=QuietLogger(
                     explicit_log_dir=str(self.folder.nemo_logs),
                     log_global_rank_0_only=True,
                 ),
@@ -128,33 +160,27 @@ class TrainingRun:
         finally:
             if config.model.cuda_graphs and hasattr(model, "module"):
                 release_cuda_graphs(bare_model(model.module))
-        self._write_hybrid(model, command)
 
-    def _checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole, or None where there is none yet."""
-        damage: list[UserError] = []
-        for checkpoint in self.folder.finished_checkpoints():
-            try:
-                check_weights(checkpoint / "weights")
-            except UserError as error:
-                damage.append(error)
-                continue
-            if damage:
-                logger.warning("%s; going on from %s instead", damage[0], checkpoint)
-            check_model(
-                checkpoint / "weights", *self._model_identity, self.config.transfer.init_from
-            )
-            return checkpoint
-        if damage:
-            raise UserError(
-                f"{damage[0]}; no checkpoint of {self.folder.path} is whole: pass --overwrite to "
-                "start anew"
-            )
-        return None
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """What the run goes on from, found when it is first asked for; None: from the start.
 
-    @property
-    def _model_identity(self) -> tuple[HeadPlan, str]:
-        return self.model_config.plan, self.meta["teacher_config_hash"]
+        Raises:
+            UserError: If the run cannot go on.
+        """
+        return newest_checkpoint(self.folder, self.identity)
+
+    def check_goes_on(self) -> None:
+        """Raise what keeps the run from going on now, before anything is written."""
+        _ = self.checkpoint
+
+    def check_trained(self) -> None:
+        """Check that the hybrid that is written already was trained on what this run would read.
+
+        Raises:
+            UserError: If it was not, or nobody knows.
+        """
+        check_trained(self.folder, self.identity)
 
     def _trainer(self, show: ShowStep, watch: NumberWatch) -> nl.Trainer:
         config = self.config
@@ -165,7 +191,7 @@ class TrainingRun:
             show,
             watch,
         )
-        return nl.Trainer(
+        trainer = nl.Trainer(
             accelerator="gpu" if self.on_gpu else "cpu",
             devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
@@ -180,8 +206,8 @@ class TrainingRun:
             callbacks=[
                 watch,
                 scalars,
-                RunStateCallback(*self._model_identity),
-                self._checkpoint_callback(),
+                RunStateCallback(self.identity),
+                make_checkpoint_callback(self.folder.checkpoints, config.resume),
             ],
             logger=False,
             enable_progress_bar=False,
@@ -191,30 +217,17 @@ class TrainingRun:
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-
-    def _checkpoint_callback(self) -> HydraModelCheckpoint:
-        resume = self.config.resume
-        return HydraModelCheckpoint(
-            dirpath=str(self.folder.checkpoints),
-            filename="step_{finished_steps:08.0f}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=resume.save_every_n_steps,
-            monitor="finished_steps",
-            mode="max",
-            save_top_k=resume.keep,
-            save_last=False,
-            enable_version_counter=False,  # a damaged one is written over
-            save_optim_on_train_end=True,
-            always_save_context=False,
-            save_context_on_train_end=False,
-            verbose=False,
-        )
+        # Lightning's handlers end the loop with exit code 0, on the one rank that got the signal.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        return trainer
 
     def _write_hybrid(self, model: HydraModel, command: Sequence[str]) -> None:
         provenance = {
             "stage": self.config.transfer.stage,
             "init_from": self.meta["provenance"],
             "max_steps": self.config.trainer.max_steps,
+            "seq_length": self.config.data.seq_length,
+            "inputs": dict(self.identity.inputs),
             "command": list(command),
             "versions": versions(),
         }
@@ -231,6 +244,7 @@ class TrainingRun:
             self._tokenizer,
             provenance,
             overwrite=True,
+            teacher_weights_hash=self.meta["teacher_weights_hash"],
         )
 
     def _check_layout(self) -> None:
@@ -263,15 +277,6 @@ class TrainingRun:
             if is_wanted and not uses_te:
                 raise UserError(f"{wanted} needs a GPU and model.backend transformer_engine")
 
-    def _check_stages(self, meta: dict[str, Any], key: str, folder: str) -> None:
-        num_layers = meta["config"]["num_layers"]
-        num_stages = self.config.strategy.pipeline_model_parallel_size
-        if num_layers % num_stages:
-            raise UserError(
-                f"{key} {folder} has {num_layers} layers, which do not divide by "
-                f"strategy.pipeline_model_parallel_size {num_stages}"
-            )
-
     def _check_recomputation(self) -> None:
         """Of the hybrid alone: a teacher recomputes nothing."""
         num_stages = self.config.strategy.pipeline_model_parallel_size
@@ -282,7 +287,6 @@ class TrainingRun:
             )
 
     def _check_teacher(self, teacher: dict[str, Any]) -> None:
-        self._check_stages(teacher, "transfer.teacher", str(self.config.transfer.teacher))
         if teacher["config"]["vocab_size"] != self.meta["config"]["vocab_size"] or (
             self.config.transfer.stage == "align"
             and teacher["teacher_config_hash"] != self.meta["teacher_config_hash"]
@@ -291,6 +295,15 @@ class TrainingRun:
                 f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
                 f"{self.config.transfer.init_from}: their shapes differ"
             )
+        converted_from = {meta["teacher_weights_hash"] for meta in (teacher, self.meta)}
+        if len(converted_from) == 2 and "" not in converted_from:
+            sentence = (
+                f"transfer.teacher {self.config.transfer.teacher} is not the teacher of "
+                f"{self.config.transfer.init_from}: they were converted from different weights"
+            )
+            if self.config.transfer.stage == "align":
+                raise UserError(sentence)
+            logger.warning("%s", sentence)  # another teacher may be wanted here
 
     def _model_config(self) -> HydraGPTConfig:
         config, model = self.config, self.config.model
@@ -358,25 +371,9 @@ class TrainingRun:
         return find_end_of_document(data, load_tokenizer(self._tokenizer))
 
 
-class _Logger(nl.NeMoLogger):
-    """NeMo's logger, whose look at the checkpoint callbacks asks for nvidia-resiliency-ext."""
-
-    def _setup_trainer_model_checkpoint(self, *args: Any, **kwargs: Any) -> None: ...
-
-
 def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:
     meta = read_metadata(folder)
     if meta["kind"] != kind:
         raise UserError(f"{key} {folder} is a {meta['kind']} checkpoint; a {kind} is needed")
     check_weights(Path(folder) / "weights")
     return meta
-
-
-def _quieten() -> None:
-    """Keep the notes and warnings of NeMo, Lightning and Megatron off the terminal."""
-    nemo_logging.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-    warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
-    rank_zero.log.setLevel(logging.ERROR)
-    # NeMo's telemetry: it complains of every run that ends before its last step.
-    logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)

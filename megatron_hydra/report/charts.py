@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,8 +26,11 @@ def draw_losses(run: TrainingRun) -> Figure:
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.92, len(layers)))
     for index, (curve, colour) in enumerate(zip(layers, colours, strict=True)):
         label = f"layer {index}" if index in (0, len(layers) - 1) else None
-        ax.plot(*_smooth(curve), color=colour, linewidth=0.9, alpha=0.9, label=label)
+        _plot(ax, curve, colour, linewidth=0.9, alpha=0.9, label=label)
+    for step in run.skipped_steps:
+        ax.axvline(step, color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
     values = np.concatenate([curve.values for curve in (*layers, *parts.values())])
+    values = values[np.isfinite(values)]
     if values.min() > 0 and values.max() > 10 * values.min():
         ax.set_yscale("log")
     ax.set_ylabel("mean squared error" if list(parts) == ["alignment"] else "nats per token")
@@ -43,13 +47,13 @@ def draw_curve(curve: Curve, title: str, unit: str, from_zero: bool = False) -> 
     _plot_noisy(ax, curve, PALETTE[0], None)
     ax.set_ylabel(unit)
     if from_zero:
-        ax.set_ylim(0, 1.08 * float(curve.values.max()) or 1.0)
+        ax.set_ylim(0, 1.08 * float(np.nanmax(curve.values)) or 1.0)
         ax.yaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
 def draw_cache(
-    lines: Sequence[tuple[str, float, float]], training_length: int, longest: int
+    lines: Sequence[tuple[str, float, float]], training_length: int, longest: int, dtype: str
 ) -> Figure:
     """Memory of one sequence by its length.
 
@@ -57,15 +61,19 @@ def draw_cache(
         lines: Name, bytes a token, constant bytes.
         training_length: Where the teacher was trained, in tokens; marked.
         longest: Right end of the axis, in tokens.
+        dtype: Number format of the cache, named at the axis.
     """
     figure = Figure(figsize=(6.2, 3.0))
     ax = figure.add_subplot()
     lengths = np.geomspace(max(1, training_length // 8), longest, 200)
     # Broken lines above a solid one: lines that lie on each other stay visible.
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
-    for (name, per_token, constant), colour, dash in zip(lines, PALETTE, dashes, strict=False):
-        need = per_token * lengths + constant
-        ax.plot(lengths, need, color=colour, linestyle=dash, linewidth=1.8, label=plain_text(name))
+    for index, (name, per_token, constant) in enumerate(lines):
+        again, place = divmod(index, len(PALETTE))  # past the last colour: other dashes
+        ax.plot(
+            lengths, per_token * lengths + constant, color=PALETTE[place], linewidth=1.8,
+            linestyle=dashes[(place + again) % len(dashes)], label=plain_text(name),
+        )  # fmt: skip
     ax.axvline(training_length, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     ax.annotate(
         "training length", (training_length, 1), xycoords=("data", "axes fraction"),
@@ -76,7 +84,7 @@ def draw_cache(
     ax.xaxis.set_major_formatter(lambda value, _: format_count(value))
     ax.yaxis.set_major_formatter(lambda value, _: format_bytes(value))
     ax.set_xlabel("sequence length (tokens)")
-    ax.set_ylabel("cache and state of one sequence")
+    ax.set_ylabel(f"cache ({dtype}) and state of one sequence")
     ax.legend(loc="lower right")
     return figure
 
@@ -101,18 +109,27 @@ def _panel(title: str) -> tuple[Figure, Axes]:
 def _plot_noisy(ax: Axes, curve: Curve, colour: str, label: str | None) -> None:
     """Every step thin and pale, the running mean on top."""
     ax.plot(*_thin(curve.steps, curve.values), color=colour, linewidth=0.7, alpha=0.3)
-    ax.plot(*_smooth(curve), color=colour, linewidth=1.6, label=label)
+    _plot(ax, curve, colour, linewidth=1.6, label=label)
+
+
+def _plot(ax: Axes, curve: Curve, colour: object, **style: Any) -> None:
+    """The running mean; a single point, of which no line can be drawn, as a dot."""
+    steps, mean = _smooth(curve)
+    ax.plot(steps, mean, color=colour, marker="o" if len(steps) == 1 else None, **style)
 
 
 def smoothing_window(num_points: int) -> int:
-    """Points in the running mean: a fiftieth of the run, odd."""
+    """Points in the running mean: a fiftieth of the run, odd; gaps count as points."""
     return num_points // 50 // 2 * 2 + 1
 
 
 def _smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     window = smoothing_window(len(curve.values))
     half = window // 2
-    mean = np.convolve(curve.values, np.full(window, 1.0 / window), mode="valid")
+    is_there = np.isfinite(curve.values)
+    sums = np.convolve(np.where(is_there, curve.values, 0.0), np.ones(window), mode="valid")
+    counts = np.convolve(is_there.astype(float), np.ones(window), mode="valid")
+    mean = np.where(counts > 0.5, sums / np.maximum(counts, 1.0), np.nan)
     return _thin(curve.steps[half : len(curve.steps) - half], mean)
 
 

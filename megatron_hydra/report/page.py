@@ -9,13 +9,15 @@ from string import Template
 
 from megatron_hydra.chart_style import chart_style, to_svg
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.results import Evaluation, ModelResult, read_evaluation
+from megatron_hydra.evaluation.reading import in_one_format, read_evaluation
+from megatron_hydra.evaluation.results import Evaluation, ModelResult
 from megatron_hydra.files import check_output, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.heatmap import head_map_figure, scorer_names
 from megatron_hydra.report import sections
 from megatron_hydra.report.selection_section import selection_section
 from megatron_hydra.report.training_runs import TrainingRun, read_run
+from megatron_hydra.selection.cost import num_stored_groups
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import scores_as_planned
 from megatron_hydra.selection.scores import HeadScores
@@ -85,6 +87,7 @@ def render_report(
     """
     _check_together(scores, plan, evaluation, runs, teacher_config_hash)
     scores = scores_as_planned(scores, plan)
+    evaluation = in_one_format(evaluation, scores.shape)
     sources = {
         "scores": scores.provenance,
         # The section on head selection shows the explanation.
@@ -150,13 +153,14 @@ def _title(plan: HeadPlan) -> str:
 def _summary(plan: HeadPlan, evaluation: Evaluation) -> str:
     task, length = evaluation.headline_cell
     teacher = evaluation.teacher
+    # Of groups, not bytes: the same in every number format.
+    cache = num_stored_groups(plan) / (plan.num_layers * plan.num_query_groups)
 
     def accuracy(model: ModelResult) -> float:
         return model.accuracy[task, length].value
 
     best = max(_hybrids_of(plan, evaluation), key=accuracy)
     share = plan.num_fa_heads / (plan.num_layers * plan.num_heads)
-    cache = best.cache_bytes_per_token / teacher.cache_bytes_per_token
     return (
         f"With {share:.0%} of the heads on full attention and the rest on linear attention, "
         f"“{best.name}” stores {cache:.0%} of the teacher's cache a token and answers "

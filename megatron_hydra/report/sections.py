@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import yaml
 
 from megatron_hydra.chart_style import to_svg
@@ -17,11 +18,19 @@ from megatron_hydra.evaluation.results import (
     Evaluation,
     ModelResult,
     NeedleGrid,
+    format_perplexity,
 )
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
 from megatron_hydra.report.training_runs import TrainingRun
 
+_MIXED_FORMATS = (
+    "The evaluation's file is of an earlier release, which counted the cache of each model in the "
+    "number format of its weights, and from the head scores these cannot be counted anew: "
+    "<code>megatron-hydra evaluate</code> counts all models in one format."
+)
+_MAX_SKIPPED = 8
+"""Skipped steps that are named one by one."""
 _TASK_NAMES = {"single": "Single needle", "multi_key": "Multi-key needle"}
 
 
@@ -80,7 +89,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
     """Models by tasks and lengths, the best of each column marked, then perplexity."""
     models = evaluation.models
     by_task = [(task, list(cells)) for task, cells in groupby(evaluation.cells, lambda c: c[0])]
-    lengths = sorted(models[0].perplexity)
+    lengths = sorted(models[0].loss_nats)
     top = ['<th rowspan="2" scope="col" class="name">Model</th>']
     top += [
         f'<th colspan="{len(cells)}" scope="colgroup">{escape(task_name(task))}, %</th>'
@@ -119,9 +128,9 @@ def _evaluation_row(
         best = max(other.accuracy[cell].value for other in models)
         cells.append(_result(f"{100 * accuracy.value:.1f}", accuracy.value == best, accuracy))
     for length in lengths:
-        best = min(other.perplexity[length] for other in models)
-        value = model.perplexity[length]
-        cells.append(_result(f"{value:,.2f}", value == best))
+        best = min(other.loss_nats[length] for other in models)
+        loss = model.loss_nats[length]
+        cells.append(_result(format_perplexity(loss), loss == best))
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -193,7 +202,9 @@ def _shade(value: float, text: str, is_past: bool = False) -> str:
 
 def cache_section(evaluation: Evaluation) -> str:
     """Bytes a token, constant state, and the length from which the hybrid needs less."""
-    teacher = evaluation.teacher
+    teacher, dtype = evaluation.teacher, evaluation.serve_dtype
+    if dtype is None:
+        return f"<p>{_MIXED_FORMATS}</p>"
     rows: list[list[str]] = []
     names: dict[tuple[float, float], list[str]] = {}
     for model in evaluation.models:
@@ -209,19 +220,19 @@ def cache_section(evaluation: Evaluation) -> str:
         )
         names.setdefault((model.cache_bytes_per_token, model.state_bytes), []).append(model.name)
     head = [
-        "Model", "FA heads", "Cache, bytes a token", "of the teacher's",
-        "State, bytes a sequence", "Smaller from, tokens",
+        "Model", "FA heads", f"Cache, bytes a token ({dtype})", "of the teacher's",
+        f"State, bytes a sequence (fp32, past inputs {dtype})", "Smaller from, tokens",
     ]  # fmt: skip
     crossings = [crossover_tokens(model, teacher) for model in evaluation.models]
     finite = [length for length in crossings if length is not None]
     longest = max(evaluation.training_length * 64, 4 * max(finite, default=0))
     lines = [("; ".join(equal), *need) for need, equal in names.items()]
     chart = to_svg(
-        draw_cache(lines, evaluation.training_length, longest), "cache", "memory by length"
+        draw_cache(lines, evaluation.training_length, longest, dtype), "cache", "memory by length"
     )
     caption = (
-        "Cache and state of one sequence by its length. “Smaller from” is the shortest length at "
-        "which a hybrid needs less than the teacher."
+        f"Cache, served in {dtype}, and state of one sequence by its length. “Smaller from” is "
+        "the shortest length at which a hybrid needs less than the teacher."
     )
     return f"{table(head, rows)}{figure(chart, caption)}"
 
@@ -258,13 +269,13 @@ def _run_charts(run: TrainingRun, name: str) -> str:
         for chart, kind in figures
     )
     losses = "; ".join(
-        f"{title} {curve.values[0]:.4g} → {_final(curve.values):.4g}"
+        f"{title} {_first(curve.values):.4g} → {_final(curve.values):.4g}"
         for title, curve in run.loss_parts.items()
     )
     steps = int(next(iter(run.loss_parts.values())).steps[-1])
     window = smoothing_window(len(speed.steps))
     smooth = f"; thick: running mean of {window} points" if window > 1 else ""
-    facts = f"up to step {steps:,}; {losses}{smooth}"
+    facts = f"up to step {steps:,}; {losses}{smooth}{_skipped(run.skipped_steps)}"
     config = details("Resolved configuration", f"<pre>{escape(run.config_yaml)}</pre>")
     return (
         f'<h3>{escape(run.name)}</h3><p class="muted">{escape(facts)}</p>'
@@ -274,7 +285,22 @@ def _run_charts(run: TrainingRun, name: str) -> str:
 
 def _final(values: Any) -> float:
     """Mean of the last fiftieth of a curve: one step's loss is a noisy figure."""
-    return float(values[-smoothing_window(len(values)) :].mean())
+    there = values[np.isfinite(values)]
+    return float(there[-smoothing_window(len(values)) :].mean())
+
+
+def _first(values: Any) -> float:
+    return float(values[np.isfinite(values)][0])
+
+
+def _skipped(steps: Sequence[int]) -> str:
+    """`; 3 steps skipped for NaN or Inf (5, 8, 9), marked by broken lines`, or nothing."""
+    if not steps:
+        return ""
+    shown = ", ".join(f"{step:,}" for step in steps[:_MAX_SKIPPED])
+    more = f" and {len(steps) - _MAX_SKIPPED} more" if len(steps) > _MAX_SKIPPED else ""
+    noun = "step" if len(steps) == 1 else "steps"
+    return f"; {len(steps)} {noun} skipped for NaN or Inf ({shown}{more}), marked by broken lines"
 
 
 def provenance_section(

@@ -141,16 +141,17 @@ def _pareto(pareto: ParetoTable, scores: HeadScores, plan: HeadPlan) -> str:
     svg = to_svg(pareto_figure(pareto, scores, plan), "pareto", "kept score against cache")
     teacher = pareto.teacher
     head = [
-        "Budget", "FA heads", "Kept score", "Cache, state", "Share", "GFLOPs a token",
-        "Decode, ms", "Step, s",
+        "Budget", "FA heads", "Kept score", f"Cache, state ({teacher.serve_dtype})", "Share",
+        "GFLOPs a token", f"Decode, ms ({teacher.serve_dtype})", "Step, s",
     ]  # fmt: skip
     rows = [*pareto.rows, plan_row(pareto, scores, plan)]
     rows.append(ParetoRow("teacher", 1.0, None, teacher))
     cells = [_pareto_cells(row, teacher) for row in rows]
     length = f"{teacher.context_tokens:,}"
     times = (
-        f"Costs of one sequence of {length} tokens; share: of what the teacher stores; decode: "
-        "of one token; step: forward and backward. Times are predicted for one "
+        f"Costs of one sequence of {length} tokens, weights and KV cache served in "
+        f"{teacher.serve_dtype}, the LA state's matrices in fp32; share: of what the teacher "
+        "stores; decode: of one token; step: forward and backward. Times are predicted for one "
         f"{find_device(teacher.device).name}, not measured. Pale: another budget is as good and "
         "cheaper."
     )

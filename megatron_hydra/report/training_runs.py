@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ LOSS_PARTS = {
 """Tags of the losses and what the page calls them."""
 _LAYER_PREFIX = "train/alignment/layer_"
 _REQUIRED = ("train/grad_norm", "train/tokens_per_s")
+_SKIPPED = "train/skipped_steps"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A scalar by optimizer step; ``steps`` ascending, ``values`` of the same length."""
+    """A scalar by optimizer step; ``steps`` ascending, ``values`` of the same length.
+
+    A value is NaN at a step that the run skipped as bad, and finite at every other.
+    """
 
     steps: np.ndarray
     values: np.ndarray
@@ -62,11 +66,18 @@ class TrainingRun:
         found = {
             title: self.curves[tag]
             for tag, title in LOSS_PARTS.items()
-            if tag in self.curves and np.any(self.curves[tag].values)
+            if tag in self.curves and np.nan_to_num(self.curves[tag].values).any()
         }
         if len(found) == 2:  # The total of one part is that part.
             found.pop("total", None)
         return found
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        """The steps that the run left out because of NaN or Inf."""
+        return (
+            [int(step) for step in self.curves[_SKIPPED].steps] if _SKIPPED in self.curves else []
+        )
 
     @property
     def layer_alignment(self) -> list[Curve]:
@@ -76,14 +87,14 @@ class TrainingRun:
 
 
 def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
-    """Read ``config.yaml``, every event file below ``tensorboard/``, and the hybrid's provenance.
+    """Read ``run_config.yaml``, the event files in ``tensorboard/``, and the hybrid's provenance.
 
-    A run that was stopped and resumed has several event files with steps in common; of each step
-    the last written value counts.
+    A run that was stopped and resumed has several event files with steps in common: what the
+    earlier ones hold from where a later one begins was done again, and is left out.
 
     Raises:
         UserError: If the folder, its configuration, the events, a curve or the trained hybrid is
-            missing, a curve has a single point, or a value is not finite.
+            missing, or a value is not finite at a step that was not skipped.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,9 +114,10 @@ def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
 
 
 def _read_config(name: str, folder: Path) -> tuple[str, Mapping[str, Any]]:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"run {name}: {folder} has no config.yaml, so it is not a training run")
+    names = ("run_config.yaml", "config.yaml")  # the latter of earlier releases
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"run {name}: {folder} has no run_config.yaml, so it is no training run")
     text = path.read_text(encoding="utf-8")
     try:
         config = yaml.safe_load(text)
@@ -117,24 +129,51 @@ def _read_config(name: str, folder: Path) -> tuple[str, Mapping[str, Any]]:
 
 
 def _read_curves(files: list[Path]) -> dict[str, Curve]:
-    # Imported here: TensorBoard takes seconds to load, and only this function needs it.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    last: dict[str, dict[int, tuple[float, float]]] = {}
-    for file in files:
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            points = last.setdefault(tag, {})
-            for event in events.Scalars(tag):
-                if event.step not in points or points[event.step][0] <= event.wall_time:
-                    points[event.step] = (event.wall_time, event.value)
+    points: dict[str, dict[int, float]] = {}
+    for events in sorted(map(_scalars, files), key=_start_time):
+        first = min((event.step for found in events.values() for event in found), default=0)
+        for earlier in points.values():
+            for step in [step for step in earlier if step >= first]:
+                del earlier[step]
+        for tag, found in events.items():
+            points.setdefault(tag, {}).update({event.step: event.value for event in found})
+    skipped = points.get(_SKIPPED, {})
     return {
-        tag: Curve(np.array(sorted(points)), np.array([points[step][1] for step in sorted(points)]))
-        for tag, points in last.items()
+        tag: Curve(np.array(sorted(found)), _values(found, skipped))
+        for tag, found in points.items()
+        if found
     }
 
 
+def _scalars(file: Path) -> dict[str, list[Any]]:
+    """The events of one file, by tag."""
+    # Imported here: TensorBoard takes seconds to load, and only this function needs it.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def _start_time(events: Mapping[str, list[Any]]) -> float:
+    return min((event.wall_time for found in events.values() for event in found), default=0.0)
+
+
+def _values(points: Mapping[int, float], skipped: Collection[int]) -> np.ndarray:
+    """In the order of the steps; what is Inf at a skipped step is as little to be drawn as NaN."""
+    is_gap = {step: step in skipped and not math.isfinite(points[step]) for step in points}
+    return np.array([math.nan if is_gap[step] else points[step] for step in sorted(points)])
+
+
 def _check_curves(run: TrainingRun) -> None:
+    skipped = set(run.skipped_steps)
+    for tag, curve in run.curves.items():
+        if not tag.startswith("train/"):
+            continue
+        for step, value in zip(curve.steps, curve.values, strict=True):
+            if not math.isfinite(value) and step not in skipped:
+                raise UserError(f"run {run.name}: {tag} is {value} at step {step}")
+        if not np.isfinite(curve.values).any():
+            raise UserError(f"run {run.name}: {tag} has no finite value: every step was skipped")
     found = ", ".join(sorted(run.curves)) or "none"
     if not run.loss_parts:
         raise UserError(
@@ -144,11 +183,3 @@ def _check_curves(run: TrainingRun) -> None:
     for tag in _REQUIRED:
         if tag not in run.curves:
             raise UserError(f"run {run.name}: {run.folder} has no curve {tag}; found: {found}")
-    for tag, curve in run.curves.items():
-        if not tag.startswith("train/"):
-            continue
-        if len(curve.steps) < 2:
-            raise UserError(f"run {run.name}: curve {tag} has a single point")
-        for step, value in zip(curve.steps, curve.values, strict=True):
-            if not math.isfinite(value):
-                raise UserError(f"run {run.name}: {tag} is {value} at step {step}")

@@ -13,6 +13,7 @@ from megatron_hydra.selection.cost import (
     GIB,
     ModelShape,
     PlanCost,
+    ServeDtype,
     decode_bounds,
     find_device,
     total_cache_bytes,
@@ -133,6 +134,7 @@ class Budget:
         amount: The figure.
         context_tokens: Length of the sequence, for `cache_gib` and `decode_ms`.
         device: For `decode_ms`.
+        serve_dtype: Number format of weights and caches, for `cache_gib` and `decode_ms`.
 
     Raises:
         UserError: If the kind is unknown, the amount is out of range, or the length is missing.
@@ -142,6 +144,7 @@ class Budget:
     amount: Fraction | float
     context_tokens: int | None = None
     device: str = "h100"
+    serve_dtype: ServeDtype = "bf16"
 
     def __post_init__(self) -> None:
         kind, amount = self.kind, self.amount
@@ -170,8 +173,9 @@ class Budget:
             "fa_heads": f"{amount} FA heads",
             "fa_ratio": f"{amount} of the heads FA",
             "kv_cache_ratio": f"{amount} of the teacher's KV cache",
-            "cache_gib": f"{amount} GiB of cache and state{at}",
-            "decode_ms": f"{amount} ms a decoded token{at} on {find_device(self.device).name}",
+            "cache_gib": f"{amount} GiB of cache and state{at} ({self.serve_dtype})",
+            "decode_ms": f"{amount} ms a decoded token{at} on {find_device(self.device).name} "
+            f"({self.serve_dtype})",
         }[self.kind]
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,9 +212,10 @@ class Budget:
             return (Limit(PlanCost(0, 0, 1, shape.total_groups), groups),)
         assert self.context_tokens is not None
         if self.kind == "cache_gib":
-            cost = total_cache_bytes(shape, self.context_tokens)
+            cost = total_cache_bytes(shape, self.context_tokens, self.serve_dtype)
             return (Limit(cost, float(self.amount) * GIB),)
-        bounds = decode_bounds(shape, self.context_tokens, find_device(self.device))
+        device = find_device(self.device)
+        bounds = decode_bounds(shape, self.context_tokens, device, dtype=self.serve_dtype)
         return tuple(Limit(bound, float(self.amount) / 1e3) for bound in bounds)
 
     def _num_fa_heads(self, shape: ModelShape, constraints: Constraints) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import Costs, costs_of
+from megatron_hydra.selection.cost import Costs, ServeDtype, costs_of
 from megatron_hydra.selection.optimiser import Head
 from megatron_hydra.selection.policy import read_explanation, read_shape
 
@@ -40,7 +40,11 @@ class PlanComparison:
 
 
 def compare_plans(
-    first: HeadPlan, second: HeadPlan, context_tokens: int, device: str
+    first: HeadPlan,
+    second: HeadPlan,
+    context_tokens: int,
+    device: str,
+    serve_dtype: ServeDtype = "bf16",
 ) -> PlanComparison:
     """Compare two plans for one teacher.
 
@@ -49,6 +53,7 @@ def compare_plans(
         second: Another.
         context_tokens: Where costs are compared.
         device: Likewise.
+        serve_dtype: Likewise.
 
     Raises:
         UserError: If they are for different teachers, or what a file says of its plan is malformed.
@@ -61,8 +66,8 @@ def compare_plans(
     costs = None
     if shape is not None:
         costs = (
-            costs_of(shape, first, context_tokens, device),
-            costs_of(shape, second, context_tokens, device),
+            costs_of(shape, first, context_tokens, device, serve_dtype),
+            costs_of(shape, second, context_tokens, device, serve_dtype),
         )
     return PlanComparison(
         shared=_in_order(a & b),

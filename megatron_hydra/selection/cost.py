@@ -4,13 +4,17 @@ Every cost here depends on a plan through two numbers alone, its FA heads and it
 groups, and is linear in both. So a cost is a :class:`PlanCost`: it can be read off for a plan, and
 an optimiser can keep a budget of it. Free of PyTorch, so that planning starts quickly.
 
+Bytes and times are of one number format, that which serves, whatever format the weights have in a
+file or in memory: else a float32 teacher and its bf16 hybrid could not be compared.
+
 Legend: T = tokens of context, h = hidden size, d = head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
@@ -24,6 +28,9 @@ TRAINING_EFFICIENCY = 0.4
 """Share of a device's peak FLOP/s that training is taken to reach; Megatron-LM's README reports
 0.41 to 0.48 of an H100's for dense models of 2 to 462 billion parameters."""
 _STATE_BYTES_PER_VALUE = 4  # the recurrent state is float32
+ServeDtype = Literal["bf16", "fp16", "fp32"]
+"""Number format of weights and caches when the model serves."""
+SERVE_DTYPES: dict[ServeDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of one value
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,6 @@ class ModelShape:
         ffn_hidden_size: Width of the gated MLP.
         vocab_size: Rows of the embedding and of the output layer.
         tied_embeddings: Whether both are one matrix.
-        value_bytes: Bytes of a weight or cached value: 2 for bfloat16, 4 for float32.
         conv_kernel_size: Taps of the LA heads' short convolution; 0 without.
 
     Raises:
@@ -54,7 +60,6 @@ class ModelShape:
     ffn_hidden_size: int
     vocab_size: int
     tied_embeddings: bool
-    value_bytes: int
     conv_kernel_size: int = 4
 
     def __post_init__(self) -> None:
@@ -85,9 +90,16 @@ class ModelShape:
             ffn_hidden_size=config.ffn_hidden_size,
             vocab_size=config.vocab_size,
             tied_embeddings=config.share_embeddings_and_output_weights,
-            value_bytes=config.params_dtype.itemsize,
             conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
         )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelShape:
+        """Read what ``dataclasses.asdict`` gave; ValueError or TypeError if it is something else.
+
+        Earlier releases kept a number format there, too (``value_bytes``): it is left out.
+        """
+        return cls(**{name: value for name, value in data.items() if name != "value_bytes"})
 
     @property
     def total_heads(self) -> int:
@@ -121,9 +133,8 @@ class Device:
 
 
 DEVICES = {
-    # NVIDIA H100 Tensor Core GPU datasheet, SXM; its 1,979 TFLOP/s are with sparsity.
+    # NVIDIA's Tensor Core GPU datasheets, SXM; their 1,979 TFLOP/s are with sparsity.
     "h100": Device("H100 SXM", 3.35e12, 989e12),
-    # NVIDIA H200 Tensor Core GPU datasheet, SXM.
     "h200": Device("H200 SXM", 4.8e12, 989e12),
 }
 
@@ -164,31 +175,33 @@ def num_stored_groups(plan: HeadPlan) -> int:
     return sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
 
 
-def cache_bytes_per_token(shape: ModelShape) -> PlanCost:
+def cache_bytes_per_token(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of key and value that one more token adds to the cache, all layers together."""
-    group = 2 * shape.head_dim * shape.value_bytes
+    group = 2 * shape.head_dim * SERVE_DTYPES[dtype]
     return PlanCost(0, 0, group, shape.total_groups * group)
 
 
-def state_bytes(shape: ModelShape) -> PlanCost:
+def state_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of the LA heads' state of one sequence, whatever its length.
 
-    Each head has a float32 matrix of head dimension squared and, with the short convolution, the
-    last inputs of query, key and value in the model's dtype.
+    Each head has a matrix of head dimension squared, in float32 whatever the format, and, with the
+    short convolution, the last inputs of query, key and value in the format that serves.
     """
     d = shape.head_dim
     head = d * d * _STATE_BYTES_PER_VALUE
-    head += 3 * d * max(0, shape.conv_kernel_size - 1) * shape.value_bytes
+    head += 3 * d * max(0, shape.conv_kernel_size - 1) * SERVE_DTYPES[dtype]
     return PlanCost(shape.total_heads * head, -head, 0, 0)
 
 
-def total_cache_bytes(shape: ModelShape, context_tokens: int) -> PlanCost:
+def total_cache_bytes(
+    shape: ModelShape, context_tokens: int, dtype: ServeDtype = "bf16"
+) -> PlanCost:
     """Bytes that one sequence of T tokens keeps: KV cache and state."""
     _check_positive("context", context_tokens)
-    return cache_bytes_per_token(shape) * context_tokens + state_bytes(shape)
+    return cache_bytes_per_token(shape, dtype) * context_tokens + state_bytes(shape, dtype)
 
 
-def attention_weight_bytes(shape: ModelShape) -> PlanCost:
+def attention_weight_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of the attentions' weight matrices; left out are vectors (norms, scales)."""
     h, d = shape.hidden_size, shape.head_dim
     matrix = h * d
@@ -200,10 +213,10 @@ def attention_weight_bytes(shape: ModelShape) -> PlanCost:
         group,
         shape.total_heads * 2 * matrix + shape.total_groups * group,
     )
-    return weights * shape.value_bytes
+    return weights * SERVE_DTYPES[dtype]
 
 
-def weight_bytes_read(shape: ModelShape) -> PlanCost:
+def weight_bytes_read(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of weight matrices that one decode step reads, whatever the batch.
 
     Left out are vectors (norms, scales) and, of an input embedding of its own, the rows that are
@@ -211,15 +224,15 @@ def weight_bytes_read(shape: ModelShape) -> PlanCost:
     """
     h = shape.hidden_size
     shared = shape.num_layers * 3 * h * shape.ffn_hidden_size + h * shape.vocab_size
-    shared *= shape.value_bytes
-    return attention_weight_bytes(shape) + PlanCost(shared, 0, 0, shared)
+    shared *= SERVE_DTYPES[dtype]
+    return attention_weight_bytes(shape, dtype) + PlanCost(shared, 0, 0, shared)
 
 
-def weight_bytes(shape: ModelShape) -> PlanCost:
+def weight_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of all weight matrices."""
     embedding = 0 if shape.tied_embeddings else shape.vocab_size * shape.hidden_size
-    embedding *= shape.value_bytes
-    return weight_bytes_read(shape) + PlanCost(embedding, 0, 0, embedding)
+    embedding *= SERVE_DTYPES[dtype]
+    return weight_bytes_read(shape, dtype) + PlanCost(embedding, 0, 0, embedding)
 
 
 def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
@@ -250,21 +263,23 @@ def flops_per_token(shape: ModelShape, context_tokens: int) -> PlanCost:
 
 
 def decode_bounds(
-    shape: ModelShape, context_tokens: int, device: Device, batch_size: int = 1
+    shape: ModelShape,
+    context_tokens: int,
+    device: Device,
+    batch_size: int = 1,
+    dtype: ServeDtype = "bf16",
 ) -> tuple[PlanCost, PlanCost]:
     """Seconds that a decoded token takes at least, by memory traffic and by arithmetic.
 
     The roofline model (Williams et al., CACM 52(4), 2009). Memory: the weights once a step, so
     shared by the batch; the sequence's KV cache read; its state read and written. Arithmetic: the
-    FLOPs of the last token of T. Predicted, not measured: launches, communication and whatever
-    keeps kernels from the peak come on top.
-
-    Raises:
-        UserError: If context or batch is below 1.
+    FLOPs of the last token of T, at the bfloat16 peak whatever the format. Predicted, not
+    measured: launches, communication and whatever keeps kernels from the peak come on top.
+    UserError if context or batch is below 1.
     """
     _check_positive("batch size", batch_size)
-    traffic = weight_bytes_read(shape) * (1 / batch_size)
-    traffic += total_cache_bytes(shape, context_tokens) + state_bytes(shape)
+    traffic = weight_bytes_read(shape, dtype) * (1 / batch_size)
+    traffic += total_cache_bytes(shape, context_tokens, dtype) + state_bytes(shape, dtype)
     flops = flops_of_sequence(shape, context_tokens + 1)
     flops += flops_of_sequence(shape, context_tokens) * -1
     return traffic * (1 / device.memory_bytes_per_s), flops * (1 / device.flops_per_s)
@@ -276,9 +291,10 @@ def decode_seconds(
     context_tokens: int,
     device: Device,
     batch_size: int = 1,
+    dtype: ServeDtype = "bf16",
 ) -> float:
     """Predicted seconds a decoded token of each sequence: the larger of :func:`decode_bounds`."""
-    bounds = decode_bounds(shape, context_tokens, device, batch_size)
+    bounds = decode_bounds(shape, context_tokens, device, batch_size, dtype)
     return max(bound.of(plan) for bound in bounds)
 
 
@@ -325,6 +341,7 @@ class Costs:
         flops_per_token: Forward, mean over a sequence of T tokens.
         decode_ms: A token of one sequence, T tokens in the cache.
         training_step_s: One sequence of T tokens, forward and backward, on one device.
+        serve_dtype: Of weights and caches; the state's matrices are float32.
     """
 
     context_tokens: int
@@ -336,6 +353,7 @@ class Costs:
     flops_per_token: float
     decode_ms: float
     training_step_s: float
+    serve_dtype: ServeDtype = "bf16"
 
     @property
     def cache_gib(self) -> float:
@@ -343,32 +361,31 @@ class Costs:
         return (self.kv_cache_bytes + self.state_bytes) / GIB
 
 
-def costs_of(shape: ModelShape, plan: HeadPlan | None, context_tokens: int, device: str) -> Costs:
-    """All costs of a plan; None for the teacher.
-
-    Raises:
-        UserError: If the device is unknown or the context below 1.
-    """
+def costs_of(
+    shape: ModelShape,
+    plan: HeadPlan | None,
+    context_tokens: int,
+    device: str,
+    serve_dtype: ServeDtype = "bf16",
+) -> Costs:
+    """All costs of a plan, None for the teacher; UserError as its parts."""
     figures = find_device(device)
     return Costs(
         context_tokens,
         device,
         shape.total_heads if plan is None else plan.num_fa_heads,
         shape.total_groups if plan is None else num_stored_groups(plan),
-        (cache_bytes_per_token(shape) * context_tokens).of(plan),
-        state_bytes(shape).of(plan),
+        (cache_bytes_per_token(shape, serve_dtype) * context_tokens).of(plan),
+        state_bytes(shape, serve_dtype).of(plan),
         flops_per_token(shape, context_tokens).of(plan),
-        1e3 * decode_seconds(shape, plan, context_tokens, figures),
+        1e3 * decode_seconds(shape, plan, context_tokens, figures, dtype=serve_dtype),
         training_step_seconds(shape, context_tokens, figures).of(plan),
+        serve_dtype,
     )
 
 
 def find_device(name: str) -> Device:
-    """A device of :data:`DEVICES` by its key.
-
-    Raises:
-        UserError: If there is none.
-    """
+    """A device of :data:`DEVICES` by its key; UserError if there is none."""
     if name not in DEVICES:
         raise UserError(f"unknown device {name!r}: use one of {', '.join(DEVICES)}")
     return DEVICES[name]

@@ -60,13 +60,18 @@ def choose_heads(
     return _greedy(problem, evidence, effect_size)
 
 
-def least_excess(problem: Problem) -> float:
+def least_excess(problem: Problem, num_fa_heads: int = 0) -> float:
     """How many times its limits the cheapest plan costs that keeps to the constraints.
 
     Args:
         problem: With limits above 0.
+        num_fa_heads: The plan has so many FA heads or more.
+
+    Returns:
+        The excess; infinite if the constraints allow no such plan.
     """
     rows = _Rows(problem)
+    rows.add_counts(1.0, 0.0, 0.0, num_fa_heads, np.inf)
     for cost, most in problem.limits:
         # fixed + a x + b y <= most * excess
         per_head, per_group = cost.per_fa_head / most, cost.per_group / most
@@ -74,7 +79,8 @@ def least_excess(problem: Problem) -> float:
     objective = np.zeros(rows.num_columns)
     objective[-1] = 1.0
     heads = rows.solve(objective, most_excess=np.inf)
-    assert heads is not None  # every limit is met if the excess is large enough
+    if heads is None:  # not for the limits: the excess may be as large as it takes
+        return math.inf
     num_groups = heads.reshape(-1, problem.shape.heads_per_group).any(axis=1).sum()
     return max(cost.at(int(heads.sum()), int(num_groups)) / most for cost, most in problem.limits)
 

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
 from megatron_hydra.selection.budget import Budget, Constraints
-from megatron_hydra.selection.cost import Costs, costs_of
+from megatron_hydra.selection.cost import Costs, ServeDtype, costs_of
 from megatron_hydra.selection.explanation import NUM_RESAMPLES, kept_shares
 from megatron_hydra.selection.optimiser import Solver
 from megatron_hydra.selection.policy import choose_plan
@@ -70,6 +70,12 @@ class ParetoTable:
             UserError: If the file cannot be read or is no such table; names the file.
         """
         data = read_json(path, _FILE_KIND, SCHEMA_VERSION)
+        teacher = data.get("teacher")
+        if isinstance(teacher, dict) and teacher and "serve_dtype" not in teacher:
+            raise UserError(
+                f"{os.fspath(path)} does not name the number format of its costs, as tables of "
+                "earlier releases do not: write it anew with megatron-hydra pareto"
+            )
         try:
             rows = tuple(_read_row(row) for row in data["rows"])
             return cls(rows, Costs(**data["teacher"]))
@@ -83,6 +89,7 @@ def pareto_table(
     constraints: Constraints,
     context_tokens: int,
     device: str,
+    serve_dtype: ServeDtype = "bf16",
     *,
     solver: Solver = "exact",
     seed: int = 0,
@@ -96,6 +103,7 @@ def pareto_table(
         constraints: Of each layer, for all rows.
         context_tokens: Where costs are told.
         device: On which times are predicted.
+        serve_dtype: Number format of weights and caches.
         solver: `exact` or `greedy`.
         seed: Of the resamples.
         num_resamples: How many.
@@ -114,9 +122,9 @@ def pareto_table(
             low, high = np.quantile(kept_shares(samples, plan), [0.025, 0.975]).tolist()
             interval = (low, high)
         kept = float(kept_shares(scores.scores, plan))
-        costs = costs_of(scores.shape, plan, context_tokens, device)
+        costs = costs_of(scores.shape, plan, context_tokens, device, serve_dtype)
         rows.append(ParetoRow(budget.words, kept, interval, costs))
-    teacher = costs_of(scores.shape, None, context_tokens, device)
+    teacher = costs_of(scores.shape, None, context_tokens, device, serve_dtype)
     return ParetoTable(mark_dominated(rows), teacher)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.budget import Budget, Constraints, Problem
 from megatron_hydra.selection.combination import Array, Combination
-from megatron_hydra.selection.cost import ModelShape, costs_of
+from megatron_hydra.selection.cost import SERVE_DTYPES, ModelShape, costs_of
 from megatron_hydra.selection.explanation import NUM_RESAMPLES, Explanation, explain
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
@@ -159,11 +160,71 @@ def read_shape(plan: HeadPlan) -> ModelShape | None:
     if found is None:
         return None
     try:
-        shape = ModelShape(**found)
-    except TypeError as error:
+        shape = ModelShape.from_dict(found)
+    except (AttributeError, TypeError) as error:
         raise UserError(f"the shape in the head plan is malformed: {error}") from error
     plan.check_teacher(shape.num_layers, shape.num_heads, shape.num_query_groups, "")
     return shape
+
+
+def read_budget(plan: HeadPlan) -> Budget | None:
+    """The budget that the plan's file names; None for a plan that was written by hand.
+
+    Raises:
+        UserError: If it is malformed.
+    """
+    found = plan.provenance.get("budget")
+    if found is None:
+        return None
+    try:
+        budget = Budget.from_dict(found)
+        if "serve_dtype" not in found and budget.kind in ("cache_gib", "decode_ms"):
+            # Earlier releases counted in the format that the weights had while they were scored.
+            num_bytes = plan.provenance["shape"]["value_bytes"]
+            (dtype, *_) = (name for name, size in SERVE_DTYPES.items() if size == num_bytes)
+            budget = replace(budget, serve_dtype=dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the budget in the head plan is malformed: {error}") from error
+    return budget
+
+
+def no_fa_heads(
+    plan: HeadPlan, shape: ModelShape | None, budget: Budget | None, constraints: Constraints
+) -> str | None:
+    """What a plan without a single FA head means, and the least budget that keeps one.
+
+    Args:
+        plan: The plan.
+        shape: Of its teacher.
+        budget: That it was made for; with None, or without a shape, no way out is named.
+        constraints: That it keeps to.
+
+    Returns:
+        One sentence; None for a plan with FA heads.
+    """
+    if plan.num_fa_heads:
+        return None
+    sentence = (
+        "no head keeps full attention: this hybrid can look nothing up beyond what the fixed "
+        "state of its LA heads still holds"
+    )
+    if budget is None or shape is None:
+        return sentence
+    explanation = read_explanation(plan)
+    if budget.kind in ("fa_heads", "fa_ratio"):
+        step = constraints.step(shape)
+        least = "1 FA head" if step == 1 else f"{step} FA heads"
+        possible = constraints.per_layer != 0
+    elif explanation is not None and np.max(explanation.scores) <= 0:
+        return f"{sentence}; no head has a score above 0, so only --fa-heads would keep one"
+    else:
+        problem = budget.problem(shape, constraints)
+        excess = least_excess(problem, num_fa_heads=1)
+        possible = math.isfinite(excess)
+        least = _times(budget, problem, excess) if possible else ""
+    if not possible:
+        return f"{sentence}; {constraints.words} allows none"
+    return f"{sentence}; the least budget that keeps one is {least}"
 
 
 def _choose(
@@ -205,12 +266,13 @@ def _summary(
         "constraints": asdict(constraints),
         "shape": asdict(shape),
         "costs": {
-            name: asdict(costs_of(shape, of, context, budget.device))
+            name: asdict(costs_of(shape, of, context, budget.device, budget.serve_dtype))
             for name, of in (("plan", plan), ("teacher", None))
         },
         "combination": asdict(scores.combination),
         "explanation": explanation.to_dict(),
         "scores": dict(scores.provenance),
+        "teacher_weights_hash": scores.teacher_weights_hash,
         "versions": versions(),
     }
     plan = _make_plan(scores, chosen, provenance)
@@ -222,15 +284,23 @@ def _impossible(budget: Budget, problem: Problem, solver: Solver) -> str:
     excess = least_excess(problem)
     if excess <= 1:
         return f"the {solver} solver finds no plan within {budget.words}, but there is one"
-    if budget.kind == "kv_cache_ratio":
-        ((_, groups),) = problem.limits
-        least = str(Fraction(round(excess * groups), problem.shape.total_groups))
-    else:
-        unit = "GiB" if budget.kind == "cache_gib" else "ms"
-        least = f"{_round_up(float(budget.amount) * excess)} {unit}"
+    least = _times(budget, problem, excess)
     asked = problem.constraints.words
     under = f" with {asked}" if asked else ""
-    return f"no plan keeps to {budget.words}{under}: the least possible is {least}"
+    sentence = f"no plan keeps to {budget.words}{under}: the least possible is {least}"
+    with_a_head = least_excess(problem, num_fa_heads=1)
+    if excess < with_a_head < math.inf:
+        sentence += f", and {_times(budget, problem, with_a_head)} with a head on full attention"
+    return sentence
+
+
+def _times(budget: Budget, problem: Problem, excess: float) -> str:
+    """So many times the budget, in its unit."""
+    if budget.kind == "kv_cache_ratio":
+        ((_, groups),) = problem.limits
+        return str(Fraction(round(excess * groups), problem.shape.total_groups))
+    unit = "GiB" if budget.kind == "cache_gib" else "ms"
+    return f"{_round_up(float(budget.amount) * excess)} {unit}"
 
 
 def _round_up(value: float) -> str:

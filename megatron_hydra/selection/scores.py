@@ -85,6 +85,8 @@ class HeadScores:
             sub-probes that it cannot read.
         combination: How :attr:`scores` are made of the effects.
         provenance: Command, versions, seeds; JSON values.
+        teacher_weights_hash: Hash of the Hugging Face weights that were measured, by which two
+            trainings of one shape differ; empty if unknown, as in files of earlier releases.
 
     Raises:
         UserError: If an array has another shape or a number that is not finite.
@@ -96,6 +98,7 @@ class HeadScores:
     effects: Mapping[str, Mapping[str, Array]]
     combination: Combination
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    teacher_weights_hash: str = ""
 
     def __post_init__(self) -> None:
         records = {probe.name: probe for probe in self.probes}
@@ -198,6 +201,7 @@ class HeadScores:
             "schema_version": SCHEMA_VERSION,
             "kind": _FILE_KIND,
             "teacher_config_hash": self.teacher_config_hash,
+            "teacher_weights_hash": self.teacher_weights_hash,
             "shape": dataclasses.asdict(self.shape),
             "combination": dataclasses.asdict(self.combination),
             "scores": _to_lists(self.scores),
@@ -216,14 +220,17 @@ class HeadScores:
         Raises:
             UserError: If a key is missing or unknown, or a value has another type or shape.
         """
+        data = {"teacher_weights_hash": "", **data} if isinstance(data, Mapping) else data
         _check_keys(data, [*(item.name for item in fields(cls)), "scores"], "the head scores")
         if not all(isinstance(data[k], Mapping) for k in ("shape", "effects", "provenance")):
             raise UserError("shape, effects and provenance of the head scores must be JSON objects")
-        _check_keys(data["shape"], [item.name for item in fields(ModelShape)], "shape")
+        sizes = {name: size for name, size in data["shape"].items() if name != "value_bytes"}
+        _check_keys(sizes, [item.name for item in fields(ModelShape)], "shape")
         if not isinstance(data["probes"], list):
             raise UserError("probes of the head scores must be a list")
-        if not isinstance(data["teacher_config_hash"], str):
-            raise UserError("teacher_config_hash of the head scores must be a string")
+        for key in ("teacher_config_hash", "teacher_weights_hash"):
+            if not isinstance(data[key], str):
+                raise UserError(f"{key} of the head scores must be a string")
         for record in data["probes"]:
             _check_keys(record, [item.name for item in fields(ProbeRecord)], "a probe's record")
         try:
@@ -242,12 +249,13 @@ class HeadScores:
                 f"probes or effects of the head scores are malformed: {error}"
             ) from error
         return cls(
-            ModelShape(**data["shape"]),
+            ModelShape.from_dict(data["shape"]),
             data["teacher_config_hash"],
             probes,
             effects,
             Combination.from_dict(data["combination"]),
             data["provenance"],
+            data["teacher_weights_hash"],
         )
 
     @classmethod

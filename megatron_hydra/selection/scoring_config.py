@@ -14,7 +14,7 @@ from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.controls import CONTROLS
 from megatron_hydra.selection.probes import find_sub_probe
 from megatron_hydra.selection.text_files import TextFormat, TextOptions
-from megatron_hydra.yaml_config import read_config
+from megatron_hydra.yaml_config import PathText, read_config
 
 SCORERS = (
     "activation_patching",
@@ -31,12 +31,13 @@ _PAPER = ("activation_patching", "path_patching")  # receivers and senders
 class ModelSection:
     """The teacher and how it is laid out; what ranks are left are data parallel."""
 
-    teacher: str
+    teacher: PathText
     """Hugging Face Qwen3 folder (one rank), or a checkpoint folder (any layout)."""
     backend: Literal["local", "transformer_engine"] | None = None
     """None: Transformer Engine on a GPU, `local` on a CPU."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """None: as stored."""
+    """None: that of a checkpoint folder; float32 for a Hugging Face folder, whatever it stores.
+    Costs are told in the format that serves, which this is not: see `plan --serve-dtype`."""
     tensor_model_parallel_size: int = 1
 
 
@@ -60,7 +61,7 @@ class ProbesSection:
     length: int = 256
     """Tokens of a sample with its answer."""
     seed: int = 0
-    text: str | None = None
+    text: PathText | None = None
     """Text to hide needles in: a file, folder or pattern; a tenth of it, held out, is used. None:
     Python's docs."""
     text_key: str = "text"
@@ -118,7 +119,7 @@ class CombineSection:
 class RunSection:
     """Where the scores go, and how much is run at once."""
 
-    out: str
+    out: PathText
     """Scores file; `OUT.partial/` beside it holds what is finished while the run lasts."""
     batch_tokens: int = 8192
     """Tokens of one forward, unless a single sample is longer."""

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 _RECORD, _LOCK = "run.json", ".lock"
+# How a message calls what makes two runs the same, where its key would not be understood.
+_WORDS = {
+    "teacher_config_hash": "shape of the teacher",
+    "weights": "content of the teacher's weight files",
+}
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,9 @@ class PartialFolder:
         for key in {**found, **own}:
             if found.get(key) != own.get(key):
                 raise UserError(
-                    f"{self.path} holds an unfinished run with another {key}: run that to its "
-                    "end, name another output, or pass --overwrite to leave what it measured"
+                    f"{self.path} holds an unfinished run with another {_WORDS.get(key, key)}: "
+                    "run that to its end, name another output, or pass --overwrite to leave what "
+                    "it measured"
                 )
 
     def load(self) -> dict[str, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
 import random
 import sys
@@ -16,6 +17,25 @@ from megatron_hydra.selection.text_files import TextOptions, find_texts, read_pi
 
 _DEFAULT_OPTIONS = TextOptions()
 MIN_TEXT_CHARACTERS = 20_000
+STAND_IN = "Python's documentation, a stand-in: no text was named"
+"""What provenance says of :func:`stand_in_text`."""
+
+_logger = logging.getLogger(__name__)
+
+
+def stand_in_text(option: str) -> str:
+    """:func:`local_text` where a user named no text, with a warning.
+
+    Args:
+        option: What names a text, as the warning says it.
+    """
+    if os.environ.get("RANK", "0") == "0":  # once, not on every rank of torchrun
+        _logger.warning(
+            "no text was named, and Python's documentation stands in for it: name a file of text "
+            "like what the model is for with %s",
+            option,
+        )
+    return local_text()
 
 
 def local_text() -> str:

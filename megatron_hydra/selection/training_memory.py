@@ -11,7 +11,7 @@ Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hydra.head_plan import HeadPlan
@@ -75,10 +75,10 @@ def training_memory(
         tp_size: Tensor-parallel ranks, with sequence parallelism, heads placed `balanced`.
         cp_size: Context-parallel ranks.
     """
-    shape = replace(shape, value_bytes=_WEIGHT)
-    teacher = 0.0 if stage == "long_context" else weight_bytes(shape).of(None)
+    teacher = 0.0 if stage == "long_context" else weight_bytes(shape, "bf16").of(None)
     # Stage 1 takes all else from the teacher.
-    trained = (attention_weight_bytes if stage == "align" else weight_bytes)(shape).of(plan)
+    trained_part = attention_weight_bytes if stage == "align" else weight_bytes
+    trained = trained_part(shape, "bf16").of(plan)
     trained *= 1 + (_GRADIENT + _OPTIMIZER / (dp_size * cp_size)) / _WEIGHT
     state = (teacher + trained) / tp_size
 

@@ -63,28 +63,29 @@ def draw_pareto(table: ParetoTable, scores: HeadScores, plan: HeadPlan, ax: Axes
     ax.set_xlim(0, 1.05 * stored(table.teacher))
     lowest = min(share for row in (*table.rows, own) for share in _shares(row))
     ax.set_ylim(max(0, 10 * math.floor(10 * lowest - 0.5)), 103)
-    length = f"{table.teacher.context_tokens:,}"
-    ax.set_xlabel(f"cache and state of a sequence of {length} tokens ({unit})")
+    length, dtype = f"{table.teacher.context_tokens:,}", table.teacher.serve_dtype
+    ax.set_xlabel(f"cache and state of a sequence of {length} tokens ({unit}, cache in {dtype})")
     ax.set_ylabel("kept share of all scores (%)")
     ax.legend(loc="lower right")
     _add_share_scale(stored(table.teacher), ax)
 
 
 def plan_row(table: ParetoTable, scores: HeadScores, plan: HeadPlan) -> ParetoRow:
-    """``plan`` as a row of the table, for its context and device.
+    """``plan`` as a row of the table, for its context, device and number format.
 
     Raises:
         UserError: If the table is of another teacher than the scores.
     """
-    context, device = table.teacher.context_tokens, table.teacher.device
-    if table.teacher != costs_of(scores.shape, None, context, device):
+    told = table.teacher
+    where = told.context_tokens, told.device, told.serve_dtype
+    if told != costs_of(scores.shape, None, *where):
         raise UserError("the Pareto table is of another teacher than the head scores")
     explanation = read_explanation(plan)
     return ParetoRow(
         "this plan",
         float(kept_shares(scores.scores, plan)),
         None if explanation is None else explanation.kept_interval,
-        costs_of(scores.shape, plan, context, device),
+        costs_of(scores.shape, plan, *where),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 from megatron_hydra.placement import place_heads
 from megatron_hydra.testing.layouts import Layout
 
@@ -102,15 +103,19 @@ class _Planner:
         self.num_layers = plan.num_layers
         self.checks: list[Check] = []
         self.not_run: list[NotRun] = []
-        self.tp_sizes = self._sizes(limits.tp, plan.layers[0].num_heads)
-        self.cp_sizes = self._sizes(limits.cp, world_size)
-        self.pp_sizes = [n for n in self._sizes(limits.pp, world_size) if n <= self.num_layers]
+        self.shape = ParallelSizes.of(fields)
+        self.tp_sizes = [n for n in self._sizes(limits.tp) if n in self.shape.tensor]
+        self.cp_sizes = self._sizes(limits.cp)
+        self.pp_sizes = [n for n in self._sizes(limits.pp) if n <= self.num_layers]
         self.tp, self.cp, self.pp = (
             max(sizes, default=1) for sizes in (self.tp_sizes, self.cp_sizes, self.pp_sizes)
         )
 
     def tensor_parallel(self) -> None:
         self._say_if_none("tensor parallel", self.tp_sizes, "--tp", self.limits.tp)
+        for tp in self._sizes(self.limits.tp):
+            if (reason := self.shape.why_not_tensor(tp)) is not None:
+                self.not_run.append(NotRun(f"tensor parallel {tp}", reason))
         for tp in self.tp_sizes:
             for placement in ("balanced", "by_type"):
                 layout = Layout(tp=tp, placement=placement)
@@ -227,12 +232,8 @@ class _Planner:
             num_micro_batches=2 * pp if pp > 1 else 1,
         )
 
-    def _sizes(self, limit: int, divides: int) -> list[int]:
-        return [
-            size
-            for size in range(2, limit + 1)
-            if self.world_size % size == 0 and divides % size == 0
-        ]
+    def _sizes(self, limit: int) -> list[int]:
+        return [size for size in range(2, limit + 1) if self.world_size % size == 0]
 
     def _add(
         self, name: str, layout: Layout, against: Against = "one rank", other: Layout | None = None

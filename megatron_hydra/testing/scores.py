@@ -88,13 +88,12 @@ def _record(name: str, capability: str, num_pairs: int) -> ProbeRecord:
 
 
 def _shape(num_layers: int, num_heads: int, num_query_groups: int, **fields: Any) -> ModelShape:
-    """A small float32 model with heads of 8 channels."""
+    """A small model with heads of 8 channels."""
     defaults: dict[str, Any] = dict(
         head_dim=8,
         hidden_size=8 * num_heads,
         ffn_hidden_size=16 * num_heads,
         vocab_size=64,
         tied_embeddings=True,
-        value_bytes=4,
     )
     return ModelShape(num_layers, num_heads, num_query_groups, **{**defaults, **fields})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,34 @@ def write_tiny_qwen3(
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_byte_tokenizer(folder)
     return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a folder's config.json; the word `REMOVE` as a value takes a key out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    kept = {key: value for key, value in config.items() if value != "REMOVE"}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@torch.no_grad()
+def logits_difference(folder: Path, oracle: Path | None = None) -> float:
+    """The largest difference between transformers' logits and ours, on some tokens.
+
+    Args:
+        folder: That we read.
+        oracle: That transformers reads; the same if it is None.
+    """
+    from transformers import Qwen3ForCausalLM
+
+    from megatron_hydra.conversion.qwen3 import load_teacher
+
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
+    theirs = Qwen3ForCausalLM.from_pretrained(oracle or folder, dtype=torch.float32)
+    expected = theirs(tokens).logits
+    assert expected.std() > 0.5, "logits too small for the comparison to mean something"
+    logits = load_teacher(folder).eval()(tokens, torch.arange(40).expand(2, -1), None)
+    return float((logits - expected).abs().max())
 
 
 def write_byte_tokenizer(folder: Path) -> None:

@@ -35,6 +35,7 @@ from megatron_hydra.conversion.distributed_weights import (
 )
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model
+from megatron_hydra.parallel_sizes import real_part
 from megatron_hydra.testing.global_tensors import (
     Piece,
     assemble,
@@ -269,7 +270,8 @@ class Trainer:
         if not outputs:
             return []
         vocab = self.config.vocab_size
-        first = parallel_state.get_tensor_model_parallel_rank() * (vocab // self.layout.tp)
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        first, number = real_part(vocab, self.layout.tp, tp_rank)
         pieces = []
         for micro_batch, logits in zip(self.micro_batches, outputs, strict=True):
             for document in micro_batch.document.unique().tolist():
@@ -277,7 +279,7 @@ class Trainer:
                     continue
                 here = micro_batch.document == document
                 shape = (self.document_lengths[document], vocab)
-                data = logits[here.to(logits.device)].float().cpu()
+                data = logits[here.to(logits.device)][:, :number].float().cpu()
                 pieces.append(
                     Piece(f"document {document}", shape, (0, first), data, micro_batch.place[here])
                 )

@@ -100,6 +100,7 @@ def distillation_loss(
         jsd_beta=jsd_beta,
         float32_logits=float32_logits,
         temperature=temperature,
+        vocab_size=student_model.config.vocab_size,
         tp_group=group,
         impl=choose_fused_kernels(student_model.config.fused_kernels),
     )
@@ -156,7 +157,7 @@ def set_pipeline_input(
 
 
 def _output_weight(gpt_model: Any) -> Tensor:
-    """[v, h], this TP rank's rows: the embedding's where they are tied."""
+    """[v, h], this TP rank's rows, padding too: the embedding's where they are tied."""
     if gpt_model.share_embeddings_and_output_weights:
         return gpt_model.shared_embedding_or_output_weight()
     return gpt_model.output_layer.weight

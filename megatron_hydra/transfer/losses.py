@@ -28,6 +28,7 @@ def chunked_distillation_loss(
     jsd_beta: float = 0.5,
     float32_logits: bool = False,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
     tp_group: ProcessGroup | None = None,
     impl: Literal["reference", "triton"] = "reference",
 ) -> LinearKLOutput:
@@ -55,6 +56,7 @@ def chunked_distillation_loss(
             float32_logits=float32_logits,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
+            vocab_size=vocab_size,
             group=tp_group,
             impl=impl,
         )

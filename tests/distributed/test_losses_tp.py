@@ -15,7 +15,7 @@ from megatron_hydra.testing import run_distributed
 
 pytestmark = pytest.mark.dist
 
-ROWS, VOCAB, HIDDEN = 13, 24, 6
+ROWS, VOCAB, HIDDEN = 13, 22, 6  # of 4 ranks the last has 4 rows of 6
 WEIGHTS = {"kl_weight": 0.7, "ce_weight": 0.3}
 
 
@@ -45,6 +45,7 @@ def check_sharded_vocabulary(tp_size: int) -> None:
     from megatron.core import parallel_state
 
     from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.parallel_sizes import padded_size, real_part
     from megatron_hydra.transfer.losses import chunked_distillation_loss
 
     initialize_model_parallel(tensor=tp_size)
@@ -53,7 +54,11 @@ def check_sharded_vocabulary(tp_size: int) -> None:
     shapes = (ROWS, HIDDEN), (VOCAB, HIDDEN), (ROWS, HIDDEN), (VOCAB, HIDDEN)
     whole = [torch.randn(shape, generator=rng, dtype=torch.float64) * 2 for shape in shapes]
     labels = torch.randint(VOCAB, (ROWS,), generator=rng)
-    mine = slice(group.rank() * VOCAB // group.size(), (group.rank() + 1) * VOCAB // group.size())
+    first, number = real_part(VOCAB, group.size(), group.rank())
+    mine, part = slice(first, first + number), padded_size(VOCAB, group.size()) // group.size()
+
+    def padded(rows: torch.Tensor) -> torch.Tensor:
+        return F.pad(rows, (0, 0, 0, part - number))
 
     for temperature in (1.0, 2.0):
         for mask in (torch.ones(ROWS), (torch.arange(ROWS) % 2).float(), torch.zeros(ROWS)):
@@ -64,16 +69,17 @@ def check_sharded_vocabulary(tp_size: int) -> None:
             for chunk_tokens in (1, 5, ROWS, 2 * ROWS):
                 student = [
                     whole[0].clone().requires_grad_(),
-                    whole[1][mine].clone().requires_grad_(),
+                    padded(whole[1][mine]).requires_grad_(),
                 ]
                 parts = chunked_distillation_loss(
                     *student,
                     whole[2],
-                    whole[3][mine],
+                    padded(whole[3][mine]),
                     labels,
                     mask,
                     chunk_tokens=chunk_tokens,
                     temperature=temperature,
+                    vocab_size=VOCAB,
                     tp_group=group,
                     **WEIGHTS,
                 )
@@ -83,11 +89,13 @@ def check_sharded_vocabulary(tp_size: int) -> None:
                 assert parts.num_tokens == mask.sum()
                 torch.testing.assert_close(student[0].grad, hidden.grad, rtol=1e-12, atol=1e-12)
                 torch.testing.assert_close(
-                    student[1].grad, weight.grad[mine], rtol=1e-12, atol=1e-12
+                    student[1].grad, padded(weight.grad[mine]), rtol=1e-12, atol=1e-12
                 )
 
 
-def check_on_gpt_model(tp_size: int, tied: bool, sequence_parallel: bool) -> None:
+def check_on_gpt_model(
+    tp_size: int, tied: bool, sequence_parallel: bool, vocab_size: int = 64
+) -> None:
     """Loss and every parameter's gradient equal those through the model's own gathered logits."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -97,6 +105,7 @@ def check_on_gpt_model(tp_size: int, tied: bool, sequence_parallel: bool) -> Non
     from megatron_hydra.transfer.distillation import distillation_loss
 
     config = tiny_config(
+        vocab_size=vocab_size,
         tensor_model_parallel_size=tp_size,
         sequence_parallel=sequence_parallel,
         share_embeddings_and_output_weights=tied,
@@ -116,7 +125,9 @@ def check_on_gpt_model(tp_size: int, tied: bool, sequence_parallel: bool) -> Non
 
     group = parallel_state.get_tensor_model_parallel_group()
     logits, teacher_logits = (
-        gather_from_tensor_model_parallel_region(model(tokens, position_ids, None), group=group)
+        gather_from_tensor_model_parallel_region(model(tokens, position_ids, None), group=group)[
+            ..., :vocab_size
+        ]
         for model in (student, teacher)
     )
     expected = full_loss(logits, teacher_logits.detach(), labels, loss_mask, temperature=1.0)
@@ -132,7 +143,8 @@ def check_on_gpt_model(tp_size: int, tied: bool, sequence_parallel: bool) -> Non
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
     assert all(parameter.grad is None for parameter in teacher.parameters())
-    assert student(tokens, position_ids, None).shape == logits[..., : 64 // tp_size].shape
+    whole = student(tokens, position_ids, None, runtime_gather_output=True)
+    torch.testing.assert_close(whole, logits, rtol=0, atol=0)
 
     alone = distillation_loss(student, None, *batch, kl_weight=0.0, ce_weight=1.0, chunk_tokens=5)
     megatron_loss = (student(tokens, position_ids, None, labels=labels) * loss_mask).sum()
@@ -144,6 +156,7 @@ def check_rank(tp_size: int, models: list[tuple[bool, bool]]) -> None:
     check_sharded_vocabulary(tp_size)
     for tied, sequence_parallel in models:
         check_on_gpt_model(tp_size, tied, sequence_parallel)
+    check_on_gpt_model(tp_size, *models[-1], vocab_size=61)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""`hydra_tools.train` under torchrun, recorded, and killed -9 with all its ranks at a named point.
+"""`hydra_tools.train`, recorded, and at a named point killed -9 with all its ranks, or signalled.
 
 Environment: `RECORD` names the folder of the records, one file a rank; `LIFE` is this launch's
-number in them; `KILL` is `phase:n`, the n-th call of one of the phases below; `WRITE_SECONDS`
-makes every rank's disk that slow.
+number in them; `KILL` is `phase:n`, the n-th call of one of the phases below, or with a signal's
+name `phase:n:SIGTERM`, which the last rank then sends itself, or `phase:n:launcher`, where it kills
+-9 torchrun alone; `WRITE_SECONDS` makes every rank's disk that slow.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,23 +30,33 @@ _calls: dict[str, int] = {}
 
 
 def _kill_at(phase: str) -> None:
-    """Kill -9 torchrun and every rank, this one last, if this call is the one."""
+    """Kill -9 torchrun and every rank, this one last, if this call is the one; or send a signal."""
     _calls[phase] = _calls.get(phase, 0) + 1
-    if os.environ.get("KILL") == f"{phase}:{_calls[phase]}":
+    name, number, *way = [*os.environ.get("KILL", "").split(":"), ""][:3]
+    if [name, number] != [phase, str(_calls[phase])]:
+        return
+    if not way[0]:
         agent = psutil.Process(os.getppid())
         others = [child for child in agent.children(recursive=True) if child.pid != os.getpid()]
         _record({"killed": phase})
         for victim in (agent, *others, psutil.Process()):
             victim.kill()
+    elif int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        _record({"killed": f"{phase} {way[0]}"})
+        if way[0] == "launcher":
+            os.kill(os.getppid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), signal.Signals[way[0]])
 
 
 def _record(entry: dict[str, Any]) -> None:
-    file = Path(os.environ["RECORD"]) / f"rank_{os.environ['RANK']}.jsonl"
+    file = Path(os.environ["RECORD"]) / f"rank_{os.environ.get('RANK', '0')}.jsonl"
     with file.open("ab", buffering=0) as stream:  # in one write, so that a kill cuts no line
         stream.write(json.dumps({"life": int(os.environ["LIFE"]), **entry}).encode() + b"\n")
 
 
 def _prepare_and_patch(config: Any) -> Any:
+    _kill_at("imports")
     training = _prepare(config)  # imports all that is patched
     _patch_steps()
     _patch_saving()

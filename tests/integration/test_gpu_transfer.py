@@ -175,7 +175,7 @@ def go_on_from_half(folder: Path) -> None:
     shutil.rmtree(stage / "hybrid")
     shutil.rmtree(stage / f"checkpoints/step_{NUM_STEPS:08}")
     losses: list[float] = []
-    run = TrainingRun(load_config(stage / "config.yaml"))
+    run = TrainingRun(load_config(stage / "run_config.yaml"))
     run.run(lambda step, scalars: losses.append(scalars["loss"]))
     (folder / "went_on.json").write_text(json.dumps(losses))
 

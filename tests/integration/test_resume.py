@@ -1,4 +1,4 @@
-"""Kill -9 at a named point, then the same command: the run ends as a quiet one, bit for bit.
+"""Killed or stopped at a named point, then the same command: it ends as a quiet one, in each bit.
 
 Catches a run that starts anew, whatever a checkpoint forgets (optimizer steps and moments, the
 learning rate's place, the data's place, random states), samples that are trained on twice or
@@ -8,33 +8,39 @@ starts from a half-written hybrid. With other layouts in between: samples in ano
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
 import re
-import signal
 import subprocess
-import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-import yaml
+from lives import (
+    BATCH,
+    LENGTH,
+    NUM_STEPS,
+    RUN_SECONDS_MAX,
+    Run,
+    checkpoint_step,
+    order,
+    paths,
+    read_tensors,
+    torchrun,
+    write_inputs,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import write_models
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from megatron_hydra.nemo.config import load_config
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-NUM_STEPS, SAVE_EVERY, BATCH, LENGTH = 14, 2, 2, 16
-SAMPLE_BASE = 200  # as recorded_run.py has it
 STAGES = ("align", "distill", "long_context")
 # In a life, what can be killed at the n-th call, and the largest n; a step calls the first three
 # twice, the others once, and a save comes every other step.
@@ -42,128 +48,30 @@ PHASES = {"data": 6, "forward": 6, "backward": 6, "optimizer": 3, "optimizer_don
           "save_begin": 2, "save_files": 2, "save_metadata": 2, "save_config": 2, "save_mark": 2,
           "remove": 1, "start": 1, "load": 1}  # fmt: skip
 AT_THE_END = ("hybrid_move", "hybrid_moved")
-ROOT = Path(__file__).parents[2]
-RUN_SECONDS_MAX = 600
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `hybrid`, `run.yaml` and `data`, whose samples say their number."""
-    from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
-
-    folder = tmp_path_factory.mktemp("inputs")
-    write_models(folder)
-    filler = random.Random(0)
-    tokens = [
-        token
-        for sample in range(NUM_STEPS * BATCH)  # one epoch, to the last sample
-        for token in (
-            sample % SAMPLE_BASE,
-            sample // SAMPLE_BASE,
-            *filler.choices(range(256), k=14),
-        )
-    ]
-    write_indexed_dataset(folder / "data", [[*tokens, 0]], 257, {})
-    config = {
-        "data": {"paths": [f"{folder}/data"], "seq_length": LENGTH, "micro_batch_size": 1,
-                 "global_batch_size": BATCH},
-        "trainer": {"max_steps": NUM_STEPS, "num_threads": 1},
-        "strategy": {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True},
-        "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.1},
-        "transfer": {"stage": "given by the test", "init_from": f"{folder}/hybrid",
-                     "teacher": f"{folder}/teacher"},
-        "log": {"folder": "given by the test"},
-        "resume": {"save_every_n_steps": SAVE_EVERY},
-    }  # fmt: skip
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
-@dataclass
-class Run:
-    """One stage's run folder, its command, and the lives that it has had."""
-
-    inputs: Path
-    folder: Path
-    stage: str
-    overrides: list[str] = field(default_factory=list)
-    num_lives: int = 0
-
-    @property
-    def arguments(self) -> list[str]:
-        fixed = [f"transfer.stage={self.stage}", f"log.folder={self.folder}"]
-        return ["--config", f"{self.inputs}/run.yaml", *fixed, *self.overrides]
-
-    def live(self, kill: str = "", ranks: int = 2, more: Sequence[str] = ()) -> str:
-        """Run the command to its end, or to where it is killed; return what it printed."""
-        self.num_lives += 1
-        log, records = (
-            self.folder.with_name(f"{self.folder.name}.{x}") for x in ("log", "records")
-        )
-        records.mkdir(parents=True, exist_ok=True)
-        environment = {"RECORD": str(records), "KILL": kill, "LIFE": str(self.num_lives),
-                       "OMP_NUM_THREADS": "1",
-                       "WRITE_SECONDS": "0.3" if "resume.async_save=true" in more else "0",
-                       "PYTHONPATH": _paths()}  # fmt: skip
-        with log.open("wb") as stream:
-            code = subprocess.run(
-                [*_torchrun(ranks), str(Path(__file__).with_name("recorded_run.py")),
-                 *self.arguments, *more],
-                stdout=stream, stderr=subprocess.STDOUT, timeout=RUN_SECONDS_MAX,
-                env={**os.environ, **environment},
-            ).returncode  # fmt: skip
-        printed = log.read_text(errors="replace")
-        assert code == (-signal.SIGKILL if kill else 0), f"{kill or 'quiet'}: {printed[-4000:]}"
-        return printed
-
-    def records(self) -> list[dict[str, Any]]:
-        """What the ranks recorded of all lives, in the order of their writing."""
-        files = sorted(self.folder.with_name(f"{self.folder.name}.records").glob("*.jsonl"))
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-    def kills(self) -> list[str]:
-        return [entry["killed"] for entry in self.records() if "killed" in entry]
-
-    def consumed(self) -> list[tuple]:
-        """Step, samples, tokens and random draws, without the steps that were rolled back."""
-        entries = [entry for entry in self.records() if "step" in entry]
-        start: dict[int, int] = {}  # of each life
-        for entry in entries:
-            start[entry["life"]] = min(entry["step"], start.get(entry["life"], NUM_STEPS))
-        steps: dict[tuple, dict[int, list]] = {}
-        for entry in entries:
-            if all(entry["step"] < start[life] for life in start if life > entry["life"]):
-                of_rank = steps.setdefault((entry["data"], entry["tensor"]), {})
-                of_rank.setdefault(entry["step"], []).append(entry)
-        return [
-            (rank, step, *((e["samples"], e["tokens"], e["draws"]) for e in of_rank[step]))
-            for rank, of_rank in sorted(steps.items())
-            for step in sorted(of_rank)
-        ]
-
-    def checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """All tensors and random states, and the common state, after the last step."""
-        weights = self.folder / f"checkpoints/step_{NUM_STEPS:08d}/weights"
-        common = torch.load(weights / "common.pt", weights_only=False)
-        # The first holds the checkpoints' own paths, the second how often Lightning was started.
-        return _tensors(weights), {
-            key: value for key, value in common.items() if key not in ("callbacks", "loops")
-        }
+    """What the runs read."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
-    """One kill a stage: in the backward pass, in a save in the background, and at the switch."""
+    """A kill a stage: in the backward pass, in a save in the background, and at the switch.
+
+    Before that a signal to one rank of two, and torchrun killed alone: both save, at one step.
+    """
     kills = {
-        "align": ["backward:7"],
+        "align": ["backward:5:SIGUSR1", "backward:7"],
         "distill": ["save_files:2"],
-        "long_context": ["hybrid_move:1"],
+        "long_context": ["backward:5:launcher", "hybrid_move:1"],
     }
     quiet = _quiet_chain(inputs, tmp_path)
     killed = _killed_chain(inputs, tmp_path / "killed", kills, ["resume.async_save=true"])
-    _compare(quiet, killed, num_kills=3)
+    _compare(quiet, killed, num_kills=5)
 
     run = killed[0]
-    written = load_config(run.folder / "config.yaml")  # with nothing left open
+    written = load_config(run.folder / "run_config.yaml")  # with nothing left open
     chosen = (written.trainer.accelerator, written.model.backend, written.model.la_kernel)
     assert chosen == ("cpu", "local", "reference")
     assert "is complete" in run.live()
@@ -199,7 +107,7 @@ def test_layout_changes_between_lives(inputs: Path, tmp_path: Path) -> None:
     printed = moved.live("optimizer:5", more=[one])
     assert "random states start from the seed" in printed and "going on from" in printed
     moved.live(ranks=1, more=[one])
-    assert _order(moved) == _order(quiet)
+    assert order(moved) == order(quiet)
     tensors, common = moved.checkpoint()
     expected, expected_common = quiet.checkpoint()
     for name, value in expected.items():
@@ -227,8 +135,10 @@ def _killed_chain(
     for run in runs:
         for kill in kills[run.stage]:
             _live_on(run, _reachable(run, kill), more)
+            if kill.count(":") == 2:
+                _check_stopped(run)
             assert not (run.folder / "hybrid/model.json").exists() or kill == "hybrid_moved:1"
-        saved_step = _checkpoint_step(run.folder)
+        saved_step = checkpoint_step(run.folder)
         if kills[run.stage][-1] == "hybrid_moved:1":
             assert "is complete" in run.live(more=more)
             continue
@@ -239,9 +149,34 @@ def _killed_chain(
     return runs
 
 
+def _check_stopped(run: Run) -> None:
+    """All ranks have ended, some moments after torchrun, and have saved the step they were in."""
+    end = time.monotonic() + 60
+    while _ranks(run) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert _ranks(run) == [], "orphans"
+    step = checkpoint_step(run.folder)
+    assert step in (3, 4)  # two backward passes each; a launcher's end takes a moment to be known
+    printed = run.printed()
+    sentence = (
+        f": stopped after step {step} of {NUM_STEPS}, which is saved in {run.folder}/checkpoints; "
+        "the same command goes on from there"
+    )
+    assert sentence in printed, printed[-4000:]
+
+
+def _ranks(run: Run) -> list[int]:
+    """Processes that run the command."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if f"log.folder={run.folder}" in (process.info["cmdline"] or ())
+    ]
+
+
 def _live_on(run: Run, kill: str, more: Sequence[str]) -> str:
     """One life, from the newest checkpoint: a run that starts anew would end bit-equal too."""
-    saved_step = _checkpoint_step(run.folder)
+    saved_step = checkpoint_step(run.folder)
     printed = run.live(kill, more=more)
     start = f"going on from {run.folder}/checkpoints/step_{saved_step:08d}"
     assert (start if saved_step else "starting at step 0") in printed, printed
@@ -251,7 +186,7 @@ def _live_on(run: Run, kill: str, more: Sequence[str]) -> str:
 def _reachable(run: Run, kill: str) -> str:
     """The kill, or one while data is read where nothing is there to be loaded or removed."""
     needs_checkpoint = kill.partition(":")[0] in ("load", "remove")
-    return kill if _checkpoint_step(run.folder) or not needs_checkpoint else "data:5"
+    return kill if checkpoint_step(run.folder) or not needs_checkpoint else "data:5"
 
 
 def _chain(inputs: Path, folder: Path) -> list[Run]:
@@ -267,34 +202,19 @@ def _chain(inputs: Path, folder: Path) -> list[Run]:
 def _compare(quiet: list[Run], killed: list[Run], num_kills: int) -> None:
     assert sum(len(set(run.kills())) > 0 for run in killed) == len(STAGES)
     assert sum(len(run.kills()) for run in killed) >= num_kills
-    start = _tensors(quiet[0].inputs / "hybrid/weights")
+    start = read_tensors(quiet[0].inputs / "hybrid/weights")
     for expected, found in zip(quiet, killed, strict=True):
         what = f"{found.stage} after {found.kills()}"
-        samples = [sample for _, sample in _order(found)]
+        samples = [sample for _, sample in order(found)]
         assert sorted(samples) == list(range(NUM_STEPS * BATCH)), f"{what}: not each sample once"
         assert found.consumed() == expected.consumed(), what
         common = found.checkpoint()[1]
         assert common["PreTrainingDataModule"]["consumed_samples"] == NUM_STEPS * BATCH, what
         for one, other in zip(found.checkpoint(), expected.checkpoint(), strict=True):
             assert not (different := _differences(one, other)), f"{what}: {different}"
-        ends = [_tensors(run.folder / "hybrid/weights") for run in (found, expected)]
+        ends = [read_tensors(run.folder / "hybrid/weights") for run in (found, expected)]
         assert not (different := _differences(*ends)), f"{what}: {different}"
         assert _differences(ends[0], start), f"{what}: nothing was trained"
-
-
-def _order(run: Run) -> list[tuple[int, int]]:
-    """Step and sample, in the order of the data: micro-batches are dealt out to the ranks."""
-    of_step: dict[int, list[tuple]] = {}
-    for (data, tensor), step, *batches in run.consumed():
-        if tensor == 0:
-            found = of_step.setdefault(step, [])
-            found += [(place, data, tuple(batch[0])) for place, batch in enumerate(batches)]
-    return [
-        (step, sample)
-        for step in sorted(of_step)
-        for _, _, samples in sorted(of_step[step])
-        for sample in samples
-    ]
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -314,13 +234,6 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
     return wrong + [item for key, a, b in parts for item in _differences(a, b, f"{path}.{key}")]
 
 
-def _checkpoint_step(run: Path) -> int:
-    """Finished steps of the newest whole checkpoint; 0 if there is none."""
-    unfinished = {path.name.removesuffix("-unfinished") for path in run.glob("checkpoints/*-unf*")}
-    names = {path.name for path in run.glob("checkpoints/step_*") if path.is_dir()} - unfinished
-    return max((int(name.removeprefix("step_")) for name in names), default=0)
-
-
 def _steps_of_newest_log(run: Path) -> list[int]:
     """The steps that the run's last process has recorded."""
     newest = max(run.glob("tensorboard/events*"), key=lambda path: path.stat().st_mtime)
@@ -329,30 +242,14 @@ def _steps_of_newest_log(run: Path) -> list[int]:
     return [point.step for point in events.Scalars("train/loss")]
 
 
-def _tensors(weights: Path) -> dict[str, Any]:
-    file = weights.with_suffix(".whole.pt")
-    if not file.exists():
-        dcp_to_torch_save(weights, file)
-    return torch.load(file, weights_only=False)
-
-
-def _torchrun(ranks: int) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(ranks)]
-
-
-def _paths() -> str:
-    return os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
-
-
 def test_bad_input_is_one_sentence_on_every_rank(inputs: Path, tmp_path: Path) -> None:
     """torchrun itself prints a traceback of its own and exits with 1; nothing of ours does."""
     overrides = [f"log.folder={tmp_path / 'run'}", "transfer.init_from=nowhere"]
     arguments = ["-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml", *overrides]
     finished = subprocess.run(
-        [*_torchrun(2), *arguments, "transfer.stage=align"],
+        [*torchrun(2), *arguments, "transfer.stage=align"],
         capture_output=True, text=True, timeout=RUN_SECONDS_MAX,
-        env={**os.environ, "PYTHONPATH": _paths(), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths(), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert finished.returncode == 1
     log = finished.stdout + finished.stderr

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from going_on import check_damaged_checkpoint, check_full_disk
 from tiny_models import PLAN, write_models
 from torch import Tensor
 
-from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing import run_distributed
 
@@ -104,7 +103,11 @@ def _check_runs(inputs: Path, folder: Path) -> None:
             _check_run(inputs, folder / name, overrides)
             unset_num_microbatches_calculator()  # NeMo keeps the first run's
         assert lines.count("accelerator cpu; starting at step 0") == len(RUNS)
-        _check_damaged_checkpoint(inputs, folder / "align", lines)
+        overrides = [*RUNS["align"], f"log.folder={folder / 'align'}"]
+        check_damaged_checkpoint(inputs, folder / "align", overrides, lines)
+        unset_num_microbatches_calculator()
+        check_full_disk(inputs, [*RUNS["distill"], f"log.folder={folder / 'full'}"])
+        unset_num_microbatches_calculator()
         for stage in ("align", "distill", "long_context"):
             _check_bf16(inputs, folder / f"{stage}_bf16", RUNS[stage])
             unset_num_microbatches_calculator()
@@ -171,61 +174,9 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
     hybrid = load_checkpoint(folder / "hybrid")
     found = dict(hybrid.model.named_parameters())
     torch.testing.assert_close(found, trained, rtol=1e-4, atol=1e-6)
+    assert hybrid.meta["provenance"]["seq_length"] == LENGTH  # where it is to be evaluated
     # Heads are placed for the run's length; the stored model reaches as far as it did before.
     assert (run.model_config.seq_length, hybrid.config.seq_length) == (LENGTH, 128)
-
-
-def _check_damaged_checkpoint(inputs: Path, folder: Path, lines: list[str]) -> None:
-    """Whatever file is damaged, the run goes on from the checkpoint before, or says it cannot."""
-    from megatron_hydra.nemo.config import load_config
-    from megatron_hydra.nemo.run_state import check_model
-    from megatron_hydra.nemo.training import TrainingRun
-
-    config = load_config(inputs / "run.yaml", [*RUNS["align"], f"log.folder={folder}"])
-    last, newest = (folder / f"checkpoints/step_0000000{step}" for step in (2, 4))
-    names = sorted(path.name for path in (last / "weights").iterdir())
-    assert {".metadata", "__0_0.distcp", "common.pt", "metadata.json"} == set(names)
-    for name in names:
-        for harm in (_cut_off, Path.unlink, _fill_with_zeros):
-            if harm is _fill_with_zeros and name.endswith(".distcp"):
-                continue  # seen when it is loaded, as the documentation says
-            shutil.rmtree(newest, ignore_errors=True)
-            shutil.copytree(last, newest)
-            harm(newest / "weights" / name)
-            assert TrainingRun(config)._checkpoint() == last, (name, harm)
-            warning = lines.pop()
-            assert str(newest) in warning and name in warning, warning
-            assert warning.endswith(f"; going on from {last} instead"), warning
-
-    steps: list[int] = []
-    TrainingRun(config).run(lambda step, scalars: steps.append(step))
-    assert steps == [3], "the run that went on"
-
-    plan, identity = HeadPlan.from_fa_heads({0: [1], 1: [0, 2]}, 2, 4, 2), "a" * 64
-    other_plan = (
-        r"step_00000002 is of another head plan than h: the FA heads of layer 1 are \[0, 3\]"
-    )
-    known = TrainingRun(config).meta["teacher_config_hash"]
-    with pytest.raises(UserError, match=other_plan):
-        check_model(last / "weights", plan, known, "h")
-    with pytest.raises(UserError, match="step_00000002 is of a hybrid of another teacher than h"):
-        check_model(last / "weights", plan, identity, "h")
-    run = TrainingRun(config)
-    run.model_config.plan = plan
-    with pytest.raises(UserError, match="another head plan than .*/hybrid"):
-        run.run(lambda step, scalars: None)
-
-    _cut_off(last / "weights/common.pt")
-    with pytest.raises(UserError, match=r"step_00000004/weights: .*; no checkpoint of .* is whole"):
-        TrainingRun(config).run(lambda step, scalars: None)
-
-
-def _cut_off(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def _fill_with_zeros(file: Path) -> None:
-    file.write_bytes(bytes(file.stat().st_size))
 
 
 def _split(tokens: Tensor) -> list[list[int]]:

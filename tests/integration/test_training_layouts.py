@@ -37,9 +37,15 @@ CONTEXT, SEQUENCE = "strategy.context_parallel_size", "strategy.sequence_paralle
 
 @pytest.fixture(scope="module")
 def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with inputs of four layers, output weights tied or not, and one rank's runs."""
+    """A folder with inputs of four layers, output weights tied or not, and one rank's runs.
+
+    Where they are `padded`, the vocabulary and the MLP's width are odd.
+    """
     folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder, PLAN, num_hidden_layers=4, tie_word_embeddings=request.param == "tied")
+    shape: dict[str, Any] = {"tie_word_embeddings": request.param == "tied"}
+    if request.param == "padded":
+        shape |= {"vocab_size": 265, "intermediate_size": 49}
+    write_inputs(folder, PLAN, num_hidden_layers=4, **shape)
     run_distributed(train, 1, folder, folder / "one", [])
     return folder
 
@@ -82,6 +88,7 @@ def _layout(tied: str, world_size: int, *sizes: str, fast: bool = False) -> Any:
         _layout("untied", 4, f"{PIPELINE}=2", f"{TENSOR}=2"),
         _layout("untied", 4, f"{CONTEXT}=2", f"{TENSOR}=2", f"{SEQUENCE}=true"),
         _layout("untied", 4, f"{CONTEXT}=4"),
+        _layout("padded", 2, f"{TENSOR}=2", f"{SEQUENCE}=true", fast=True),
     ],
     indirect=["inputs"],
 )

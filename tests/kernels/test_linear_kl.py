@@ -5,6 +5,7 @@ Triton's kernels run on a GPU, and in Triton's interpreter where there is none.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -313,9 +314,10 @@ def check_shards(size: int) -> None:
     """Every rank: values of the whole, gradients of its rows, and a part of the hidden states'."""
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.group.WORLD
+    weights = ("student_weight", "teacher_weight")
     inputs = make_inputs(torch.float32)
     mine = slice(group.rank() * VOCAB // size, (group.rank() + 1) * VOCAB // size)
-    shard = inputs | {name: inputs[name][mine] for name in ("student_weight", "teacher_weight")}
+    shard = inputs | {name: inputs[name][mine] for name in weights}
     for kind in KINDS:
         settings = {"kind": kind, "temperature": 2.0, "chunk_tokens": 4}
         for impl in ("reference", "triton"):
@@ -324,6 +326,22 @@ def check_shards(size: int) -> None:
             torch.distributed.all_reduce(actual["dstudent_hidden"])
             expected["dstudent_weight"] = expected["dstudent_weight"][mine]
             torch.testing.assert_close(actual, expected, rtol=2e-4, atol=1e-6)
+    # Padding: a little, and so much that the last rank has fewer splits of its own than others.
+    for rows, part, vocab in ((ROWS, 51, VOCAB), (3, 9000, 9100)):
+        inputs = make_inputs(torch.float32, rows, vocab)
+        mine = slice(group.rank() * part, min((group.rank() + 1) * part, vocab))
+        shard = dict(inputs)
+        for name in weights:
+            shard[name] = torch.full((part, inputs[name].shape[1]), 1e3)  # seen by no softmax
+            shard[name][: mine.stop - mine.start] = inputs[name][mine]
+        for kind, impl in itertools.product(KINDS, ("reference", "triton")):
+            expected = exact(inputs, kind)
+            actual = run(shard, kind=kind, group=group, vocab_size=vocab, impl=impl)
+            torch.distributed.all_reduce(actual["dstudent_hidden"])
+            padded = torch.zeros_like(actual["dstudent_weight"])
+            padded[: mine.stop - mine.start] = expected["dstudent_weight"][mine]
+            expected["dstudent_weight"] = padded
+            torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.dist
@@ -347,6 +365,8 @@ def test_a_vocabulary_over_ranks(size: int):
         ({"student_weight": torch.zeros(VOCAB, HIDDEN + 1)}, "with one h"),
         ({"labels": torch.zeros(ROWS - 1, dtype=torch.long)}, "as many labels"),
         ({"labels": torch.full((ROWS,), VOCAB)}, "label 100 counts .* 0 to 99 are allowed"),
+        ({"vocab_size": 9}, "label .* counts .* 0 to 8 are allowed"),
+        ({"vocab_size": VOCAB + 1}, "vocab_size 101 does not end on the last of 1 ranks"),
         (
             {"impl": "triton", "student_weight": torch.zeros(VOCAB, HIDDEN).double()},
             "takes bfloat16, float16 or float32, got student_weight of torch.float64",

@@ -118,6 +118,28 @@ def test_teacher_folders_of_both_kinds_are_one_model(teacher: Path, tmp_path: Pa
     assert torch.equal(_logits(loaded.model), _logits(source.model))
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(80.0, None), (80.5, "80.5"), (89.0, "89"), (torch.inf, "inf"), (torch.nan, "nan")],
+)
+def test_a_decay_that_would_give_nan_is_refused(
+    teacher: Path, hybrid: Path, tmp_path: Path, value: float, said: str | None
+) -> None:
+    """exp(89) is no float32, and infinity times softplus(-100), which is 0, is NaN."""
+    loaded = _load(hybrid)
+    branch = loaded.model.decoder.layers[1].self_attention.linear_attention
+    assert 2 in branch.heads
+    with torch.no_grad():
+        branch.A_log[branch.heads.index(2)] = value
+    rest = (loaded.model, loaded.config, loaded.plan, teacher, {})
+    checkpoint.save_checkpoint(tmp_path / "ckpt", *rest)
+    if said is None:
+        assert _logits(_load(tmp_path / "ckpt").model).isfinite().all()
+        return
+    with pytest.raises(UserError, match=rf"A_log of head 2 \(LA\) of layer 1 is {said}, .* 80 at"):
+        _load(tmp_path / "ckpt")
+
+
 def test_saving_starts_no_process(hybrid: Path) -> None:
     """Megatron's own writer does, and a script without a main guard would then run twice."""
     assert hybrid.is_dir()

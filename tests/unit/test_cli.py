@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_plan_writes_plan_and_picture_and_tells_what_it_chose(
         (("--kv-cache-ratio", "1/4"), [(1,), ()]),
         (("--kv-cache-ratio", "0.5"), [(1,), (0, 1)]),
         (("--kv-cache-ratio", "1/2", "--whole-groups"), [(0, 1), (0, 1)]),
-        (("--cache-gib", "1.5e-5", "--context", "128"), [(1,), ()]),
+        (("--cache-gib", "8e-6", "--context", "128"), [(1,), ()]),
         (("--decode-ms", "1.4e-4", "--context", "4096", "--device", "h200"), [(1,), (0, 1)]),
         (("--fa-heads", "4", "--per-layer", "2"), [(0, 1), (0, 1)]),
         (("--fa-heads", "2", "--multiple-of", "2"), [(0, 1), ()]),
@@ -195,6 +196,74 @@ def test_rounded_budget_is_said(scores: Path, capsys: pytest.CaptureFixture[str]
     assert "the ratio asks for 2.667 heads: rounded to 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("budget", "way_out"),
+    [
+        (["--fa-heads", "0"], r"the least budget that keeps one is 1 FA head"),
+        (["--fa-heads", "0", "--whole-groups"], r"the least budget that keeps one is 2 FA heads"),
+        (["--fa-heads", "0", "--per-layer", "0"], r"FA heads a layer: 0 allows none"),
+        (["--cache-gib", "1.2e-5", "--context", "1024"], r"that keeps one is (\S+) GiB"),
+        (["--decode-ms", "1e-4", "--context", "32768"], r"that keeps one is (\S+) ms"),
+    ],
+)
+def test_a_plan_without_an_fa_head_says_so_and_names_the_way_out(
+    scores: Path, capsys: pytest.CaptureFixture[str], budget: list[str], way_out: str
+) -> None:
+    assert cli.main(plan_arguments(scores, *budget)) == 0
+    assert HeadPlan.load(scores.with_name("plan.json")).num_fa_heads == 0
+    printed = capsys.readouterr().out
+    assert cli.main(["inspect", str(scores.with_name("plan.json"))]) == 0
+    for text in (printed, capsys.readouterr().out):
+        (line,) = (line for line in text.splitlines() if line.startswith("WARNING: no head keeps"))
+        found = re.search(way_out, line)
+        assert found, line
+    if not found.groups():
+        return
+    for share, number in ((1, 1), (0.98, 0)):  # just as much, and hardly less
+        amount = str(share * float(found[1]))
+        words = [budget[0], amount, *budget[2:], "--overwrite"]
+        assert cli.main(plan_arguments(scores, *words)) == 0
+        plan = HeadPlan.load(scores.with_name("plan.json"))
+        assert min(plan.num_fa_heads, 1) == number
+
+
+def test_without_evidence_no_larger_budget_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scores.json"
+    make_scores([[0.0, 0.0], [0.0, 0.0]], num_query_groups=1).save(path)
+    assert cli.main(plan_arguments(path, "--kv-cache-ratio", "1/2")) == 0
+    assert "no head has a score above 0, so only --fa-heads would" in capsys.readouterr().out
+
+
+def test_a_budget_that_no_plan_keeps_to_names_the_least_with_an_fa_head(
+    scores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(plan_arguments(scores, "--cache-gib", "1e-9", "--context", "4096")) == 2
+    error = capsys.readouterr().err
+    least = re.search(r"possible is (\S+) GiB, and (\S+) GiB with a head on full attention", error)
+    assert least is not None, error
+    for amount, number in ((least[1], 0), (least[2], 1)):
+        words = ["--cache-gib", amount, "--context", "4096", "--overwrite"]
+        assert cli.main(plan_arguments(scores, *words)) == 0
+        assert HeadPlan.load(scores.with_name("plan.json")).num_fa_heads == number
+
+
+def test_a_cost_budget_without_a_length_is_counted_at_the_default_and_says_so(
+    scores: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(plan_arguments(scores, "--cache-gib", "8")) == 0
+    printed = capsys.readouterr().out
+    assert "budget: 8 GiB of cache and state at 32,768 tokens (bf16)" in printed
+    assert "budget and costs are told at 32,768 tokens, the default: --context names" in printed
+    budget = HeadPlan.load(scores.with_name("plan.json")).provenance["budget"]
+    assert budget["context_tokens"] == 32768
+    assert (
+        cli.main(plan_arguments(scores, "--cache-gib", "8", "--context", "9", "--overwrite")) == 0
+    )
+    assert "the default" not in capsys.readouterr().out
+
+
 def test_colours_appear_on_a_terminal(
     scores: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +284,6 @@ def test_colours_appear_on_a_terminal(
         (["--fa-heads", "1", "--min-fa-per-layer", "1", "--random-seed", "0"], "cannot give 1"),
         (["--fa-ratio", "2"], "ratio of FA heads 2 must be above 0 and at most 1"),
         (["--kv-cache-ratio", "1/4", "--min-fa-per-layer", "1"], "the least possible is 1/2"),
-        (["--cache-gib", "1"], "needs a context length"),
         (["--decode-ms", "1e-9", "--context", "64"], "the least possible is"),
         (["--fa-heads", "3", "--whole-groups"], "ask for 2 or 4"),
         (["--fa-heads", "2", "combine.consistancy=false"], "did you mean combine.consistency"),
@@ -260,6 +328,7 @@ def test_existing_outputs_need_overwrite(scores: Path) -> None:
         ("inspect", {"matplotlib"}),
         ("pareto", {"matplotlib"}),
         ("report", set()),
+        ("evaluate", {"matplotlib"}),
     ],
 )
 def test_verbs_without_a_model_start_without_pytorch(verb: str, others: set[str]) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra_tools import cli
 
+from megatron_hydra.conversion.model_folder import weights_hash
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
 
@@ -75,7 +82,8 @@ def test_an_earlier_checkpoint_is_replaced(inputs: Path) -> None:
     [
         ({"rope_scaling": "yarn"}, "config.json has rope_scaling 'yarn'; it must be an object"),
         ({"layer_types": 5}, "config.json has layer_types 5; it must be a list or null"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan; it must be a finite number > 0"),
+        ({"rms_norm_eps": float("nan")}, "config.json: NaN is no number of JSON"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' in rope_parameters; only"),
     ],
 )
 def test_a_damaged_config_is_named(
@@ -85,6 +93,93 @@ def test_a_damaged_config_is_named(
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
     assert message in _refused(inputs, capsys, *words)
+
+
+def _remove(*names: str) -> Callable[[Path], None]:
+    def remove(inputs: Path) -> None:
+        for name in names:
+            path = inputs / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return remove
+
+
+def _to_checkpoint(inputs: Path) -> None:
+    (inputs / "teacher/model.json").write_text("{}")
+
+
+BAD_INPUTS = {
+    "folder": (_remove("teacher"), "model folder IN/teacher does not exist"),
+    "config": (
+        _remove("teacher/config.json"),
+        "IN/teacher is neither a checkpoint folder (model.json)",
+    ),
+    "weights": (
+        _remove("teacher/model.safetensors"),
+        "weight file IN/teacher/model.safetensors does not exist",
+    ),
+    "tokenizer": (
+        _remove("teacher/tokenizer.json"),
+        "IN/teacher has no tokenizer: tokenizer.json is missing",
+    ),
+    "plan": (_remove("plan.json"), "cannot read IN/plan.json: No such file"),
+    "kind": (
+        _to_checkpoint,
+        "--teacher IN/teacher is a checkpoint folder: it is converted already",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind"),
+    [("convert", kind) for kind in BAD_INPUTS]
+    + [("score", kind) for kind in ("folder", "config", "weights", "tokenizer")],
+)
+def test_bad_folders_are_said_before_pytorch_is_imported(
+    inputs: Path, verb: str, kind: str
+) -> None:
+    """PyTorch, Megatron and transformers take seconds to import, tens of them on some clusters."""
+    spoil, message = BAD_INPUTS[kind]
+    spoil(inputs)
+    words = [verb, "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    words += ["--plan", f"{inputs}/plan.json"] if verb == "convert" else []
+    program = (
+        "import sys\nfrom hydra_tools import cli\n"
+        f"code = cli.main({words!r})\n"
+        "print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))\nsys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert message.replace("IN", str(inputs)) in done.stderr
+    assert (done.returncode, done.stdout.split()) == (2, ["[]"])
+
+
+def test_a_plan_of_other_weights_is_warned_of(
+    inputs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fine-tune may take over its base's plan, but hears of it."""
+
+    def convert(weights: str | None) -> list[str]:
+        provenance = {} if weights is None else {"teacher_weights_hash": weights}
+        plan = HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2, provenance=provenance)
+        plan.save(inputs / "plan.json", overwrite=True)
+        words = ["--teacher", f"{inputs}/teacher", "--plan", f"{inputs}/plan.json"]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert cli.main(["convert", *words, "--out", f"{inputs}/out", *MORE]) == 0
+        return [text for text in caplog.messages if "scores of other weights" in text]
+
+    (warning,) = convert("feed" * 16)
+    assert "plan.json was made from scores of other weights than those in" in warning
+    for known in (weights_hash(inputs / "teacher"), "", None):
+        assert convert(known) == []
+
+
+MORE = ["--overwrite", "--calibration-tokens", "256"]
 
 
 @pytest.mark.parametrize(

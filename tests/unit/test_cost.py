@@ -26,6 +26,7 @@ from megatron_hydra.selection.cost import (  # noqa: E402
     GIB,
     Device,
     ModelShape,
+    ServeDtype,
     cache_bytes_per_token,
     costs_of,
     decode_bounds,
@@ -41,7 +42,7 @@ from megatron_hydra.selection.cost import (  # noqa: E402
 from megatron_hydra.testing.tiny import FA_HEADS, tiny_config, tiny_plan  # noqa: E402
 from megatron_hydra.testing.tiny_qwen3 import TINY_SHAPE  # noqa: E402
 
-QWEN3_1P7B = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, True, 2)
+QWEN3_1P7B = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,11 +64,13 @@ def matrices(plan: HeadPlan | None, **fields: Any) -> dict[str, torch.Tensor]:
 def test_the_shape_follows_the_configuration() -> None:
     config = tiny_config(num_query_groups=2, la_conv_kernel_size=3)
     shape = ModelShape.from_config(config)
-    assert shape == ModelShape(2, 8, 2, 8, 32, 48, 64, True, 4, 3)
-    assert ModelShape(**json.loads(json.dumps(dataclasses.asdict(shape)))) == shape
+    assert shape == ModelShape(2, 8, 2, 8, 32, 48, 64, True, 3)
+    data = json.loads(json.dumps(dataclasses.asdict(shape)))
+    assert ModelShape.from_dict(data) == shape
+    assert ModelShape.from_dict({**data, "value_bytes": 4}) == shape  # of earlier releases
     assert ModelShape.from_config(tiny_config(la_short_conv=False)).conv_kernel_size == 0
     half = tiny_config(params_dtype=torch.bfloat16, bf16=True, pipeline_dtype=torch.bfloat16)
-    assert ModelShape.from_config(half).value_bytes == 2
+    assert ModelShape.from_config(half) == ModelShape.from_config(tiny_config())
     assert (shape.total_heads, shape.total_groups, shape.heads_per_group) == (16, 4, 4)
 
 
@@ -93,25 +96,37 @@ def test_weights_are_those_of_the_built_model(plan: HeadPlan | None, tied: bool)
     found = matrices(plan, **fields)
     nbytes = sum(value.nbytes for value in found.values())
     shape = ModelShape.from_config(tiny_config(**fields))
-    assert weight_bytes(shape).of(plan) == nbytes
+    assert weight_bytes(shape, "fp32").of(plan) == nbytes
     looked_up = 0 if tied else found["embedding.word_embeddings.weight"].nbytes
-    assert weight_bytes_read(shape).of(plan) == nbytes - looked_up
+    assert weight_bytes_read(shape, "fp32").of(plan) == nbytes - looked_up
 
 
-def test_cache_and_state_are_the_bytes_of_tensors_that_hold_them() -> None:
-    """Keys and values of the groups with an FA head; a matrix and past inputs of each LA head."""
+@pytest.mark.parametrize(
+    ("dtype", "served"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)],
+)
+def test_cache_and_state_are_the_bytes_of_tensors_that_hold_them(
+    dtype: ServeDtype, served: torch.dtype
+) -> None:
+    """Keys and values of the groups with an FA head; a matrix and past inputs of each LA head.
+
+    The configuration is of float32 weights: what serves decides, but for the state's matrices.
+    """
     length, d = 100, 8
     groups = [{head // 2 for head in heads} for heads in FA_HEADS.values()]
-    cache = [torch.empty(2, length, d) for layer in groups for _ in layer]
+    cache = [torch.empty(2, length, d, dtype=served) for layer in groups for _ in layer]
     num_la_heads = 16 - sum(map(len, FA_HEADS.values()))
-    state = [(torch.empty(d, d), torch.empty(3, d, 3)) for _ in range(num_la_heads)]
+    state = [(torch.empty(d, d), torch.empty(3, d, 3, dtype=served)) for _ in range(num_la_heads)]
     shape = ModelShape.from_config(tiny_config())
     cache_bytes = sum(tensor.nbytes for tensor in cache)
     held = sum(tensor.nbytes for head in state for tensor in head)
-    assert (cache_bytes_per_token(shape) * length).of(tiny_plan()) == cache_bytes
-    assert state_bytes(shape).of(tiny_plan()) == held
-    assert total_cache_bytes(shape, length).of(tiny_plan()) == cache_bytes + held
-    assert state_bytes(shape).of(None) == 0
+    assert (cache_bytes_per_token(shape, dtype) * length).of(tiny_plan()) == cache_bytes
+    assert state_bytes(shape, dtype).of(tiny_plan()) == held
+    assert total_cache_bytes(shape, length, dtype).of(tiny_plan()) == cache_bytes + held
+    assert state_bytes(shape, dtype).of(None) == 0
+    costs = costs_of(shape, tiny_plan(), length, "h100", dtype)
+    assert (costs.kv_cache_bytes, costs.state_bytes) == (cache_bytes, held)
+    assert costs.serve_dtype == dtype
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -121,7 +136,7 @@ def test_teacher_flops_are_those_that_pytorch_counts(tied: bool) -> None:
     model = Qwen3ForCausalLM(config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
-    shape = ModelShape(2, 4, 2, 16, 32, 48, 264, tied, 4)
+    shape = ModelShape(2, 4, 2, 16, 32, 48, 264, tied)
     # The eager model multiplies the masked half of the square of positions, too.
     masked_half = 2 * 4 * 2 * length**2 * 16
     rotary_angles = 2 * length * 16 // 2
@@ -163,7 +178,8 @@ def test_decoding_takes_as_long_as_its_bytes_take_to_move(batch: int) -> None:
     cache = sum(2 * length * 8 * 4 for layer in range(2) for _ in plan.fa_groups(layer))
     state = (16 - plan.num_fa_heads) * (8 * 8 * 4 + 3 * 8 * 3 * 4)
     expected = (weights / batch + cache + 2 * state) / 1e3
-    assert decode_seconds(shape, plan, length, device, batch) == pytest.approx(expected)
+    found = decode_seconds(shape, plan, length, device, batch, "fp32")
+    assert found == pytest.approx(expected)
 
 
 def test_decoding_takes_as_long_as_its_arithmetic_where_memory_is_fast() -> None:

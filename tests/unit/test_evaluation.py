@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,16 +24,14 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron_hydra.config import HydraConfig  # noqa: E402
 from megatron_hydra.conversion.checkpoint import save_checkpoint  # noqa: E402
 from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields  # noqa: E402
-from megatron_hydra.evaluation import perplexity as perplexity_module  # noqa: E402
 from megatron_hydra.evaluation import ruler  # noqa: E402
-from megatron_hydra.evaluation.perplexity import perplexity, text_windows  # noqa: E402
+from megatron_hydra.evaluation.reading import read_evaluation  # noqa: E402
 from megatron_hydra.evaluation.results import (  # noqa: E402
     Accuracy,
     Evaluation,
     ModelResult,
     NeedleGrid,
     count_right,
-    read_evaluation,
 )
 from megatron_hydra.evaluation.ruler import (  # noqa: E402
     answered_right,
@@ -126,41 +123,6 @@ def test_teacher_forced_match_is_greedy_decoding(
     assert expected == [True, False, False, False] * 2
 
 
-@pytest.mark.parametrize("max_tokens", [1, 8192])
-def test_perplexity_is_the_mean_over_windows_run_alone(
-    max_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(perplexity_module, "MAX_TOKENS", max_tokens)
-    model = random_model(None)
-    text = torch.randint(0, VOCAB, (50,), generator=torch.Generator().manual_seed(3))
-    tokens = text_windows(text.tolist(), (6, 12), 40)
-    assert tokens.tolist() == text[:37].tolist()
-    for length in (6, 12):
-        total = 0.0
-        for start in range(0, 36, length):
-            window = tokens[None, start : start + length]
-            with torch.no_grad():
-                logits = model(window, torch.arange(length)[None], None)[0].double()
-            for position in range(length):
-                total -= logits[position].log_softmax(0)[tokens[start + position + 1]].item()
-        assert perplexity(model, tokens, length) == pytest.approx(math.exp(total / 36), rel=1e-5)
-
-
-def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary() -> None:
-    model = random_model(None)
-    with torch.no_grad():
-        model.output_layer.weight.zero_()
-    tokens = text_windows(list(range(VOCAB)), (10,), 100)
-    assert perplexity(model, tokens, 10) == pytest.approx(VOCAB, rel=1e-6)
-
-
-def test_text_too_short_for_the_windows_is_refused() -> None:
-    with pytest.raises(UserError, match="needs 13 tokens of held-out text; there are 12"):
-        text_windows(range(12), (4, 6), 1000)
-    with pytest.raises(UserError, match="there are 9"):
-        text_windows(range(100), (4, 6), 8)
-
-
 def test_samples_are_dealt_to_depths_and_do_not_depend_on_other_cells(folder: Path) -> None:
     tokenizer, text = load_tokenizer(folder), list(range(200, 240)) * 30
     depths = needle_depths(3)
@@ -227,14 +189,15 @@ def test_cache_and_state_are_what_the_built_model_needs(fields: dict) -> None:
                 state += parameter.shape[0] * (parameter.shape[1] - 1) * weight.element_size()
     assert cache > 0 and state > 0
     shape = ModelShape.from_config(model.config)
-    assert cache_bytes_per_token(shape).of(PLAN) == cache
-    assert state_bytes(shape).of(PLAN) == state
+    dtype = "bf16" if fields.get("params_dtype") else "fp32"
+    assert cache_bytes_per_token(shape, dtype).of(PLAN) == cache
+    assert state_bytes(shape, dtype).of(PLAN) == state
 
 
 def test_a_teacher_caches_every_group_and_has_no_state() -> None:
     shape = ModelShape.from_config(random_model(None).config)
     cache = cache_bytes_per_token(shape)
-    assert cache.of(None) == 2 * 2 * 2 * 8 * 4  # layers, groups, k and v
+    assert cache.of(None) == 2 * 2 * 2 * 8 * 2  # layers, groups, k and v
     assert state_bytes(shape).of(None) == 0
     assert cache.of(HeadPlan.all_fa(2, 4, 2)) == cache.of(None)
     fewer = replace(PLAN, layers=(PLAN.layers[1],) * 2)  # one head, so one group a layer
@@ -256,12 +219,16 @@ def test_command_writes_what_the_report_reads(
     assert evaluation.cells == tuple(
         (task, length) for task in ("single", "multi_key_2") for length in (200, 300)
     )
-    assert list(teacher.perplexity) == [200, 300]
+    assert list(teacher.loss_nats) == [200, 300]
     assert (teacher.grid.task, teacher.grid.lengths) == ("single", (200, 300))
-    assert teacher.cache_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert teacher.cache_bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert evaluation.serve_dtype == "bf16" == json.loads(out.read_text())["serve_dtype"]
     assert evaluation.provenance["perplexity_tokens"] == 1200
     printed = capsys.readouterr().out
     assert "multi_key_2 300" in printed
+    assert "cache B/token (bf16)" in printed and "state B (fp32, past inputs bf16)" in printed
+    assert "lengths: 200, 300 tokens (by --lengths)" in printed
+    assert "training length: 200 tokens, by --training-length" in printed
     # The tiny teacher's config.json says 128 positions.
     assert "teacher is built for 128 tokens: its results at 200, 300 tokens are beyond" in printed
 
@@ -288,7 +255,9 @@ def test_command_writes_what_the_report_reads(
         (["--tasks", "multi_key:1"], "'multi_key:1' is not understood; write multi_key:N"),
         (["--tasks", "multi_key:2,multi_key:02"], "--tasks names 'multi_key:02' twice"),
         (["--lengths", "40"], "no room for text"),
-        (["--lengths", "9000"], r"the text has \d+ tokens, but \d+ are needed"),
+        (["--lengths", "9000"], r"9000 tokens needs 9001 .* ask for --lengths up to \d+, or give"),
+        (["--perplexity-tokens", "99"], "ask for 200 or more, or for --lengths up to 99"),
+        (["--perplexity-tokens", "0"], "--perplexity-tokens is 0"),
         (["--text", "nowhere.txt"], "cannot read the text file nowhere.txt"),
         (["--training-length", "0"], "--training-length is 0"),
         (["--overwrite", "--out", "TEXT"], "text.txt would replace the input"),
@@ -358,7 +327,7 @@ def test_a_folder_as_output_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(evaluate, "local_text", lambda: pytest.fail("the text was read"))
+    monkeypatch.setattr(evaluate, "stand_in_text", lambda option: pytest.fail("the text was read"))
     command = ["evaluate", "--model", f"teacher={folder}", "--out", str(tmp_path), "--overwrite"]
     assert main(command) == 2
     assert "is a folder, and a file is to be written" in capsys.readouterr().err

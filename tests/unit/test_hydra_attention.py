@@ -379,7 +379,9 @@ def test_choices_that_do_not_fit_are_errors():
         choose_la_kernel("fla")
     with pytest.raises(UserError, match="fusion is 'mean'; allowed: scale, norm, none, gate"):
         tiny_config(fusion="mean")
-    with pytest.raises(UserError, match="num_attention_heads is 8, which does not divide"):
+    with pytest.raises(
+        UserError, match="size 16 does not fit the model: the 8 query heads of a layer"
+    ):
         tiny_config(tensor_model_parallel_size=16, vocab_size=64, ffn_hidden_size=48)
     with pytest.raises(UserError, match="transformer_engine', which is not installed"):
         get_hydra_layer_spec(tiny_config(), tiny_plan().layers[0], "transformer_engine")

@@ -15,8 +15,17 @@ SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
 
 # What each part of megatron_hydra may import of the others. Whatever a part may import, those
 # above it may too; selection, transfer and conversion never import one another.
-FOUNDATION = {"errors", "disk", "files", "head_plan", "placement", "cpu", "yaml_config"}
-MODEL = FOUNDATION | {"config", "attention", "layer_specs", "model", "parallel"}
+FOUNDATION = {
+    "errors",
+    "disk",
+    "files",
+    "head_plan",
+    "placement",
+    "parallel_sizes",
+    "cpu",
+    "yaml_config",
+}
+MODEL = FOUNDATION | {"config", "attention", "padding", "layer_specs", "model", "parallel"}
 CHARTS = {"chart_style", "heatmap", "selection_charts"}
 MIDDLE = MODEL | CHARTS | {"selection", "transfer", "conversion"}
 ALLOWED_PARTS = {
@@ -25,14 +34,16 @@ ALLOWED_PARTS = {
     "files": {"disk", "errors"},
     "head_plan": {"errors", "files"},
     "placement": {"errors", "head_plan"},
+    "parallel_sizes": {"errors"},
     "cpu": {"errors"},
     "yaml_config": {"errors", "files"},
     "chart_style": {"errors", "files"},
     "config": FOUNDATION,
     "parallel": FOUNDATION | {"config"},
     "attention": FOUNDATION | {"config"},
-    "layer_specs": FOUNDATION | {"config", "attention"},
-    "model": FOUNDATION | {"config", "attention", "layer_specs"},
+    "padding": FOUNDATION | {"config"},
+    "layer_specs": FOUNDATION | {"config", "attention", "padding"},
+    "model": FOUNDATION | {"config", "attention", "padding", "layer_specs"},
     "selection": MODEL,
     "transfer": MODEL,
     "conversion": MODEL,
@@ -43,7 +54,14 @@ ALLOWED_PARTS = {
     "report": MIDDLE | {"evaluation"},
     "testing": MIDDLE | {"nemo", "evaluation", "report"},
 }
-STANDARD_LIBRARY_ONLY = ("errors.py", "disk.py", "files.py", "head_plan.py", "placement.py")
+STANDARD_LIBRARY_ONLY = (
+    "errors.py",
+    "disk.py",
+    "files.py",
+    "head_plan.py",
+    "placement.py",
+    "parallel_sizes.py",
+)
 # Scores and plans are read, combined, planned and compared where PyTorch is not installed: these
 # files of selection import one another, the foundation and numerics, and nothing else.
 PLANNING = (

@@ -104,8 +104,8 @@ def test_costs_are_told_at_the_length_asked_for(
     ours, teacher = (costs_of(scores.shape, of, 123456, "h200") for of in (plan_, None))
     assert "one sequence of 123,456 tokens" in out
     for name, figure in (
-        ("KV cache, GiB", lambda costs: costs.kv_cache_bytes / GIB),
-        ("predicted decode, ms a token (H200 SXM)", lambda costs: costs.decode_ms),
+        ("KV cache, GiB (bf16)", lambda costs: costs.kv_cache_bytes / GIB),
+        ("predicted decode, ms a token (H200 SXM, bf16)", lambda costs: costs.decode_ms),
     ):
         (line,) = (line for line in out.splitlines() if line.startswith(name))
         assert line.split()[-3:-1] == [f"{figure(teacher):.4g}", f"{figure(ours):.4g}"]

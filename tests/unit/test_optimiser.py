@@ -34,9 +34,9 @@ BUDGETS = [
     Budget("decode_ms", 2.4e-5, 1000, "h200"),
 ]
 SHAPES = [
-    ModelShape(3, 4, 2, 8, 32, 64, 64, True, 4),
-    ModelShape(2, 6, 2, 8, 32, 64, 64, True, 4),
-    ModelShape(3, 4, 4, 8, 32, 64, 64, True, 4),
+    ModelShape(3, 4, 2, 8, 32, 64, 64, True),
+    ModelShape(2, 6, 2, 8, 32, 64, 64, True),
+    ModelShape(3, 4, 4, 8, 32, 64, 64, True),
 ]
 
 
@@ -175,7 +175,7 @@ def test_greedy_is_exact_for_a_number_of_heads(constraints: Constraints, number:
 
 def test_greedy_is_worse_where_a_group_is_shared() -> None:
     """One group may be stored: two middling heads in one are worth more than the best head."""
-    shape = ModelShape(1, 4, 2, 8, 32, 64, 64, True, 4)
+    shape = ModelShape(1, 4, 2, 8, 32, 64, 64, True)
     values = np.array([[0.9, 0.0, 0.6, 0.6]])
     budget = Budget("kv_cache_ratio", Fraction(1, 2))
     assert solve(shape, Constraints(), budget, values, "exact") == {(0, 2), (0, 3)}
@@ -208,7 +208,7 @@ def test_ties_fall_to_fewer_idle_heads_then_larger_effects(budget: Budget, seed:
 
 
 def test_a_plan_of_the_papers_size_is_solved_in_a_moment() -> None:
-    shape = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, True, 2)
+    shape = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, True)
     values = np.random.default_rng(0).random((28, 16)) ** 8
     problem = Budget("cache_gib", 8, 524288).problem(shape, Constraints(min_fa_per_layer=1))
     found = choose_heads(problem, values, np.zeros_like(values))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -173,7 +174,7 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 def test_the_file_explains_itself(tmp_path: Path) -> None:
-    scores = noisy_scores()
+    scores = dataclasses.replace(noisy_scores(), teacher_weights_hash="feed")
     budget = Budget("cache_gib", 1.8e-5, 128)
     constraints = Constraints(min_fa_per_layer=1)
     summary = plan_from_scores(scores, budget, constraints, num_resamples=40)
@@ -184,6 +185,7 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
     assert read_explanation(plan) == summary.explanation
     assert read_shape(plan) == scores.shape
     made_by = plan.provenance
+    assert made_by["teacher_weights_hash"] == "feed"
     assert Budget.from_dict(made_by["budget"]) == budget
     assert Constraints(**made_by["constraints"]) == constraints
     assert made_by["costs"]["plan"]["context_tokens"] == 128
@@ -273,7 +275,11 @@ def test_ratio_is_rounded_to_heads_that_are_possible_and_says_so(
         (("kv_cache_ratio", Fraction(1, 10)), {}, "less than one group: 1/6 is the least"),
         (("kv_cache_ratio", Fraction(1, 3)), {"per_layer": 1}, "the least possible is 1/2"),
         (("cache_gib", 1.0), {}, "needs a context length"),
-        (("cache_gib", 0.0, 100), {}, "0 GiB of cache and state at 100 tokens must be above 0"),
+        (
+            ("cache_gib", 0.0, 100),
+            {},
+            r"0 GiB of cache and state at 100 tokens \(bf16\) must be above 0",
+        ),
         (("cache_gib", 1e-6, 100), {}, "no plan keeps to 1e-06 GiB .*: the least .* [0-9.e-]+ GiB"),
         (("decode_ms", 1e-9, 100), {}, "no plan keeps to 1e-09 ms .*: the least possible is"),
         (("decode_ms", float("nan"), 100), {}, "nan ms a decoded token"),

@@ -1,9 +1,10 @@
-"""Hugging Face Qwen3 folders: same logits as transformers, and every refusal in one sentence."""
+"""Weights of Hugging Face Qwen3 folders: transformers' logits, or a refusal in one sentence."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ cpu.install_if_needed()
 from megatron_hydra.conversion import qwen3  # noqa: E402
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
+from megatron_hydra.testing.tiny_qwen3 import (  # noqa: E402
+    edit_config,
+    logits_difference,
+    write_tiny_qwen3,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,24 +35,6 @@ def _single_rank() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_tiny_qwen3(tmp_path / "teacher")
-
-
-def _edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v != "REMOVE"}))
-
-
-@torch.no_grad()
-def _logits_difference(folder: Path) -> float:
-    from transformers import Qwen3ForCausalLM
-
-    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
-    expected = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
-    model = qwen3.load_teacher(folder).eval()
-    logits = model(tokens, torch.arange(40).expand(2, -1), None)
-    assert expected.std() > 0.5, "logits too small for the comparison to mean something"
-    return (logits - expected).abs().max().item()
 
 
 @pytest.mark.parametrize(
@@ -64,37 +51,62 @@ def _logits_difference(folder: Path) -> float:
 def test_teacher_has_the_logits_of_transformers(tmp_path: Path, fields: dict[str, Any]) -> None:
     folder = write_tiny_qwen3(tmp_path / "teacher", **fields)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("max_shard_size" in fields)
-    assert _logits_difference(folder) < 1e-4
+    assert logits_difference(folder) < 1e-4
+
+
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    """A newer save beside the shards of an older one: transformers never opens the index."""
+    folder = write_tiny_qwen3(tmp_path / "teacher", seed=1, max_shard_size="20KB")
+    older = logits_difference(folder)
+    write_tiny_qwen3(tmp_path / "newer", seed=2)
+    shutil.copy(tmp_path / "newer/model.safetensors", folder)
+    assert older < 1e-4 and logits_difference(folder) < 1e-4
+    assert logits_difference(tmp_path / "newer", folder) < 1e-4
+    # Nor does a stale index matter, whose shards are gone, nor one that cannot be read.
+    for shard in folder.glob("model-*.safetensors"):
+        shard.unlink()
+    assert logits_difference(folder) < 1e-4
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert logits_difference(folder) < 1e-4
+
+
+def test_shards_may_lie_in_a_subfolder(tmp_path: Path) -> None:
+    folder = write_tiny_qwen3(tmp_path / "teacher", max_shard_size="20KB")
+    (folder / "parts").mkdir()
+    for shard in folder.glob("model-*.safetensors"):
+        shard.rename(folder / "parts" / shard.name)
+    _edit_index(folder, lambda name: f"parts/{name}")
+    assert logits_difference(folder) < 1e-4
+
+
+def _edit_index(folder: Path, rename: Callable[[str], Any]) -> None:
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"] = {tensor: rename(name) for tensor, name in data["weight_map"].items()}
+    index.write_text(json.dumps(data))
 
 
 def test_tied_folder_may_carry_a_copy_of_the_embedding(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert _logits_difference(folder) < 1e-4
+    assert logits_difference(folder) < 1e-4
 
 
-def test_config_of_transformers_5_reads_the_same(folder: Path) -> None:
-    _edit_config(folder, rope_theta=5e5, rope_scaling=None)
-    before = qwen3.read_qwen3_config(folder)
-    _edit_config(
-        folder, rope_theta="REMOVE", rope_parameters={"rope_theta": 5e5, "rope_type": "default"}
-    )
-    assert qwen3.read_qwen3_config(folder) == before
-    assert before["rope_theta"] == 5e5
-
-
-def test_left_out_fields_have_the_defaults_of_transformers(folder: Path) -> None:
-    from transformers import Qwen3Config
-
-    optional = ("head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
-                "max_position_embeddings")  # fmt: skip
-    _edit_config(folder, **dict.fromkeys(optional, "REMOVE"))
-    found = qwen3.read_qwen3_config(folder)
-    expected = Qwen3Config()
-    assert {name: found[name] for name in optional} == {
-        name: getattr(expected, name) for name in optional
-    }
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_folder_with_another_output_layer_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    folder = write_tiny_qwen3(tmp_path / "teacher", dtype=dtype)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight other than the embedding.*set it to false"):
+        qwen3.read_weights(folder)
+    edit_config(folder, tie_word_embeddings=False)  # the way out
+    assert torch.equal(qwen3.read_weights(folder)["lm_head.weight"], tensors["lm_head.weight"])
+    assert logits_difference(folder) < 1e-4
 
 
 def test_hash_follows_the_shape_alone(tmp_path: Path) -> None:
@@ -104,51 +116,8 @@ def test_hash_follows_the_shape_alone(tmp_path: Path) -> None:
     assert qwen3.config_hash(trained) == base
     assert qwen3.config_hash(wider) != base
     assert qwen3.teacher_hash(qwen3.hydra_config(trained, fusion="norm", seq_length=8)) == base
-    _edit_config(trained, rope_theta=10000)  # a whole number in place of 10000.0
+    edit_config(trained, rope_theta=10000)  # a whole number in place of 10000.0
     assert qwen3.config_hash(trained) == base
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llama"}, "model_type 'llama'"),
-        ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_scaling 'yarn'"),
-        ({"rope_scaling": "yarn"}, "rope_scaling 'yarn'; it must be an object or null"),
-        ({"rope_parameters": [1]}, r"rope_parameters \[1\]; it must be an object or null"),
-        ({"rope_theta": "REMOVE", "rope_parameters": {"rope_theta": "x"}}, "rope_theta 'x'"),
-        ({"attention_bias": True}, "attention_bias True"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"use_sliding_window": True}, "sliding-window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
-        ({"layer_types": 5}, "layer_types 5; it must be a list or null"),
-        ({"layer_types": [["full_attention"]]}, "sliding-window"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps nan; it must be a finite number > 0"),
-        ({"rms_norm_eps": True}, "rms_norm_eps True"),
-        ({"rope_theta": math.inf}, "rope_theta inf"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'; it must be true or false"),
-        ({"hidden_size": "REMOVE"}, "no 'hidden_size'"),
-        ({"num_hidden_layers": 2.5}, "num_hidden_layers 2.5"),
-        ({"num_key_value_heads": 3}, "not a multiple of 3"),
-    ],
-)
-def test_unsupported_configs_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
-    _edit_config(folder, **changes)
-    with pytest.raises(UserError, match=message):
-        qwen3.read_qwen3_config(folder)
-
-
-def test_missing_folder_and_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        qwen3.read_qwen3_config(tmp_path / "nothing")
-    with pytest.raises(UserError, match="has no config.json"):
-        qwen3.read_qwen3_config(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
-        qwen3.read_qwen3_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +137,7 @@ def test_bad_overrides_are_named(folder: Path, overrides: dict[str, Any], messag
 
 
 NORM = "model.layers.1.self_attn.q_norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def _truncate(folder: Path) -> None:
@@ -189,6 +159,19 @@ def _rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
     return rewrite
 
 
+def _spoil_values(value: float, dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EMBEDDING] = tensors[EMBEDDING].to(dtype)
+        tensors[EMBEDDING][7, 3:6] = value
+
+    return _rewrite(spoil)
+
+
+def _to_bin(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -199,8 +182,26 @@ def _rewrite(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
         (_rewrite(lambda t: t.update({"model.extra": torch.ones(1)})), "has tensor model.extra"),
         (_rewrite(lambda t: t.update({NORM: torch.ones(3)})), r"shape \(3,\).*asks for \(16,\)"),
         (_rewrite(lambda t: t.update({NORM: t[NORM].double()})), "dtype F64; allowed: F32, BF16"),
+        (_spoil_values(math.nan), f"{EMBEDDING} in .* has 3 of 8,448 values that are NaN or inf"),
+        (_spoil_values(-math.inf), f"{EMBEDDING} in .* has 3 of 8,448 values"),
+        (_spoil_values(math.nan, torch.bfloat16), f"{EMBEDDING} in .* has 3 of 8,448 values"),
+        (_spoil_values(math.inf, torch.float16), f"{EMBEDDING} in .* has 3 of 8,448 values"),
+        (_to_bin, "weights as pytorch_model.bin alone.*by save_pretrained.folder, safe_serializ"),
     ],
-    ids=["data", "header", "file", "missing", "unknown", "shape", "dtype"],
+    ids=[
+        "data",
+        "header",
+        "file",
+        "missing",
+        "unknown",
+        "shape",
+        "dtype",
+        "nan",
+        "inf",
+        "nan-bfloat16",
+        "inf-float16",
+        "pytorch",
+    ],  # fmt: skip
 )
 def test_bad_weights_are_named(folder: Path, spoil: Callable, message: str) -> None:
     spoil(folder)
@@ -224,9 +225,21 @@ def test_bad_shards_are_named(tmp_path: Path) -> None:
         qwen3.read_weights(folder)
 
 
-def test_tokenizer_loads_and_its_absence_is_named(folder: Path, tmp_path: Path) -> None:
-    tokenizer = qwen3.load_tokenizer(folder)
-    assert tokenizer.decode(tokenizer.encode("fünf 5\n")) == "fünf 5\n"
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="cannot load a tokenizer"):
-        qwen3.load_tokenizer(tmp_path / "empty")
+@pytest.mark.parametrize("name", ["../other/{}", "/tmp/{}", 5, "..", "{}/../../{}"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: Any) -> None:
+    folder = write_tiny_qwen3(tmp_path / "teacher", max_shard_size="20KB")
+    shutil.copytree(folder, tmp_path / "other")
+    _edit_index(folder, lambda shard: name.replace("{}", shard) if isinstance(name, str) else name)
+    with pytest.raises(UserError, match="index.json names .*, which is no file inside"):
+        qwen3.read_weights(folder)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
+    """transformers passes over it, and starts that part of the model from random values."""
+    folder = write_tiny_qwen3(tmp_path / "teacher", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    del data["weight_map"][NORM]
+    index.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=f"{NORM} is in .*, but .*index.json does not name it"):
+        qwen3.read_weights(folder)

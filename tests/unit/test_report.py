@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
@@ -14,10 +15,10 @@ import pytest
 from hydra_tools import report as verb
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.results import Accuracy, read_evaluation
+from megatron_hydra.evaluation.reading import read_evaluation
+from megatron_hydra.evaluation.results import Accuracy
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.sections import crossover_tokens
-from megatron_hydra.report.training_runs import read_run
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.pareto import pareto_table
@@ -33,26 +34,29 @@ CONTROL = [[2], [3]]  # as many heads a layer, as many query groups
 NAMES = ("teacher", "hybrid, untrained", "hybrid, trained", "random heads, trained")
 
 
-def write_events(folder: Path, curves: Mapping[str, Sequence[float]], first_step: int = 0) -> None:
-    """Write one TensorBoard event file."""
+def write_events(
+    folder: Path, curves: Mapping[str, Sequence[float | None]], first_step: int = 0
+) -> None:
+    """Write one TensorBoard event file; nothing at a step whose value is None."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for tag, values in curves.items():
             for step, value in enumerate(values, first_step):
-                writer.add_scalar(tag, value, step)
+                if value is not None:
+                    writer.add_scalar(tag, value, step)
 
 
 def head_plan(fa_heads: Sequence[Sequence[int]] = PLAN) -> HeadPlan:
     return HeadPlan.from_fa_heads(dict(enumerate(fa_heads)), LAYERS, HEADS, GROUPS, HASH)
 
 
-def write_run(folder: Path, losses: Mapping[str, Sequence[float]]) -> Path:
+def write_run(folder: Path, losses: Mapping[str, Sequence[float | None]]) -> Path:
     """Write a run folder with these losses, and gradient norm and speed as long."""
     num_steps = len(next(iter(losses.values())))
     other = {"train/grad_norm": [1.0] * num_steps, "train/tokens_per_s": [900.0] * num_steps}
     write_events(folder, {**losses, **other})
-    (folder / "config.yaml").write_text("data:\n  seed: 4321\n  path: <corpus>\n")
+    (folder / "run_config.yaml").write_text("data:\n  seed: 4321\n  path: <corpus>\n")
     (folder / "hybrid").mkdir(parents=True, exist_ok=True)
     meta = {
         "schema_version": 1,
@@ -103,6 +107,7 @@ def evaluation_data() -> dict[str, Any]:
         "kind": "evaluation",
         "models": [model_result(*row) for row in figures],
         "training_length": 64,
+        "serve_dtype": "bf16",
         "provenance": {"seed": 77, "command": ["megatron-hydra", "evaluate"], "versions": {}},
     }
 
@@ -236,6 +241,10 @@ def _retrain(run: Path, fa_heads: list[list[int]]) -> None:
     head_plan(fa_heads).save(run / "hybrid" / "plan.json", overwrite=True)
 
 
+def _skip_every_step(run: Path) -> None:
+    write_run(run, {"train/loss": [math.nan, math.nan], "train/skipped_steps": [1.0, 2.0]})
+
+
 def _unfinish(run: Path) -> None:
     (run / "hybrid" / "model.json").unlink()
 
@@ -262,7 +271,7 @@ def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
         (lambda d: d["models"][1]["grid"].update(depths=[0, 50, 100]), "depths has 1 50"),
         (lambda d: d["models"][1]["grid"].update(lengths=["short"]), "lengths has 0 'short'"),
         (_set("perplexity", {"64": 2.0}), "has no perplexity at length 128"),
-        (_set("perplexity", {"64": float("nan"), "128": 2.0}), "64 nan"),
+        (_set("perplexity", {"64": float("nan"), "128": 2.0}), "NaN is no number of JSON"),
         (_set_task(interval=[0.5, 0.6]), r"interval \[0.5, 0.6\]; its counts give"),
         (_drop("plan"), "has no 'plan'"),
         (_set("plan", [[3], [4]]), r"plan \[\[3\], \[4\]\]; it must list"),
@@ -289,6 +298,7 @@ def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
         ),
         (lambda d: d.update(kind="head_plan"), "kind 'evaluation' is needed"),
         (lambda d: d.pop("training_length"), "has no 'training_length'"),
+        (lambda d: d.update(serve_dtype="int4"), "has serve_dtype 'int4'; allowed: bf16, fp16"),
     ],
 )
 def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):
@@ -301,14 +311,14 @@ def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: (run / "config.yaml").unlink(), "no config.yaml"),
-        (lambda run: (run / "config.yaml").write_text("a: [1"), "not valid YAML"),
+        (lambda run: (run / "run_config.yaml").unlink(), "no run_config.yaml"),
+        (lambda run: (run / "run_config.yaml").write_text("a: [1"), "not valid YAML"),
         (lambda run: _unfinish(write_run(run, {"train/loss": [2.0, 1.0]})), "has not finished"),
         (lambda run: write_events(run, {}), "no loss curve; .* found: none"),
         (lambda run: write_events(run, {"train/lr": [1.0, 1.0]}), "no loss curve.*train/lr"),
         (lambda run: write_events(run, {"train/loss": [1.0, 1.0]}), "no curve train/grad_norm"),
-        (lambda run: write_run(run, {"train/loss": [1.0]}), "single point"),
-        (lambda run: write_run(run, {"train/loss": [1.0, float("nan")]}), "nan at step 1"),
+        (lambda run: write_run(run, {"train/loss": [1.0, math.nan]}), "nan at step 1"),
+        (lambda run: _skip_every_step(run), "train/loss has no finite value: every step was skip"),
         (lambda run: None, "no TensorBoard event file"),
         (lambda run: _retrain(run, CONTROL), "trained a hybrid of another plan"),
     ],
@@ -316,7 +326,7 @@ def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):
 def test_odd_run_is_refused(arguments, tmp_path, spoil, message):
     run = tmp_path / "run"
     head_plan().save(run / "hybrid" / "plan.json")
-    (run / "config.yaml").write_text("a: 1\n")
+    (run / "run_config.yaml").write_text("a: 1\n")
     (run / "hybrid" / "model.json").write_text('{"schema_version": 1, "kind": "hybrid"}')
     spoil(run)
     arguments.run = [f"stage1={run}"]
@@ -344,14 +354,6 @@ def test_plan_of_another_teacher_is_refused(arguments, tmp_path):
     edit_json(tmp_path / "plan.json", lambda plan: plan.update(teacher_config_hash="feed" * 4))
     with pytest.raises(UserError, match="another teacher"):
         verb.run(arguments)
-
-
-def test_resumed_run_keeps_the_last_value_of_a_step(tmp_path):
-    write_run(tmp_path, {"train/loss": [5.0, 4.0, 3.0, 2.0]})
-    write_events(tmp_path, {"train/loss": [2.5, 1.5, 0.5]}, first_step=2)
-    curve = read_run("stage1", tmp_path).curves["train/loss"]
-    assert curve.steps.tolist() == [0, 1, 2, 3, 4]
-    assert curve.values.tolist() == [5.0, 4.0, 2.5, 1.5, 0.5]
 
 
 def test_crossover_is_the_first_length_that_needs_less(tmp_path):

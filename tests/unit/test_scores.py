@@ -55,6 +55,17 @@ def test_the_file_keeps_everything_and_effects_to_9_digits(
         scores.save(path)
 
 
+def test_the_weights_that_were_measured_stay_known(scores: HeadScores, tmp_path: Path) -> None:
+    """A hash of the shape alone does not tell a model from its fine-tune."""
+    dataclasses.replace(scores, teacher_weights_hash="feed").save(tmp_path / "scores.json")
+    loaded = HeadScores.load(tmp_path / "scores.json")
+    assert loaded.teacher_weights_hash == "feed"
+    assert loaded.with_combination(scores.combination).teacher_weights_hash == "feed"
+    data = json.loads((tmp_path / "scores.json").read_text())
+    del data["teacher_weights_hash"]  # a file of an earlier release
+    assert HeadScores.from_dict(data).teacher_weights_hash == ""
+
+
 def test_rounding_happens_once(scores: HeadScores, tmp_path: Path) -> None:
     """What was loaded, saved and loaded again is still the same, however often."""
     paths = [tmp_path / f"{name}.json" for name in ("first", "second", "third")]
@@ -150,10 +161,14 @@ def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (put("effects", [1]), "shape, effects and provenance of the head scores must be JSON obj"),
         (put("effects", "patching", [1]), "effects of the head scores are malformed"),
         (put("teacher_config_hash", 5), "teacher_config_hash of the head scores must be a string"),
+        (
+            put("teacher_weights_hash", 5),
+            "teacher_weights_hash of the head scores must be a string",
+        ),
         (put("combination", None), "the combination of the head scores must have scorers, "),
         (put("combination", "scorers", ["zero"]), "names scorer 'zero', but the effects are of"),
-        (put(*EFFECTS, 0, 1, 2, float("nan")), "layer 1, head 2, pair 0 not finite"),
-        (put(*EFFECTS, 2, 0, 0, float("inf")), "layer 0, head 0, pair 2 not finite"),
+        (put(*EFFECTS, 0, 1, 2, float("nan")), "not valid JSON: NaN is no number of JSON"),
+        (put(*EFFECTS, 2, 0, 0, float("inf")), "not valid JSON: Infinity is no number of JSON"),
         (put(*EFFECTS, 0, 1, 2, "0.5"), "malformed: effects must be numbers"),
         (put(*EFFECTS, 0, 1, 2, None), "malformed: effects must be numbers"),
         (drop(*EFFECTS, 0, 1, 2), "effects of the head scores are malformed"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ cpu.install_if_needed()
 from hydra_tools import score  # noqa: E402
 from hydra_tools.cli import main  # noqa: E402
 
+from megatron_hydra.conversion.checkpoint import weights_hash  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection import scoring_run  # noqa: E402
 from megatron_hydra.selection.activation_patching import ActivationPatching  # noqa: E402
@@ -150,6 +152,51 @@ def test_an_unfinished_run_of_another_configuration_is_refused(
     assert main(arguments(folder, "other.json", "scorers.path_patching.max_rounds=1")) == 2
     assert "another scorers.path_patching.max_rounds: run" in capsys.readouterr().err
     assert main(arguments(folder, "other.json", "probes.seed=1", "--overwrite")) == 0
+
+
+def test_scores_of_both_kinds_of_folder_name_the_same_weights(folder: Path) -> None:
+    words = arguments(folder, "qwen3.json", "probes.names=[kv_retrieval]")
+    words[words.index(str(folder / "teacher"))] = str(folder / "qwen3")
+    assert main(words) == 0
+    found = HeadScores.load(folder / "qwen3.json").teacher_weights_hash
+    assert found == whole(folder).teacher_weights_hash == weights_hash(folder / "qwen3")
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "teacher"])
+def test_an_unfinished_run_is_not_gone_on_with_other_weights(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    """Catches scores that mix two trainings of one shape, both of which a path named in turn."""
+    teacher, text = tmp_path / "teacher", folder / "text.txt"
+    shutil.copytree(folder / kind, teacher)
+    words = [*arguments(tmp_path, "out.json", "probes.names=[kv_retrieval]"), f"probes.text={text}"]
+
+    def die(*args: Any) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(ActivationPatching, "measure", die)
+        main(words)
+    partial = contents(tmp_path / "out.json.partial")
+    write_tiny_qwen3(tmp_path / "other", max_position_embeddings=LENGTH, seed=1)
+    if kind == "teacher":
+        convert = ["convert", "--overwrite", "--out", str(teacher)]
+        assert main([*convert, "--teacher", str(tmp_path / "other")]) == 0
+    else:
+        shutil.copy(tmp_path / "other/model.safetensors", teacher)
+    assert main(words) == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert "unfinished run with another content of the teacher's weight files: run" in sentence
+    assert contents(tmp_path / "out.json.partial") == partial
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What a run has measured, and of what."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
 def test_what_no_run_wrote_is_left_where_it_is(

@@ -235,7 +235,7 @@ def test_the_pareto_chart_shows_rows_front_plan_and_teacher() -> None:
     draw_pareto(ParetoTable(rows, teacher), scores, plan, ax)
     drawn = {str(line.get_label()): line for line in ax.lines}
     unit = 1024.0  # the axis tells KiB
-    assert "(KiB)" in ax.get_xlabel() and "1,024 tokens" in ax.get_xlabel()
+    assert "(KiB, cache in bf16)" in ax.get_xlabel() and "1,024 tokens" in ax.get_xlabel()
 
     def places(label: str) -> list[tuple[float, float]]:
         (found,) = (line for name, line in drawn.items() if label in name)

@@ -110,8 +110,10 @@ def test_a_pareto_table_stands_with_the_plan_and_the_teacher(scores) -> None:
     plan = plan_from_scores(scores, TWO_HEADS).plan
     page = render(scores, plan, table)
     one, four, own, teacher = rows_after(page, "What a budget buys")
-    # One of four query groups of 2 x 8 float32 values, and seven states of 8 x 8 with 3 x 8 x 3.
-    share = (2 * 8 * 4 * 64 + 7 * (8 * 8 + 3 * 8 * 3) * 4) / (4 * 2 * 8 * 4 * 64)
+    # One of four query groups of 2 x 8 bf16 values, and seven states of 8 x 8 float32 values with
+    # 3 x 8 x 3 bf16 ones.
+    share = (2 * 8 * 2 * 64 + 7 * (8 * 8 * 4 + 3 * 8 * 3 * 2)) / (4 * 2 * 8 * 2 * 64)
+    assert "weights and KV cache served in bf16" in page
     assert one.startswith("1 FA heads 1 ") and f" {share:.0%} " in one
     assert four.startswith("4 FA heads 4 ")
     assert own.startswith("this plan 2 ")

@@ -64,3 +64,41 @@ def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
         process.kill()
     assert (process.returncode, said) == (2, b"")
     assert "cannot read the config nowhere.yaml" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("transfer.init_from=nowhere", "nowhere is not a checkpoint folder: it has no model.json"),
+        ("transfer.teacher=nowhere", "nowhere is not a checkpoint folder: it has no model.json"),
+        ("data.paths=[nowhere]", "no indexed dataset nowhere: nowhere.idx is missing (see"),
+        ("data.seq_length=100000", "is built for 2048 tokens: choose 2048 or fewer, or extend"),
+        ("log.folder=model/run", "output model/run/checkpoints lies in the input model: choose an"),
+    ],
+)
+def test_what_can_be_said_at_once_is_said_before_the_slow_imports(
+    tmp_path: Path, override: str, sentence: str
+) -> None:
+    for name in ("data.idx", "data.bin", "model/model.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"config": {"seq_length": 2048}}')
+    (tmp_path / "run.yaml").write_text(
+        "data: {paths: [data], seq_length: 2048, micro_batch_size: 1, global_batch_size: 1}\n"
+        "trainer: {max_steps: 2}\n"
+        "optim: {lr: 1e-3}\n"
+        "transfer: {stage: distill, init_from: model, teacher: model}\n"
+        "log: {folder: run}\n"
+    )
+    program = (
+        "import sys; from hydra_tools import cli; cli.main(sys.argv[1:]); "
+        "print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"
+    )
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
+    finished = subprocess.run(
+        [sys.executable, "-c", program, "train", "--config", "run.yaml", override],
+        env={**os.environ, "PYTHONPATH": paths}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.stdout == "set()\n"
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("megatron-hydra: error: ") and sentence in line
+    assert not (tmp_path / "run").exists()

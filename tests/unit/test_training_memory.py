@@ -8,7 +8,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.training_memory import training_memory
 
-SHAPE = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True, value_bytes=2)
+SHAPE = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True)
 PLAN = HeadPlan.from_fa_heads({i: tuple(range(i % 4, 16, 4)) for i in range(28)}, 28, 16, 8)
 # Stage, plan, tokens, layers recomputed; weights, gradients and optimizer, peak in MiB.
 ONE_GPU = [

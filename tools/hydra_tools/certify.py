@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hydra_tools import launch
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, read_json, write_json
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
     from megatron_hydra.head_plan import HeadPlan
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             backend=args.backend,
         )
+        _check_tensor_size(fields, args.tp)
         certificate = _certify(fields, plan, args, out)
     if launch.rank() == 0:
         from megatron_hydra.testing.certificate_tables import text_table
@@ -145,6 +147,16 @@ def _check_sizes(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} is {value}; it must be a whole number from 1 on")
     if args.length < 24:
         raise UserError(f"--length is {args.length}; it must be 24 tokens or more")
+
+
+def _check_tensor_size(fields: dict[str, Any], largest: int) -> None:
+    """Refuse a --tp that lets none of the sizes be tried that it asks for."""
+    sizes = ParallelSizes.of(fields)
+    if largest > 1 and not any(1 < size <= largest for size in sizes.tensor):
+        raise UserError(
+            f"--tp {largest} does not fit the model: {sizes.why_not_tensor(largest)}; allowed: "
+            f"{', '.join(map(str, sizes.tensor))}"
+        )
 
 
 def _tabulate(args: argparse.Namespace) -> int:

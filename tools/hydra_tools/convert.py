@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from hydra_tools.progress import progress
+from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
+from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_config
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, parse_json, versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.text_files import add_text_options, find_texts, text_options
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
     from megatron_hydra.config import HydraConfig
 
-_BATCH_SEQUENCES = 8
+logger = logging.getLogger(__name__)
+
+_BATCH_TOKENS = 2048
+_LONGEST_CALIBRATION = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-text",
         help="text to measure the scale of each teacher head on: a file, folder or quoted pattern "
-        "(default: Python's documentation)",
+        "(default: Python's documentation, which stands in for text like what the model is for)",
     )
     add_text_options(parser)
     parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
     parser.add_argument(
-        "--calibration-length", type=int, default=256, metavar="N", help="tokens a sequence"
+        "--calibration-length",
+        type=int,
+        metavar="N",
+        help="tokens a sequence (default: what the teacher is built for, "
+        f"{_LONGEST_CALIBRATION} at most)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="name=value", help="model options, such as fa_rope=true"
@@ -55,20 +64,30 @@ def run(args: argparse.Namespace) -> int:
     texts = find_texts(filter(None, [args.calibration_text]), text_options(args))
     check_outputs([args.out], (args.teacher, args.plan, args.calibration_text, *texts))
     check_output(args.out, args.overwrite, "folder", marker="model.json")
+    overrides = parse_overrides(args.overrides)
+    _check_calibration(args)
+    if check_model_folder(args.teacher):
+        raise UserError(f"--teacher {args.teacher} is a checkpoint folder: it is converted already")
+    hash_of_weights = weights_hash(args.teacher)
+    plan = _load_plan(args.plan, args.teacher, hash_of_weights) if args.plan else None
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
     import torch
 
     from megatron_hydra.conversion import checkpoint, qwen3
+    from megatron_hydra.conversion.tokenizer import check_tokenizer
     from megatron_hydra.parallel import initialize_model_parallel
 
-    overrides = parse_overrides(args.overrides)
     checkpoint.check_stored("hybrid" if args.plan else "teacher", overrides)
     overrides["params_dtype"] = getattr(torch, args.dtype)
     config = qwen3.hydra_config(args.teacher, **overrides)
-    plan = _load_plan(args.plan, config) if args.plan else None
-    batches = _calibration_batches(args) if plan and config.fusion in ("scale", "gate") else []
+    check_tokenizer(args.teacher)
+    batches = (
+        _calibration_batches(args, config.seq_length)
+        if plan and config.fusion in ("scale", "gate")
+        else []
+    )
     tensors = qwen3.read_weights(args.teacher)
     initialize_model_parallel()
     if plan is None:
@@ -78,11 +97,19 @@ def run(args: argparse.Namespace) -> int:
     provenance = {
         "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
         "versions": versions(),
-        "calibration_tokens": sum(batch.numel() for batch in batches),
+        **_calibration(args, batches),
     }
     checkpoint.save_checkpoint(
-        args.out, model, config, plan, args.teacher, provenance, args.overwrite
+        args.out,
+        model,
+        config,
+        plan,
+        args.teacher,
+        provenance,
+        args.overwrite,
+        teacher_weights_hash=hash_of_weights,
     )
+    print(ParallelSizes.of(vars(config)).describe())
     print(f"checkpoint: {args.out}")
     return 0
 
@@ -101,40 +128,70 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if name in overrides:
             raise UserError(f"model option {name} is given twice")
         try:
-            overrides[name] = json.loads(text)
+            overrides[name] = parse_json(text)
         except ValueError:
             overrides[name] = text
     return overrides
 
 
-def _load_plan(path: Path, config: HydraConfig) -> HeadPlan:
-    from megatron_hydra.conversion.qwen3 import teacher_hash
-
-    plan = HeadPlan.load(path)
+def _load_plan(path: Path, teacher: Path, hash_of_weights: str) -> HeadPlan:
+    """Read a plan for this teacher; warn if it was made for another training of its shape."""
+    plan, config = HeadPlan.load(path), read_qwen3_config(teacher)
     plan.check_teacher(
-        config.num_layers,
-        config.num_attention_heads,
-        config.num_query_groups,
-        teacher_hash(config),
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config_hash(teacher),
     )
+    measured = plan.provenance.get("teacher_weights_hash")
+    if measured and measured != hash_of_weights:
+        logger.warning(
+            "%s was made from scores of other weights than those in %s: the heads that mattered "
+            "there need not be those that matter here, which a new `score` would tell",
+            path,
+            teacher,
+        )
     return plan
 
 
-def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
-    """Cut the calibration text into token batches `[b, s]`, int64."""
-    import torch
-
-    from megatron_hydra.conversion.qwen3 import load_tokenizer
-    from megatron_hydra.selection.text import local_text, read_text
-
+def _check_calibration(args: argparse.Namespace) -> None:
     length, wanted = args.calibration_length, args.calibration_tokens
-    if not 0 < length <= wanted:
+    if length is not None and not 0 < length <= wanted:
         raise UserError(
             f"--calibration-length is {length}; allowed: 1 to --calibration-tokens, {wanted}"
         )
+
+
+def _calibration(args: argparse.Namespace, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """What the heads' scales were measured on, for provenance."""
+    from megatron_hydra.selection.text import STAND_IN
+
+    record: dict[str, Any] = {"calibration_tokens": sum(batch.numel() for batch in batches)}
+    if batches:
+        record["calibration_length"] = batches[0].shape[1]
+        record["calibration_text"] = str(args.calibration_text or STAND_IN)
+    return record
+
+
+def _calibration_batches(args: argparse.Namespace, built_for: int) -> list[Tensor]:
+    """Cut the calibration text into token batches `[b, s]`, int64.
+
+    Args:
+        args: The verb's.
+        built_for: Tokens that the teacher can take.
+    """
+    import torch
+
+    from megatron_hydra.conversion.qwen3 import load_tokenizer
+    from megatron_hydra.selection.text import read_text, stand_in_text
+
+    wanted = args.calibration_tokens
+    length = args.calibration_length
+    if length is None:
+        length = min(built_for, _LONGEST_CALIBRATION, wanted)
     enough = 16 * wanted  # characters, for any language and tokenizer
     name, options = args.calibration_text, text_options(args)
-    text = read_text(name, options, enough) if name else local_text()
+    text = read_text(name, options, enough) if name else stand_in_text("--calibration-text")
     text = text[:enough]
     tokenizer = load_tokenizer(args.teacher)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -144,7 +201,8 @@ def _calibration_batches(args: argparse.Namespace) -> list[Tensor]:
             f"--calibration-tokens, {wanted}"
         )
     sequences = torch.tensor(tokens[: wanted // length * length]).view(-1, length)
-    return list(sequences.split(_BATCH_SEQUENCES))
+    print(f"scales of the heads: on {sequences.numel():,} tokens, {length:,} a sequence")
+    return list(sequences.split(max(1, _BATCH_TOKENS // length)))
 
 
 def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
@@ -166,14 +224,14 @@ def _build_hybrid(
     head_rms = None
     if batches:
         teacher = _build_teacher(config, tensors)
-        head_rms = measure_head_rms(teacher, tqdm(batches, desc="head scales", unit="batch"))
+        head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
         del teacher
     model = build_model(config, plan)
     summary = reuse_teacher_weights(
         model,
         megatron_tensors(config, tensors),
         head_rms,
-        progress=lambda layers: tqdm(layers, desc="weights", unit="layer"),
+        progress=lambda layers: progress(layers, "weights", "layer"),
     )
     num_heads = plan.num_layers * plan.num_heads
     print(f"heads: {plan.num_fa_heads} with full attention of {num_heads}")

@@ -16,8 +16,11 @@ from megatron_hydra.selection.comparison import PlanComparison, compare_plans
 from megatron_hydra.selection.cost import (
     DEVICES,
     GIB,
+    SERVE_DTYPES,
     TRAINING_EFFICIENCY,
     Costs,
+    ModelShape,
+    ServeDtype,
     costs_of,
     find_device,
 )
@@ -25,6 +28,8 @@ from megatron_hydra.selection.explanation import SURE, ChosenHead, Explanation
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
+    no_fa_heads,
+    read_budget,
     read_explanation,
     read_shape,
     scores_as_planned,
@@ -49,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where costs are told: ``--context`` and ``--device``."""
+    """Add what costs are told for: ``--context``, ``--device`` and ``--serve-dtype``."""
     parser.add_argument(
         "--context",
         type=_positive,
@@ -58,7 +63,15 @@ def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
         f"{DEFAULT_CONTEXT_TOKENS})",
     )
     parser.add_argument(
-        "--device", choices=sorted(DEVICES), help="predict times for it (default: h100)"
+        "--device",
+        choices=sorted(DEVICES),
+        help="predict times for it (default: the plan's budget's, else h100)",
+    )
+    parser.add_argument(
+        "--serve-dtype",
+        choices=tuple(SERVE_DTYPES),
+        help="number format of weights and caches when the model serves, in which bytes and times "
+        "are told (default: the plan's budget's, else bf16)",
     )
 
 
@@ -68,11 +81,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--pictures needs --scores: the pictures show the effects of every head")
     plan = HeadPlan.load(args.plan)
     scores = None if args.scores is None else scores_as_planned(HeadScores.load(args.scores), plan)
-    print("\n".join(describe_plan(plan, scores, args.context, args.device)))
+    where = _where_costs_are_told(plan, args.context, args.device, args.serve_dtype)
+    print("\n".join(describe_plan(plan, scores, *where)))
     if args.against:
         other = HeadPlan.load(args.against)
-        context, device = _where_costs_are_told(plan, args.context, args.device)
-        comparison = compare_plans(plan, other, context, device)
+        comparison = compare_plans(plan, other, *where)
         names = str(args.plan), str(args.against)
         print("\n" + "\n".join(describe_comparison(comparison, *names)))
     if args.pictures and scores is not None:
@@ -88,24 +101,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe_plan(
-    plan: HeadPlan, scores: HeadScores | None, context: int | None, device: str | None
+    plan: HeadPlan,
+    scores: HeadScores | None,
+    context: int,
+    device: str,
+    serve_dtype: ServeDtype,
 ) -> list[str]:
     """All that a plan's file tells, line by line.
 
     Args:
         plan: The plan.
         scores: Know the teacher's sizes where a plan written by hand does not.
-        context: Tokens at which costs are told; None takes the budget's.
-        device: To predict times for; None takes the budget's.
+        context: Tokens at which costs are told.
+        device: To predict times for.
+        serve_dtype: Number format of weights and caches.
     """
     total = plan.num_layers * plan.num_heads
     lines = [f"{plan.num_fa_heads} of {total} heads keep full attention (FA)"]
-    lines += [*_origin(plan), "", *_layers(plan), ""]
     shape = read_shape(plan) or (scores.shape if scores else None)
+    lines += [*_origin(plan, shape), "", *_layers(plan), ""]
     if shape is None:
         lines.append("costs: the plan does not say the teacher's sizes; pass --scores")
     else:
-        where = _where_costs_are_told(plan, context, device)
+        where = context, device, serve_dtype
         lines += cost_lines(costs_of(shape, plan, *where), costs_of(shape, None, *where))
     explanation = read_explanation(plan)
     if explanation is None:
@@ -146,14 +164,18 @@ def how_sure(explanation: Explanation) -> list[str]:
 
 def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
     """A table of a plan's costs beside its teacher's."""
-    device = find_device(plan.device).name
+    device, dtype = find_device(plan.device).name, plan.serve_dtype
     figures = [
-        ("KV cache, GiB", plan.kv_cache_bytes / GIB, teacher.kv_cache_bytes / GIB),
-        ("LA state, GiB", plan.state_bytes / GIB, teacher.state_bytes / GIB),
-        ("forward FLOPs a token, G", plan.flops_per_token / 1e9, teacher.flops_per_token / 1e9),
-        (f"predicted decode, ms a token ({device})", plan.decode_ms, teacher.decode_ms),
+        (f"KV cache, GiB ({dtype})", plan.kv_cache_bytes / GIB, teacher.kv_cache_bytes / GIB),
         (
-            f"predicted training step, s ({device} at {TRAINING_EFFICIENCY:.0%} of its peak)",
+            f"LA state, GiB (fp32, past inputs {dtype})",
+            plan.state_bytes / GIB,
+            teacher.state_bytes / GIB,
+        ),
+        ("forward FLOPs a token, G", plan.flops_per_token / 1e9, teacher.flops_per_token / 1e9),
+        (f"predicted decode, ms a token ({device}, {dtype})", plan.decode_ms, teacher.decode_ms),
+        (
+            f"predicted training step, s ({device} at {TRAINING_EFFICIENCY:.0%} of its bf16 peak)",
             plan.training_step_s,
             teacher.training_step_s,
         ),
@@ -186,8 +208,9 @@ def describe_comparison(comparison: PlanComparison, first: str, second: str) -> 
     share = ours.flops_per_token / others.flops_per_token - 1
     return [
         *lines,
-        f"cost of {first} less that of {second} at {ours.context_tokens:,} tokens: cache and "
-        f"state {gib:+.4g} GiB, FLOPs a token {share:+.1%}, predicted decode {ms:+.3g} ms",
+        f"cost of {first} less that of {second} at {ours.context_tokens:,} tokens, served in "
+        f"{ours.serve_dtype}: cache and state {gib:+.4g} GiB, FLOPs a token {share:+.1%}, "
+        f"predicted decode {ms:+.3g} ms",
     ]
 
 
@@ -210,30 +233,38 @@ def _positive(text: str) -> int:
 
 
 def _where_costs_are_told(
-    plan: HeadPlan, context: int | None, device: str | None
-) -> tuple[int, str]:
-    budget = plan.provenance.get("budget", {})
+    plan: HeadPlan, context: int | None, device: str | None, serve_dtype: ServeDtype | None
+) -> tuple[int, str, ServeDtype]:
+    """What was asked for, else what the plan's budget was counted at, else the defaults."""
+    budget = read_budget(plan) or Budget("fa_heads", 0)
     return (
-        context or budget.get("context_tokens") or DEFAULT_CONTEXT_TOKENS,
-        device or budget.get("device", "h100"),
+        context or budget.context_tokens or DEFAULT_CONTEXT_TOKENS,
+        device or budget.device,
+        serve_dtype or budget.serve_dtype,
     )
 
 
-def _origin(plan: HeadPlan) -> list[str]:
-    """How the plan came to be, as far as it says."""
-    made_by = plan.provenance
-    if "budget" not in made_by:
-        return []
+def _origin(plan: HeadPlan, shape: ModelShape | None) -> list[str]:
+    """How the plan came to be, as far as it says, and whether it keeps any head."""
+    made_by, budget = plan.provenance, read_budget(plan)
+    if budget is None:
+        empty = no_fa_heads(plan, shape, None, Constraints())
+        return [] if empty is None else [f"WARNING: {empty}"]
     try:
-        words = Budget.from_dict(made_by["budget"]).words
-        asked = Constraints(**made_by["constraints"]).words
+        constraints = Constraints(**made_by["constraints"])
+        asked = constraints.words
         if made_by["policy"] == "random":
             how = f"at random, seed {made_by['seed']}"
         else:
             how = f"{made_by['solver']} choice by {', '.join(made_by['combination']['scorers'])}"
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the provenance of the head plan is malformed: {error}") from error
-    return [f"budget: {words}{asked and f', {asked}'}", f"chosen: {how}"]
+    empty = no_fa_heads(plan, shape, budget, constraints)
+    return [
+        *([] if empty is None else [f"WARNING: {empty}"]),
+        f"budget: {budget.words}{asked and f', {asked}'}",
+        f"chosen: {how}",
+    ]
 
 
 def _layers(plan: HeadPlan) -> list[str]:

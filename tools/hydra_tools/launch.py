@@ -31,7 +31,7 @@ def main(verb: str) -> int:
         sentence = f"megatron-hydra: error: {error}"
         if rank() != 0:  # torchrun's signal, once rank 0 has ended
             signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
-        _tell_torchrun(sentence)
+        tell_torchrun(sentence)
         if rank() != 0:
             # Rank 0 says the same, and torchrun then ends this rank. Were this one to end first,
             # torchrun could end rank 0 before it has spoken.
@@ -40,7 +40,7 @@ def main(verb: str) -> int:
         return 2
 
 
-def _tell_torchrun(sentence: str) -> None:
+def tell_torchrun(sentence: str) -> None:
     """Put the sentence into torchrun's own summary, which ends what it prints."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}

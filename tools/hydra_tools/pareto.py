@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         constraints,
         args.context or DEFAULT_CONTEXT_TOKENS,
         args.device or "h100",
+        args.serve_dtype or "bf16",
         solver=args.solver,
     )
     provenance = {
@@ -68,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
 def format_table(table: ParetoTable) -> list[str]:
     """The table as text; a dominated row is marked."""
-    teacher = table.teacher
+    teacher, dtype = table.teacher, table.teacher.serve_dtype
     rows = [
-        ["budget", "kept of scores", "95% interval", "FA heads", "cache GiB", "of teacher's"]
-        + ["GFLOPs/token", "decode ms", "step s"]
+        ["budget", "kept of scores", "95% interval", "FA heads", f"cache+state GiB ({dtype})"]
+        + ["of teacher's", "GFLOPs/token", f"decode ms ({dtype})", "step s"]
     ]
     for row in table.rows:
         interval = "-"
@@ -82,7 +83,10 @@ def format_table(table: ParetoTable) -> list[str]:
         rows.append([*kept, *_cost_cells(row.costs, teacher)])
     rows.append(["teacher", "100.0%", "", *_cost_cells(teacher, teacher)])
     device = find_device(teacher.device).name
-    lines = [f"one sequence of {teacher.context_tokens:,} tokens; times predicted for {device}"]
+    lines = [
+        f"one sequence of {teacher.context_tokens:,} tokens; times predicted for {device}, weights "
+        f"and KV cache served in {dtype} (the LA state is fp32)"
+    ]
     lines += align(rows, num_left=1)
     if any(row.is_dominated for row in table.rows):
         lines.append("* another row keeps as much and costs less")

@@ -15,12 +15,14 @@ from pathlib import Path
 from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
 from megatron_hydra.selection.combination import Combination
-from megatron_hydra.selection.cost import costs_of, num_stored_groups
+from megatron_hydra.selection.cost import ModelShape, ServeDtype, costs_of, num_stored_groups
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
     PlanSummary,
+    no_fa_heads,
     plan_from_scores,
     random_plan,
 )
@@ -143,11 +145,28 @@ def run(args: argparse.Namespace) -> int:
     print(format_head_map(scores, plan, colour))
     print()
     print("\n".join(describe(summary, args.random_seed)))
-    context = args.context or DEFAULT_CONTEXT_TOKENS
-    costs = [costs_of(scores.shape, of, context, summary.budget.device) for of in (plan, None)]
-    print("\n" + "\n".join(cost_lines(*costs)))
+    context, budget = args.context or DEFAULT_CONTEXT_TOKENS, summary.budget
+    where = context, budget.device, budget.serve_dtype
+    print(
+        "\n" + "\n".join(cost_lines(*(costs_of(scores.shape, of, *where) for of in (plan, None))))
+    )
+    if args.context is None:
+        counted = "budget and costs are" if budget.context_tokens else "costs are"
+        print(f"{counted} told at {context:,} tokens, the default: --context names another length")
+    print(_parallel_sizes(scores.shape).describe())
     print(f"\nplan:    {args.out}\npicture: {png}")
     return 0
+
+
+def _parallel_sizes(shape: ModelShape) -> ParallelSizes:
+    return ParallelSizes(
+        num_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        vocab_size=shape.vocab_size,
+    )
 
 
 @dataclass
@@ -217,7 +236,10 @@ def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
     """Sentences on a plan: counts, KV cache, why heads are there, how sure the choice is."""
     plan, shape, explanation = summary.plan, summary.shape, summary.explanation
     stored, counts = num_stored_groups(plan), summary.fa_heads_per_layer
-    lines = [
+    empty = no_fa_heads(plan, shape, summary.budget, summary.constraints)
+    lines = [] if empty is None else [f"WARNING: {empty}"]
+    lines += [
+        f"budget: {summary.budget.words}",
         f"{plan.num_fa_heads} of {shape.total_heads} heads keep full attention (FA), "
         f"{summary.num_la_heads} become linear (LA); {min(counts)} to {max(counts)} FA a layer",
         f"KV cache: {stored / shape.total_groups:.0%} of the teacher's "
@@ -298,7 +320,11 @@ def _choose(args: argparse.Namespace, scores: HeadScores) -> PlanSummary:
         "decode_ms",
     )
     (kind,) = (kind for kind in kinds if getattr(args, kind) is not None)
-    budget = Budget(kind, getattr(args, kind), args.context, args.device or "h100")
+    context = args.context
+    if kind in ("cache_gib", "decode_ms"):  # what these allow depends on the length
+        context = context or DEFAULT_CONTEXT_TOKENS
+    dtype: ServeDtype = args.serve_dtype or "bf16"
+    budget = Budget(kind, getattr(args, kind), context, args.device or "h100", dtype)
     constraints = read_constraints(args)
     if args.random_seed is None:
         return plan_from_scores(scores, budget, constraints, solver=args.solver)

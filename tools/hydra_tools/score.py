@@ -14,24 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hydra_tools import launch
+from hydra_tools.progress import progress
+from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
-from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
 from megatron_hydra.selection.text_files import find_texts
-from megatron_hydra.selection.uncertainty import (
-    bootstrap_scores,
-    score_intervals,
-    split_half_correlation,
-)
 
 _NUM_TOP_HEADS = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -54,16 +51,21 @@ def run(args: argparse.Namespace) -> int:
     texts = find_texts(filter(None, [config.probes.text]), config.probes.text_options)
     check_outputs([config.out], (config.model.teacher, config.probes.text, *texts, args.config))
     check_output(config.out, args.overwrite, "file")
+    _check_world_size(config)
+    check_model_folder(config.model.teacher)
+    _check_parallel_size(config)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
 
-    _check_world_size(config)
     initialize_model_parallel(config.model.tensor_model_parallel_size)
+    weights = weights_hash(config.model.teacher)
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
+    if launch.rank() == 0:
+        print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     controls = _controls(config, shape)
     probes = _make_probes(config, loaded.tokenizer_folder)
     teacher_hash = loaded.meta["teacher_config_hash"]
@@ -71,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     same = {
         **config.to_dict(),
         "teacher_config_hash": teacher_hash,
+        "weights": weights,
         "probes": probes_digest(probes),
     }
     same["run"] = {"batch_tokens": config.run.batch_tokens}
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             "log_probability": config.probes.min_gap_nats,
         },
         config.run.batch_tokens,
-        _progress,
+        progress,
     ).run()
     if launch.rank() == 0:
         seconds = time.perf_counter() - start
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             )
         scores = HeadScores(
             shape, teacher_hash, records, {**effects, **controls}, config.combination(),
-            _provenance(config, args),
+            _provenance(config, args), loaded.meta["teacher_weights_hash"],
         )  # fmt: skip
         scores.save(config.out, args.overwrite)
         partial.remove()
@@ -108,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(scores: HeadScores) -> list[str]:
     """Sentences on scores: pairs kept and dropped, the heads that matter most, how sure that is."""
+    from megatron_hydra.selection.uncertainty import bootstrap_scores, score_intervals
+
     lines = []
     for probe in scores.probes:
         if probe.gaps:
@@ -139,6 +144,8 @@ def describe(scores: HeadScores) -> list[str]:
 
 
 def _reproducibility(scores: HeadScores) -> str:
+    from megatron_hydra.selection.uncertainty import split_half_correlation
+
     try:
         half = split_half_correlation(scores)
     except UserError as error:
@@ -157,6 +164,13 @@ def _check_world_size(config: ScoringConfig) -> None:
             f"model.tensor_model_parallel_size {tensor} does not divide the {size} ranks: start "
             f"torchrun with a multiple of {tensor} ranks"
         )
+
+
+def _check_parallel_size(config: ScoringConfig) -> None:
+    sizes = stored_sizes(config.model.teacher)
+    if sizes is not None:
+        tensor = config.model.tensor_model_parallel_size
+        sizes.check(f"model.teacher {config.model.teacher}", tensor, section="model.")
 
 
 def _load_teacher(config: ScoringConfig) -> Any:
@@ -188,7 +202,8 @@ def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
 
     section = config.probes
     tokenizer = load_tokenizer(tokenizer_folder)
-    text = read_text(section.text, section.text_options) if section.text else local_text()
+    text = section.text
+    text = read_text(text, section.text_options) if text else stand_in_text("probes.text=")
     # Held out, as far as the teacher was trained on the same text.
     _, text_tokens = split_held_out(tokenizer.encode(text, add_special_tokens=False))
     return [
@@ -249,13 +264,9 @@ def _provenance(config: ScoringConfig, args: argparse.Namespace) -> dict[str, An
     return {
         "command": shlex.join(launch.command("score", [*flags, *args.overrides])),
         "config": config.to_dict(),
-        "text": config.probes.text or "Python's documentation",
+        "text": config.probes.text or STAND_IN,
         "versions": versions(),
     }
-
-
-def _progress(items: Any, description: str, unit: str) -> Any:
-    return tqdm(items, desc=description, unit=unit, disable=not items)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from hydra_tools import launch
+from hydra_tools import launch, stops
 from megatron_hydra.nemo.config import RunConfig, load_config
 from megatron_hydra.nemo.run_folder import RunFolder
+from megatron_hydra.nemo.run_inputs import check_present
 
 _SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 
@@ -26,39 +27,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--overwrite", action="store_true", help="remove an earlier run first")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start anew: first remove what an earlier run wrote to log.folder, and nothing else",
+    )
+    parser.epilog = (
+        "The same command again goes on from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 "
+        "save after the step in progress; a second one ends at once. Exit codes: 0 when the "
+        f"trained model is written, 2 for bad input, {stops.EXIT_CODE} when stopped by a signal."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, or go on with, one stage; return the exit code."""
-    config = load_config(args.config, args.overrides)
-    folder = RunFolder(config)
-    is_first_rank = launch.rank() == 0
-    if args.overwrite:
+    with stops.listening(_say) as asked, ExitStack() as stack:
+        config = load_config(args.config, args.overrides)
+        folder = RunFolder(config, args.config)
+        is_first_rank = launch.rank() == 0
+        _check_folder(folder, args.overwrite)
+        if not args.overwrite and folder.is_complete() and not folder.moved_inputs():
+            return _whole(folder)
+        check_present(config)
+        is_held = is_first_rank and folder.lock_file.is_file()
+        if is_held:  # or another run does: said now, not after the imports
+            stack.enter_context(folder.lock())
+        training = _prepare(config)
+        if not args.overwrite and folder.is_complete():
+            training.check_trained()  # its inputs are named otherwise now
+            return _whole(folder)
+        folder = RunFolder(training.config, args.config)  # with nothing left open
         if is_first_rank:
-            folder.check_removable()
-    else:
+            if not is_held:
+                stack.enter_context(folder.lock())
+            _check_folder(folder, args.overwrite)
+            if args.overwrite:
+                folder.remove()
+            else:
+                training.check_goes_on()
+            folder.check_room()
+            folder.write_config()
+        num_steps = _train(training, args, asked)
+        if num_steps == config.trainer.max_steps:
+            return _whole(folder)
+        asked.end()
+        _say(
+            f"{asked.name or 'a signal to another rank'}: stopped after step {num_steps} of "
+            f"{config.trainer.max_steps}, which is saved in {folder.checkpoints}; the same command "
+            "goes on from there"
+        )
+        return stops.EXIT_CODE
+
+
+def _check_folder(folder: RunFolder, overwrite: bool) -> None:
+    if not overwrite:
         folder.check()
-        if folder.is_complete():
-            if is_first_rank:
-                print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
-            return 0
-    training = _prepare(config)
-    folder = training.folder  # of the configuration with nothing left open
-    if is_first_rank and args.overwrite:
-        folder.remove()
-    if is_first_rank or not args.overwrite:  # else rank 0 may be removing it at this moment
-        folder.check()
-    if is_first_rank:
-        folder.write_config()
-    progress = _Progress(config)
+    elif launch.rank() == 0:  # which may be removing it at this moment
+        folder.check_removable()
+
+
+def _train(training: Any, args: argparse.Namespace, asked: stops.Stops) -> int:
+    progress = _Progress(training.config)
     try:
-        training.run(progress.show, start_anew=args.overwrite, command=_command(args))
+        steps: int = training.run(
+            progress.show,
+            start_anew=args.overwrite,
+            command=_command(args),
+            asks_to_stop=asked.is_asked,
+        )
     finally:
         progress.close()  # what is said next starts on a line of its own
-    if is_first_rank:
-        print(f"trained model: {folder.hybrid}")
+    return steps
+
+
+def _whole(folder: RunFolder) -> int:
+    if launch.rank() == 0:
+        print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
     return 0
+
+
+def _say(sentence: str) -> None:
+    """Tell torchrun, and on rank 0 the user; one write, as the thread that takes signals tells."""
+    line = f"megatron-hydra: {sentence}"
+    launch.tell_torchrun(line)
+    if launch.rank() == 0:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 def _prepare(config: RunConfig) -> Any:
@@ -104,16 +158,11 @@ class _Progress:
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
         """Move the line to ``step`` finished steps."""
-        from tqdm import tqdm
+        from hydra_tools.progress import meter
 
         if self.bar is None:
-            self.bar = tqdm(
-                desc=self.config.transfer.stage,
-                total=self.config.trainer.max_steps,
-                initial=step - 1,
-                unit="step",
-                dynamic_ncols=True,
-            )
+            stage, max_steps = self.config.transfer.stage, self.config.trainer.max_steps
+            self.bar = meter(stage, "step", max_steps, initial=step - 1)
         self.bar.set_postfix_str(_progress_text(scalars), refresh=False)
         self.bar.update(step - self.bar.n)
 

@@ -50,6 +50,7 @@ def linear_kl(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     float32_logits: bool = False,
+    vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     impl: Impl,
 ) -> LinearKLOutput:
@@ -74,7 +75,8 @@ def linear_kl(
     Args:
         student_hidden: [n, h], the same on every rank. Its gradient is this rank's part only:
             whoever hands it in sums over the group.
-        student_weight: [v, h], this rank's rows of the output weights, in vocabulary order.
+        student_weight: [v, h], this rank's rows of the output weights, in vocabulary order; as
+            many on every rank.
         teacher_hidden: [n, h of the teacher] or None.
         teacher_weight: [v, h of the teacher], or None as teacher_hidden. It may be
             student_weight itself.
@@ -88,6 +90,9 @@ def linear_kl(
         chunk_tokens: Rows whose student's logits exist at once, 1 or more.
         float32_logits: Keep the sums of the logits' products in float32; otherwise the logits are
             rounded to the weights' dtype, as Megatron's output layer does. Costs memory and time.
+        vocab_size: Entries of the whole vocabulary, at least one on every rank; rows of the weights
+            beyond are padding, which takes no part and gets a gradient of 0. None if there are
+            none.
         group: Ranks over which the vocabulary is spread; None for this rank alone.
         impl: "reference" is PyTorch on any device; "triton" needs CUDA, or Triton's interpreter,
             and bfloat16, float16 or float32. Neither stands in for the other. With "triton" and a
@@ -99,7 +104,7 @@ def linear_kl(
             vocabulary on a row that counts. On a GPU the labels' check waits once, before any
             work is launched; while a CUDA graph is captured, which allows no wait, it is left out.
     """
-    shards = VocabShards(student_weight.shape[0], group)
+    shards = _vocab_shards(student_weight.shape[0], vocab_size, group)
     settings = Settings(
         kind, jsd_beta, kl_weight, ce_weight, temperature, chunk_tokens, float32_logits, shards
     )
@@ -115,6 +120,9 @@ def linear_kl(
                 f"{tuple(teacher_weight.shape)}"
             )
         _check_shapes(teacher_hidden, teacher_weight, labels, loss_mask)
+    if shards.size < shards.part:  # or the slice's gradient would be a copy for nothing
+        student_weight = student_weight[: shards.size]
+        teacher_weight = None if teacher_weight is None else teacher_weight[: shards.size]
     _check_labels(labels, loss_mask, shards)
     loss_mask = loss_mask.to(torch.promote_types(student_weight.dtype, torch.float32))
     tensors = student_hidden, student_weight, teacher_hidden, teacher_weight, labels, loss_mask
@@ -156,6 +164,18 @@ def _triton(
     )
 
 
+def _vocab_shards(part: int, vocab_size: int | None, group: ProcessGroup | None) -> VocabShards:
+    num_shards = 1 if group is None else group.size()
+    if vocab_size is None:
+        vocab_size = num_shards * part
+    if not (num_shards - 1) * part < vocab_size <= num_shards * part:
+        raise ValueError(
+            f"vocab_size {vocab_size} does not end on the last of {num_shards} ranks, each of "
+            f"which has {part} rows of output weights"
+        )
+    return VocabShards(part, vocab_size, group)
+
+
 def _check_settings(settings: Settings, has_teacher: bool) -> None:
     if settings.kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {get_args(Kind)}, got {settings.kind!r}")
@@ -187,10 +207,9 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Ten
 def _check_labels(labels: Tensor, loss_mask: Tensor, shards: VocabShards) -> None:
     if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    vocab_size = shards.size * shards.num_shards
-    outside = ((labels < 0) | (labels >= vocab_size)) & (loss_mask != 0)
+    outside = ((labels < 0) | (labels >= shards.vocab_size)) & (loss_mask != 0)
     if outside.any():
         raise ValueError(
             f"label {labels[outside][0].item()} counts for the loss but lies outside the "
-            f"vocabulary: 0 to {vocab_size - 1} are allowed"
+            f"vocabulary: 0 to {shards.vocab_size - 1} are allowed"
         )

@@ -16,10 +16,22 @@ Kind = Literal["forward", "reverse", "jsd"]
 
 @dataclass(frozen=True)
 class VocabShards:
-    """How the vocabulary is spread over ranks: equal parts, in order."""
+    """How the vocabulary is spread over ranks: parts of one size, in order, padding at the end.
 
-    size: int
+    Attributes:
+        part: Entries of each rank, padding counted in.
+        vocab_size: Entries of all ranks, padding left out.
+        group: The ranks; None for this one alone.
+    """
+
+    part: int
+    vocab_size: int
     group: ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        """Entries of this rank that are no padding."""
+        return min(self.part, self.vocab_size - self.first)
 
     @property
     def num_shards(self) -> int:
@@ -27,7 +39,7 @@ class VocabShards:
 
     @property
     def first(self) -> int:
-        return 0 if self.group is None else self.group.rank() * self.size
+        return 0 if self.group is None else self.group.rank() * self.part
 
     def all_reduce(self, x: Tensor, op: ReduceOp.RedOpType) -> Tensor:
         """Reduce x over the ranks in place; x is contiguous and the caller's own."""

@@ -253,11 +253,12 @@ def _row_losses(
     is_soft = settings.temperature != 1
     logits = (student, teacher if has_teacher else student)
     strides = tuple(x.stride(0) for x in logits)
-    # As even splits as blocks and groups of them allow.
-    num_blocks = triton.cdiv(num_columns, _BLOCK)
+    # As even splits as blocks and groups of them allow; as many on every rank, also on one whose
+    # columns end in padding: a split without columns counts nothing.
+    num_blocks = triton.cdiv(shards.part, _BLOCK)
     num_blocks = triton.cdiv(num_blocks, triton.cdiv(num_blocks, _MOST_BLOCKS))
     num_blocks = GROUP.value * triton.cdiv(num_blocks, GROUP.value)
-    num_splits = triton.cdiv(num_columns, num_blocks * _BLOCK)
+    num_splits = triton.cdiv(shards.part, num_blocks * _BLOCK)
     grid = (num_rows, num_splits)
     loop = {"NUM_BLOCKS": num_blocks, "BLOCK": _BLOCK, "num_warps": _NUM_WARPS}
 

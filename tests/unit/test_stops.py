@@ -1,0 +1,121 @@
+"""Signals to a training, on processes of their own: what the first, the next and an orphan do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra_tools.stops import EXIT_CODE
+
+ROOT = Path(__file__).parents[2]
+# The main thread waits in C, where Python runs no handler.
+PROGRAM = """
+import os, sys, threading, time
+from hydra_tools import stops
+
+def say(sentence):
+    print(sentence, flush=True)
+
+with stops.listening(say) as asked:
+    {before}
+    print("ready", os.getpid(), flush=True)
+    {work}
+"""
+WAIT_IN_C = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
+STEPS = """
+    while not asked.is_asked():
+        time.sleep(0.01)
+    sys.exit(stops.EXIT_CODE)
+"""
+
+
+def _start(before: str = "", work: str = STEPS, **environment: str) -> subprocess.Popen:
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(before=before, work=work)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline().startswith("ready")
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_before_a_step_is_finished_nothing_is_saved(number: signal.Signals) -> None:
+    process = _start(work=WAIT_IN_C)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=10)
+    assert process.returncode == EXIT_CODE == 75
+    assert said == (
+        f"{number.name} before a step was finished: nothing was saved; the same command begins "
+        "again where this one began\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_the_first_asks_and_its_like_are_one(number: signal.Signals) -> None:
+    """A scheduler, `timeout` and torchrun each hand the same signal on."""
+    process = _start(before="asked.is_asked()", work=f"time.sleep(0.5)\n{STEPS}")
+    for _ in range(3):
+        process.send_signal(number)
+    said, _ = process.communicate(timeout=10)
+    assert process.returncode == EXIT_CODE
+    assert said == f"{number.name}: saving after this step; a second signal ends at once\n"
+
+
+def test_a_later_one_ends_at_once() -> None:
+    process = _start(before="asked.is_asked()", work=WAIT_IN_C)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_process_that_loads_data_answers_for_itself() -> None:
+    """Forked, it shares the pipe with its parent: Ctrl-C is the parent's, SIGTERM its own end."""
+    fork = """child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    asked.is_asked()"""
+    work = """time.sleep(0.5)
+    os.kill(child, 2); time.sleep(0.3); assert os.waitpid(child, os.WNOHANG)[0] == 0
+    os.kill(child, 15); assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -15
+    time.sleep(0.3); assert not asked.is_asked()"""
+    process = _start(before=fork, work=work)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+def test_a_rank_does_not_outlive_its_launcher() -> None:
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools"))
+    program = PROGRAM.format(before="asked.is_asked()", work=STEPS)
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, program],
+        env={**os.environ, "PYTHONPATH": paths, "LOCAL_RANK": "0"},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    rank = int(process.stdout.readline().split()[1])
+    process.kill()
+    assert process.stdout.readline().startswith("SIGTERM: saving after this step")
+    process.wait()
+    assert process.stdout.read() == ""  # the rank has closed it too
+    end = time.monotonic() + 10
+    while Path(f"/proc/{rank}").exists() and "Z" not in _state(rank):
+        assert time.monotonic() < end, "an orphan"
+        time.sleep(0.01)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
