@@ -58,8 +58,9 @@ class ProbesSection:
     """Counterfactual pairs a sub-probe."""
     pairs_of: dict[str, int] = field(default_factory=dict)
     """Other numbers for some sub-probes: noisy ones, such as `text`, need more."""
-    length: int = 256
-    """Tokens of a sample with its answer."""
+    length: int | None = None
+    """Tokens of a sample with its answer. None: 4,096 as in the paper, or as many as the teacher is
+    built for."""
     seed: int = 0
     text: PathText | None = None
     """Text to hide needles in: a file, folder or pattern; a tenth of it, held out, is used. None:
@@ -185,7 +186,7 @@ def load_scoring_config(
     for section, names in at_least_one.items():
         for name in names:
             value = getattr(getattr(config, section), name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{section}.{name} is {value}; it must be 1 or more")
     for name in ("min_gap_logits", "min_gap_nats"):
         if not getattr(config.probes, name) > 0:

@@ -244,6 +244,24 @@ def test_one_run_at_a_time_writes_a_scores_file(
     assert "holds an unfinished run with another" in capsys.readouterr().err
 
 
+def test_probes_are_as_long_as_the_teacher_allows_and_paths_may_be_spelt_otherwise(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die(*args: Any) -> None:
+        raise _Killed
+
+    words = [w for w in arguments(folder, "long.json") if not w.startswith("probes.length")]
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(ActivationPatching, "measure", die)
+        main(words)
+    assert "probes of 256 tokens (probes.length)" in capsys.readouterr().out
+    words[words.index("--teacher") + 1] = str(folder / "cut" / ".." / "teacher")
+    (folder / "cut").mkdir()
+    assert main(words) == 0, "the same teacher by another path goes on"
+    found = HeadScores.load(folder / "long.json")
+    assert {probe.length_tokens for probe in found.probes} == {256}
+
+
 def test_pairs_with_a_small_gap_are_dropped_counted_and_seen_by_no_scorer(folder: Path) -> None:
     gaps = sorted(whole(folder).probes[0].gaps)
     least = gaps[-2]  # the two pairs with the largest gap stay

@@ -31,6 +31,7 @@ from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, s
 from megatron_hydra.selection.text_files import find_texts
 
 _NUM_TOP_HEADS = 8
+_PAPER_LENGTH = 4096  # tokens of the paper's probes (arXiv 2606.20097)
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -66,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
     shape = ModelShape.from_config(loaded.config)
     if launch.rank() == 0:
         print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
+    _choose_length(config, loaded.config.seq_length)
     controls = _controls(config, shape)
     probes = _make_probes(config, loaded.tokenizer_folder)
     teacher_hash = loaded.meta["teacher_config_hash"]
-    # Where the scores go does not change them; everything else makes another run.
+    # Where the scores go and where the teacher lies do not change them; everything else makes
+    # another run, weights and probes by their contents.
     same = {
         **config.to_dict(),
         "teacher_config_hash": teacher_hash,
@@ -77,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "probes": probes_digest(probes),
     }
     same["run"] = {"batch_tokens": config.run.batch_tokens}
+    del same["model"]["teacher"]
     partial = PartialFolder(config.out, same, start_anew=args.overwrite)
     start = time.perf_counter()
     records, effects = ScoringRun(
@@ -187,20 +191,29 @@ def _load_teacher(config: ScoringConfig) -> Any:
     loaded = load_any_model(section.teacher, **overrides)
     if loaded.plan is not None:
         raise UserError(f"{section.teacher} is a hybrid: scores are measured on its teacher")
-    if config.probes.length > loaded.config.seq_length:
-        raise UserError(
-            f"probes.length is {config.probes.length}; the teacher is built for "
-            f"{loaded.config.seq_length} tokens at most"
-        )
     if on_gpu:
         loaded.model.cuda()
     return loaded
+
+
+def _choose_length(config: ScoringConfig, built_for: int) -> None:
+    """Fill in the default of `probes.length`, or hold what was asked for against the teacher."""
+    if config.probes.length is None:
+        config.probes.length = min(_PAPER_LENGTH, built_for)
+        if launch.rank() == 0:
+            print(f"probes of {config.probes.length:,} tokens (probes.length)", flush=True)
+    elif config.probes.length > built_for:
+        raise UserError(
+            f"probes.length is {config.probes.length}; the teacher is built for {built_for} tokens "
+            "at most"
+        )
 
 
 def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
     from megatron_hydra.conversion.qwen3 import load_tokenizer
 
     section = config.probes
+    assert section.length is not None
     tokenizer = load_tokenizer(tokenizer_folder)
     text = section.text
     text = read_text(text, section.text_options) if text else stand_in_text("probes.text=")
