@@ -20,7 +20,7 @@ PIECE_CHARACTERS = 2**16
 """Of a long document in one piece; a tokenizer takes some 180 bytes of memory a character."""
 
 _LINE_START = re.compile(r"\n(?=\S)")
-_WORD_END = re.compile(r"\w(?=\s)")
+_WORD_END = re.compile(r"\w(?=\W)")
 _SEEN_CHARACTERS = 256
 _TRIED_CUTS = 8
 
@@ -62,14 +62,16 @@ def encode(
         texts: Whole texts, or pieces of :func:`cut_pieces`.
         special_as_text: Take special tokens that are spelt in a text for text.
     """
-    return tokenizer(
+    found = tokenizer(
         list(texts),
         add_special_tokens=False,
         split_special_tokens=special_as_text,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    )["input_ids"]
+    )
+    ids: list[list[int]] = found["input_ids"]
+    return ids
 
 
 def cut_pieces(

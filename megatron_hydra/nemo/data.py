@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -155,9 +156,9 @@ def read_tokens(prefix: str) -> np.ndarray:
     index, tokens, _ = dataset_files(prefix)
     for file in (index, tokens):
         if not file.is_file():
-            raise UserError(
-                f"no indexed dataset {prefix}: {file} is missing (see megatron-hydra preprocess)"
-            )
+            bare = re.sub(r"\.(bin|idx)$", "", prefix)
+            way_out = f"name its prefix, {bare}" if bare != prefix else "see preprocess --help"
+            raise UserError(f"no indexed dataset {prefix}: {file} is missing; {way_out}")
     dtype, num_tokens = _read_index(index)
     if tokens.stat().st_size != num_tokens * dtype.itemsize:
         raise UserError(

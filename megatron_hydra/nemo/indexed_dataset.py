@@ -84,7 +84,10 @@ def write_pieces(
                 raise UserError(f"nothing to write to {prefix}: the input has no tokens")
             writer.builder.finalize(str(index))
         counts = (vocab_size, writer.num_documents, writer.num_tokens)
-        found = {**dict(zip(_COUNTS, counts, strict=True)), "largest_token": writer.largest_token}
+        found: dict[str, Any] = {
+            **dict(zip(_COUNTS, counts, strict=True)),
+            "largest_token": writer.largest_token,
+        }
         if end_of_document:
             end = EndOfDocument(*end_of_document, writer.num_ended)
             found["end_of_document"] = end._asdict()

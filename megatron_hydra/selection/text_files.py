@@ -248,10 +248,10 @@ def _open(
     """The file's bytes, uncompressed whatever its name."""
     with _Counted(path) as raw:
         raw.advance = advance
-        stream = io.BufferedReader(raw, _HEAD_BYTES)
+        stream: Any = io.BufferedReader(raw, _HEAD_BYTES)
         head = stream.peek(len(_ZSTD))
         if head.startswith(_GZIP):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _HEAD_BYTES)  # type: ignore[type-var, assignment]
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _HEAD_BYTES)
         elif head.startswith(_ZSTD):
             arrow = _arrow("", path)
             source = arrow.CompressedInputStream(arrow.PythonFile(stream, "r"), "zstd")

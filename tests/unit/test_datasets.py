@@ -149,6 +149,13 @@ def test_ids_that_are_not_noted_are_looked_for(tmp_path: Path, has_notes: bool) 
     check_datasets(data, 259)
 
 
+def test_a_file_in_place_of_its_prefix_is_refused_with_the_prefix(tmp_path: Path) -> None:
+    write(tmp_path / "d", [[1, 2] * 9])
+    for ending in ("bin", "idx"):
+        with pytest.raises(UserError, match=rf"is missing; name its prefix, {tmp_path}/d$"):
+            check_datasets(section(tmp_path / f"d.{ending}"), 259)
+
+
 def test_notes_of_another_dataset_are_refused(tmp_path: Path) -> None:
     data = section(write(tmp_path / "d", [[1, 2] * 9]))
     notes = (tmp_path / "d.json").read_text()

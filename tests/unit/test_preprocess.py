@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,24 @@ def test_documents_with_retrieval_end_too(folder: Path, tmp_path: Path) -> None:
         if match:
             assert f"The number for {match[1]} is {match[2]}." in text_
     assert not any('"content"' in text for text in decoded), "JSON taken for prose"
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--input IN/none.txt", "--tokenizer IN/none", "--input IN/lines.txt", "--out IN/lines"],
+)
+def test_mistakes_are_said_before_the_slow_imports(tmp_path: Path, option: str) -> None:
+    (tmp_path / "lines.txt").write_text('{"text": "a"}')
+    (tmp_path / "lines.idx").write_text("an earlier result")
+    words = f"preprocess --tokenizer IN --out IN/d {option}".replace("IN", str(tmp_path)).split()
+    program = (
+        "import sys\nfrom hydra_tools import cli\n"
+        f"code = cli.main({words})\n"
+        "print(code, {'torch', 'megatron', 'nemo', 'transformers', 'pyarrow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 set()", done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

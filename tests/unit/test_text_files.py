@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import random
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -211,6 +213,16 @@ def test_reading_takes_little_memory_and_tells_how_far_it_is(tmp_path: Path, nam
     assert peak < 4 * 2**20, "of 8 MiB of text"
     assert len(num_read) > 2
     assert sum(num_read) == pytest.approx(path.stat().st_size, rel=0.1)
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    """As a shell's `<(...)` is one."""
+    os.mkfifo(tmp_path / "pipe")
+    content = lines(DOCUMENTS)
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    assert read(tmp_path / "pipe", options=TextOptions(format="jsonl")) == DOCUMENTS
+    writer.join()
 
 
 def test_other_verbs_read_the_same_files(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def encode_pieces(
         # Set before the tokenizer's first use: threads of its own would not survive a fork.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     batches = _batches(cut_pieces(tokenizer, pieces, special_as_text))
+    encoded: Iterator[Tokens]
     if num_processes == 1:
         encoded = (_encode_batch(tokenizer, special_as_text, batch) for batch in batches)
     else:

@@ -140,7 +140,8 @@ def _plain_documents(
 ) -> Pieces:
     """Each text with the end-of-document token after it."""
     separator = None if args.special_tokens_as_text else end[0]
-    total = sum(path.stat().st_size for path in files)
+    # Nothing is known of a pipe's size.
+    total = (sum(path.stat().st_size for path in files) or None) if files else 0
     with meter("text", "B", total, unit_scale=True, unit_divisor=1024) as shown:
         texts = (
             read_pieces(files, text_options(args), separator, shown.update)
