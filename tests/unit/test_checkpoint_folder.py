@@ -123,21 +123,25 @@ def test_teacher_folders_of_both_kinds_are_one_model(teacher: Path, tmp_path: Pa
     [(80.0, None), (80.5, "80.5"), (89.0, "89"), (torch.inf, "inf"), (torch.nan, "nan")],
 )
 def test_a_decay_that_would_give_nan_is_refused(
-    teacher: Path, hybrid: Path, tmp_path: Path, value: float, said: str | None
+    hybrid: Path, tmp_path: Path, value: float, said: str | None
 ) -> None:
     """exp(89) is no float32, and infinity times softplus(-100), which is 0, is NaN."""
-    loaded = _load(hybrid)
-    branch = loaded.model.decoder.layers[1].self_attention.linear_attention
-    assert 2 in branch.heads
-    with torch.no_grad():
-        branch.A_log[branch.heads.index(2)] = value
-    rest = (loaded.model, loaded.config, loaded.plan, teacher, {})
-    checkpoint.save_checkpoint(tmp_path / "ckpt", *rest)
+    _save_with_a_log(tmp_path / "ckpt", hybrid, value)
     if said is None:
         assert _logits(_load(tmp_path / "ckpt").model).isfinite().all()
         return
     with pytest.raises(UserError, match=rf"A_log of head 2 \(LA\) of layer 1 is {said}, .* 80 at"):
         _load(tmp_path / "ckpt")
+
+
+def _save_with_a_log(folder: Path, hybrid: Path, value: float) -> None:
+    """The hybrid with this A_log for head 2 of layer 1."""
+    loaded = _load(hybrid)
+    branch = loaded.model.decoder.layers[1].self_attention.linear_attention
+    with torch.no_grad():
+        branch.A_log[branch.heads.index(2)] = value
+    rest = (loaded.model, loaded.config, loaded.plan, loaded.tokenizer_folder, {})
+    checkpoint.save_checkpoint(folder, *rest)
 
 
 def test_saving_starts_no_process(hybrid: Path) -> None:
@@ -166,6 +170,9 @@ def _on_four_ranks(hybrid: Path, teacher: Path, folder: Path, expected: Tensor) 
         torch.testing.assert_close(_logits(loaded.model), expected, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="loads on one rank only"):
         load_any_model(teacher)
+    # One rank has the head; all hear of it.
+    with pytest.raises(UserError, match="A_log of head 2"):
+        load_any_model(hybrid.parent / "bad")
 
     parallel_state.destroy_model_parallel()
     _save(folder / "tensor", teacher, tensor=2, placement="by_type")  # two data-parallel replicas
@@ -187,6 +194,7 @@ def _on_four_ranks(hybrid: Path, teacher: Path, folder: Path, expected: Tensor) 
 @pytest.mark.slow
 def test_layouts_load_each_others_folders(teacher: Path, hybrid: Path, tmp_path: Path) -> None:
     """TP=1 to TP=4, TP=2 to TP=4 (logits); TP=2 and TP=2, PP=2 to TP=1 (parameters)."""
+    _save_with_a_log(hybrid.parent / "bad", hybrid, 90.0)
     whole = _load(hybrid).model
     run_distributed(_on_four_ranks, 4, hybrid, teacher, tmp_path, _logits(whole))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline", "tensor"]
