@@ -30,7 +30,7 @@ def disk_full_named(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # which PyTorch's CheckpointException is
         if not _is_disk_full(error):
             raise
         folder = existing_folder(path)

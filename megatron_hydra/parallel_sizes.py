@@ -127,12 +127,13 @@ class ParallelSizes:
 
     def describe(self) -> str:
         """One line: all that is allowed, and which sizes pad what."""
-        pads = ""
+        pads = []
         for what, whole in self._padded:
             if sizes := [size for size in self.tensor if whole % size]:
-                pads += f", {_listed(sizes)} with padding of {what}"
+                pads.append(f"{_listed(sizes)} {'pads' if len(sizes) == 1 else 'pad'} {what}")
+        tensor = _listed(self.tensor) + (f" ({'; '.join(pads)})" if pads else "")
         return (
-            f"parallel sizes: TP {_listed(self.tensor)}{pads}; PP {_listed(self.pipeline)}; "
+            f"parallel sizes: TP {tensor}; PP {_listed(self.pipeline)}; "
             "CP any (sequence length divisible by 2 x CP)"
         )
 

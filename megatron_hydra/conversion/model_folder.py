@@ -16,6 +16,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,15 @@ def weight_files(folder: str | os.PathLike[str]) -> WeightFiles:
     ``model.safetensors`` comes first; an index beside it, stale or not, is not looked at.
 
     Raises:
-        UserError: If there are none, one is missing, or the index is damaged or names a file
-            outside the folder.
+        UserError: If there are none, one is missing, the index is damaged or names a file outside
+            the folder, or an adapter lies beside, which transformers may load on top of them.
     """
     folder = Path(folder)
+    if (folder / _ADAPTER).is_file():
+        raise UserError(
+            f"{folder} holds an adapter ({_ADAPTER}), which is not read: merge it into its model "
+            "(peft's merge_and_unload) and save that, or take the adapter's files out"
+        )
     if (folder / _SINGLE).is_file():
         return WeightFiles((folder / _SINGLE,))
     index = folder / _INDEX
@@ -124,11 +130,10 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _no_weights(folder: Path) -> UserError:
     """What to say of a folder without safetensors."""
-    others = [path for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]
+    others = sorted(folder.glob("pytorch_model*.bin"))
     if not others:
         return UserError(f"weight file {folder / _SINGLE} does not exist")
     return UserError(
-        f"{folder} has its weights as {sorted(others)[0].name} alone, and only safetensors are "
-        "read: load it with transformers and save it by save_pretrained(folder, "
-        "safe_serialization=True)"
+        f"{folder} has its weights as {others[0].name} alone, and only safetensors are read: load "
+        "it with transformers and save it by save_pretrained(folder, safe_serialization=True)"
     )

@@ -87,9 +87,10 @@ def _load(source: Path, named: Path) -> PreTrainedTokenizerBase:
         settings = _settings(source)
         tokenizer_class = _tokenizer_class(source, named, settings.get("tokenizer_class"))
         with _quiet(tokenizer_class.__name__ in _GENERIC_CLASSES):
-            return tokenizer_class.from_pretrained(
+            tokenizer: PreTrainedTokenizerBase = tokenizer_class.from_pretrained(
                 source, local_files_only=True, **_changed_settings(settings)
             )
+        return tokenizer
     except Exception as error:  # transformers raises whatever its tokenizer class meets
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(f"cannot load a tokenizer from {named}: {first_line}") from error
@@ -146,7 +147,7 @@ def _quiet(wanted: bool) -> Iterator[None]:
 
     verbosity = transformers_logging.get_verbosity()
     if wanted:
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_hydra.files import write_json
-from megatron_hydra.selection.cost import ServeDtype
+from megatron_hydra.selection.cost import ServeDtype, state_format
 
 if TYPE_CHECKING:
     from megatron_hydra.evaluation.ruler import TaskSample
@@ -216,7 +216,7 @@ def format_table(models: Sequence[ModelResult], serve_dtype: ServeDtype) -> str:
     rows = [
         ["model", "FA heads", *(f"{task} {length}" for task, length in models[0].accuracy)]
         + [f"ppl {length}" for length in models[0].loss_nats]
-        + [f"cache B/token ({serve_dtype})", f"state B (fp32, past inputs {serve_dtype})"]
+        + [f"cache B/token ({serve_dtype})", f"state B ({state_format(serve_dtype)})"]
     ]
     for model in models:
         rows.append(

@@ -142,7 +142,7 @@ class _ThreadCaller(AsyncCaller):
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
         self._thread = threading.Thread(target=self._run, args=(async_req,), daemon=True)
@@ -151,14 +151,16 @@ class _ThreadCaller(AsyncCaller):
     def _run(self, request: AsyncRequest) -> None:
         try:
             request.async_fn(*request.async_fn_args)
-        except Exception as error:  # raised where the training can see it
+        # PyTorch's CheckpointException is no Exception. What is raised here, the training must see:
+        # it would take the checkpoint for a finished one, and remove the one before.
+        except BaseException as error:
             self._error = error
 
     def is_current_async_call_done(self, blocking: bool, no_dist: bool) -> bool:
         """Whether every rank has written its files; collective unless ``no_dist``.
 
         Raises:
-            Exception: What the writing raised, on any rank.
+            BaseException: What the writing raised, on any rank.
         """
         if blocking:
             self.close()

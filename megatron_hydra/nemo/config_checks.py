@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel_sizes import stored_sizes
+from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
 
 if TYPE_CHECKING:
     from megatron_hydra.nemo.config import (
@@ -146,6 +146,23 @@ def _check_parallel_sizes(transfer: TransferSection, strategy: StrategySection) 
                 strategy.tensor_model_parallel_size,
                 strategy.pipeline_model_parallel_size,
                 section="strategy.",
+            )
+            if name == "teacher" and strategy.cp_comm_type == "a2a":
+                _check_head_exchange(f"transfer.teacher {folder}", sizes, strategy)
+
+
+def _check_head_exchange(teacher: str, sizes: ParallelSizes, strategy: StrategySection) -> None:
+    """Check what Transformer Engine asserts in a forward; a hybrid's layers check their own."""
+    tensor, context = strategy.tensor_model_parallel_size, strategy.context_parallel_size
+    for number, what in (
+        (sizes.num_attention_heads // tensor, "query heads"),
+        (max(1, sizes.num_query_groups // tensor), "query groups"),
+    ):
+        if number % context:
+            raise UserError(
+                f"strategy.cp_comm_type is a2a, but the {number} {what} of {teacher} on a "
+                f"tensor-parallel rank do not divide by strategy.context_parallel_size {context}; "
+                "p2p and all_gather need not"
             )
 
 

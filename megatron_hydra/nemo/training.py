@@ -130,6 +130,11 @@ class TrainingRun:
                 self._write_hybrid(model, command)
         return int(trainer.global_step)
 
+    @staticmethod
+    def wait_for_ranks() -> None:
+        """Return when every rank has come here; after :meth:`run`."""
+        torch.distributed.barrier()
+
     def _fit(
         self,
         model: HydraModel,

@@ -23,6 +23,7 @@ from megatron_hydra.evaluation.results import (
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
 from megatron_hydra.report.training_runs import TrainingRun
+from megatron_hydra.selection.cost import state_format
 
 _MIXED_FORMATS = (
     "The evaluation's file is of an earlier release, which counted the cache of each model in the "
@@ -221,7 +222,7 @@ def cache_section(evaluation: Evaluation) -> str:
         names.setdefault((model.cache_bytes_per_token, model.state_bytes), []).append(model.name)
     head = [
         "Model", "FA heads", f"Cache, bytes a token ({dtype})", "of the teacher's",
-        f"State, bytes a sequence (fp32, past inputs {dtype})", "Smaller from, tokens",
+        f"State, bytes a sequence ({state_format(dtype)})", "Smaller from, tokens",
     ]  # fmt: skip
     crossings = [crossover_tokens(model, teacher) for model in evaluation.models]
     finite = [length for length in crossings if length is not None]

@@ -95,10 +95,8 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ModelShape:
-        """Read what ``dataclasses.asdict`` gave; ValueError or TypeError if it is something else.
-
-        Earlier releases kept a number format there, too (``value_bytes``): it is left out.
-        """
+        """Read what ``asdict`` gave; ValueError or TypeError if it is something else."""
+        # Earlier releases kept a number format there, too.
         return cls(**{name: value for name, value in data.items() if name != "value_bytes"})
 
     @property
@@ -193,6 +191,11 @@ def state_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     return PlanCost(shape.total_heads * head, -head, 0, 0)
 
 
+def state_format(dtype: ServeDtype) -> str:
+    """The number formats of :func:`state_bytes`, for headings."""
+    return "fp32" if dtype == "fp32" else f"fp32, past inputs {dtype}"
+
+
 def total_cache_bytes(
     shape: ModelShape, context_tokens: int, dtype: ServeDtype = "bf16"
 ) -> PlanCost:
@@ -219,8 +222,7 @@ def attention_weight_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> Pla
 def weight_bytes_read(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of weight matrices that one decode step reads, whatever the batch.
 
-    Left out are vectors (norms, scales) and, of an input embedding of its own, the rows that are
-    not looked up.
+    Left out are vectors and, of an input embedding of its own, the rows that are not looked up.
     """
     h = shape.hidden_size
     shared = shape.num_layers * 3 * h * shape.ffn_hidden_size + h * shape.vocab_size
@@ -315,10 +317,7 @@ def training_step_seconds(
         context_tokens: Tokens of a sequence.
         device: Its peak is what ``efficiency`` is a share of.
         num_sequences: Sequences of the step, all on this device.
-        efficiency: Share of the peak that is reached.
-
-    Raises:
-        UserError: If ``efficiency`` is not above 0 and at most 1.
+        efficiency: Share of the peak that is reached, above 0 and at most 1; else a UserError.
     """
     _check_positive("number of sequences", num_sequences)
     if not 0 < efficiency <= 1:

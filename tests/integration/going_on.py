@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def check_damaged_checkpoint(
     _check_other_contents(inputs, folder, overrides, last)
 
     _cut_off(last / "weights/common.pt")
-    with pytest.raises(UserError, match=r"step_00000004/weights: .*; no checkpoint of .* is whole"):
+    with pytest.raises(
+        UserError, match=r"at step 2: it is a copy; no checkpoint of .* is whole: put"
+    ):
         TrainingRun(config).run(lambda step, scalars: None)
 
 
@@ -104,11 +107,20 @@ def _fill_with_zeros(file: Path) -> None:
 
 
 def check_full_disk(inputs: Path, overrides: list[str]) -> None:
-    """A real ENOSPC while a checkpoint is written: one sentence, and the one before is whole."""
+    """A real ENOSPC while a checkpoint is written: one sentence, and the one before is whole.
+
+    In the background too, where an error of the writing thread must not get lost.
+    """
+    from nv_one_logger.core.exceptions import OneLoggerError
+    from nv_one_logger.training_telemetry.api.callbacks import (
+        on_train_end,
+        on_training_single_iteration_end,
+    )
+
     from megatron_hydra.nemo.config import load_config
     from megatron_hydra.nemo.training import TrainingRun
 
-    saving = [*overrides, "resume.save_every_n_steps=1"]
+    saving = [*overrides, "resume.save_every_n_steps=1", "resume.keep=1"]
     run = TrainingRun(load_config(inputs / "run.yaml", saving))
     write_data = FileSystemWriter.write_data
 
@@ -125,6 +137,10 @@ def check_full_disk(inputs: Path, overrides: list[str]) -> None:
         patch.setattr(FileSystemWriter, "write_data", write_to_full_disk)
         with pytest.raises(UserError) as caught:
             run.run(lambda step, scalars: None)
+    # Else NeMo's telemetry takes this process for one that is training.
+    with suppress(OneLoggerError):  # it ended with the step
+        on_training_single_iteration_end()
+    on_train_end()
     sentence = f"cannot write {run.folder.checkpoints}: the disk is full or its quota used up"
     assert str(caught.value).startswith(sentence)
     names = [path.name for path in run.folder.finished_checkpoints()]

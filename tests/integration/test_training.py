@@ -106,8 +106,10 @@ def _check_runs(inputs: Path, folder: Path) -> None:
         overrides = [*RUNS["align"], f"log.folder={folder / 'align'}"]
         check_damaged_checkpoint(inputs, folder / "align", overrides, lines)
         unset_num_microbatches_calculator()
-        check_full_disk(inputs, [*RUNS["distill"], f"log.folder={folder / 'full'}"])
-        unset_num_microbatches_calculator()
+        for way in ("true", "false"):
+            way_of_saving = [f"log.folder={folder}/full_{way}", f"resume.async_save={way}"]
+            check_full_disk(inputs, [*RUNS["distill"], *way_of_saving])
+            unset_num_microbatches_calculator()
         for stage in ("align", "distill", "long_context"):
             _check_bf16(inputs, folder / f"{stage}_bf16", RUNS[stage])
             unset_num_microbatches_calculator()

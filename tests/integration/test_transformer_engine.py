@@ -130,7 +130,7 @@ def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path):
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     save_checkpoint(
         tmp_path / "hybrid", model, model.config, tiny_plan(), tmp_path / "tokenizer", {}
     )

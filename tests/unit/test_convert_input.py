@@ -133,7 +133,11 @@ BAD_INPUTS = {
 @pytest.mark.parametrize(
     ("verb", "kind"),
     [("convert", kind) for kind in BAD_INPUTS]
-    + [("score", kind) for kind in ("folder", "config", "weights", "tokenizer")],
+    + [
+        (verb, kind)
+        for verb in ("score", "evaluate")
+        for kind in ("folder", "config", "weights", "tokenizer")
+    ],
 )
 def test_bad_folders_are_said_before_pytorch_is_imported(
     inputs: Path, verb: str, kind: str
@@ -141,7 +145,8 @@ def test_bad_folders_are_said_before_pytorch_is_imported(
     """PyTorch, Megatron and transformers take seconds to import, tens of them on some clusters."""
     spoil, message = BAD_INPUTS[kind]
     spoil(inputs)
-    words = [verb, "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    option = {"evaluate": ["--model", "a="]}.get(verb, ["--teacher", ""])
+    words = [verb, option[0], f"{option[1]}{inputs}/teacher", "--out", f"{inputs}/out"]
     words += ["--plan", f"{inputs}/plan.json"] if verb == "convert" else []
     program = (
         "import sys\nfrom hydra_tools import cli\n"
@@ -187,7 +192,7 @@ MORE = ["--overwrite", "--calibration-tokens", "256"]
     [
         ("la_conv_kernel_size=0", "la_conv_kernel_size is 0; it must be a whole number from 1 on"),
         ("la_conv_kernel_size=-1", "la_conv_kernel_size is -1"),
-        ("fa_query_scale_base=NaN", "fa_query_scale_base is nan; it must be a finite number above"),
+        ("fa_query_scale_base=0.5", "fa_query_scale_base is 0.5; it must be a finite number above"),
         ("seq_length=-3", "seq_length is -3; it must be a whole number from 1 on"),
         ("seq_length=0", "seq_length is 0"),
         ("fa_query_scale_start=-600", "fa_query_scale_start is -600"),
@@ -202,3 +207,11 @@ def test_model_options_out_of_range_are_named(
     words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out", option]
     words += ["--plan", f"{inputs}/plan.json"] if kind == "hybrid" else []
     assert message in _refused(inputs, capsys, *words)
+
+
+def test_nan_is_no_number_of_a_model_option(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
+    message = _refused(inputs, capsys, *words, "fa_query_scale_base=NaN")
+    assert message == "fa_query_scale_base is 'NaN'; it must be a float"

@@ -65,14 +65,19 @@ def test_the_training_length_is_the_longest_that_a_folder_names() -> None:
 
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
-    """A teacher built for 1,024 tokens, and a hybrid whose folder says it was trained on 300."""
+    """A float32 teacher built for 1,024 tokens, a float32 hybrid, and one that was trained.
+
+    The last is in bf16, and its folder says that it was trained on 300 tokens a sample.
+    """
     teacher = write_tiny_qwen3(tmp_path / "teacher", max_position_embeddings=1024)
     plan, converted = tmp_path / "plan.json", tmp_path / "converted"
     HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(plan)
-    command = ["convert", "--teacher", teacher, "--plan", plan, "--out", converted]
-    assert main([str(word) for word in command]) == 0
+    command = ["convert", "--teacher", teacher, "--plan", plan, "--out"]
+    assert main([str(word) for word in (*command, converted)]) == 0
+    half = tmp_path / "half"
+    assert main([str(word) for word in (*command, half, "--dtype", "bfloat16")]) == 0
     initialize_model_parallel()
-    loaded = load_checkpoint(converted)
+    loaded = load_checkpoint(half)
     trained = tmp_path / "trained"
     save_checkpoint(
         trained, loaded.model, loaded.config, loaded.plan, loaded.tokenizer_folder,
@@ -118,6 +123,25 @@ def test_evaluate_takes_its_lengths_from_the_models_and_says_so(
     found = run_evaluate(models, ["teacher", "converted"], out)
     assert [length for _, length in found.cells] == [256, 512, 1024]
     assert found.provenance["perplexity_tokens"] >= 1024
+
+
+def test_one_plan_has_one_cache_whatever_its_weights_are(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = [json.loads((models[n] / "model.json").read_text()) for n in ("converted", "trained")]
+    assert [meta["config"]["params_dtype"] for meta in stored] == ["float32", "bfloat16"]
+    quick = ["--lengths", "200", "--perplexity-tokens", "200"]
+    shares = {}
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        more = [*quick, "--serve-dtype", dtype]
+        found = run_evaluate(models, list(models), tmp_path / "out.json", *more)
+        teacher, converted, trained = (model.cache_bytes_per_token for model in found.models)
+        assert teacher == 2 * 2 * 2 * 16 * size  # layers, groups, key and value, channels
+        assert converted == trained
+        assert found.models[1].state_bytes == found.models[2].state_bytes
+        assert f"cache B/token ({dtype})" in capsys.readouterr().out
+        shares[dtype] = trained / teacher
+    assert shares["bf16"] == shares["fp32"] == 2 / 4  # one group a layer
 
 
 def test_convert_calibrates_at_the_length_that_the_teacher_is_built_for(
@@ -171,10 +195,12 @@ def test_a_missing_model_is_named_before_pytorch_is_there(
         pytest.fail("PyTorch and Megatron are imported from here on")
 
     monkeypatch.setattr(cpu, "install_if_needed", install)
+    folder = tmp_path / "model"
+    folder.mkdir()
     for words, message in (
         (["--model", "a=nowhere"], "model folder nowhere does not exist"),
-        (["--model", f"a={tmp_path}", "--num-samples", "7"], "7 samples do not divide into 5"),
-        (["--model", f"a={tmp_path}", "--lengths", "64", "--perplexity-tokens", "8"], "is 8, less"),
+        (["--model", f"a={folder}", "--num-samples", "7"], "7 samples do not divide into 5"),
+        (["--model", f"a={folder}", "--lengths", "64", "--perplexity-tokens", "8"], "is 8, less"),
     ):
         arguments = evaluate_arguments([*words, "--out", str(tmp_path / "out.json")])
         with pytest.raises(UserError, match=message):

@@ -6,6 +6,7 @@ size that is refused though Megatron takes it, and a refusal that says neither w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -40,6 +41,20 @@ def test_a_real_model_allows_what_divides_it() -> None:
         "parallel sizes: TP 1, 2, 4, 8, 16; PP 1, 2, 4, 7, 14, 28; "
         "CP any (sequence length divisible by 2 x CP)"
     )
+
+
+def test_sizes_that_pad_are_named() -> None:
+    odd = dataclasses.replace(QWEN3_1P7B, ffn_hidden_size=6152, vocab_size=151940)
+    assert "TP 1, 2, 4, 8, 16 (8, 16 pad the vocabulary; 16 pads the MLP's width); PP" in (
+        odd.describe()
+    )
+    odd.check("it", tensor=16)
+
+
+def test_a_vocabulary_that_leaves_a_rank_empty_is_refused() -> None:
+    tiny = dataclasses.replace(QWEN3_1P7B, vocab_size=5)  # 2, 2, 1 and nothing on the fourth
+    with pytest.raises(UserError, match="the vocabulary of 5 is too small to be shared by 4 ranks"):
+        tiny.check("it", tensor=4)
 
 
 def test_a_refusal_names_the_reason_and_what_fits() -> None:
@@ -250,9 +265,13 @@ def test_training_refuses_before_anything_slow(folder: Path) -> None:
             f"_size 2 does not fit transfer.init_from {folder}/hybrid: of 2 and the 3 query groups",
         ),
         ("strategy.pipeline_model_parallel_size=2", "the 3 layers do not divide by 2"),
+        (
+            "strategy.cp_comm_type=a2a strategy.context_parallel_size=2",
+            f"is a2a, but the 3 query groups of transfer.teacher {folder}/teacher on a tensor-",
+        ),
     ):
         with pytest.raises(UserError) as caught:
-            load_config(folder / "run.yaml", [override])
+            load_config(folder / "run.yaml", override.split())
         assert sentence in str(caught.value)
 
 

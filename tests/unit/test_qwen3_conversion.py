@@ -168,6 +168,7 @@ def _spoil_values(value: float, dtype: torch.dtype = torch.float32) -> Callable[
 
 
 def _to_bin(folder: Path) -> None:
+    (folder / "training_args.bin").write_text("no weights")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
@@ -186,6 +187,10 @@ def _to_bin(folder: Path) -> None:
         (_spoil_values(-math.inf), f"{EMBEDDING} in .* has 3 of 8,448 values"),
         (_spoil_values(math.nan, torch.bfloat16), f"{EMBEDDING} in .* has 3 of 8,448 values"),
         (_spoil_values(math.inf, torch.float16), f"{EMBEDDING} in .* has 3 of 8,448 values"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("{}"),
+            "holds an adapter .adapter_config.json., which is not read: merge it",
+        ),
         (_to_bin, "weights as pytorch_model.bin alone.*by save_pretrained.folder, safe_serializ"),
     ],
     ids=[
@@ -200,6 +205,7 @@ def _to_bin(folder: Path) -> None:
         "inf",
         "nan-bfloat16",
         "inf-float16",
+        "adapter",
         "pytorch",
     ],  # fmt: skip
 )

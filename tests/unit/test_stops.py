@@ -97,7 +97,7 @@ def test_a_process_that_loads_data_answers_for_itself() -> None:
 def test_a_rank_does_not_outlive_its_launcher() -> None:
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools"))
-    program = PROGRAM.format(before="asked.is_asked()", work=STEPS)
+    program = PROGRAM.format(before="stops.end_with_launcher(); asked.is_asked()", work=STEPS)
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, program],
         env={**os.environ, "PYTHONPATH": paths, "LOCAL_RANK": "0"},

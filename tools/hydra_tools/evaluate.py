@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools.progress import progress
+from megatron_hydra.conversion.model_folder import check_model_folder
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
     LONGEST_UNASKED,
@@ -184,8 +185,7 @@ def _check(args: argparse.Namespace, folders: Mapping[str, Path], depths: Sequen
     if args.lengths and args.perplexity_tokens:
         check_window(max(args.lengths), args.perplexity_tokens)
     for folder in folders.values():
-        if not folder.is_dir():
-            raise UserError(f"model folder {folder} does not exist")
+        check_model_folder(folder)
 
 
 def _choose_lengths(

@@ -23,6 +23,7 @@ from megatron_hydra.selection.cost import (
     ServeDtype,
     costs_of,
     find_device,
+    state_format,
 )
 from megatron_hydra.selection.explanation import SURE, ChosenHead, Explanation
 from megatron_hydra.selection.pareto import ParetoTable
@@ -129,7 +130,9 @@ def describe_plan(
     if explanation is None:
         return [*lines, "", "the plan does not say why its heads were chosen: written by hand?"]
     combined = plan.provenance.get("combination", {}).get("scorers", ())
-    lines += ["", *how_sure(explanation), "", *_head_lines(explanation, combined)]
+    lines += ["", *how_sure(explanation)]
+    if explanation.heads:
+        lines += ["", *_head_lines(explanation, combined)]
     return [*lines, "", *_left_out(plan, explanation)]
 
 
@@ -168,7 +171,7 @@ def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
     figures = [
         (f"KV cache, GiB ({dtype})", plan.kv_cache_bytes / GIB, teacher.kv_cache_bytes / GIB),
         (
-            f"LA state, GiB (fp32, past inputs {dtype})",
+            f"LA state, GiB ({state_format(dtype)})",
             plan.state_bytes / GIB,
             teacher.state_bytes / GIB,
         ),

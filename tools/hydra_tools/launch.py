@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra_tools import stops
 from hydra_tools.cli import log_to_stderr, run_verb
 from megatron_hydra.errors import UserError
 
@@ -23,6 +24,7 @@ def rank() -> int:
 
 def main(verb: str) -> int:
     """Entry point of ``torchrun -m hydra_tools.<verb>``; return the exit code."""
+    stops.end_with_launcher()
     if rank() == 0:
         log_to_stderr()
     try:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hydra.conversion.qwen3_config import config_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.report import write_report
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         runs=runs,
         pareto=args.pareto,
         command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
-        teacher_config_hash=_teacher_hash(args.teacher) if args.teacher else "",
+        teacher_config_hash=config_hash(args.teacher) if args.teacher else "",
         overwrite=args.overwrite,
     )
     print(f"report: {page}")
@@ -67,13 +68,3 @@ def _parse_runs(arguments: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--run names {name!r} twice: each run needs its own name")
         runs[name] = Path(folder)
     return runs
-
-
-def _teacher_hash(folder: Path) -> str:
-    # Imported here: conversion loads Megatron, which the page itself does not need.
-    from megatron_hydra import cpu
-
-    cpu.install_if_needed()
-    from megatron_hydra.conversion.qwen3 import config_hash
-
-    return config_hash(folder)

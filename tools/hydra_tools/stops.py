@@ -75,8 +75,8 @@ class Stops:
 def listening(say: Callable[[str], None]) -> Iterator[Stops]:
     """Take the signals that end a training, inside the block; on the main thread alone.
 
-    Under torchrun a rank also gets SIGTERM when its launcher ends, however that ends: it saves,
-    and ends for certain some minutes later.
+    A process whose launcher has ended, see :func:`end_with_launcher`, ends for certain some minutes
+    after the signal.
 
     Args:
         say: As for :class:`Stops`.
@@ -94,8 +94,6 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
     earlier = {number: signal.signal(number, _leave_to_the_thread) for number in _SIGNALS}
     # A process that torch forks to load data shares the pipe: it must not answer for its parent.
     os.register_at_fork(after_in_child=_forget)
-    if "LOCAL_RANK" in os.environ:
-        _end_with(parent)
     try:
         yield stops
     finally:
@@ -105,6 +103,15 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
         os.close(writer)  # ends the thread
+
+
+def end_with_launcher() -> None:
+    """Ask Linux for SIGTERM when torchrun ends, however that ends; elsewhere an orphan lives on."""
+    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it ended just before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave_to_the_thread(*_: object) -> None: ...
@@ -131,11 +138,3 @@ def _forget() -> None:
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-
-
-def _end_with(parent: int) -> None:
-    """Ask Linux for SIGTERM when the launcher ends; elsewhere an orphan lives until it is done."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it ended just before
-            os.kill(os.getpid(), signal.SIGTERM)

@@ -34,8 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "The same command again goes on from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 "
-        "save after the step in progress; a second one ends at once. Exit codes: 0 when the "
-        f"trained model is written, 2 for bad input, {stops.EXIT_CODE} when stopped by a signal."
+        "save after the step in progress (torchrun gives that 30 seconds, or what "
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT says); a second one ends at once. Exit codes: 0 when the "
+        f"trained model is written, 2 for bad input, {stops.EXIT_CODE} when stopped by a signal "
+        "(torchrun has a code of its own for that, which is not 0)."
     )
 
 
@@ -71,11 +73,13 @@ def run(args: argparse.Namespace) -> int:
         if num_steps == config.trainer.max_steps:
             return _whole(folder)
         asked.end()
+        command = "the same command without --overwrite" if args.overwrite else "the same command"
         _say(
             f"{asked.name or 'a signal to another rank'}: stopped after step {num_steps} of "
-            f"{config.trainer.max_steps}, which is saved in {folder.checkpoints}; the same command "
+            f"{config.trainer.max_steps}, which is saved in {folder.checkpoints}; {command} "
             "goes on from there"
         )
+        training.wait_for_ranks()  # torchrun ends the others at once when one has ended
         return stops.EXIT_CODE
 
 
