@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from hydra_tools.progress import meter, progress
+from megatron_hydra.conversion.tokenizer import find_tokenizer, load_tokenizer
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs, versions
@@ -80,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
-    from megatron_hydra.conversion.qwen3 import load_tokenizer
     from megatron_hydra.conversion.token_ids import end_of_document, num_token_ids
     from megatron_hydra.nemo.indexed_dataset import write_pieces
 
@@ -112,8 +112,7 @@ def _check(args: argparse.Namespace) -> list[Path]:
     files = find_texts(names, text_options(args))
     check_outputs(dataset_files(args.out), (*names, *files, args.tokenizer))
     check_dataset_output(args.out, args.overwrite)
-    if not args.tokenizer.is_dir():
-        raise UserError(f"cannot load a tokenizer from {args.tokenizer}: no such folder")
+    find_tokenizer(args.tokenizer)
     if args.retrieval_fraction is not None:
         check_space(args.out, args.num_documents * args.seq_length * _LEAST_TOKEN_BYTES)
     return files
