@@ -379,9 +379,7 @@ def test_choices_that_do_not_fit_are_errors():
         choose_la_kernel("fla")
     with pytest.raises(UserError, match="fusion is 'mean'; allowed: scale, norm, none, gate"):
         tiny_config(fusion="mean")
-    with pytest.raises(
-        UserError, match="size 16 does not fit the model: the 8 query heads of a layer"
-    ):
+    with pytest.raises(UserError, match="size 16 does not fit the model: the 8 query heads"):
         tiny_config(tensor_model_parallel_size=16, vocab_size=64, ffn_hidden_size=48)
     with pytest.raises(UserError, match="transformer_engine', which is not installed"):
         get_hydra_layer_spec(tiny_config(), tiny_plan().layers[0], "transformer_engine")
