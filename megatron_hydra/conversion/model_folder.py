@@ -69,8 +69,9 @@ def check_model_folder(folder: str | os.PathLike[str]) -> bool:
 def weights_hash(folder: str | os.PathLike[str]) -> str:
     """Hash (hex) of the contents of a model folder's weights, by which two trainings differ.
 
-    Of a Hugging Face folder it covers the files that are read, of a checkpoint folder all below
-    ``weights/``; the same weights saved in another form have another hash.
+    Of a Hugging Face folder it covers the files that are read, of a checkpoint folder those of the
+    tensors: what stands beside them has a new name at each save. The same weights saved in another
+    form have another hash.
 
     Raises:
         UserError: If the folder is no model folder, or a file is missing or cannot be read.
@@ -78,7 +79,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
     folder = Path(folder)
     if not is_checkpoint_folder(folder):
         return content_hash(weight_files(folder).paths)
-    paths = [path for path in (folder / "weights").rglob("*") if path.is_file()]
+    paths = list((folder / "weights").glob("*.distcp"))
     if not paths:
         raise UserError(f"{folder} has no complete weights: {folder}/weights has no files")
     return content_hash(paths)

@@ -113,6 +113,7 @@ def check_full_disk(inputs: Path, overrides: list[str]) -> None:
     """
     from nv_one_logger.core.exceptions import OneLoggerError
     from nv_one_logger.training_telemetry.api.callbacks import (
+        on_save_checkpoint_end,
         on_train_end,
         on_training_single_iteration_end,
     )
@@ -138,9 +139,9 @@ def check_full_disk(inputs: Path, overrides: list[str]) -> None:
         with pytest.raises(UserError) as caught:
             run.run(lambda step, scalars: None)
     # Else NeMo's telemetry takes this process for one that is training.
-    with suppress(OneLoggerError):  # it ended with the step
-        on_training_single_iteration_end()
-    on_train_end()
+    for end in (on_save_checkpoint_end, on_training_single_iteration_end, on_train_end):
+        with suppress(OneLoggerError):  # it has ended
+            end()
     sentence = f"cannot write {run.folder.checkpoints}: the disk is full or its quota used up"
     assert str(caught.value).startswith(sentence)
     names = [path.name for path in run.folder.finished_checkpoints()]
