@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -152,6 +153,7 @@ def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) ->
         ("d.txt.gz", gzip.compress(b"words " * 99)[:20] + b"?" * 40, "d.txt.gz"),
         ("d.txt.zst", zstd(b"words " * 99)[:-3], "cannot read the text file .*d.txt.zst"),
     ],
+    ids=itertools.count(),  # the contents hold the time at which gzip made them
 )  # fmt: skip
 def test_what_is_no_text_is_refused(
     tmp_path: Path, name: str, content: bytes, message: str
