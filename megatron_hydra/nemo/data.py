@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import struct
@@ -21,9 +20,9 @@ from torch import Tensor
 from megatron_hydra.attention.sequence_layout import pad_documents, padded_lengths
 from megatron_hydra.conversion.token_ids import end_of_document
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import content_hash
 from megatron_hydra.nemo.config import DataSection
 from megatron_hydra.nemo.indexed_dataset import EndOfDocument, dataset_files, read_notes
+from megatron_hydra.nemo.run_inputs import datasets_hash
 
 # Magic and version, the type of a token, the number of sequences and of documents. Then follow
 # the sequences' lengths (int32) and places (int64), and each document's first sequence (int64).
@@ -64,18 +63,6 @@ def make_data_module(
     )
     module.create_attention_mask = False  # causal attention makes its own
     return module
-
-
-def datasets_hash(section: DataSection) -> str:
-    """A cheap hash (hex) of what the datasets hold, in the order of their paths.
-
-    Equal for equal tokens and documents; see :func:`~megatron_hydra.files.content_hash`.
-
-    Raises:
-        UserError: If a file cannot be read.
-    """
-    hashes = [content_hash(dataset_files(path)[:2]) for path in section.paths]
-    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def pack_documents(

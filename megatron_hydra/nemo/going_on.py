@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.conversion.checkpoint import read_metadata
 from megatron_hydra.conversion.distributed_weights import check_weights
-from megatron_hydra.conversion.model_folder import weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.nemo.config import RunConfig
-from megatron_hydra.nemo.data import datasets_hash
 from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_inputs import check_same_inputs
+from megatron_hydra.nemo.run_inputs import check_same_inputs, input_hashes
 from megatron_hydra.nemo.run_state import RunIdentity, check_model, read_identity
 
 logger = logging.getLogger(__name__)
@@ -29,12 +26,7 @@ def run_identity(config: RunConfig, plan: HeadPlan, meta: Mapping[str, Any]) -> 
         plan: Of the hybrid that it starts from.
         meta: model.json of that.
     """
-    transfer = config.transfer
-    inputs = {
-        "transfer.init_from": weights_hash(transfer.init_from),
-        "transfer.teacher": weights_hash(transfer.teacher) if transfer.teacher else "",
-        "data.paths": datasets_hash(config.data),
-    }
+    inputs = input_hashes(config)
     return RunIdentity(plan, meta["teacher_config_hash"], inputs, config.trainer.max_steps)
 
 
@@ -59,7 +51,8 @@ def newest_checkpoint(folder: RunFolder, identity: RunIdentity) -> Path | None:
         if damage:
             logger.warning("%s; going on from %s instead", damage[0], checkpoint)
         check_model(saved, identity, checkpoint, folder.config.transfer.init_from)
-        _check_inputs(saved.inputs, identity, folder, checkpoint)
+        moved = folder.moved_inputs()
+        check_same_inputs(saved.inputs, identity.inputs, moved, folder.config, checkpoint)
         if saved.max_steps not in (0, identity.max_steps):
             _tell_new_length(saved.max_steps, identity.max_steps)
         return checkpoint
@@ -69,26 +62,6 @@ def newest_checkpoint(folder: RunFolder, identity: RunIdentity) -> Path | None:
             "another log.folder"
         )
     return None
-
-
-def check_trained(folder: RunFolder, identity: RunIdentity) -> None:
-    """Check that the hybrid that a run has written was trained on what it would read now.
-
-    Args:
-        folder: Of the run, which is complete.
-        identity: Of the run.
-
-    Raises:
-        UserError: If it was not, or nobody knows.
-    """
-    provenance = read_metadata(folder.hybrid)["provenance"]
-    _check_inputs(provenance.get("inputs", {}), identity, folder, folder.hybrid)
-
-
-def _check_inputs(
-    saved: Mapping[str, str], identity: RunIdentity, folder: RunFolder, where: Path
-) -> None:
-    check_same_inputs(saved, identity.inputs, folder.moved_inputs(), folder.config, where)
 
 
 def _tell_new_length(earlier: int, max_steps: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, lock, write_beside
+from megatron_hydra.files import check_output, check_outputs, lock, read_json, write_beside
 from megatron_hydra.nemo.config import MAY_CHANGE, RunConfig, differences, load_config
 from megatron_hydra.nemo.run_files import (
     HEADER,
@@ -20,7 +20,13 @@ from megatron_hydra.nemo.run_files import (
     trained_steps,
     written_files,
 )
-from megatron_hydra.nemo.run_inputs import input_paths, moved_inputs, result_bytes
+from megatron_hydra.nemo.run_inputs import (
+    check_same_inputs,
+    input_hashes,
+    input_paths,
+    moved_inputs,
+    result_bytes,
+)
 
 _WAY_OUT = "choose another log.folder"
 
@@ -56,6 +62,19 @@ class RunFolder:
     def is_complete(self) -> bool:
         """Whether the trained hybrid is written, of as many steps as the run is to have."""
         return trained_steps(self.hybrid) == self.config.trainer.max_steps
+
+    def check_trained(self) -> None:
+        """Check that the hybrid of a complete run was trained on what the run would read now.
+
+        What is not there any more, nobody can have meant to train on.
+
+        Raises:
+            UserError: If it was not.
+        """
+        meta = read_json(self.hybrid / "model.json", "hybrid", 1)
+        saved = meta["provenance"].get("inputs", {})
+        found = input_hashes(self.config)
+        check_same_inputs(saved, found, self.moved_inputs(), self.config, self.hybrid)
 
     def moved_inputs(self) -> set[str]:
         """The keys that name other places than when the run was started last."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_hydra.conversion.model_folder import weights_hash
 from megatron_hydra.errors import UserError
-from megatron_hydra.nemo.config import HELD_BY_CONTENT, RunConfig
+from megatron_hydra.files import content_hash
+from megatron_hydra.nemo.config import HELD_BY_CONTENT, DataSection, RunConfig
 
-_DATASET_ENDINGS = (".idx", ".bin", ".json")
+_TOKEN_ENDINGS = (".idx", ".bin")
+_DATASET_ENDINGS = (*_TOKEN_ENDINGS, ".json")
 
 
 def input_paths(config: RunConfig) -> list[tuple[str, Path]]:
@@ -42,6 +46,35 @@ def check_present(config: RunConfig) -> None:
         elif not (path / "model.json").is_file():
             raise UserError(f"{path} is not a checkpoint folder: it has no model.json")
     _check_sequence_length(config)
+
+
+def input_hashes(config: RunConfig) -> dict[str, str]:
+    """Content hashes of what the run reads, by key; empty for what is not there (any more)."""
+    transfer = config.transfer
+    return {
+        "transfer.init_from": _weights_hash(transfer.init_from),
+        "transfer.teacher": "" if transfer.teacher is None else _weights_hash(transfer.teacher),
+        "data.paths": datasets_hash(config.data),
+    }
+
+
+def datasets_hash(section: DataSection) -> str:
+    """A cheap hash (hex) of what the datasets hold, in the order of their paths.
+
+    Equal for equal tokens and documents, see :func:`~megatron_hydra.files.content_hash`; empty if a
+    file is missing.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    datasets = [[Path(f"{path}{ending}") for ending in _TOKEN_ENDINGS] for path in section.paths]
+    if not all(file.is_file() for files in datasets for file in files):
+        return ""
+    return hashlib.sha256("\n".join(map(content_hash, datasets)).encode()).hexdigest()
+
+
+def _weights_hash(folder: str) -> str:
+    return weights_hash(folder) if Path(folder).is_dir() else ""
 
 
 def result_bytes(config: RunConfig) -> tuple[int, int]:

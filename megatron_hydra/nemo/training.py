@@ -35,7 +35,7 @@ from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, find_end_of_document, make_data_module
-from megatron_hydra.nemo.going_on import check_trained, newest_checkpoint, run_identity
+from megatron_hydra.nemo.going_on import newest_checkpoint, run_identity
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
@@ -178,14 +178,6 @@ class TrainingRun:
     def check_goes_on(self) -> None:
         """Raise what keeps the run from going on now, before anything is written."""
         _ = self.checkpoint
-
-    def check_trained(self) -> None:
-        """Check that the hybrid that is written already was trained on what this run would read.
-
-        Raises:
-            UserError: If it was not, or nobody knows.
-        """
-        check_trained(self.folder, self.identity)
 
     def _trainer(self, show: ShowStep, watch: NumberWatch) -> nl.Trainer:
         config = self.config

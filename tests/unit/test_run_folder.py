@@ -16,7 +16,7 @@ from megatron_hydra.nemo import run_folder
 from megatron_hydra.nemo.config import load_config
 from megatron_hydra.nemo.run_files import HEADER
 from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_inputs import check_present, check_same_inputs
+from megatron_hydra.nemo.run_inputs import check_present, check_same_inputs, input_hashes
 
 # As a run of six steps leaves it; data_index with and without a folder for the data's contents.
 WRITTEN = (
@@ -283,6 +283,30 @@ def test_inputs_are_known_by_what_they_hold(exp: Path) -> None:
         check_same_inputs(earlier, began, every - {key}, config, exp)
         with pytest.raises(UserError, match=rf"another {key}"):
             check_same_inputs(earlier, began, {key}, config, exp)
+
+
+def test_a_complete_run_says_so_of_what_it_was_trained_on_alone(exp: Path) -> None:
+    """Catches data or weights made anew under the old names, which nobody then trains on."""
+    for name in ("converted", "teacher"):
+        _write(exp / name / "weights/__0_0.distcp", name)
+    folder = _folder(exp)
+    meta = {
+        "kind": "hybrid",
+        "schema_version": 1,
+        "provenance": {"stage": "align", "inputs": input_hashes(folder.config)},
+    }
+    assert all(meta["provenance"]["inputs"].values())
+    _write(exp / "hybrid/model.json", json.dumps(meta))
+    folder.write_config()
+    folder.check_trained()
+    _write(exp / "data/train.bin", "other tokens")
+    with pytest.raises(UserError, match=r"hybrid was trained with another data\.paths than"):
+        folder.check_trained()
+    (exp / "data/train.bin").unlink()
+    folder.check_trained()  # what is not there any more, nobody can have meant
+    _write(exp / "teacher/weights/__0_0.distcp", "another teacher")
+    with pytest.raises(UserError, match=r"hybrid was trained with another transfer\.teacher"):
+        folder.check_trained()
 
 
 def test_moved_inputs_are_other_places(exp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

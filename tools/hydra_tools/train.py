@@ -48,16 +48,14 @@ def run(args: argparse.Namespace) -> int:
         folder = RunFolder(config, args.config)
         is_first_rank = launch.rank() == 0
         _check_folder(folder, args.overwrite)
-        if not args.overwrite and folder.is_complete() and not folder.moved_inputs():
+        if not args.overwrite and folder.is_complete():
+            folder.check_trained()
             return _whole(folder)
         check_present(config)
         is_held = is_first_rank and folder.lock_file.is_file()
         if is_held:  # or another run does: said now, not after the imports
             stack.enter_context(folder.lock())
         training = _prepare(config)
-        if not args.overwrite and folder.is_complete():
-            training.check_trained()  # its inputs are named otherwise now
-            return _whole(folder)
         folder = RunFolder(training.config, args.config)  # with nothing left open
         if is_first_rank:
             if not is_held:
