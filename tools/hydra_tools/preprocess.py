@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     """Write the dataset; print what it holds."""
     files = _check(args)
     num_bytes = sum(path.stat().st_size for path in files)
-    source = files[0] if len(files) == 1 else f"{len(files)} files"
-    size = f"{source}, {num_bytes / 2**20:,.1f} MiB"
-    print(f"text: {size if files else 'Python documentation'}", flush=True)
+    if files:
+        source = files[0] if len(files) == 1 else f"{len(files)} files"
+        print(f"text: {source}, {num_bytes / 2**20:,.1f} MiB", flush=True)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
@@ -178,9 +178,9 @@ def _mixed_documents(
 
 
 def _local_text() -> str:
-    from megatron_hydra.selection.text import local_text
+    from megatron_hydra.selection.text import stand_in_text
 
-    return local_text()
+    return stand_in_text("--input")
 
 
 def _encode(args: argparse.Namespace, tokenizer: Any, texts: Any) -> Pieces:
