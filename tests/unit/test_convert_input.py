@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hydra_tools import cli
 
+from megatron_hydra import disk
 from megatron_hydra.conversion.model_folder import weights_hash
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.testing.tiny_qwen3 import write_tiny_qwen3
@@ -215,3 +218,12 @@ def test_nan_is_no_number_of_a_model_option(
     words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
     message = _refused(inputs, capsys, *words, "fa_query_scale_base=NaN")
     assert message == "fa_query_scale_base is 'NaN'; it must be a float"
+
+
+def test_a_disk_without_room_is_said_before_the_weights_are_read(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    (inputs / "teacher" / "model.safetensors").write_bytes(b"not looked at")
+    message = _refused(inputs, capsys, "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/new")
+    assert re.search(r"new needs [\d.]+ KiB, and .* has 1000 bytes free", message)

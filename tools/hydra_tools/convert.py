@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from hydra_tools.progress import progress
 from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
 from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_config
+from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, parse_json, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
 from megatron_hydra.selection.text_files import add_text_options, find_texts, text_options
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from megatron_hydra.config import HydraConfig
 
 logger = logging.getLogger(__name__)
+
+_SERVE_DTYPES: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16"}
 
 _BATCH_TOKENS = 2048
 _LONGEST_CALIBRATION = 2048
@@ -82,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint.check_stored("hybrid" if args.plan else "teacher", overrides)
     overrides["params_dtype"] = getattr(torch, args.dtype)
     config = qwen3.hydra_config(args.teacher, **overrides)
+    # At the least: vectors and what the format adds come on top.
+    size = weight_bytes(ModelShape.from_config(config), _SERVE_DTYPES[args.dtype]).of(plan)
+    check_space(args.out, size)
     check_tokenizer(args.teacher)
     batches = (
         _calibration_batches(args, config.seq_length)
