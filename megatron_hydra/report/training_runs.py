@@ -23,6 +23,8 @@ LOSS_PARTS = {
     "train/loss": "total",
 }
 """Tags of the losses and what the page calls them."""
+CONFIG_FILES = ("run_config.yaml", "config.yaml")
+"""Where a run's configuration may stand; the latter is where earlier releases wrote it."""
 _LAYER_PREFIX = "train/alignment/layer_"
 _REQUIRED = ("train/grad_norm", "train/tokens_per_s")
 _SKIPPED = "train/skipped_steps"
@@ -114,8 +116,7 @@ def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
 
 
 def _read_config(name: str, folder: Path) -> tuple[str, Mapping[str, Any]]:
-    names = ("run_config.yaml", "config.yaml")  # the latter of earlier releases
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"run {name}: {folder} has no run_config.yaml, so it is no training run")
     text = path.read_text(encoding="utf-8")

@@ -36,7 +36,7 @@ VERBS = {
 }  # fmt: skip
 FILES = ("scores.json", "plan.json", "evaluation.json", "pareto.json", "text.txt", "config.yaml",
          "teacher/config.json", "hybrid/model.json", "run/run_config.yaml",
-         "run/hybrid/model.json")  # fmt: skip
+         "run/config.yaml", "run/hybrid/model.json")  # fmt: skip
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def places(verb: str) -> list[str]:
     for word in VERBS[verb][0]:
         name = word.partition("{}/")[2]
         if name == "run":
-            found += ["run", "run/run_config.yaml", "run/hybrid/model.json"]
+            found += ["run", "run/run_config.yaml", "run/config.yaml", "run/hybrid/model.json"]
         elif name in ("teacher", "hybrid"):
             found += [name, f"{name}/model.json", f"{name}/new"]
         elif name and name != "new.json":

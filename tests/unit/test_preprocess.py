@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +200,43 @@ def test_bad_options(
     assert cli.main([*command, *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
+
+
+# Texts without end, encoded by processes that say who they are.
+ENDLESS = """
+import os
+from itertools import repeat
+from hydra_tools.encoding import encode_pieces
+
+class Tokenizer:
+    def __call__(self, texts, **options):
+        return {"input_ids": [[os.getpid()] for _ in texts]}
+
+for tokens, _ in encode_pieces(Tokenizer(), repeat(("x" * 2**18, True)), num_processes=2):
+    print(*tokens, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+def test_processes_do_not_outlive_a_killed_command() -> None:
+    command = subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True)
+    found: set[int] = set()
+    while len(found) < 2:
+        found.add(int(command.stdout.readline()))
+    command.kill()
+    command.wait()
+    end = time.monotonic() + 20
+    while alive := [pid for pid in found if _is_alive(pid)]:
+        if time.monotonic() > end:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail("orphans")
+        time.sleep(0.05)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hydra_tools import stops
 from megatron_hydra.conversion.token_ids import cut_pieces, encode
 from megatron_hydra.errors import UserError
 
@@ -77,9 +78,11 @@ _worker: tuple[Any, bool]
 """Of a process that encodes: its tokenizer and whether special tokens are text."""
 
 
-def _start_worker(tokenizer: Any, special_as_text: bool) -> None:
+def _start_worker(tokenizer: Any, special_as_text: bool, parent: int) -> None:
     global _worker
     _worker = (tokenizer, special_as_text)
+    # Each holds the others' pipes open: none would hear that the first process was killed.
+    stops.end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
 
 
@@ -92,7 +95,10 @@ def _in_processes(
 ) -> Iterator[Tokens]:
     # Forked, so that none loads the tokenizer anew.
     pool = ProcessPoolExecutor(
-        num_processes, get_context("fork"), _start_worker, (tokenizer, special_as_text)
+        num_processes,
+        get_context("fork"),
+        _start_worker,
+        (tokenizer, special_as_text, os.getpid()),
     )
     waiting: deque[Future[Tokens]] = deque()
     try:

@@ -12,8 +12,9 @@ from megatron_hydra.conversion.qwen3_config import config_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.report import write_report
+from megatron_hydra.report.training_runs import CONFIG_FILES
 
-_READ_OF_RUN = ("run_config.yaml", "tensorboard", "hybrid")
+_READ_OF_RUN = (*CONFIG_FILES, "tensorboard", "hybrid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

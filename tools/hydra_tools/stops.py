@@ -106,9 +106,20 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
 
 
 def end_with_launcher() -> None:
-    """Ask Linux for SIGTERM when torchrun ends, however that ends; elsewhere an orphan lives on."""
-    if sys.platform == "linux" and "LOCAL_RANK" in os.environ:
-        parent = os.getppid()
+    """End with torchrun, if that has started this process; see :func:`end_with_parent`."""
+    if "LOCAL_RANK" in os.environ:
+        end_with_parent(os.getppid())
+
+
+def end_with_parent(parent: int) -> None:
+    """Ask Linux for SIGTERM when the process that started this one ends, however that ends.
+
+    Elsewhere an orphan lives on.
+
+    Args:
+        parent: The process that started this one; it may have ended by now.
+    """
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # it ended just before
             os.kill(os.getpid(), signal.SIGTERM)
