@@ -200,8 +200,8 @@ def _check_vocabulary(path: str, tokens: np.ndarray, vocab_size: int) -> None:
                 )
 
 
-def find_end_of_document(section: DataSection, tokenizer: Any) -> int:
-    """The token that ends the documents of all datasets, each of which holds it.
+def find_end_of_document(section: DataSection, tokenizer: Any) -> tuple[str, int]:
+    """The token that ends the documents of all datasets, each of which holds it: its text and id.
 
     It is the one that the section names, else the one noted beside the datasets, else the
     tokenizer's (:func:`~megatron_hydra.conversion.token_ids.end_of_document`).
@@ -226,7 +226,7 @@ def find_end_of_document(section: DataSection, tokenizer: Any) -> int:
     token, token_id = end_of_document(tokenizer, name)
     for path in section.paths:
         _check_ends(path, token, token_id, noted.get(path))
-    return token_id
+    return token, token_id
 
 
 def _check_ends(path: str, token: str, token_id: int, noted: EndOfDocument | None) -> None:

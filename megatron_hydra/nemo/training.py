@@ -79,7 +79,7 @@ class TrainingRun:
             self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
         self.model_config = self._model_config()
         check_datasets(config.data, self.model_config.vocab_size)
-        self._document_end = self._end_of_document()
+        self._document_end, self._document_end_id = self._end_of_document()
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
         self.identity = run_identity(self.config, self.model_config.plan, self.meta)
@@ -113,7 +113,7 @@ class TrainingRun:
             config.trainer.accelerator,
             f"going on from {checkpoint}" if checkpoint else "starting at step 0",
         )
-        end_of_document = self._document_end
+        end_of_document = self._document_end_id
         model = HydraModel(
             self.model_config,
             config.transfer,
@@ -335,7 +335,8 @@ class TrainingRun:
             **{name: getattr(self.model_config, name) for name in names},
         )
         trainer = replace(self.config.trainer, accelerator="gpu" if self.on_gpu else "cpu")
-        return replace(self.config, model=model, trainer=trainer)
+        data = replace(self.config.data, end_of_document=self._document_end)
+        return replace(self.config, model=model, trainer=trainer, data=data)
 
     def _runtime_fields(self) -> dict[str, Any]:
         """What student and teacher have in common of how they run."""
@@ -360,11 +361,11 @@ class TrainingRun:
     def _bf16(self) -> bool:
         return self.config.trainer.precision != "fp32"
 
-    def _end_of_document(self) -> int:
+    def _end_of_document(self) -> tuple[str | None, int]:
         data = self.config.data
         is_read = data.mask_end_of_document or data.reset_at_document_end
         if not is_read and data.end_of_document is None:
-            return -1  # never read
+            return None, -1  # never read
         return find_end_of_document(data, load_tokenizer(self._tokenizer))
 
 

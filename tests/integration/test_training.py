@@ -151,6 +151,8 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
     with _spied_batches() as batches:
         run = TrainingRun(config)
         run.run(show)
+    # A run that goes on is held to the token, also where its name was left open.
+    assert run.config.data.end_of_document == "<|endoftext|>"
     seconds = time.monotonic() - start
     _check_batches(batches, inputs, config.data.micro_batch_size, config.data.reset_at_document_end)
     if config.data.reset_at_document_end:

@@ -89,10 +89,10 @@ def test_documents_end_with_what_is_noted_or_named(tmp_path: Path) -> None:
     chat = write(tmp_path / "chat", [[1, 2, TURN], [3, TURN]], "<|im_end|>")
     other = write(tmp_path / "other", [[1, 2, END, 3]])
     tokenizer = ChatTokenizer()
-    assert find_end_of_document(section(text, other), tokenizer) == END
-    assert find_end_of_document(section(chat), tokenizer) == TURN
+    assert find_end_of_document(section(text, other), tokenizer) == ("<|endoftext|>", END)
+    assert find_end_of_document(section(chat), tokenizer) == ("<|im_end|>", TURN)
     named = section(chat, end_of_document="<|im_end|>")
-    assert find_end_of_document(named, tokenizer) == TURN
+    assert find_end_of_document(named, tokenizer) == ("<|im_end|>", TURN)
     refusals = {
         "documents of .*chat end with <|im_end|>": section(text, chat),
         "data.end_of_document is <|endoftext|>, but the documents of .*chat end with": section(
@@ -115,7 +115,7 @@ def test_a_dataset_without_a_single_end_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"{path.name} has not a single <\|endoftext\|>"):
             find_end_of_document(section(path), ChatTokenizer())
     named = section(old, end_of_document="<|im_end|>")
-    assert find_end_of_document(named, ChatTokenizer()) == TURN
+    assert find_end_of_document(named, ChatTokenizer()) == ("<|im_end|>", TURN)
 
 
 def test_a_token_of_another_id_is_refused(tmp_path: Path) -> None:
