@@ -19,6 +19,8 @@ _DISK_FULL_WORDS = (
     "PytorchStreamWriter failed writing",
     "unexpected pos",
 )
+# What PyTorch says where the shared memory is full by which worker processes hand batches on.
+_SHARED_MEMORY_WORDS = "unable to write to file </torch_"
 
 
 @contextmanager
@@ -26,11 +28,17 @@ def disk_full_named(path: str | os.PathLike[str]) -> Iterator[None]:
     """Around a block that writes ``path``.
 
     Raises:
-        UserError: In place of what a full disk or a used-up quota made the block raise.
+        UserError: In place of what a full disk, a used-up quota, or full shared memory made the
+            block raise.
     """
     try:
         yield
     except BaseException as error:  # which PyTorch's CheckpointException is
+        if _SHARED_MEMORY_WORDS in str(error):
+            raise UserError(
+                "the shared memory /dev/shm is full, by which data.num_workers hand on batches: "
+                "enlarge it (docker run --shm-size=1g), or set data.num_workers=0"
+            ) from error
         if not _is_disk_full(error):
             raise
         folder = existing_folder(path)

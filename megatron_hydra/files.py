@@ -168,7 +168,8 @@ def lock(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
     A POSIX record lock: the kernel drops it when the process ends, however that ends, and a
     shared file system (NFS, Lustre) knows it on every machine. The file itself says who holds it.
-    The same process may take a lock twice.
+    A process that holds it is not kept from taking it again, and gives it up with the first that
+    ends: the kernel drops a process's lock with any file object that it closes.
 
     Raises:
         UserError: If another process holds it; says which.

@@ -196,6 +196,19 @@ def test_a_real_full_disk() -> None:
         Path("/dev/full").write_text("x")
 
 
+def test_a_full_shared_memory_is_no_full_disk() -> None:
+    """Of a process that loads data, as PyTorch wraps it."""
+    told = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\nRuntimeError: "
+        "unable to write to file </torch_41_9_0>: No space left on device (28)"
+    )
+    with (
+        pytest.raises(UserError, match=r"^the shared memory /dev/shm is full, .*num_workers=0$"),
+        disk_full_named("run/checkpoints"),
+    ):
+        raise RuntimeError(told)
+
+
 def test_space_is_asked_for_before_writing(tmp_path: Path) -> None:
     check_space(tmp_path / "new" / "out", 1)
     with pytest.raises(UserError, match=r"out needs 1,048,576\.0 GiB, and .* has .* free"):
