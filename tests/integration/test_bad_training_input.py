@@ -52,7 +52,6 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
         ("trainer.max_steps=many", "max_steps"),
         ("data.seq_length=999999", "999999"),
         ("data.paths=[IN/nothing]", "IN/nothing"),
-        ("data.end_of_document=<end>", "the documents of IN/data end with <|endoftext|>"),
         (
             "data.end_of_document=<end>",
             "data.end_of_document is <end>, but the documents of IN/data end with <|endoftext|>",
