@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from megatron_hydra.errors import UserError
@@ -143,20 +141,6 @@ class ParallelSizes:
             ("the vocabulary", self.vocab_size),
             ("the MLP's width", self.ffn_hidden_size),
         )
-
-
-def stored_sizes(folder: str | Path) -> ParallelSizes | None:
-    """What a checkpoint folder's model allows, read without PyTorch.
-
-    None where the folder is none or its model.json is damaged: whoever loads it says so.
-    """
-    try:
-        config = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))["config"]
-        sizes = ParallelSizes.of(config)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    whole = all(type(size) is int and size > 0 for size in vars(sizes).values())
-    return sizes if whole else None
 
 
 def _listed(sizes: tuple[int, ...] | list[int]) -> str:

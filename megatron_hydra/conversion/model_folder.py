@@ -9,11 +9,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from megatron_hydra.conversion.qwen3_config import read_qwen3_config
 from megatron_hydra.conversion.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
@@ -64,6 +66,28 @@ def check_model_folder(folder: str | os.PathLike[str]) -> bool:
         weight_files(folder)
     tokenizer_files(find_tokenizer(folder))
     return is_checkpoint
+
+
+def peek_metadata(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint folder's model.json as it stands, for what is asked before PyTorch is imported.
+
+    Empty where there is none or it is no JSON object: `checkpoint.read_metadata` says so.
+    """
+    try:
+        meta = json.loads((Path(folder) / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def stored_sizes(folder: str | os.PathLike[str]) -> ParallelSizes | None:
+    """What a checkpoint folder's model allows; None as :func:`peek_metadata` is empty."""
+    try:
+        sizes = ParallelSizes.of(peek_metadata(folder)["config"])
+    except (KeyError, TypeError):
+        return None
+    whole = all(type(size) is int and size > 0 for size in vars(sizes).values())
+    return sizes if whole else None
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from megatron_hydra.conversion.model_folder import stored_sizes
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
+from megatron_hydra.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
     from megatron_hydra.nemo.config import (

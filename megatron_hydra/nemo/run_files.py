@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from megatron_hydra.conversion.model_folder import peek_metadata
 from megatron_hydra.nemo.config import RunConfig
 
 OUTPUT_FOLDERS = ("checkpoints", "tensorboard", "hybrid", "data_index", "nemo_logs")
@@ -63,10 +63,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 def trained_steps(hybrid: Path) -> int | None:
     """The steps that the trained hybrid in ``hybrid`` has; None if no run wrote it."""
     try:
-        meta = json.loads((hybrid / "model.json").read_text(encoding="utf-8"))
-        provenance = meta["provenance"]
+        provenance = peek_metadata(hybrid)["provenance"]
         return int(provenance["max_steps"]) if "stage" in provenance else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

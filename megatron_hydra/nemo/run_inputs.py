@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.conversion.model_folder import weights_hash
+from megatron_hydra.conversion.model_folder import peek_metadata, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 from megatron_hydra.nemo.config import HELD_BY_CONTENT, DataSection, RunConfig
@@ -95,10 +94,7 @@ def result_bytes(config: RunConfig) -> tuple[int, int]:
 
 def _model_fields(folder: Path) -> dict[str, Any]:
     """The model's fields in model.json; none where it is damaged, as its own reader will say."""
-    try:
-        model = json.loads((folder / "model.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    model = peek_metadata(folder).get("config")
     return model if isinstance(model, dict) else {}
 
 

@@ -22,10 +22,11 @@ from hydra_tools import cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_hydra.conversion.model_folder import stored_sizes
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.nemo.config import load_config
-from megatron_hydra.parallel_sizes import ParallelSizes, padded_size, real_part, stored_sizes
+from megatron_hydra.parallel_sizes import ParallelSizes, padded_size, real_part
 from megatron_hydra.testing import run_distributed
 from megatron_hydra.testing.checks import Limits, plan_checks
 from megatron_hydra.testing.scores import make_scores

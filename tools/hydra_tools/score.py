@@ -17,10 +17,10 @@ import numpy as np
 
 from hydra_tools import launch
 from hydra_tools.progress import progress
-from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
+from megatron_hydra.conversion.model_folder import check_model_folder, stored_sizes, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
-from megatron_hydra.parallel_sizes import ParallelSizes, stored_sizes
+from megatron_hydra.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
