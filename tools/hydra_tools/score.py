@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
     texts = find_texts(filter(None, [config.probes.text]), config.probes.text_options)
     check_outputs([config.out], (config.model.teacher, config.probes.text, *texts, args.config))
     check_output(config.out, args.overwrite, "file")
-    _check_world_size(config)
     check_model_folder(config.model.teacher)
     _check_parallel_size(config)
+    _check_world_size(config)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
