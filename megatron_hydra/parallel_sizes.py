@@ -72,16 +72,16 @@ class ParallelSizes:
         """What keeps the shape from this tensor-parallel size; None if nothing does."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         if heads % size:
-            return f"the {heads} query heads of a layer do not divide by {size}"
+            return f"the {heads} query heads of a layer are not divisible by {size}"
         if groups % size and size % groups:
             return (
-                f"of {size} and the {groups} query groups of a layer neither divides by the other, "
-                "as the teacher's attention, Megatron's, needs"
+                f"of {size} and the {groups} query groups of a layer neither is divisible by the "
+                "other, as the teacher's attention, Megatron's, needs"
             )
         if 2 * groups * self.kv_channels % size:
             return (
-                f"the {2 * groups * self.kv_channels} rows of a layer's keys and values do not "
-                f"divide by {size}, as the teacher's attention, Megatron's, needs"
+                f"the {2 * groups * self.kv_channels} rows of a layer's keys and values are "
+                f"not divisible by {size}, as the teacher's attention, Megatron's, needs"
             )
         for what, whole in self._padded:
             if not real_part(whole, size, size - 1)[1]:
@@ -91,7 +91,7 @@ class ParallelSizes:
     def why_not_pipeline(self, size: int) -> str | None:
         """What keeps the shape from this pipeline-parallel size; None if nothing does."""
         if self.num_layers % size:
-            return f"the {self.num_layers} layers do not divide by {size}"
+            return f"the {self.num_layers} layers are not divisible by {size}"
         return None
 
     def check(

@@ -83,7 +83,7 @@ def check(config: RunConfig) -> None:
         )
     if data.global_batch_size % data.micro_batch_size:
         raise UserError(
-            f"data.global_batch_size {data.global_batch_size} does not divide by "
+            f"data.global_batch_size {data.global_batch_size} is not divisible by "
             f"data.micro_batch_size {data.micro_batch_size}"
         )
     if optim.schedule == "cosine" and optim.min_lr > optim.lr:
@@ -112,8 +112,8 @@ def _check_fp8(data: DataSection, strategy: StrategySection) -> None:
     tokens = data.micro_batch_size * data.seq_length // ranks
     if tokens % FP8_TOKEN_MULTIPLE:
         raise UserError(
-            f"trainer.precision is fp8, but a micro-batch has {tokens} tokens a rank, which do not "
-            f"divide by {FP8_TOKEN_MULTIPLE}"
+            f"trainer.precision is fp8, but a micro-batch has {tokens} tokens per rank, which are "
+            f"not divisible by {FP8_TOKEN_MULTIPLE}"
         )
 
 
@@ -126,13 +126,13 @@ def _check_sequence_length(data: DataSection, strategy: StrategySection) -> None
         return
     if context > 1 and data.seq_length % (2 * context):
         raise UserError(
-            f"data.seq_length {data.seq_length} does not divide by 2 x "
+            f"data.seq_length {data.seq_length} is not divisible by 2 x "
             f"strategy.context_parallel_size = {2 * context}"
         )
     if strategy.sequence_parallel and data.seq_length % (tensor * context):
         raise UserError(
-            f"strategy.sequence_parallel is on, but data.seq_length {data.seq_length} does not "
-            f"divide by tensor_model_parallel_size x context_parallel_size = {tensor * context}"
+            f"strategy.sequence_parallel is on, but data.seq_length {data.seq_length} is not "
+            f"divisible by tensor_model_parallel_size x context_parallel_size = {tensor * context}"
         )
 
 
@@ -162,8 +162,8 @@ def _check_head_exchange(teacher: str, sizes: ParallelSizes, strategy: StrategyS
         if number % context:
             raise UserError(
                 f"strategy.cp_comm_type is a2a, but the {number} {what} of {teacher} on a "
-                f"tensor-parallel rank do not divide by strategy.context_parallel_size {context}; "
-                "p2p and all_gather need not"
+                "tensor-parallel rank are not divisible by strategy.context_parallel_size "
+                f"{context}; p2p and all_gather do not need that"
             )
 
 

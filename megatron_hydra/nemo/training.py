@@ -248,14 +248,14 @@ class TrainingRun:
         config, strategy, data = self.config, self.config.strategy, self.config.data
         if self.world_size % strategy.model_parallel_size:
             raise UserError(
-                f"{self.world_size} ranks do not divide by tensor_model_parallel_size x "
+                f"{self.world_size} ranks are not divisible by tensor_model_parallel_size x "
                 "pipeline_model_parallel_size x context_parallel_size = "
                 f"{strategy.model_parallel_size}"
             )
         data_parallel = self.world_size // strategy.model_parallel_size
         if data.global_batch_size % (data.micro_batch_size * data_parallel):
             raise UserError(
-                f"data.global_batch_size {data.global_batch_size} does not divide by "
+                f"data.global_batch_size {data.global_batch_size} is not divisible by "
                 f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel "
                 "ranks"
             )

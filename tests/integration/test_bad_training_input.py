@@ -59,12 +59,15 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
         ("transfer.init_from=IN/nothing", "IN/nothing"),
         ("transfer.init_from=IN/teacher", "hybrid"),
         ("transfer.teacher=IN/hybrid", "teacher"),
-        ("strategy.tensor_model_parallel_size=2", "1 ranks do not divide"),
+        ("strategy.tensor_model_parallel_size=2", "1 ranks are not divisible"),
         (
             "strategy.tensor_model_parallel_size=3",
             "3 does not fit transfer.init_from IN/hybrid: the",
         ),
-        ("strategy.pipeline_model_parallel_size=3", "2 layers do not divide by 3; allowed: 1, 2"),
+        (
+            "strategy.pipeline_model_parallel_size=3",
+            "2 layers are not divisible by 3; allowed: 1, 2",
+        ),
         (
             "model.recompute=full model.recompute_layers=3",
             "model.recompute_layers 3 is above a pipeline stage's 2 layers",

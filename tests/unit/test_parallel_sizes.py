@@ -64,14 +64,14 @@ def test_a_refusal_names_the_reason_and_what_fits() -> None:
         (
             dict(tensor=2),
             "a.tensor_model_parallel_size 2 does not fit it: of 2 and the 3 query groups of a "
-            "layer neither divides by the other, as the teacher's attention, Megatron's, needs; "
-            "allowed: 1, 3, 6",
+            "layer neither is divisible by the other, as the teacher's attention, Megatron's, "
+            "needs; allowed: 1, 3, 6",
         ),
-        (dict(tensor=4), "the 6 query heads of a layer do not divide by 4; allowed: 1, 3, 6"),
+        (dict(tensor=4), "the 6 query heads of a layer are not divisible by 4; allowed: 1, 3, 6"),
         (
             dict(tensor=3, pipeline=2),
-            "a.pipeline_model_parallel_size 2 does not fit it: the 5 layers do not divide by 2; "
-            "allowed: 1, 5",
+            "a.pipeline_model_parallel_size 2 does not fit it: the 5 layers are not divisible by "
+            "2; allowed: 1, 5",
         ),
     ):
         with pytest.raises(UserError) as caught:
@@ -265,7 +265,7 @@ def test_training_refuses_before_anything_slow(folder: Path) -> None:
             "strategy.tensor_model_parallel_size=2",
             f"_size 2 does not fit transfer.init_from {folder}/hybrid: of 2 and the 3 query groups",
         ),
-        ("strategy.pipeline_model_parallel_size=2", "the 3 layers do not divide by 2"),
+        ("strategy.pipeline_model_parallel_size=2", "the 3 layers are not divisible by 2"),
         (
             "strategy.cp_comm_type=a2a strategy.context_parallel_size=2",
             f"is a2a, but the 3 query groups of transfer.teacher {folder}/teacher on a tensor-",
@@ -313,8 +313,8 @@ def test_certify_refuses_a_size_that_leaves_nothing_to_try(
     assert cli.main([*words, "--tp", "2"]) == 2
     refusal = capsys.readouterr().err.strip()
     assert refusal.endswith(
-        "--tp 2 does not fit the model: of 2 and the 3 query groups of a layer neither divides by "
-        "the other, as the teacher's attention, Megatron's, needs; allowed: 1, 3, 6"
+        "--tp 2 does not fit the model: of 2 and the 3 query groups of a layer neither is "
+        "divisible by the other, as the teacher's attention, Megatron's, needs; allowed: 1, 3, 6"
     )
 
 

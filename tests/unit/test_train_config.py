@@ -103,8 +103,11 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("data.weights=[0]", "data.weights is 0.0; it must be above 0, and below 1e30"),
         ("data.seed=4294967296", "data.seed is 4294967296; it must be 0 or more, and below 2^32"),
         ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
-        ("strategy.context_parallel_size=3", "data.seq_length 8 does not divide by 2 x strategy.c"),
-        ("trainer.precision=fp8", "precision is fp8, but a micro-batch has 8 tokens a rank, which"),
+        (
+            "strategy.context_parallel_size=3",
+            "data.seq_length 8 is not divisible by 2 x strategy.c",
+        ),
+        ("trainer.precision=fp8", "precision is fp8, but a micro-batch has 8 tokens per rank, whi"),
         ("model.recompute_layers=2", "_layers is 2, which needs model.recompute full, not none"),
         ("optim.min_lr=1", "optim.min_lr 1.0 is above optim.lr 0.001"),
         ("optim.lr", "override 'optim.lr' must read section.key=value"),
@@ -141,7 +144,7 @@ def test_sequence_length_divides_by_ranks_that_share_it(config_file: Path) -> No
               "strategy.context_parallel_size=2"]  # fmt: skip
     load_config(config_file, shared)
     shared.append("data.seq_length=12")  # divides by 2 x 2, but not by 4 x 2
-    with pytest.raises(UserError, match=r"data\.seq_length 12 does not divide by tensor_.* = 8$"):
+    with pytest.raises(UserError, match=r"data\.seq_length 12 is not divisible by tensor_.* = 8$"):
         load_config(config_file, shared)
     load_config(config_file, [*shared, "data.reset_at_document_end=true"])  # padded to fit
 
