@@ -96,7 +96,7 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("data.paths=text", "data.paths is 'text'; a list is needed"),
         ("data.paths=[]", "data.paths is empty"),
         ("data.weights=[1, 2]", "data.weights has 2 values for 1 data.paths"),
-        ("data.micro_batch_size=3", "data.global_batch_size 2 does not divide"),
+        ("data.micro_batch_size=3", "data.global_batch_size 2 is not divisible"),
         ("transfer.stage=align1", "transfer.stage is 'align1'; allowed: align, distill, long_c"),
         ("optim.beta1=1.5", "optim.beta1 is 1.5; it must be 0 or more, and below 1"),
         ("optim.eps=0", "optim.eps is 0.0; it must be above 0, and below 1e30"),
