@@ -100,9 +100,12 @@ def expand(path: str | os.PathLike[str], what: str = "path") -> Path:
         what: How the message calls it.
 
     Raises:
-        UserError: If the environment has no such variable, or no such user's home is known.
+        UserError: If it is empty, the environment has no such variable, or no such user's home is
+            known.
     """
     text = os.path.expandvars(os.fspath(path))
+    if not text.strip():
+        raise UserError(f"{what} is empty: name a path; the current folder is .")
     if unset := re.search(r"\$(\w+|\{\w+\})", text):
         raise UserError(f"{what} is {os.fspath(path)}, but {unset[0]} is not set")
     try:
