@@ -81,6 +81,7 @@ def _start_worker(tokenizer: Any, special_as_text: bool) -> None:
     global _worker
     _worker = (tokenizer, special_as_text)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _work(batch: Texts) -> Tokens:
