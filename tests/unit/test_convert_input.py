@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -215,3 +216,26 @@ def test_nan_is_no_number_of_a_model_option(
     words = ["--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out"]
     message = _refused(inputs, capsys, *words, "fa_query_scale_base=NaN")
     assert message == "fa_query_scale_base is 'NaN'; it must be a float"
+
+
+def test_a_token_without_a_row_in_the_embedding_is_said_by_every_verb(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens added without a resize end a run midway, on a GPU without a word of the reason."""
+    small = str(write_tiny_qwen3(inputs / "small", vocab_size=256))
+    plan, text = str(inputs / "plan.json"), str(inputs / "text.txt")
+    for verb in (
+        ["convert", "--teacher", small, "--plan", plan],
+        ["convert", "--teacher", small],
+        ["score", "--teacher", small, f"probes.text={text}", "probes.length=64"],
+        ["evaluate", "--model", f"small={small}", "--text", text, "--lengths", "128",
+         "--num-samples", "5", "--perplexity-tokens", "128"],
+    ):  # fmt: skip
+        assert cli.main([*verb, "--out", str(inputs / "out")]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert re.search(
+            r"the tokenizer of .* has a token '.*' of id 256, but the model's embedding has "
+            r"256 rows: .* resize_token_embeddings",
+            line,
+        )
+    assert not (inputs / "out").exists()

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint.check_stored("hybrid" if args.plan else "teacher", overrides)
     overrides["params_dtype"] = getattr(torch, args.dtype)
     config = qwen3.hydra_config(args.teacher, **overrides)
-    check_tokenizer(args.teacher)
+    check_tokenizer(args.teacher, config.vocab_size)
     batches = (
         _calibration_batches(args, config.seq_length)
         if plan and config.fusion in ("scale", "gate")
