@@ -40,6 +40,8 @@ _NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 # Of a file that is larger than both together, a hash reads evenly spaced blocks alone.
 _HASH_BLOCK_BYTES = 2**16
 _HASH_BLOCKS = 1024
+# File systems take 255; the rest is for what a temporary name adds.
+_LONGEST_NAME_BYTES = 224
 OutputKind = Literal["file", "folder"]
 
 
@@ -63,9 +65,16 @@ def check_output(
             can be created at its place.
     """
     target = Path(path)
+    try:
+        exists = target.exists()
+    except OSError as error:  # a name that is too long, a folder above that may not be searched
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    if exists and not (target.is_file() or target.is_dir()):
+        # A move would put a file in the device's place, for every program on the machine.
+        raise UserError(f"output {target} is a device or a pipe, not a file: name another")
     if kind is not None:
         _check_kind(target, kind)
-    if target.exists() and not overwrite:
+    if exists and not overwrite:
         raise UserError(f"output {target} exists: name another, or pass --overwrite")
     if target.is_dir() and Path.cwd().is_relative_to(target.resolve()):
         raise UserError(f"output {target} holds the current folder: name one inside it")
@@ -91,9 +100,12 @@ def expand(path: str | os.PathLike[str], what: str = "path") -> Path:
         what: How the message calls it.
 
     Raises:
-        UserError: If the environment has no such variable, or no such user's home is known.
+        UserError: If it is empty, the environment has no such variable, or no such user's home is
+            known.
     """
     text = os.path.expandvars(os.fspath(path))
+    if not text.strip():
+        raise UserError(f"{what} is empty: name a path; the current folder is .")
     if unset := re.search(r"\$(\w+|\{\w+\})", text):
         raise UserError(f"{what} is {os.fspath(path)}, but {unset[0]} is not set")
     try:
@@ -144,15 +156,17 @@ def write_beside(
     """Yield a temporary path beside ``path``; move it into place when the block succeeds.
 
     The block writes a file or makes a folder there. If it raises, the temporary is removed and
-    an earlier output stays as it was. Missing parent folders are made. Arguments as for
-    :func:`check_output`.
+    an earlier output stays as it was. Missing parent folders are made. A symbolic link stays: what
+    it points to is written. Arguments as for :func:`check_output`.
 
     Raises:
         UserError: As :func:`check_output`, or if a file would take a folder's place or the other
             way round.
     """
     target = check_output(path, overwrite, kind, marker)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    if target.is_symlink():
+        target = target.resolve()
+    temporary = _beside(target, "partial")
     try:
         with disk_full_named(target):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +230,7 @@ def read_json(path: str | os.PathLike[str], kind: str, schema_version: int) -> d
     source = Path(path)
     data: Any
     try:
-        data = parse_json(source.read_text(encoding="utf-8"))
+        data = parse_json(source.read_text(encoding="utf-8-sig"))  # an editor may add the mark
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -319,12 +333,20 @@ def _check_kind(target: Path, kind: OutputKind) -> None:
         )
 
 
+def _beside(target: Path, ending: str) -> Path:
+    """A hidden name of this process in the same folder, which no file system finds too long."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return target.with_name(f".{name}.{os.getpid()}.{ending}")
+
+
 def _replace(temporary: Path, target: Path) -> None:
     _check_kind(target, "folder" if temporary.is_dir() else "file")
-    if target.is_dir() and not target.is_symlink():
+    if target.is_dir():
         # A folder cannot be renamed over a full one: step the old one aside, so that at every
         # moment one complete version exists on disk.
-        old_folder = target.with_name(f".{target.name}.{os.getpid()}.old")
+        old_folder = _beside(target, "old")
         os.replace(target, old_folder)
         os.replace(temporary, target)
         _remove(old_folder)

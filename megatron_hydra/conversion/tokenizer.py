@@ -68,17 +68,46 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     return _load(source, source)
 
 
-def check_tokenizer(folder: str | os.PathLike[str]) -> None:
+def load_model_tokenizer(
+    folder: str | os.PathLike[str], vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, as :func:`load_tokenizer`.
+
+    Args:
+        folder: Of the model, or of its tokenizer.
+        vocab_size: Rows of the model's embedding.
+
+    Raises:
+        UserError: Also if a token has no row. With a row too many, as Qwen3 has, all is well.
+    """
+    tokenizer = load_tokenizer(folder)
+    _check_rows(tokenizer, vocab_size, folder)
+    return tokenizer
+
+
+def check_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> None:
     """Load what a checkpoint folder would keep of a model folder's tokenizer.
 
     Raises:
-        UserError: If a later command could not load that.
+        UserError: If a later command could not load that, or as :func:`load_model_tokenizer`.
     """
     source = find_tokenizer(folder)
     with tempfile.TemporaryDirectory() as copy:
         for file in tokenizer_files(source):
             shutil.copy(file, copy)
-        _load(Path(copy), source)
+        _check_rows(_load(Path(copy), source), vocab_size, source)
+
+
+def _check_rows(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder: str | os.PathLike[str]
+) -> None:
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer of {os.fspath(folder)} has a token {token!r} of id {largest}, but the "
+            f"model's embedding has {vocab_size} rows: take such tokens out of the tokenizer, or "
+            "give them rows (transformers' resize_token_embeddings, then save the model)"
+        )
 
 
 def _load(source: Path, named: Path) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ from typing import Any
 
 import nemo.lightning as nl
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
@@ -61,6 +62,19 @@ def use_gpu(section: TrainerSection) -> bool:
             "hide it (CUDA_VISIBLE_DEVICES=) or choose 'auto'"
         )
     return available
+
+
+def make_plugins(section: TrainerSection) -> list[Any]:
+    """Lightning's plugins: the precision, and who has started the ranks.
+
+    That is torchrun, or nobody. Left to itself Lightning takes Slurm's variables, which every shell
+    of an allocation has, for ranks that srun has started, and asks for as many devices.
+    """
+    precision = make_precision(section)
+    plugins: list[Any] = [] if precision is None else [precision]
+    if not torch.distributed.is_torchelastic_launched():
+        plugins.append(LightningEnvironment())
+    return plugins
 
 
 def make_precision(section: TrainerSection) -> nl.MegatronMixedPrecision | None:

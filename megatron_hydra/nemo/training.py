@@ -42,7 +42,7 @@ from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_folder import RunFolder
 from megatron_hydra.nemo.run_inputs import check_present
 from megatron_hydra.nemo.run_state import RunStateCallback
-from megatron_hydra.nemo.strategy import fp8_fields, make_precision, make_strategy, use_gpu
+from megatron_hydra.nemo.strategy import fp8_fields, make_plugins, make_strategy, use_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class TrainingRun:
                 torch.bfloat16 if self._bf16 else torch.float32,
                 config.resume.async_save,
             ),
-            plugins=make_precision(config.trainer),
+            plugins=make_plugins(config.trainer),
             callbacks=[
                 watch,
                 scalars,

@@ -33,6 +33,12 @@ _FORMATS = {
 }  # fmt: skip
 _COMPRESSED = (".gz", ".zst")
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+_TAR_PLACE = 257
+# How files begin that hold text, but are none; many a tar passes for UTF-8.
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive", b"%PDF-": "a PDF document",
+    b"\xfd7zXZ\x00": "compressed by xz", b"BZh91AY&SY": "compressed by bzip2",
+}  # fmt: skip
 _JSON_OBJECT = re.compile(r'\s*(\[\s*)?\{\s*"(?:[^"\\]|\\.)*"\s*:')
 _PIECE_CHARACTERS = 2**18
 _HEAD_BYTES = 2**16
@@ -160,8 +166,12 @@ def _expand(path: Path) -> list[Path]:
 def _files_below(folder: Path) -> list[Path]:
     found: list[Path] = []
     others: list[Path] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {folder.resolve()}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # Corpora are put together of links to folders; one may lead back up, or be there twice.
+        places = {name: Path(parent, name).resolve() for name in sorted(folders) if name[0] != "."}
+        folders[:] = [name for name, place in places.items() if place not in seen]
+        seen.update(places.values())
         for name in names:
             if not name.startswith("."):
                 is_text = _bare_suffix(Path(name)) in _FORMATS
@@ -201,6 +211,8 @@ def _kind(path: Path, head: bytes, options: TextOptions) -> str:
             kind = "parquet"
     if kind == "parquet" and not head.startswith(_PARQUET):
         raise UserError(f"{path} is no parquet file")
+    if what := _archive(head):
+        raise UserError(f"{path} is {what}, not text: unpack it, and name the text in it")
     start = head.decode("utf-8-sig", "ignore")
     match = _JSON_OBJECT.match(start)
     if kind == "text" and match and options.format == "auto":
@@ -214,6 +226,13 @@ def _kind(path: Path, head: bytes, options: TextOptions) -> str:
             f"jq -c '.[]' {path} does"
         )
     return kind
+
+
+def _archive(head: bytes) -> str | None:
+    """What kind of archive or document begins like this, if any does."""
+    if head[_TAR_PLACE:].startswith(b"ustar"):
+        return "a tar archive"
+    return next((what for start, what in _ARCHIVES.items() if head.startswith(start)), None)
 
 
 def _read(

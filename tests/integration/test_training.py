@@ -120,6 +120,17 @@ def _check_runs(inputs: Path, folder: Path) -> None:
     assert lines.count(chosen) == 1  # not once a layer
 
 
+@contextmanager
+def _in_a_slurm_allocation() -> Iterator[None]:
+    """With the variables that a shell of one has, where srun has started nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_JOB_ID", "1")
+        patch.setenv("SLURM_JOB_NAME", "transfer")
+        for name, value in (("NTASKS", 8), ("NTASKS_PER_NODE", 8), ("PROCID", 3), ("LOCALID", 3)):
+            patch.setenv(f"SLURM_{name}", str(value))
+        yield
+
+
 def _check_bf16(inputs: Path, folder: Path, overrides: list[str]) -> None:
     """The losses of the float32 loop, but for bf16's rounding."""
     from megatron_hydra.nemo.config import load_config
@@ -128,7 +139,7 @@ def _check_bf16(inputs: Path, folder: Path, overrides: list[str]) -> None:
     bf16 = ["trainer.precision=bf16", "strategy.use_distributed_optimizer=true"]
     config = load_config(inputs / "run.yaml", [*overrides, *bf16, f"log.folder={folder}"])
     losses: dict[int, float] = {}
-    with _spied_batches() as batches:
+    with _spied_batches() as batches, _in_a_slurm_allocation():
         TrainingRun(config).run(lambda step, scalars: losses.update({step: scalars["loss"]}))
     steps = [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]
     expected, _ = _plain_loop(inputs, steps, config.transfer)

@@ -227,3 +227,26 @@ def test_a_disk_without_room_is_said_before_the_weights_are_read(
     (inputs / "teacher" / "model.safetensors").write_bytes(b"not looked at")
     message = _refused(inputs, capsys, "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/new")
     assert re.search(r"new needs [\d.]+ KiB, and .* has 1000 bytes free", message)
+
+
+def test_a_token_without_a_row_in_the_embedding_is_said_by_every_verb(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens added without a resize end a run midway, on a GPU without a word of the reason."""
+    small = str(write_tiny_qwen3(inputs / "small", vocab_size=256))
+    plan, text = str(inputs / "plan.json"), str(inputs / "text.txt")
+    for verb in (
+        ["convert", "--teacher", small, "--plan", plan],
+        ["convert", "--teacher", small],
+        ["score", "--teacher", small, f"probes.text={text}", "probes.length=64"],
+        ["evaluate", "--model", f"small={small}", "--text", text, "--lengths", "128",
+         "--num-samples", "5", "--perplexity-tokens", "128"],
+    ):  # fmt: skip
+        assert cli.main([*verb, "--out", str(inputs / "out")]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert re.search(
+            r"the tokenizer of .* has a token '.*' of id 256, but the model's embedding has "
+            r"256 rows: .* resize_token_embeddings",
+            line,
+        )
+    assert not (inputs / "out").exists()

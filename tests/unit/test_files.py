@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -132,6 +133,51 @@ def test_only_a_folder_with_its_marker_is_replaced(tmp_path: Path) -> None:
     check_output(target, True, "folder", marker="model.json")
     with pytest.raises(UserError, match="exists"):
         check_output(target, False, "folder", marker="model.json")
+
+
+@pytest.mark.parametrize("kind", ["file", None])
+def test_a_pipe_or_device_is_never_replaced(tmp_path: Path, kind: Literal["file"] | None) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for output in (pipe, Path("/dev/null")):
+        with pytest.raises(UserError, match=f"output {output} is a device or a pipe, not a file"):
+            check_output(output, True, kind)
+    with pytest.raises(UserError, match="pipe"):
+        write_json(pipe, {}, overwrite=True)
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
+def test_an_output_behind_a_link_is_written_where_it_points_to(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    for name in ("file", "folder", "new"):
+        (tmp_path / name).symlink_to(f"disk/{name}")
+    (disk / "folder" / "old").mkdir(parents=True)
+    (disk / "file").write_text("old")
+    for name in ("file", "new"):
+        write_json(tmp_path / name, {"is": name}, overwrite=True)
+        assert json.loads((disk / name).read_text()) == {"is": name}
+    with write_beside(tmp_path / "folder", overwrite=True) as temporary:
+        temporary.mkdir()
+        (temporary / "second").touch()
+    assert names(disk / "folder") == ["second"]
+    assert names(disk) == names(tmp_path)[1:] == ["file", "folder", "new"]
+    assert all((tmp_path / name).is_symlink() for name in names(disk))
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    longest = "ü" * 125 + ".json"
+    for _ in range(2):
+        write_json(tmp_path / longest, {}, overwrite=True)
+    assert names(tmp_path) == [longest]
+    with pytest.raises(UserError, match="cannot write .*: File name too long"):
+        check_output(tmp_path / f"x{longest}")
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "edited.json"
+    path.write_text('{"kind": "k", "schema_version": 1}', encoding="utf-8-sig")
+    assert read_json(path, "k", 1) == {"kind": "k", "schema_version": 1}
 
 
 def test_an_output_is_no_input_holds_none_and_lies_in_none(

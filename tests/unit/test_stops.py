@@ -119,3 +119,28 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_verb_that_a_signal_ends_leaves_no_half_output(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    os.mkfifo(tmp_path / "text.txt")  # read when the output is begun
+    command = ["preprocess", "--tokenizer", str(ROOT / "examples/quickstart/teacher")]
+    command += ["--input", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out" / "data")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hydra_tools.cli", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    with (tmp_path / "text.txt").open("w") as stream:
+        stream.write("words " * 99)
+        stream.flush()
+        while not any((tmp_path / "out").glob(".data.bin.*.partial")):
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.stderr is not None
+        assert f"megatron-hydra: ended by {number.name}\n" in process.stderr.read()
+    assert process.wait() == 128 + number
+    assert list((tmp_path / "out").iterdir()) == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import itertools
 import json
 import logging
+import lzma
 import os
 import random
+import tarfile
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable
@@ -117,6 +121,25 @@ def test_folders_and_patterns_are_read_in_the_order_of_their_names(
         find_texts([tmp_path / "empty"], AUTO)
 
 
+def test_links_to_folders_are_followed_once_and_never_in_a_circle(tmp_path: Path) -> None:
+    for name in ("elsewhere/news", "corpus/books"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "corpus" / "news").symlink_to("../elsewhere/news")
+    (tmp_path / "corpus" / "again").symlink_to("../elsewhere/news")
+    (tmp_path / "elsewhere" / "news" / "up").symlink_to("../../corpus")
+    assert sorted(read(tmp_path / "corpus")) == ["corpus/books", "elsewhere/news"]
+
+
+def tar(content: bytes) -> bytes:
+    with io.BytesIO() as stream:
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            entry = tarfile.TarInfo("text.txt")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        return stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -146,6 +169,11 @@ def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) ->
         ("d.json", b'\n[{"text": "a"}]', r"is one JSON array, not JSON lines: .* jq -c '\.\[\]'"),
         ("d.parquet", b"PA", "is no parquet file"),
         ("d.parquet", b"PAR1 and no more", "cannot read the parquet file"),
+        ("d.tar", tar(b"words "), "d.tar is a tar archive, not text: unpack it"),
+        ("d.tar.gz", gzip.compress(tar(b"words ")), "d.tar.gz is a tar archive"),
+        ("d.txt.bz2", bz2.compress(b"words "), "d.txt.bz2 is compressed by bzip2"),
+        ("d.jsonl.xz", lzma.compress(lines(["a"])), "d.jsonl.xz is compressed by xz"),
+        ("d.txt", b"%PDF-1.4 words", "d.txt is a PDF document"),
         ("d.txt", b"\xe9\xe9", "d.txt is not UTF-8"),
         ("d.txt", b" \n", "d.txt is empty"),
         ("d.jsonl", b"\n\n", "d.jsonl is empty"),

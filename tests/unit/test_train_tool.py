@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra_tools import cli
 from hydra_tools.train import _Progress
 
 from megatron_hydra.nemo.config import load_config
@@ -66,6 +67,38 @@ def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
     assert "cannot read the config nowhere.yaml" in report.read_text()
 
 
+def _write_run(tmp_path: Path) -> None:
+    for name in ("data.idx", "data.bin", "model/model.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"config": {"seq_length": 2048}}')
+    (tmp_path / "run.yaml").write_text(
+        "data: {paths: [data], seq_length: 2048, micro_batch_size: 1, global_batch_size: 1}\n"
+        "trainer: {max_steps: 2}\n"
+        "optim: {lr: 1e-3}\n"
+        "transfer: {stage: distill, init_from: model, teacher: model}\n"
+        "log: {folder: run}\n"
+    )
+
+
+@pytest.mark.parametrize("left", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "4"}])
+def test_ranks_that_a_shell_has_kept_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    left: dict[str, str],
+) -> None:  # fmt: skip
+    """Catches a rank 1 of nobody, which trains without a lock, a word or a run_config.yaml."""
+    _write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    batch = "data.global_batch_size=4"
+    assert cli.main(["train", "--config", "run.yaml", batch]) == 2
+    values = " and ".join(f"{name}={value}" for name, value in left.items())
+    assert f"the environment has {values}, but torchrun has not" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -79,16 +112,7 @@ def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
 def test_what_can_be_said_at_once_is_said_before_the_slow_imports(
     tmp_path: Path, override: str, sentence: str
 ) -> None:
-    for name in ("data.idx", "data.bin", "model/model.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text('{"config": {"seq_length": 2048}}')
-    (tmp_path / "run.yaml").write_text(
-        "data: {paths: [data], seq_length: 2048, micro_batch_size: 1, global_batch_size: 1}\n"
-        "trainer: {max_steps: 2}\n"
-        "optim: {lr: 1e-3}\n"
-        "transfer: {stage: distill, init_from: model, teacher: model}\n"
-        "log: {folder: run}\n"
-    )
+    _write_run(tmp_path)
     program = (
         "import sys; from hydra_tools import cli; cli.main(sys.argv[1:]); "
         "print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"

@@ -72,3 +72,39 @@ def test_paths_are_expanded_and_other_text_is_not(
     assert config.b.place == "/runs/w"
     with pytest.raises(UserError, match=r"b\.place is \$NO/x, but \$NO is not set"):
         read(file, text, "b.place=$NO/x")
+
+
+@pytest.mark.parametrize("value", ["010", "-017", "1:30", "1:30.5", "0_7"])
+def test_a_number_of_another_base_is_refused(file: Path, value: str) -> None:
+    for text, *override in ((f"a: {{rate: {value}}}\n",), ("a: {}\n", f"a.rate={value}")):
+        with pytest.raises(UserError, match=f"not valid YAML: .*{value} would be read as a number"):
+            read(file, text, *override)
+    config = read(file, f"a: {{text: '{value}', rate: 1_000}}\n", "b.rate=0.5", "a.place='010'")
+    assert (config.a.text, config.a.rate, config.b.rate, config.a.place) == (
+        value,
+        1000,
+        0.5,
+        "010",
+    )
+
+
+def test_a_date_is_text(file: Path) -> None:
+    config = read(file, "a: {text: 2026-13-45, place: 2026-01-31}\n", "b.place=2026-02-01")
+    assert (config.a.text, config.a.place, config.b.place) == (
+        "2026-13-45", "2026-01-31", "2026-02-01",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: {rate: {{ rate }}}\n", "not valid YAML: braces or brackets stand where a key belongs"),
+        ("a: {? [x] : 1}\n", "not valid YAML: braces or brackets stand where a key belongs"),
+        (f"a: {{rate: 1{'0' * 5000}}}\n", "not valid YAML: Exceeds the limit"),
+        ("a: {place: ''}\n", r"a\.place is empty: name a path; the current folder is \."),
+        ("a: {places: [x, ' ']}\n", r"a\.places is empty: name a path"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(file: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(file, text)

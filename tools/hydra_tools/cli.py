@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import megatron_hydra
 from megatron_hydra.errors import UserError
@@ -37,14 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, 2 for bad input, 130 when interrupted.
 
     What a verb writes is written before it prints: 141 says that nobody read all of its words.
+
+    Raises:
+        SystemExit: With 143 or 129 when SIGTERM or SIGHUP has ended it, 2 for a wrong option.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in VERBS:
         return _without_verb(arguments)
     log_to_stderr()
     try:
-        code = run_verb(arguments[0], arguments[1:], f"megatron-hydra {arguments[0]}")
-        sys.stdout.flush()
+        with _tidy_ends():
+            code = run_verb(arguments[0], arguments[1:], f"megatron-hydra {arguments[0]}")
+            sys.stdout.flush()
         return code
     except UserError as error:
         print(f"megatron-hydra: error: {error}", file=sys.stderr)
@@ -65,6 +72,9 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
     # Megatron warns of every optional package that is absent, and of its own internal calls; under
     # torchrun on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Not every encoding has the lines of a table, and not every file name is UTF-8.
+        sys.stdout.reconfigure(errors="replace")
     module = importlib.import_module(f"hydra_tools.{verb}")
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -73,6 +83,31 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
     )
     module.add_arguments(parser)
     return int(module.run(parser.parse_args(arguments)))
+
+
+@contextmanager
+def _tidy_ends() -> Iterator[None]:
+    """Let signals that end a process end the block as an error does: half an output is removed."""
+    main_process = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() == main_process:  # not one that it has forked
+            print(f"megatron-hydra: ended by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in earlier.items():
+        if handler is signal.SIG_DFL:  # `nohup` has SIGHUP ignored
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            if signal.getsignal(number) is end:
+                signal.signal(number, handler)
 
 
 def _without_reader() -> int:

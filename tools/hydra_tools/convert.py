@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     # At the least: vectors and what the format adds come on top.
     size = weight_bytes(ModelShape.from_config(config), _SERVE_DTYPES[args.dtype]).of(plan)
     check_space(args.out, size)
-    check_tokenizer(args.teacher)
+    check_tokenizer(args.teacher, config.vocab_size)
     batches = (
         _calibration_batches(args, config.seq_length)
         if plan and config.fusion in ("scale", "gate")

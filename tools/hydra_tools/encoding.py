@@ -84,6 +84,7 @@ def _start_worker(tokenizer: Any, special_as_text: bool, parent: int) -> None:
     # Each holds the others' pipes open: none would hear that the first process was killed.
     stops.end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _work(batch: Texts) -> Tokens:

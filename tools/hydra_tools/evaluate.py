@@ -258,6 +258,15 @@ def _read_reach(folder: Path) -> Reach:
     return Reach(meta["config"]["seq_length"], meta["provenance"].get("seq_length"))
 
 
+def _vocab_size(folder: Path) -> int:
+    from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
+    from megatron_hydra.conversion.qwen3 import read_qwen3_config
+
+    if not is_checkpoint_folder(folder):
+        return int(read_qwen3_config(folder)["vocab_size"])
+    return int(read_metadata(folder)["config"]["vocab_size"])
+
+
 def _origin(folder: Path) -> dict[str, Any]:
     """How a model and its plan came to be, as far as its folder says."""
     from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
@@ -274,9 +283,11 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 def _common_tokenizer(folders: Mapping[str, Path], text: str) -> Any:
     """The models' tokenizer; samples are shared, so all must encode text alike."""
-    from megatron_hydra.conversion.qwen3 import load_tokenizer
+    from megatron_hydra.conversion.tokenizer import load_model_tokenizer
 
-    tokenizers = {name: load_tokenizer(folder) for name, folder in folders.items()}
+    tokenizers = {
+        name: load_model_tokenizer(folder, _vocab_size(folder)) for name, folder in folders.items()
+    }
     first = next(iter(tokenizers))
     expected = tokenizers[first].encode(text[:_COMPARED_CHARACTERS], add_special_tokens=False)
     for name, tokenizer in tokenizers.items():

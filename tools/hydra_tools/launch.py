@@ -15,11 +15,27 @@ from hydra_tools.cli import log_to_stderr, run_verb
 from megatron_hydra.errors import UserError
 
 _SECONDS_FOR_RANK_0 = 30
+_ALONE = [{"RANK": rank, "WORLD_SIZE": size} for rank in (None, "0") for size in (None, "1")]
 
 
 def rank() -> int:
     """This process's rank under torchrun; 0 without it."""
     return int(os.environ.get("RANK", "0"))
+
+
+def check_launcher(verb: str) -> None:
+    """Check that ranks, if the environment tells of any, are torchrun's and not a left-over.
+
+    Raises:
+        UserError: If a shell has kept them: rank 1 of nobody would write no more than half.
+    """
+    found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
+    if "TORCHELASTIC_RUN_ID" not in os.environ and found not in _ALONE:
+        values = " and ".join(f"{name}={value}" for name, value in found.items() if value)
+        raise UserError(
+            f"the environment has {values}, but torchrun has not started this process: unset "
+            f"RANK and WORLD_SIZE, or start it with torchrun -m hydra_tools.{verb}"
+        )
 
 
 def main(verb: str) -> int:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     _choose_length(config, loaded.config.seq_length)
     controls = _controls(config, shape)
-    probes = _make_probes(config, loaded.tokenizer_folder)
+    probes = _make_probes(config, loaded.tokenizer_folder, loaded.config.vocab_size)
     teacher_hash = loaded.meta["teacher_config_hash"]
     # Where the scores go and where the teacher lies do not change them; everything else makes
     # another run, weights and probes by their contents.
@@ -209,12 +209,12 @@ def _choose_length(config: ScoringConfig, built_for: int) -> None:
         )
 
 
-def _make_probes(config: ScoringConfig, tokenizer_folder: Path) -> list[Probe]:
-    from megatron_hydra.conversion.qwen3 import load_tokenizer
+def _make_probes(config: ScoringConfig, tokenizer_folder: Path, vocab_size: int) -> list[Probe]:
+    from megatron_hydra.conversion.tokenizer import load_model_tokenizer
 
     section = config.probes
     assert section.length is not None
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_model_tokenizer(tokenizer_folder, vocab_size)
     text = section.text
     text = read_text(text, section.text_options) if text else stand_in_text("probes.text=")
     # Held out, as far as the teacher was trained on the same text.

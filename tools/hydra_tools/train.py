@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
             folder.check_trained()
             return _whole(folder)
         check_present(config)
+        launch.check_launcher("train")
         is_held = is_first_rank and folder.lock_file.is_file()
         if is_held:  # or another run does: said now, not after the imports
             stack.enter_context(folder.lock())
