@@ -76,9 +76,9 @@ def test_readers_and_checkpoints_see_no_padding(tmp_path: Path) -> None:
 
 
 def _check_readers(folder: Path) -> None:
-    """Logits, losses and perplexity of a teacher at TP 4 are those of one rank without padding."""
+    """Logits and losses of a teacher at TP 4 are those of one rank without padding."""
     from megatron_hydra.conversion.checkpoint import load_checkpoint, save_checkpoint
-    from megatron_hydra.evaluation.perplexity import perplexity
+    from megatron_hydra.evaluation.perplexity import mean_loss
     from megatron_hydra.model import build_model
     from megatron_hydra.selection.activations import read_logits
     from megatron_hydra.selection.readout import answer_logits, log_probability
@@ -98,7 +98,7 @@ def _check_readers(folder: Path) -> None:
             "log probability": log_probability(logits, tokens[:, :3]),
             "best": logits.argmax(-1),
             "states": read_logits(model, hidden),
-            "perplexity": torch.tensor(perplexity(model, text, 16)),
+            "loss": torch.tensor(mean_loss(model, text, 16)),
         }
 
     ranks, expected, is_first = Ranks(), folder / "expected.pt", os.environ["RANK"] == "0"
