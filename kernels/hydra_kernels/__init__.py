@@ -1,1 +1,8 @@
 """Operators of the linear-attention heads; they know nothing of Megatron."""
+
+import os
+
+# Read by packages as they are imported. fla keeps what it looks up of packed rows for four tensors;
+# a step has as many as layers differ in heads. TileLang says of each kernel that it compiles it.
+os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
+os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")

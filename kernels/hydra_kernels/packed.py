@@ -22,8 +22,13 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, num_rows: int) -> None:
         )
 
 
-def state_of_each_document(first: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """The first document's state [1, ...] with zeros for the others, as fla wants it."""
-    if first is None or cu_seqlens is None:
+def state_of_each_document(first: Tensor | None, num_documents: int) -> Tensor | None:
+    """Each row's first document's state `[rows, ...]` with zeros for its others, as fla wants it.
+
+    Returns:
+        `[rows * num_documents, ...]`, or None for None.
+    """
+    if first is None or num_documents == 1:
         return first
-    return torch.cat((first, first.new_zeros(len(cu_seqlens) - 2, *first.shape[1:])))
+    others = first.new_zeros(len(first), num_documents - 1, *first.shape[1:])
+    return torch.cat((first.unsqueeze(1), others), dim=1).flatten(0, 1)

@@ -1,12 +1,11 @@
 """LA heads over context-parallel ranks: contiguous pieces of the stream, and what passes between.
 
 The gated delta rule is affine in the state: over a piece of the stream, S' = A S + B, and each
-output is o + P S with o, P, A, B known without S. So every rank runs its pieces at once, each head
-twice, as two value heads of one key head: its values from a state of zeros give o and B, zeros from
-the identity P and A. The pairs B, A are gathered, composed in order, and o + P S follows. What a
-rank sends is one such pair a head and piece, and the convolution's last tokens: nothing that grows
-with the sequence, no rank waits for another's recurrence, and no number of heads or ranks needs to
-divide another.
+output is o + P S with o, P, A, B known without S. So every rank runs its pieces at once, and each
+twice: its values from a state of zeros give o and B, zeros from the identity P and A. The pairs
+B, A are gathered, composed in order, and o + P S follows. What a rank sends is one such pair a head
+and piece, and the convolution's last tokens: nothing that grows with the sequence, no rank waits
+for another's recurrence, and no number of heads or ranks needs to divide another.
 
 Legend: as `sequence_layout.py`; m = pieces on a rank, b = batch, n = LA heads on the rank.
 """
@@ -142,9 +141,7 @@ class Pieces:
         return result
 
     def start_of_recurrence(self, like: Tensor) -> Tensor:
-        """Zeros and the identity for each head, `[m b, n, 2, d, d]` float32.
-
-        Both are zeros where a new document begins.
+        """The identity for each head, `[m b, n, d, d]` float32; zeros where a document begins.
 
         Args:
             like: Values `[m b, s / m, n, d]`.
@@ -153,7 +150,7 @@ class Pieces:
         state = torch.eye(d, dtype=torch.float32, device=like.device)
         if self.moves_tokens:
             state = state * (self.positions[0] > 0)
-        return torch.stack((torch.zeros_like(state), state)).expand(rows, n, 2, d, d)
+        return state.expand(rows, n, d, d)
 
     def states_before(self, ends: Tensor) -> Tensor:
         """The state before each piece, composed of what all pieces do to it.

@@ -6,7 +6,10 @@ import os
 from typing import Literal
 
 import torch
+from hydra_kernels.gated_delta_rule.documents import CHUNK_SIZE, most_rows
+from hydra_kernels.gated_delta_rule.fla_kernels import check_head_dim
 
+from megatron_hydra.config import HydraConfig
 from megatron_hydra.errors import UserError
 
 
@@ -40,3 +43,32 @@ def choose_fused_kernels(fused_kernels: str) -> Literal["reference", "triton"]:
     if fused_kernels == "triton" and not (on_gpu or os.environ.get("TRITON_INTERPRET") == "1"):
         raise UserError("fused_kernels is 'triton', which needs a GPU; use 'auto' here")
     return fused_kernels  # type: ignore[return-value]
+
+
+def check_la_heads(config: HydraConfig, impl: str, layer_number: int, num_heads: int) -> None:
+    """See that a layer's LA heads can run on the kernels chosen, before any of them does.
+
+    Args:
+        config: The model's configuration.
+        impl: What :func:`choose_la_kernel` chose.
+        layer_number: Counts from 1, as Megatron's.
+        num_heads: LA heads of the layer on this rank.
+
+    Raises:
+        UserError: Names the layer, its heads, what does not fit and what to change.
+    """
+    if impl != "fla" or not num_heads:
+        return
+    length = config.seq_length // config.context_parallel_size
+    try:
+        check_head_dim(config.kv_channels)
+        most_rows(length, -(-length // CHUNK_SIZE), config.kv_channels)
+    except ValueError as error:
+        raise UserError(
+            f"layer {layer_number - 1} has {num_heads} LA heads that cannot run: {error}"
+        ) from error
+    if choose_fused_kernels(config.fused_kernels) == "triton" and config.kv_channels % 2:
+        raise UserError(
+            f"layer {layer_number - 1} has {num_heads} LA heads of dimension {config.kv_channels}, "
+            "and fused_kernels 'triton' takes even ones: set fused_kernels to 'reference'"
+        )

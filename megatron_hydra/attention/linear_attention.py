@@ -21,7 +21,11 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.attention.context_parallel import Pieces
-from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
+from megatron_hydra.attention.kernel_choice import (
+    check_la_heads,
+    choose_fused_kernels,
+    choose_la_kernel,
+)
 from megatron_hydra.attention.projection_layout import Section, Sections
 from megatron_hydra.attention.sharded_heads import (
     HeadModule,
@@ -67,6 +71,7 @@ class LinearAttentionBranch(HeadModule):
         super().__init__(config=config)
         self.heads = placement.la_heads(pg_collection.tp.rank())
         self.impl = choose_la_kernel(config.la_kernel)
+        check_la_heads(config, self.impl, layer_number, len(self.heads))
         self.is_fused = choose_fused_kernels(config.fused_kernels) == "triton"
         if self.is_fused and config.la_rope and config.rotary_interleaved:
             raise UserError(
@@ -172,7 +177,7 @@ class LinearAttentionBranch(HeadModule):
         query, key = (F.normalize(t.float(), dim=-1).to(value.dtype) for t in (query, key))
         log_decay, beta = self._log_decay(sections, query), self._beta(sections, query)
         # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
-        return [pieces.batch_first(t).contiguous() for t in (query, key, value, log_decay, beta)]
+        return [pieces.batch_first(t) for t in (query, key, value, log_decay, beta)]
 
     def _to_contiguous(self, sections: Sections, pieces: Pieces) -> Sections:
         """The recurrence's inputs where they run, in one exchange."""
@@ -214,20 +219,27 @@ class LinearAttentionBranch(HeadModule):
             return gated_delta_rule(
                 query, key, value, log_decay, beta, cu_seqlens=pieces.cu_seqlens, impl=self.impl
             ).output
-        # Two value heads a head, see `context_parallel.py`.
-        output, ends = gated_delta_rule(
-            query,
-            key,
-            torch.stack((value, torch.zeros_like(value)), dim=3).flatten(2, 3),
-            log_decay.repeat_interleave(2, dim=-1),
-            beta.repeat_interleave(2, dim=-1),
-            initial_state=pieces.start_of_recurrence(value).flatten(1, 2),
-            output_final_state=True,
-            cu_seqlens=pieces.cu_seqlens,
-            impl=self.impl,
-        )
-        from_zeros, from_identity = output.unflatten(2, (-1, 2)).unbind(3)
-        state = pieces.states_before(ends.unflatten(1, (-1, 2))).to(value.dtype)
+        # From zeros and from the identity, see `context_parallel.py`.
+        start = pieces.start_of_recurrence(value)
+        runs = [
+            gated_delta_rule(
+                query,
+                key,
+                values,
+                log_decay,
+                beta,
+                initial_state=state,
+                output_final_state=True,
+                cu_seqlens=pieces.cu_seqlens,
+                impl=self.impl,
+            )
+            for values, state in (
+                (value, torch.zeros_like(start)),
+                (torch.zeros_like(value), start),
+            )
+        ]
+        (from_zeros, additions), (from_identity, transitions) = runs
+        state = pieces.states_before(torch.stack((additions, transitions), dim=2)).to(value.dtype)
         return from_zeros + torch.einsum("bsnk,bnkv->bsnv", from_identity, state)
 
     def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra_kernels.gated_delta_rule import gated_delta_rule
+from hydra_kernels.gated_delta_rule import compilation, documents, fla_kernels, gated_delta_rule
 from hydra_kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
 from hydra_kernels.short_conv import short_conv
 
@@ -42,55 +42,143 @@ def with_grad(inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None)
     return {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in inputs.items()}
 
 
-def documents(length: int) -> torch.Tensor:
+def documents_of(length: int) -> torch.Tensor:
     """Where a row's documents begin: one of a single token, others across chunks."""
     return torch.tensor([0, 1, length // 3, length], device="cuda", dtype=torch.int32).unique()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("head_dim", [32, 128])
-@pytest.mark.parametrize("length", [1, 63, 130, 512])
-def test_gated_delta_rule(length: int, head_dim: int, packed: bool, monkeypatch):
-    monkeypatch.setenv("FLA_FLASH_QLA", "0")
-    check_gated_delta_rule(length, 1 if packed else 2, 4, head_dim, packed)
+COUNTS = range(1, 17)
+# How a layer calls: whole rows, documents of a packed one, pieces of a stream with their states.
+MODES = ("whole", "packed", "context parallel")
+OTHER_DIMS = [(head_dim, heads) for head_dim in (32, 96, 128, 256) for heads in (1, 9, 13)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [130, 1024])
-def test_flash_qla_behind_fla(length: int, packed: bool, monkeypatch, caplog):
-    """FlashQLA compiles for each number of heads for minutes: here two of the benchmarks'."""
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("heads", COUNTS)
+def test_flash_qla_at_every_number_of_heads(heads: int, mode: str, monkeypatch):
     pytest.importorskip("flash_qla")
     monkeypatch.setenv("FLA_FLASH_QLA", "1")
-    with caplog.at_level("INFO", logger="fla.backends"):
-        check_gated_delta_rule(length, 1, 12 if packed else 14, 128, packed)
-    assert "rejected" not in caplog.text
+    q = torch.zeros(1, 1, 1, 128, device="cuda", dtype=torch.bfloat16)
+    assert fla_kernels.runs_flash_qla(q, q, q, q[..., 0], q[..., 0])
+    check_gated_delta_rule(130, heads, 128, mode)
 
 
-def check_gated_delta_rule(
-    length: int, batch: int, heads: int, head_dim: int, packed: bool
-) -> None:
-    """Packed rows have two value heads a key head, as under context parallelism."""
-    group = 2 if packed else 1
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 63, 1024, 4100])
+def test_flash_qla_at_other_lengths(length: int, mode: str, monkeypatch):
+    """Beyond 256 tokens FlashQLA cuts rows into pieces, more of them the fewer heads there are."""
+    pytest.importorskip("flash_qla")
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")
+    check_gated_delta_rule(length, 5, 128, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("heads", COUNTS)
+def test_fla_at_every_number_of_heads(heads: int, mode: str, monkeypatch):
+    monkeypatch.setenv("FLA_FLASH_QLA", "0")
+    check_gated_delta_rule(130, heads, 64, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("head_dim", "heads"), OTHER_DIMS)
+def test_fla_at_other_head_dimensions(head_dim: int, heads: int, mode: str, monkeypatch):
+    monkeypatch.setenv("FLA_FLASH_QLA", "0")
+    check_gated_delta_rule(130, heads, head_dim, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1, 63, 512])
+def test_fla_at_other_lengths(length: int, mode: str, monkeypatch):
+    monkeypatch.setenv("FLA_FLASH_QLA", "0")
+    check_gated_delta_rule(length, 3, 64, mode)
+
+
+def test_groups_of_heads_are_one_after_the_other(monkeypatch):
+    """What a call too large for 32-bit indices is cut into; here by a lower bound."""
+    monkeypatch.setattr(documents, "_MOST_ELEMENTS", 3 * 3 * 128**2)
+    check_gated_delta_rule(130, 7, 128, "context parallel")
+
+
+def test_nothing_is_compiled_for_another_plan(monkeypatch):
+    """Counts of heads and lengths beside those that the tests above have compiled for."""
+    pytest.importorskip("flash_qla")
+    monkeypatch.setenv("FLA_FLASH_QLA", "1")
+    for with_state in (False, True):
+        mode = compilation.Mode(128, 128, torch.bfloat16, with_state)
+        compilation.compile_once(mode, torch.device("cuda", 0))
+    cache = compilation.cache_folder(uses_flash_qla=True).parent
+
+    def compiled() -> set[str]:
+        return {str(path) for path in cache.glob("*/*/kernels/*")}
+
+    before = compiled()
+    assert before, f"no kernels in {cache}"
+    for heads in (1, 5, 13, 16, 40):
+        for length in (64, 100, 1000, 20000):
+            for mode in MODES:
+                inputs, cu_seqlens = make_inputs(length, heads, 128, mode)
+                for own in (with_grad(inputs), inputs):
+                    outputs = gated_delta_rule(
+                        **own, output_final_state="initial_state" in own, cu_seqlens=cu_seqlens,
+                        impl="fla",
+                    )  # fmt: skip
+                    if own is not inputs:
+                        sum(x.float().sum() for x in outputs if x is not None).backward()
+    assert compiled() == before
+
+
+def test_kernels_read_heads_where_they_lie():
+    """No copy: with 16 heads the kernel takes no more memory beside its own than with 1."""
+    inputs, _ = make_inputs(4096, 16, 128, "whole")
+    by_head = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
+    gated_delta_rule(**by_head, impl="fla")
+    peaks = []
+    for own in (by_head, {n: x.contiguous() for n, x in by_head.items()}):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gated_delta_rule(**own, impl="fla")
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    copies = sum(inputs[name].numel() * inputs[name].element_size() for name in "qkv")
+    assert peaks[0] <= peaks[1] - copies, "nothing was saved by lying head by head"
+
+
+def make_inputs(
+    length: int, heads: int, head_dim: int, mode: str
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """bf16 vectors of two rows, or one packed, float32 gates, and a state if the mode has one."""
+    batch = 2 if mode == "whole" else 1
     rng = torch.Generator(device="cuda").manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=rng, device="cuda")
 
-    cu_seqlens = documents(length) if packed else None
-    vectors, values = (batch, length, heads, head_dim), (batch, length, group * heads, head_dim)
+    gates, vectors = (batch, length, heads), (batch, length, heads, head_dim)
     inputs = {
         "q": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "k": F.normalize(randn(*vectors), dim=-1).bfloat16(),
-        "v": randn(*values).bfloat16(),
-        "g": F.logsigmoid(randn(*values[:3]) + 2),
-        "beta": randn(*values[:3]).sigmoid(),
-        "initial_state": randn(batch, group * heads, head_dim, head_dim) * 0.1,
+        "v": randn(*vectors).bfloat16(),
+        "g": F.logsigmoid(randn(*gates) + 2),
+        "beta": randn(*gates).sigmoid(),
     }
+    if mode == "context parallel":
+        inputs["initial_state"] = randn(batch, heads, head_dim, head_dim) * 0.1
+    return inputs, None if mode == "whole" else documents_of(length)
+
+
+def check_gated_delta_rule(length: int, heads: int, head_dim: int, mode: str) -> None:
+    inputs, cu_seqlens = make_inputs(length, heads, head_dim, mode)
+    with_state = "initial_state" in inputs
+
+    def outputs_and_gradients(outputs, own) -> dict[str, torch.Tensor]:
+        return gradients(outputs if with_state else outputs[:1], own)
+
     exact_inputs = with_grad(inputs, torch.float64)
-    q, k, v, g, beta, state = exact_inputs.values()
-    q, k = (x.repeat_interleave(group, dim=2) for x in (q, k))
-    exact = gradients(
-        recurrent_gated_delta_rule(q, k, v, g, beta, head_dim**-0.5, state, cu_seqlens),
+    q, k, v, g, beta, *state = exact_inputs.values()
+    exact = outputs_and_gradients(
+        recurrent_gated_delta_rule(
+            q, k, v, g, beta, head_dim**-0.5, state[0] if state else None, cu_seqlens
+        ),
         exact_inputs,
     )
     results = []
@@ -98,12 +186,12 @@ def check_gated_delta_rule(
         own = with_grad(inputs)
         with torch.autocast("cuda", torch.bfloat16, enabled=impl == "reference"):
             outputs = gated_delta_rule(
-                **own, output_final_state=True, cu_seqlens=cu_seqlens, impl=impl
+                **own, output_final_state=with_state, cu_seqlens=cu_seqlens, impl=impl
             )
         assert outputs.output.dtype == torch.bfloat16
-        if impl == "fla":  # autocast makes the reference's state bf16 too
+        if impl == "fla" and with_state:  # autocast makes the reference's state bf16 too
             assert outputs.final_state.dtype == torch.float32
-        results.append(gradients(outputs, own))
+        results.append(outputs_and_gradients(outputs, own))
     assert_at_most_twice_the_error(*results, exact)
 
 
@@ -113,7 +201,7 @@ def check_gated_delta_rule(
 @pytest.mark.parametrize("length", [1, 3, 130])
 def test_short_conv(length: int, with_state: bool, activation: str | None, packed: bool):
     rng = torch.Generator(device="cuda").manual_seed(0)
-    batch, cu_seqlens = (1, documents(length)) if packed else (2, None)
+    batch, cu_seqlens = (1, documents_of(length)) if packed else (2, None)
     shapes = {"x": (batch, length, 96), "weight": (96, 4), "initial_state": (batch, 3, 96)}
     inputs = {
         name: torch.randn(shape, generator=rng, device="cuda").bfloat16()

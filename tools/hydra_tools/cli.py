@@ -18,8 +18,9 @@ from contextlib import contextmanager
 import megatron_hydra
 from megatron_hydra.errors import UserError
 
-# In the order of the work. Each is a module of this package with `add_arguments(parser)` and
-# `run(args) -> int`; importing one may be slow (PyTorch, Megatron), so only the called one is.
+# In the order of the work. Each is a module of this package (`-` is `_` there) with
+# `add_arguments(parser)` and `run(args) -> int`; importing one may be slow (PyTorch, Megatron), so
+# only the called one is.
 VERBS = {
     "score": "measure how much each attention head of a teacher matters",
     "plan": "choose the heads that keep full attention, from scores and a budget",
@@ -27,6 +28,7 @@ VERBS = {
     "pareto": "tabulate what several budgets keep of the scores, and what they cost",
     "convert": "turn a teacher and a plan into a hybrid checkpoint",
     "preprocess": "write text as Megatron's indexed token files",
+    "warm-up": "compile the kernels of LA heads before they are needed; for GPUs",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
     "certify": "hold a model to itself at every parallel layout; start it with torchrun",
     "evaluate": "measure retrieval and perplexity of models",
@@ -75,7 +77,7 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every encoding has the lines of a table, and not every file name is UTF-8.
         sys.stdout.reconfigure(errors="replace")
-    module = importlib.import_module(f"hydra_tools.{verb}")
+    module = importlib.import_module(f"hydra_tools.{verb.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=prog,
         description=f"{VERBS[verb].capitalize()}.",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from hydra_kernels.device import check_device
 from hydra_kernels.gated_delta_rule import reference
-from hydra_kernels.packed import check_cu_seqlens, state_of_each_document
+from hydra_kernels.packed import check_cu_seqlens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +49,8 @@ def gated_delta_rule(
     holds; normalising them is the caller's.
 
     Args:
-        q, k: [b, t, key heads, d_k]; value head i takes key head i // (heads / key heads), which is
-            grouped value attention where there are fewer.
+        q, k: [b, t, heads, d_k]. "fla" reads them, and all that follow, without a copy where they
+            lie in memory as [b, heads, t, ...], as does its output.
         v: [b, t, heads, d_v].
         g: [b, t, heads], log of the decay, at most 0; float32 recommended.
         beta: [b, t, heads], write strength; float32 recommended.
@@ -61,14 +60,17 @@ def gated_delta_rule(
         cu_seqlens: [documents + 1] integer, where documents begin in a row that packs several
             (b = 1): 0, ascending, t. The state starts anew at each; the initial state is the first
             document's, the final state the last one's. None for whole sequences.
-        impl: "reference" is PyTorch on any device; "fla" is flash-linear-attention's Triton
-            kernels, CUDA alone. Neither stands in for the other. On Hopper GPUs with Triton 3.4
-            to 3.7.0, whose code for fla's backward is wrong, fla's backward raises unless the
-            package tilelang is installed.
+        impl: "reference" is PyTorch on any device; "fla" is flash-linear-attention's kernels, and
+            FlashQLA's where fla would take those, on CUDA alone, with d_k and d_v up to 256.
+            Neither stands in for the other. One compiled kernel serves every number of heads; the
+            first call of a process may wait until it is compiled (`compilation.py`). On Hopper
+            GPUs with Triton 3.4 to 3.7.0, whose code for fla's backward is wrong, fla's backward
+            raises unless the package tilelang is installed.
         chunk_size: tokens solved together; "fla" takes 16, 32 or 64.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown impl, CPU tensors for "fla".
+        ValueError: shapes that do not fit, an unknown impl; for "fla" CPU tensors, larger heads,
+            and a row of 2^31 elements a head or more.
         ImportError: impl="fla" without the package fla-core.
     """
     _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
@@ -77,50 +79,19 @@ def gated_delta_rule(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     if impl == "reference":
-        q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
         output, state = reference.chunk_gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, chunk_size, cu_seqlens
         )
         return GatedDeltaRuleOutput(output, state if output_final_state else None)
     if impl == "fla":
-        return _fla(
-            q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, chunk_size
+        from hydra_kernels.gated_delta_rule import fla_kernels
+
+        return GatedDeltaRuleOutput(
+            *fla_kernels.gated_delta_rule(
+                q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, chunk_size
+            )
         )
     raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
-
-
-def _fla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    scale: float,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    cu_seqlens: Tensor | None,
-    chunk_size: int,
-) -> GatedDeltaRuleOutput:
-    """flash-linear-attention's chunked Triton kernels."""
-    check_device(q, "fla")
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    initial_state = state_of_each_document(initial_state, cu_seqlens)
-    output, state = chunk_gated_delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=scale,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
-    )
-    if cu_seqlens is not None and state is not None:
-        state = state[-1:]
-    return GatedDeltaRuleOutput(output, state)
 
 
 def _check_shapes(
@@ -137,15 +108,12 @@ def _check_shapes(
         raise ValueError(
             f"q and v must be [b, t, heads, d], got {tuple(q.shape)} and {tuple(v.shape)}"
         )
-    b, t, key_heads, d_k = q.shape
-    heads = v.shape[2]
+    b, t, heads, d_k = q.shape
     if t == 0:
         raise ValueError("q has no tokens: t must be 1 or more")
-    if heads % max(key_heads, 1):
-        raise ValueError(f"v's {heads} heads do not divide by q's {key_heads}")
     check_cu_seqlens(cu_seqlens, b)
     expected = {
-        "k": (k, (b, t, key_heads, d_k)),
+        "k": (k, (b, t, heads, d_k)),
         "v": (v, (b, t, heads, v.shape[-1])),
         "g": (g, (b, t, heads)),
         "beta": (beta, (b, t, heads)),

@@ -18,7 +18,8 @@ class LAPreparationOutput(NamedTuple):
     """What `la_preparation` returns, as `gated_delta_rule` takes it.
 
     Attributes:
-        q, k, v: [b, t, n, d] contiguous, in x's dtype.
+        q, k, v: [b, t, n, d] in x's dtype; "triton" writes them, g and beta as [b, n, t, ...] in
+            memory, and reads their gradients without a copy where they lie so too.
         g: [b, t, n] float32 (float64 for float64 input), or None without `a`.
         beta: as g, or None without `b`.
     """

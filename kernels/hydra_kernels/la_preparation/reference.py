@@ -44,7 +44,7 @@ def la_preparation(
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     g = None if a is None else -a_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype))
     beta = None if b is None else b.to(dtype).sigmoid()
-    q, k, v = (t.to(x.dtype).contiguous() for t in (q, k, v))
+    q, k, v = (t.to(x.dtype) for t in (q, k, v))
     return q, k, v, g, beta
 
 

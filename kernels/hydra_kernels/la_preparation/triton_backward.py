@@ -117,11 +117,10 @@ def _backward_tile(
     channel = (head * DIM)[:, None] + column
     num_channels = 3 * num_heads * DIM
     x_token, dx_token = tl.cast(x_token, tl.int64), tl.cast(dx_token, tl.int64)
-    y_token = tl.cast(num_heads * DIM, tl.int64)
     x_rows = x + batch * x_row + (start.to(tl.int64) * x_token)[:, None] + channel
     dx_rows = dx + batch * dx_row + (start.to(tl.int64) * dx_token)[:, None] + channel
-    y_start = (batch * num_tokens + start) * y_token + (head - kind * num_heads) * DIM
-    dy_rows = tl.where(is_key, dk, dq) + y_start[:, None] + column
+    y_start = (batch * num_heads + (head - kind * num_heads)) * num_tokens + start
+    dy_rows = tl.where(is_key, dk, dq) + (y_start * DIM)[:, None] + column
     angle_offset = 0
     if cos is not None:
         angle_start = (batch // rows_per_angle) * num_tokens + start
@@ -153,8 +152,8 @@ def _backward_tile(
             load_pair(x_rows + (i + 1) * x_token, inside_1, HALF),
         )
         dys = (
-            load_pair(dy_rows + i * y_token, inside_0, HALF),
-            load_pair(dy_rows + (i + 1) * y_token, inside_1, HALF),
+            load_pair(dy_rows + i * DIM, inside_0, HALF),
+            load_pair(dy_rows + (i + 1) * DIM, inside_1, HALF),
         )
         for u in tl.static_range(UNROLL):
             angles = angle_offset + (i + u) * HALF
@@ -186,7 +185,7 @@ def _backward_tile(
         for i in range(STRIP, STRIP + MAX_LAG):
             inside_i = mask & (start + i < num_tokens)[:, None]
             x_i = load_pair(x_rows + i * x_token, inside_i, HALF)
-            dy_i = load_pair(dy_rows + i * y_token, inside_i, HALF)
+            dy_i = load_pair(dy_rows + i * DIM, inside_i, HALF)
             past = within_document(past, reach, start + i, num_tokens)
             dz, _ = _through_silu_and_norms(
                 convolve(tap, x_i, past),

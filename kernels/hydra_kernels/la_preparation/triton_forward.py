@@ -1,4 +1,8 @@
-"""The forward kernel: one pass from the in-projection's rows to q, k, v, g and beta."""
+"""The forward kernel: one pass from the in-projection's rows to q, k, v, g and beta.
+
+It reads token by token, as the projection wrote, and writes head by head, `[q k v, b, n, t, d]` and
+`[b, n, t]`, as the gated delta rule reads.
+"""
 
 from __future__ import annotations
 
@@ -88,10 +92,10 @@ def _forward_tile(
     batch = row.to(tl.int64)
     channel = (head * DIM)[:, None] + column
     num_channels = 3 * num_heads * DIM
-    x_token, y_token = tl.cast(x_token, tl.int64), tl.cast(num_heads * DIM, tl.int64)
+    x_token = tl.cast(x_token, tl.int64)
     x_rows = x + batch * x_row + (start.to(tl.int64) * x_token)[:, None] + channel
-    y_start = ((kind * tl.num_programs(2) + batch) * num_tokens + start) * y_token
-    y_rows = vectors + (y_start + (head - kind * num_heads) * DIM)[:, None] + column
+    y_row = (kind * tl.num_programs(2) + batch) * num_heads + (head - kind * num_heads)
+    y_rows = vectors + ((y_row * num_tokens + start) * DIM)[:, None] + column
     if cos is not None:
         angle_start = (batch // rows_per_angle) * num_tokens + start
         angle_offset = (angle_start * HALF)[:, None] + column
@@ -138,4 +142,4 @@ def _forward_tile(
                     c = tl.load(cos + angles, mask=inside[u], other=0.0)
                     s = tl.load(sin + angles, mask=inside[u], other=0.0)
                     y = (y[0] * c - y[1] * s, y[1] * c + y[0] * s)
-            store_pair(y_rows + (i + u) * y_token, y, inside[u], HALF)
+            store_pair(y_rows + (i + u) * DIM, y, inside[u], HALF)

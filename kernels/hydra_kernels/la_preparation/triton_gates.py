@@ -51,7 +51,7 @@ def forward_gates(
         token = (first + i + tl.arange(0, TOKENS_PER_STEP))[:, None]
         mask = real & (token < last)
         token = token.to(tl.int64)
-        out = (row.to(tl.int64) * num_tokens + token) * num_heads + head
+        out = (row.to(tl.int64) * num_heads + head) * num_tokens + token
         if a is not None:
             offset = row.to(tl.int64) * a_row + token * a_token + head
             x = tl.load(a + offset, mask=mask, other=0.0).to(tl.float32)
@@ -82,7 +82,7 @@ def backward_gates(
         token = (first + i + tl.arange(0, TOKENS_PER_STEP))[:, None]
         mask = real & (token < last)
         token = token.to(tl.int64)
-        upstream = (row.to(tl.int64) * num_tokens + token) * num_heads + head
+        upstream = (row.to(tl.int64) * num_heads + head) * num_tokens + token
         if a is not None:
             offset = row.to(tl.int64) * a_row + token * a_token + head
             x = tl.load(a + offset, mask=mask, other=0.0).to(tl.float32) + bias

@@ -82,9 +82,9 @@ class LAPreparation(torch.autograd.Function):
         reach = None if conv_weight is None else _reach(cu_seqlens, num_tokens)
         head_dim = channels // (3 * num_heads)
         vectors = torch.empty(
-            3, rows, num_tokens, num_heads, head_dim, dtype=x.dtype, device=x.device
+            3, rows, num_heads, num_tokens, head_dim, dtype=x.dtype, device=x.device
         )
-        gates = (rows, num_tokens, num_heads)
+        gates = (rows, num_heads, num_tokens)
         g = None if a is None else torch.empty(gates, dtype=torch.float32, device=x.device)
         beta = None if b is None else torch.empty(gates, dtype=torch.float32, device=x.device)
         inputs = (
@@ -100,7 +100,7 @@ class LAPreparation(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.num_heads, ctx.eps, ctx.given_state = num_heads, eps, small[5] is not None
         ctx.empty_gradients = empty_gradients
-        return (*vectors.unbind(), g, beta)
+        return tuple(_by_token(t) for t in (*vectors.unbind(), g, beta))
 
     @staticmethod
     def backward(
@@ -122,7 +122,7 @@ class LAPreparation(torch.autograd.Function):
             gate_partial = torch.empty(grid[1] * rows, 2, num_heads, **float32)
         upstream = (dq, dk, dv, None if a is None else dg, None if b is None else dbeta)
         backward_kernel[grid](
-            *inputs, *(None if t is None else t.contiguous() for t in upstream),
+            *inputs, *(_by_head(t) for t in upstream),
             dx, da, db, dstate, partial, gate_partial,
             *_strides(x), *_strides(a), *_strides(b),
             *_strides(dx), *_strides(da), *_strides(db),
@@ -201,6 +201,16 @@ def _reach(cu_seqlens: Tensor | None, num_tokens: int) -> Tensor | None:
         cu_seqlens.contiguous(), reach, num_tokens, documents, STEPS=steps, BLOCK=256
     )
     return reach
+
+
+def _by_token(x: Tensor | None) -> Tensor | None:
+    """A view `[rows, tokens, heads, ...]` of what lies `[rows, heads, tokens, ...]`."""
+    return None if x is None else x.transpose(1, 2)
+
+
+def _by_head(x: Tensor | None) -> Tensor | None:
+    """The reverse; a copy only of what does not lie so."""
+    return None if x is None else x.transpose(1, 2).contiguous()
 
 
 def _last_contiguous(x: Tensor | None) -> Tensor | None:

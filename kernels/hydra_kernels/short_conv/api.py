@@ -72,7 +72,8 @@ def _fla(
     if initial_state is not None:
         # fla keeps k inputs, [b, c, k], of which the oldest is never read again.
         initial_state = F.pad(initial_state.transpose(1, 2), (1, 0)).contiguous()
-    initial_state = state_of_each_document(initial_state, cu_seqlens)
+    if cu_seqlens is not None:
+        initial_state = state_of_each_document(initial_state, len(cu_seqlens) - 1)
     y, _ = causal_conv1d(
         x, weight, initial_state=initial_state, activation=activation, cu_seqlens=cu_seqlens
     )
