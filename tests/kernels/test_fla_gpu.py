@@ -1,7 +1,8 @@
 """fla's kernels against the float64 recurrence, by the error of the same formula in bf16.
 
 A kernel passes if it is at most twice as far from float64 as our reference is when its matrix
-products run in bf16: what the number format costs, and no more.
+products run in bf16, or by what rounding one operand and one result costs: what the number format
+does, and no more.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def gradients(outputs, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 def assert_at_most_twice_the_error(actual: dict, bf16: dict, exact: dict) -> None:
     for name, value in exact.items():
-        error, allowed = ((x[name] - value).norm() / value.norm() for x in (actual, bf16))
-        assert error <= 2 * allowed, f"{name}: error {error:.2e}, bf16 reference {allowed:.2e}"
+        error, of_bf16 = ((x[name] - value).norm() / value.norm() for x in (actual, bf16))
+        allowed = max(2 * of_bf16.item(), 2 * 2**-8)
+        assert error <= allowed, f"{name}: error {error:.2e}, bf16 reference {of_bf16:.2e}"
 
 
 def with_grad(inputs: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict:
