@@ -1,13 +1,16 @@
-"""The paper's model at TP 8, built without memory: parameter count and heads of every rank."""
+"""The paper's model, built without memory: parameter count and heads of every rank."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_hydra.testing import run_distributed
+from megatron_hydra.testing.uneven_plan import uneven_plan
 
 pytestmark = pytest.mark.dist
 
@@ -59,11 +62,53 @@ def _expected_hybrid_parameters() -> int:
     return total
 
 
-def _build_every_rank(folder: Path) -> None:
+def test_predicted_state_of_uneven_ranks(tmp_path):
+    """Ranks whose numbers of FA heads differ: what the larger of both has is predicted."""
+    from megatron_hydra.selection.cost import ModelShape
+    from megatron_hydra.selection.training_memory import training_memory
+
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_1P7B))
+    run_distributed(_count_uneven_ranks, 1, tmp_path)
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    # Weights in bf16; gradients, main weights and Adam's two moments in float32.
+    states = [count * (2 + 4 * 4) for count in counts]
+    shape = ModelShape(NUM_LAYERS, NUM_HEADS, NUM_GROUPS, HEAD_DIM, HIDDEN, FFN, VOCAB, True)
+    memory = training_memory(shape, uneven_plan(112), "long_context", 4096, tp_size=2)
+    assert memory.state == pytest.approx(max(states), rel=5e-4)
+    assert sum(states) / 2 < (1 - 2e-3) * max(states)  # the mean would not do
+
+
+def _count_uneven_ranks(folder: Path) -> None:
+    from megatron_hydra.conversion.qwen3 import hydra_config
+    from megatron_hydra.model import build_model
+
+    fields = dict(tensor_model_parallel_size=2, seq_length=4096, placement="balanced")
+    config = hydra_config(folder, perform_initialization=False, **fields)
+    counts = []
+    for _ in _every_rank(2):
+        with torch.device("meta"):
+            model = build_model(config, uneven_plan(112))
+        attentions = [layer.self_attention for layer in model.decoder.layers]
+        padding = sum(x.layout.num_padding_rows for x in attentions) * HIDDEN
+        counts.append(sum(p.numel() for p in model.parameters()) - padding)
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def _every_rank(tp_size: int) -> Iterator[int]:
+    """This process as each tensor-parallel rank in turn."""
     import torch.distributed as dist
-    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend
     from megatron.core import parallel_state
 
+    for rank in range(tp_size):
+        dist.init_process_group("fake", rank=rank, world_size=tp_size, store=dist.HashStore())
+        parallel_state.initialize_model_parallel(tp_size)
+        yield rank
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _build_every_rank(folder: Path) -> None:
     from megatron_hydra.conversion.qwen3 import hydra_config
     from megatron_hydra.head_plan import HeadPlan
     from megatron_hydra.model import build_model
@@ -77,9 +122,7 @@ def _build_every_rank(folder: Path) -> None:
     plan = HeadPlan.from_fa_heads(FA_HEADS, NUM_LAYERS, NUM_HEADS, NUM_GROUPS)
     counts = {"teacher": 0, "hybrid": 0}
     fa_heads = None
-    for rank in range(TP_SIZE):
-        dist.init_process_group("fake", rank=rank, world_size=TP_SIZE, store=dist.HashStore())
-        parallel_state.initialize_model_parallel(TP_SIZE)
+    for rank in _every_rank(TP_SIZE):
         for name, of_model in (("teacher", None), ("hybrid", plan)):
             with torch.device("meta"):
                 model = build_model(config, of_model)
@@ -97,6 +140,4 @@ def _build_every_rank(folder: Path) -> None:
             assert rows == attention.layout.num_rows
             counts["hybrid"] -= attention.layout.num_padding_rows * columns
             ranks.append(attention.full_attention.heads)
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
     (folder / "counts.json").write_text(json.dumps({**counts, "fa_heads": fa_heads}))

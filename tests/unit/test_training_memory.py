@@ -91,3 +91,31 @@ def test_recomputation_keeps_less_in_every_stage():
             training_memory(SHAPE, PLAN, stage, 65536, recompute) for recompute in ("none", "full")
         )
         assert full.kept < none.kept / 4 and full.peak < none.peak
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_the_dearest_recomputed_layer_counts_where_it_lies(stage):
+    """Of its inputs, the layers after it have let go by then."""
+    # All LA is dearest: of stage 1's backward passes, and of what the others keep without groups.
+    kinds = {"dear": (), "cheap": (0, 2)}
+    plans = {
+        "all dear": ["dear"] * 28,
+        "all cheap": ["cheap"] * 28,
+        "dear first": ["dear"] + ["cheap"] * 27,
+        "dear last": ["cheap"] * 27 + ["dear"],
+    }
+    if stage == "distill":  # where a head of a group of its own is dearer than an LA head
+        kinds = {"dear": (0, 2), "cheap": ()}
+    passing = {
+        name: training_memory(
+            SHAPE,
+            HeadPlan.from_fa_heads({i: kinds[kind] for i, kind in enumerate(layers)}, 28, 16, 8),
+            stage,
+            65536,
+            "full",
+        ).passing
+        for name, layers in plans.items()
+    }
+    assert passing["all dear"] > passing["all cheap"]
+    assert passing["dear last"] == pytest.approx(passing["all dear"], rel=1e-12)
+    assert passing["dear first"] == pytest.approx(passing["all cheap"], rel=1e-12)
