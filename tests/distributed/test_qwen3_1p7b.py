@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.training_memory import training_memory
 from megatron_hydra.testing import run_distributed
 from megatron_hydra.testing.uneven_plan import uneven_plan
 
@@ -62,20 +65,33 @@ def _expected_hybrid_parameters() -> int:
     return total
 
 
-def test_predicted_state_of_uneven_ranks(tmp_path):
-    """Ranks whose numbers of FA heads differ: what the larger of both has is predicted."""
-    from megatron_hydra.selection.cost import ModelShape
-    from megatron_hydra.selection.training_memory import training_memory
+@pytest.fixture(scope="module")
+def uneven_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+    """Parameters of each of two tensor-parallel ranks of an uneven plan, matrices beside all."""
+    folder = tmp_path_factory.mktemp("uneven")
+    (folder / "config.json").write_text(json.dumps(QWEN3_1P7B))
+    run_distributed(_count_uneven_ranks, 1, folder)
+    return json.loads((folder / "counts.json").read_text())
 
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_1P7B))
-    run_distributed(_count_uneven_ranks, 1, tmp_path)
-    counts = json.loads((tmp_path / "counts.json").read_text())
+
+def test_predicted_state_is_that_of_the_larger_of_uneven_ranks(uneven_ranks):
     # Weights in bf16; gradients, main weights and Adam's two moments in float32.
-    states = [count * (2 + 4 * 4) for count in counts]
+    states = [count["all"] * (2 + 4 * 4) for count in uneven_ranks]
     shape = ModelShape(NUM_LAYERS, NUM_HEADS, NUM_GROUPS, HEAD_DIM, HIDDEN, FFN, VOCAB, True)
     memory = training_memory(shape, uneven_plan(112), "long_context", 4096, tp_size=2)
     assert memory.state == pytest.approx(max(states), rel=5e-4)
     assert sum(states) / 2 < (1 - 2e-3) * max(states)  # the mean would not do
+
+
+def test_operations_that_the_benchmark_counts_of_an_uneven_plan(uneven_ranks):
+    path = Path(__file__).parents[2] / "kernels/benchmarks/step_costs.py"
+    spec = importlib.util.spec_from_file_location("step_costs", path)
+    spec.loader.exec_module(step_costs := importlib.util.module_from_spec(spec))
+    matrices = sum(count["matrices"] for count in uneven_ranks)
+    found = step_costs.model_tflop("long_context", 4096, NUM_LAYERS, uneven_plan(112))
+    attention = 112 * 2 * HEAD_DIM * 4096**2 + 336 * 6 * HEAD_DIM**2 * 4096
+    expected = 3 * (2 * matrices * 4096 + attention) / 1e12
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def _count_uneven_ranks(folder: Path) -> None:
@@ -90,7 +106,10 @@ def _count_uneven_ranks(folder: Path) -> None:
             model = build_model(config, uneven_plan(112))
         attentions = [layer.self_attention for layer in model.decoder.layers]
         padding = sum(x.layout.num_padding_rows for x in attentions) * HIDDEN
-        counts.append(sum(p.numel() for p in model.parameters()) - padding)
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if p.dim() == 2 and "conv" not in name]
+        of_kinds = {"all": named.values(), "matrices": matrices}
+        counts.append({kind: sum(p.numel() for p in ps) - padding for kind, ps in of_kinds.items()})
     (folder / "counts.json").write_text(json.dumps(counts))
 
 
