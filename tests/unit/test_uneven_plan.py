@@ -8,6 +8,7 @@ import pytest
 from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.placement import place_heads
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.policy import choose_plan
 from megatron_hydra.testing.scores import make_scores
@@ -94,3 +95,14 @@ def test_a_layer_of_each_count() -> None:
     found = layers_by_count(plan)
     assert list(found) == [0, 1, 2]
     assert found[1].fa_heads == (3,)
+
+
+@cases
+def test_two_ranks_have_unequal_shares(num_fa_heads: int) -> None:
+    """What a uniform plan's tests do not see: FA heads, groups and costs that differ by rank."""
+    placed = [place_heads(x, 8, 2, "balanced", 16384) for x in uneven_plan(num_fa_heads).layers]
+    assert any(len(x.fa_heads(0)) != len(x.fa_heads(1)) for x in placed)
+    assert any(len(x.owned_groups(0)) != len(x.owned_groups(1)) for x in placed)
+    assert any(bool(x.fa_heads(0)) != bool(x.fa_heads(1)) for x in placed)
+    waits = sum(max(x.predicted_costs) - min(x.predicted_costs) for x in placed)
+    assert waits > 0
