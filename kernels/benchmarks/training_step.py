@@ -189,13 +189,13 @@ def measure(
             release_cuda_graphs(student)
     tflop = model_tflop(stage, length, args.layers, plan)
     seconds = None if milliseconds is None else milliseconds / 1e3
+    predicted = None  # of FP8 and graphs the formula knows nothing
+    if not args.fp8 and not args.cuda_graphs:
+        sizes = (args.layers, args.chunk_tokens, args.tp, args.cp)
+        predicted = predicted_gib(stage, length, layers, plan, *sizes)
     row |= {
         "peak GiB": peak,
-        "predicted GiB": None
-        if args.fp8 or args.cuda_graphs
-        else predicted_gib(
-            stage, length, layers, plan, args.layers, args.chunk_tokens, args.tp, args.cp
-        ),
+        "predicted GiB": predicted,
         "step ms": milliseconds,
         "tokens/s": None if seconds is None else length / seconds,
         "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S / args.tp / args.cp,
@@ -218,7 +218,8 @@ def _nccl_ms(step: Callable[[], Any]) -> float | None:
 
     None, which is said, where the profiler shows none: some machines let nobody profile.
     """
-    kernels = [event for event in _profiled(step) if event.key.startswith("ncclDevKernel")]
+    events = _profiled(step)  # among them may be PyTorch's own marks around the kernels, "nccl:..."
+    kernels = [x for x in events if x.key.startswith("nccl") and "Kernel" in x.key]
     if not kernels:
         print("the profiler shows no kernel of NCCL's")
         return None
