@@ -4,7 +4,7 @@
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
 #   make certificates certify the quickstart's model anew, and the README's table from it
 #   make checks       formatter, linter, types
-#   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100)
+#   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)
 #   make bench-2-gpus on a machine with two: the certificate, and training steps over both
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
 PYTHON ?= python3
@@ -60,6 +60,10 @@ bench-gpu:
 	$(PYTHON) $(STEP) --cuda-graphs --lengths 4096 8192 --stages $(WHOLE) \
 		--out $(BENCH_OUT)/cuda_graphs.json
 	$(PYTHON) $(STEP) --fp8 --lengths 16384 --stages distill "full distill" --out $(BENCH_OUT)/fp8.json
+	$(PYTHON) kernels/benchmarks/layer.py --plans uneven \
+		--lengths 4096 8192 16384 32768 65536 131072 --out $(BENCH_OUT)/layer_uneven.json
+	$(PYTHON) $(STEP) --plan uniform uneven --lengths 4096 16384 --stages distill long_context \
+		--out $(BENCH_OUT)/uneven.json
 	$(PYTHON) kernels/benchmarks/layer.py --draw $(BENCH_OUT)/layer.json --picture $(BENCH_OUT)/layer.png
 
 TORCHRUN_2 := $(PYTHON) -m torch.distributed.run --nproc-per-node 2
@@ -71,6 +75,8 @@ bench-2-gpus:
 		--stages align $(WHOLE) --out $(BENCH_OUT)/tp_2.json
 	$(TORCHRUN_2) $(STEP) --cp 2 --lengths 65536 131072 \
 		--stages align $(WHOLE) --out $(BENCH_OUT)/cp_2.json
+	$(TORCHRUN_2) $(STEP) --tp 2 --plan uniform uneven --lengths 16384 \
+		--stages distill long_context --out $(BENCH_OUT)/tp_2_uneven.json
 
 checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .

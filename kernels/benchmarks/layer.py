@@ -1,6 +1,7 @@
 """Times the whole attention module, norm to output projection: ours, full attention, layer mixes.
 
     python kernels/benchmarks/layer.py --out layer.json --picture layer.png
+    python kernels/benchmarks/layer.py --plans uneven --lengths 4096 131072
 
 Qwen3-1.7B's attention (hidden 2,048, 16 heads, 8 query groups, head dimension 128) in bf16 on
 Transformer Engine; weights are random. Of a layer-wise mix only two kinds of layer exist, so its
@@ -9,6 +10,10 @@ heads at once on two streams where that is the default (`overlap_branches`); `on
 streams` are either, everywhere. `parts` are what ours is made of, each timed alone: attention of
 the FA heads, the LA kernel, the two projections. `limit` counts what no kernel can save: the
 operations of the projections and of causal attention at this run's own matrix-product rate.
+
+With `--plans uneven` the mean layer of an uneven plan (`megatron_hydra.testing.uneven_plan`) stands
+beside the layer whose number of FA heads is the plan's mean: one layer of each number of FA heads
+that the plan has is timed, weighted by how many layers have it; `4 FA` is one with four.
 
 Everything is captured in a CUDA graph and replayed, so that the GPU's time is what is measured;
 `--eager` times calls as Python launches them, which up to about 16K tokens is what Python takes.
@@ -29,11 +34,14 @@ from measure import device_figures, median_ms, print_table, write
 from torch import Tensor
 
 from megatron_hydra.files import read_json
+from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
+from megatron_hydra.testing.uneven_plan import NUM_LAYERS, layers_by_count, uneven_plan
 
 HEADS, GROUPS, DIM, HIDDEN = 16, 8, 128, 2048
 MIXES = {"3:1": 4, "7:1": 2}  # LA to FA heads: FA heads of a layer
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
 DIRECTIONS = ("forward", "forward+backward")
+PLANS = ("uniform", "uneven")
 KIND, SCHEMA_VERSION = "megatron_hydra.layer_benchmark", 1
 
 
@@ -43,6 +51,9 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument(
+        "--plans", nargs="+", choices=PLANS, default=PLANS[:1], help="by default the uniform alone"
+    )
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
@@ -58,8 +69,14 @@ def main() -> int:
         timer = _Timer(not args.eager)
         rows = []
         for length in args.lengths:
-            rows += measure(length, args.mixes, data["matmul_tflop_per_s"], switches, timer)
-            print_table(rows[-2:])
+            layers = _Layers(length, switches, timer)
+            of_length = [{"direction": d, "tokens": length} for d in DIRECTIONS]
+            if "uniform" in args.plans:
+                measure(of_length, layers, args.mixes, data["matmul_tflop_per_s"])
+            if "uneven" in args.plans:
+                measure_uneven(of_length, layers, args.mixes)
+            rows += of_length
+            print_table(of_length)
             write(args.out, data, rows)
         data["rows"] = rows
         print(data["device"], data["versions"])
@@ -72,50 +89,98 @@ def main() -> int:
 
 
 def measure(
-    length: int, mixes: list[str], tflop_per_s: float, switches: dict[str, Any], timer: _Timer
-) -> list[dict[str, Any]]:
-    """A row a direction, times in ms; None where the memory does not suffice."""
-    x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
-    full, all_la = _Layer(None, length, switches, timer), _Layer(0, length, switches, timer)
-    mixed = {name: _Layer(MIXES[name], length, switches, timer) for name in mixes}
-    rows = []
-    for direction in DIRECTIONS:
-        backward = direction != DIRECTIONS[0]
-        row: dict[str, Any] = {"direction": direction, "tokens": length}
+    rows: list[dict[str, Any]], layers: _Layers, mixes: list[str], tflop_per_s: float
+) -> None:
+    """Fill in a row a direction: times in ms; None where the memory does not suffice."""
+    length, x = layers.length, layers.x
+    full, all_la = layers.uniform(None), layers.uniform(0)
+    for backward, row in enumerate(rows):
         row["full"], row["all LA"] = full.time(x, backward), all_la.time(x, backward)
         for name in mixes:
-            share = MIXES[name] / HEADS
+            mixed, share = layers.uniform(MIXES[name]), MIXES[name] / HEADS
             row[f"layer-wise {name}"] = _weighted(row["full"], row["all LA"], share)
-            ours = row[f"ours {name}"] = mixed[name].time(x, backward, None)
+            ours = row[f"ours {name}"] = mixed.time(x, backward)
             row[f"full / ours {name}"] = _ratio(row["full"], ours)
-            row[f"one stream {name}"] = mixed[name].time(x, backward, False)
-            row[f"two streams {name}"] = mixed[name].time(x, backward, True)
-            parts = mixed[name].parts(x, backward)
+            row[f"one stream {name}"] = mixed.time(x, backward, False)
+            row[f"two streams {name}"] = mixed.time(x, backward, True)
+            parts = mixed.parts(x, backward)
             row |= {f"{part} {name}": ms for part, ms in parts.items()}
             total = None if None in parts.values() else sum(parts.values())
             row[f"ours / parts {name}"] = _ratio(ours, total)
-            row[f"limit {name}"] = mixed[name].flop(length)[backward] / tflop_per_s / 1e9
+            row[f"limit {name}"] = mixed.flop(length)[backward] / tflop_per_s / 1e9
         row["limit full"] = full.flop(length)[backward] / tflop_per_s / 1e9
-        rows.append(row)
-    return rows
+
+
+def measure_uneven(rows: list[dict[str, Any]], layers: _Layers, mixes: list[str]) -> None:
+    """Fill in an uneven plan's mean layer beside the uniform one, and each number of FA heads."""
+    plans = {name: uneven_plan(NUM_LAYERS * MIXES[name]) for name in mixes}
+    kinds: dict[int, LayerHeadPlan] = {}
+    for plan in plans.values():  # both plans' layers of so many FA heads are timed as one
+        kinds = layers_by_count(plan) | kinds
+    for backward, row in enumerate(rows):
+        times = {
+            count: layers.of_plan(kind).time(layers.x, backward)
+            for count, kind in sorted(kinds.items())
+        }
+        for name, plan in plans.items():
+            counts = [len(layer.fa_heads) for layer in plan.layers]
+            of_layers = [times[count] for count in counts]
+            mean = None if None in of_layers else sum(of_layers) / len(of_layers)
+            if f"ours {name}" not in row:
+                uniform = layers.uniform(MIXES[name])
+                row[f"ours {name}"] = uniform.time(layers.x, backward)
+            row[f"uneven {name}"] = mean
+            row[f"uneven / uniform {name}"] = _ratio(mean, row[f"ours {name}"])
+        row |= {f"{count} FA": ms for count, ms in times.items()}
+
+
+class _Layers:
+    """Layers of one length, each built once, and their input.
+
+    Args:
+        length: Tokens.
+        switches: More of HydraConfig's fields.
+        timer: What times them.
+    """
+
+    def __init__(self, length: int, switches: dict[str, Any], timer: _Timer) -> None:
+        self.length, self._built = length, {}
+        self._build = lambda plan: _Layer(plan, length, switches, timer)
+        self.x = torch.randn(length, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    def uniform(self, num_fa: int | None) -> _Layer:
+        """With so many FA heads at equal distances; None for Megatron's own full attention."""
+        if num_fa is None:
+            return self.of_plan(None)
+        heads = tuple(range(0, HEADS, HEADS // num_fa)) if num_fa else ()
+        return self.of_plan(HeadPlan.from_fa_heads({0: heads}, 1, HEADS, GROUPS).layers[0])
+
+    def of_plan(self, plan: LayerHeadPlan | None) -> _Layer:
+        """As planned."""
+        if plan not in self._built:
+            self._built[plan] = self._build(plan)
+        return self._built[plan]
 
 
 class _Layer:
     """Norm and attention of one transformer layer.
 
     Args:
-        num_fa: FA heads; None for Megatron's own full attention.
+        layer_plan: The kinds of its heads; None for Megatron's own full attention.
         length: Tokens.
         switches: More of HydraConfig's fields.
         timer: What times it.
     """
 
     def __init__(
-        self, num_fa: int | None, length: int, switches: dict[str, Any], timer: _Timer
+        self,
+        layer_plan: LayerHeadPlan | None,
+        length: int,
+        switches: dict[str, Any],
+        timer: _Timer,
     ) -> None:
         from megatron_hydra.config import HydraConfig
         from megatron_hydra.conversion.qwen3 import megatron_fields
-        from megatron_hydra.head_plan import HeadPlan
         from megatron_hydra.model import build_model
         from megatron_hydra.parallel import initialize_model_parallel
 
@@ -124,14 +189,12 @@ class _Layer:
             num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=64, num_attention_heads=HEADS,
             num_query_groups=GROUPS, kv_channels=DIM, vocab_size=64, rotary_base=1e6,
             seq_length=length, backend="transformer_engine",
-            apply_rope_fusion=num_fa is None, **switches,
+            apply_rope_fusion=layer_plan is None, **switches,
         )  # fmt: skip
-        plan = None
-        if num_fa is not None:
-            heads = tuple(range(0, HEADS, HEADS // num_fa)) if num_fa else ()
-            plan = HeadPlan.from_fa_heads({0: heads}, 1, HEADS, GROUPS)
+        plan = None if layer_plan is None else HeadPlan((layer_plan,), GROUPS)
         model = build_model(HydraConfig(**fields), plan).cuda().bfloat16()
-        self.num_fa, self.timer = HEADS if num_fa is None else num_fa, timer
+        self.num_fa = HEADS if layer_plan is None else len(layer_plan.fa_heads)
+        self.timer = timer
         self.layer, self.angles = model.decoder.layers[0], model.rotary_pos_emb(length)
 
     def time(self, x: Tensor, backward: bool, overlap_branches: bool | None = None) -> float | None:

@@ -77,9 +77,10 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write(path: Path | None, figures: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Write a benchmark's figures and rows as JSON; nothing without a path."""
+    """Write a benchmark's figures and rows as JSON, each row with its device; else nothing."""
     if path is not None:
-        write_json(path, {**figures, "rows": list(rows)}, overwrite=True)
+        named = [{"device": figures["device"], **row} for row in rows]
+        write_json(path, {**figures, "rows": named}, overwrite=True)
 
 
 def _event_ms(function: Callable[[], Any]) -> float:
@@ -92,4 +93,6 @@ def _event_ms(function: Callable[[], Any]) -> float:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_cell, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,8 @@
     python kernels/benchmarks/training_step.py --out training_step.json
     torchrun --nproc-per-node 2 kernels/benchmarks/training_step.py --cp 2 --lengths 131072 \\
         --stages align distill long_context full
+    torchrun --nproc-per-node 2 kernels/benchmarks/training_step.py --tp 2 --plan uniform uneven \\
+        --lengths 16384 --stages distill
 
 One GPU, or several with --tp (then sequence parallel too) and --cp; bf16 with float32 main weights
 (Megatron's distributed optimizer), one sequence a step, random weights and tokens. `full` trains
@@ -11,8 +13,15 @@ attention, or, for `distill`, beside its teacher. `distill, modelopt` is the hyb
 under NeMo's own distillation by ModelOpt, with the same two losses. With --cuda-graphs the layers
 that train replay Megatron's CUDA graphs; nothing is recomputed, and the peak is all that PyTorch
 holds on to, as the graphs' memory is not among what it calls allocated. MFU counts the model's own
-operations (no recomputation; the teacher's forward where there is one) against the H100's 989
-TFLOP/s; memory is rank 0's.
+operations (no recomputation; the teacher's forward where there is one) against the 989 TFLOP/s of
+an H100 or H200; memory is of the rank that takes most.
+
+`--plan uneven` has as many FA heads as `uniform`, dealt to the layers as a global top-K of scores
+does (`megatron_hydra.testing.uneven_plan`); with both, `/ uniform` is the ratio of their times. Of
+tensor-parallel ranks, heads placed `balanced`, the row says the attentions' forward TFLOP that the
+placement predicts for each rank, of all layers, and, as `dearest`, the sum over the layers of the
+dearest rank's: the others wait for it in each layer. `NCCL ms` is how long NCCL's kernels ran on
+each rank in one more step, under the profiler: a rank that waits is in them for longer.
 """
 
 from __future__ import annotations
@@ -21,8 +30,9 @@ import argparse
 import gc
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +42,30 @@ from measure import device_figures, median_ms, peak_gib, print_table, write
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.cuda_graphs import create_cudagraphs
+from step_costs import (
+    DIM,
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MODELOPT,
+    PEAK_TFLOP_PER_S,
+    VOCAB,
+    model_tflop,
+    predicted_gib,
+    rank_tflop,
+)
 
 from megatron_hydra.attention.sequence_layout import shard_batch
+from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model import build_model, release_cuda_graphs
 from megatron_hydra.parallel import initialize_model_parallel
+from megatron_hydra.testing.uneven_plan import uneven_plan
 
-LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
-MODELOPT = "distill, modelopt"
 STAGES = ("align", "distill", "long_context", "full", "full distill", MODELOPT)
+PLANS = ("uniform", "uneven")
 LENGTHS = (4096, 16384, 65536)
-PEAK_TFLOP_PER_S = 989.0  # dense bf16, NVIDIA's H100 SXM data sheet
 KIND, SCHEMA_VERSION = "megatron_hydra.training_step_benchmark", 1
 
 
@@ -50,7 +74,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="TOKENS")
-    parser.add_argument("--fa-heads-per-layer", type=int, default=4)
+    parser.add_argument("--plan", nargs="+", choices=PLANS, default=PLANS[:1], dest="plans")
+    parser.add_argument("--fa-heads-per-layer", type=int, default=4, help="of uneven, the mean")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--chunk-tokens", type=int, default=1024)
     parser.add_argument("--fused-kernels", choices=("triton", "reference"), default="triton")
@@ -70,6 +95,8 @@ def main() -> int:
     initialize_model_parallel(args.tp, context=args.cp)
     if dist.get_world_size() != args.tp * args.cp:
         parser.error(f"{dist.get_world_size()} ranks are not tp {args.tp} x cp {args.cp}")
+    if "uneven" in args.plans and args.layers != LAYERS:
+        parser.error(f"--plan uneven has {LAYERS} layers; --layers is {args.layers}")
     if args.cuda_graphs and {"align", MODELOPT} & {*args.stages}:
         parser.error("--cuda-graphs is for --stages whose own layers train, whole")
     if args.cuda_graphs:  # which take random numbers from Transformer Engine's tracker alone
@@ -84,12 +111,12 @@ def main() -> int:
         # Here, as NeMo keeps what failed to be imported, and with it the frames that asked for it:
         # of a function that holds models, those would never be freed.
         import nemo.collections.llm.modelopt.distill.model  # noqa: F401
-    for length in args.lengths:
-        for stage in args.stages:
-            rows.append(measure(stage, length, args))
-            if is_first:
-                print_table(rows[-1:])
-                write(args.out, data, rows)
+    for length, stage, plan_name in _runs(args):
+        rows.append(measure(stage, length, plan_name, args))
+        rows[-1]["/ uniform"] = _over_uniform(rows[-1], rows)
+        if is_first:
+            print_table(rows[-1:])
+            write(args.out, data, rows)
     if is_first:
         print()
         print_table(rows)
@@ -98,7 +125,25 @@ def main() -> int:
     return 0
 
 
-def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
+def _runs(args: argparse.Namespace) -> Iterator[tuple[int, str, str | None]]:
+    """Length, stage and name of the plan of each row; full attention has no plan."""
+    for length, stage in product(args.lengths, args.stages):
+        if stage.startswith("full"):
+            yield length, stage, None
+        else:
+            yield from ((length, stage, name) for name in PLANS if name in args.plans)
+
+
+def _over_uniform(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """A row's time over that of the uniform plan at the same stage and length, if it is there."""
+    uniform = {(r["stage"], r["tokens"]): r["step ms"] for r in rows if r["plan"] == "uniform"}
+    of_uniform = uniform.get((row["stage"], row["tokens"]))
+    return None if None in (of_uniform, row["step ms"]) else row["step ms"] / of_uniform
+
+
+def measure(
+    stage: str, length: int, plan_name: str | None, args: argparse.Namespace
+) -> dict[str, Any]:
     """Step time, rate and memory of one stage at one length.
 
     None where memory does not suffice; of several ranks that is an error, as the others wait.
@@ -106,23 +151,35 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
     layers = args.recompute_layers
     if layers is None:
         layers = 0 if length <= 4096 or args.cuda_graphs else args.layers
-    row: dict[str, Any] = {"stage": stage, "tokens": length, "layers recomputed": layers}
-    student = milliseconds = peak = None
+    plan = None if plan_name is None else _plan(plan_name, args)
+    row: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "stage": stage, "plan": plan_name or "",
+        "FA heads": args.layers * HEADS if plan is None else plan.num_fa_heads,
+        "tokens": length, "layers recomputed": layers,
+    }  # fmt: skip
+    student = milliseconds = peak = nccl_ms = costs = dearest = None
     gc.collect()  # DDP's hooks hold the model in a cycle
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     try:
-        student = _student(stage, length, layers, args)
+        student = _student(plan, length, layers, args)
+        if plan is not None and args.tp > 1:
+            costs, dearest = rank_tflop(student)
         step = _training_step(student, stage, length, args)
-        row["weights and optimizer GiB"] = (torch.cuda.memory_allocated() - before) / 2**30
+        state = (torch.cuda.memory_allocated() - before) / 2**30
+        row["weights and optimizer GiB"] = max(_of_all_ranks(state))
         milliseconds = median_ms(step, rep_ms=1)
         if args.cuda_graphs:
             peak = torch.cuda.max_memory_reserved() / 2**30
         else:
             peak = peak_gib(step) + torch.cuda.memory_allocated() / 2**30
+        peak = max(_of_all_ranks(peak))
+        if args.tp > 1:
+            nccl_ms = _of_all_ranks(_nccl_ms(step))
         if args.profile:
-            _print_profile(step)
+            table = dict(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=70)
+            print(_profiled(step).table(**table))
     except torch.OutOfMemoryError:
         if dist.get_world_size() > 1:
             raise
@@ -130,63 +187,43 @@ def measure(stage: str, length: int, args: argparse.Namespace) -> dict[str, Any]
     finally:
         if args.cuda_graphs and student is not None:
             release_cuda_graphs(student)
-    tflop = model_tflop(stage, length, args.layers, args.fa_heads_per_layer)
+    tflop = model_tflop(stage, length, args.layers, plan)
     seconds = None if milliseconds is None else milliseconds / 1e3
-    return row | {
+    predicted = None  # of FP8 and graphs the formula knows nothing
+    if not args.fp8 and not args.cuda_graphs:
+        sizes = (args.layers, args.chunk_tokens, args.tp, args.cp)
+        predicted = predicted_gib(stage, length, layers, plan, *sizes)
+    row |= {
         "peak GiB": peak,
-        "predicted GiB": predicted_gib(stage, length, layers, args),
+        "predicted GiB": predicted,
         "step ms": milliseconds,
         "tokens/s": None if seconds is None else length / seconds,
         "MFU": None if seconds is None else tflop / seconds / PEAK_TFLOP_PER_S / args.tp / args.cp,
     }
+    if args.tp > 1:
+        row |= {"rank TFLOP": costs, "dearest": dearest, "NCCL ms": nccl_ms}
+    return row
 
 
-def predicted_gib(
-    stage: str, length: int, recompute_layers: int, args: argparse.Namespace
-) -> float | None:
-    """The peak by formula, workspaces left out; None for what it does not know."""
-    if stage == MODELOPT or args.fp8 or args.cuda_graphs:
-        return None
-    from megatron_hydra.selection.cost import ModelShape
-    from megatron_hydra.selection.training_memory import training_memory
-
-    shape = ModelShape(args.layers, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True)
-    plan = None if stage.startswith("full") else _plan(args)
-    of_transfer = {"full": "long_context", "full distill": "distill"}.get(stage, stage)
-    memory = training_memory(
-        shape, plan, of_transfer, length, "full" if recompute_layers else "none",
-        args.chunk_tokens, recompute_layers=recompute_layers or None, tp_size=args.tp,
-        cp_size=args.cp,
-    )  # fmt: skip
-    return memory.peak / 2**30
+def _of_all_ranks(value: Any) -> list[Any]:
+    """Each rank's value."""
+    values: list[Any] = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-def model_tflop(stage: str, length: int, layers: int, num_fa: int) -> float:
-    """Operations of a step: two a weight and token forward, twice that backward.
+def _nccl_ms(step: Callable[[], Any]) -> float | None:
+    """How long NCCL's kernels run on this rank in a step, waiting for the others counted in.
 
-    Attention counts its causal half; the gated delta rule of a head counts 6 d^2 a token (a read,
-    a correction and a write of its state).
+    None, which is said, where the profiler shows none: some machines let nobody profile.
     """
-    qkv = HIDDEN * DIM * (HEADS + 2 * GROUPS)
-    hybrid = HIDDEN * DIM * (4 * num_fa + 4 * (HEADS - num_fa))
-    output, mlp, logits = HIDDEN * HEADS * DIM, 3 * HIDDEN * FFN, HIDDEN * VOCAB
-
-    def attention(heads: int) -> float:
-        return heads * 2 * DIM * length**2 + (HEADS - heads) * 6 * DIM**2 * length
-
-    teacher_attention = 2 * length * (qkv + output) + attention(HEADS)
-    teacher = layers * (teacher_attention + 2 * length * mlp)
-    student_attention = 2 * length * (hybrid + output) + attention(num_fa)
-    student = layers * (student_attention + 2 * length * mlp)
-    head = 2 * length * logits
-    total = {
-        "align": teacher + 3 * layers * student_attention,
-        "distill": 3 * student + teacher + 3 * head + head,
-        "long_context": 3 * (student + head),
-        "full": 3 * (teacher + head),
-        "full distill": 4 * (teacher + head),
-    }["distill" if stage == MODELOPT else stage]
-    return total / 1e12
+    events = _profiled(step)  # among them may be PyTorch's own marks around the kernels, "nccl:..."
+    kernels = [x for x in events if x.key.startswith("nccl") and "Kernel" in x.key]
+    if not kernels:
+        print("the profiler shows no kernel of NCCL's")
+        return None
+    return sum(event.self_device_time_total for event in kernels) / 1e3
 
 
 def _training_step(
@@ -205,7 +242,7 @@ def _training_step(
 
     teacher = None
     if stage not in ("long_context", "full"):
-        teacher = _model(False, length, args).eval().requires_grad_(False)
+        teacher = _model(None, length, args).eval().requires_grad_(False)
     if stage == "align":
         theirs = dict(teacher.named_parameters())
         for name, parameter in student.named_parameters():
@@ -281,17 +318,19 @@ def _modelopt(student: Any, teacher: Any) -> Callable[..., Any]:
     return model._DistillationLossReduction(student.compute_kd_loss).forward
 
 
-def _student(stage: str, length: int, recompute_layers: int, args: argparse.Namespace) -> Any:
+def _student(
+    plan: HeadPlan | None, length: int, recompute_layers: int, args: argparse.Namespace
+) -> Any:
     from megatron_hydra.config import recompute_fields
 
     some = recompute_layers if recompute_layers < args.layers else None
     fields = recompute_fields("full" if recompute_layers else "none", some)
     if args.cuda_graphs:
         fields["cuda_graph_impl"] = "local"
-    return _model(not stage.startswith("full"), length, args, **fields)
+    return _model(plan, length, args, **fields)
 
 
-def _model(hybrid: bool, length: int, args: argparse.Namespace, **more: Any) -> Any:
+def _model(plan: HeadPlan | None, length: int, args: argparse.Namespace, **more: Any) -> Any:
     from megatron_hydra.config import HydraConfig
     from megatron_hydra.conversion.qwen3 import megatron_fields
 
@@ -300,33 +339,32 @@ def _model(hybrid: bool, length: int, args: argparse.Namespace, **more: Any) -> 
         num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,
         backend="transformer_engine", fused_kernels=args.fused_kernels,
-        overlap_branches=args.overlap_branches,
+        overlap_branches=args.overlap_branches, placement="balanced",
         apply_rope_fusion=True, bias_activation_fusion=True,
         tensor_model_parallel_size=args.tp, sequence_parallel=args.tp > 1,
         context_parallel_size=args.cp, **more,
     )  # fmt: skip
     if args.fp8:
         fields |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-    plan = _plan(args) if hybrid else None
     return build_model(HydraConfig(**fields), plan).cuda().bfloat16()
 
 
-def _plan(args: argparse.Namespace) -> Any:
-    from megatron_hydra.head_plan import HeadPlan
-
+def _plan(name: str, args: argparse.Namespace) -> HeadPlan:
+    if name == "uneven":
+        return uneven_plan(args.layers * args.fa_heads_per_layer)
     stride = HEADS // args.fa_heads_per_layer
     heads = {i: tuple(range(i % stride, HEADS, stride)) for i in range(args.layers)}
     return HeadPlan.from_fa_heads(heads, args.layers, HEADS, GROUPS)
 
 
-def _print_profile(step: Callable[[], Any]) -> None:
+def _profiled(step: Callable[[], Any]) -> Any:
+    """What the GPU ran in a step, by kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=25,
-                                        max_name_column_width=70))  # fmt: skip
+    return profiler.key_averages()
 
 
 if __name__ == "__main__":

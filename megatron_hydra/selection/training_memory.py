@@ -4,7 +4,8 @@ Counted is what Transformer Engine's modules, FlashQLA and our Triton kernels ke
 pass in bfloat16, each tensor of it listed once by `torch.autograd.graph.saved_tensors_hooks` on an
 H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). All layers lie on the GPU,
 each head and row of weights on one tensor-parallel rank; data- and context-parallel ranks share the
-optimizer's state.
+optimizer's state. Layers may have any numbers of FA heads, and ranks any of a layer's: each counts
+what it has, and the rank that needs most is told of.
 
 Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = head dimension.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.placement import CostModel, place_heads
 from megatron_hydra.selection.cost import (
     ModelShape,
     PlanCost,
@@ -60,8 +62,9 @@ def training_memory(
     *,
     tp_size: int = 1,
     cp_size: int = 1,
+    seq_length: int | None = None,
 ) -> TrainingMemory:
-    """Predict the peak of a training step on a rank.
+    """Predict the peak of a training step on the tensor-parallel rank that needs most.
 
     Args:
         shape: The teacher's.
@@ -74,52 +77,152 @@ def training_memory(
         recompute_layers: As `model.recompute_layers`.
         tp_size: Tensor-parallel ranks, with sequence parallelism, heads placed `balanced`.
         cp_size: Context-parallel ranks.
+        seq_length: Tokens of a sequence, for which heads are placed; None for T.
+
+    Raises:
+        UserError: If the heads do not divide by `tp_size`.
     """
-    teacher = 0.0 if stage == "long_context" else weight_bytes(shape, "bf16").of(None)
-    # Stage 1 takes all else from the teacher.
-    trained_part = attention_weight_bytes if stage == "align" else weight_bytes
-    trained = trained_part(shape, "bf16").of(plan)
-    trained *= 1 + (_GRADIENT + _OPTIMIZER / (dp_size * cp_size)) / _WEIGHT
-    state = (teacher + trained) / tp_size
+    step = _Step(
+        shape, stage, num_tokens, recompute, chunk_tokens, dp_size, recompute_layers,
+        tp_size, cp_size,
+    )  # fmt: skip
+    ranks = _ranks(shape, plan, tp_size, seq_length or num_tokens)
+    return max((step.on(rank) for rank in ranks), key=lambda memory: memory.peak)
 
-    h, f, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size / tp_size
-    # A tensor-parallel rank keeps its part of the tokens, or of the heads, of everything.
-    tokens = num_tokens / (tp_size * cp_size)
-    value_heads = 1 if cp_size == 1 else 2
-    attention = attention_bytes(shape, value_heads).of(plan) / shape.num_layers
-    mlp = 4 * h + 4 + 6 * f
-    if stage == "align":
-        layer = attention + 4 * h  # and the float32 difference from the teacher
-        layer_inputs = 4 * h  # the student's, and the teacher's output
-    else:
-        layer, layer_inputs = attention + mlp, 2 * h
-    one_layer = tokens * layer
-    if plan is not None:
-        one_layer += _MULTIPROCESSORS * shape.head_dim**2 * (4 + 2)
-    num_recomputed = 0 if recompute == "none" else recompute_layers or shape.num_layers
-    num_whole = shape.num_layers - num_recomputed
-    kept = num_recomputed * tokens * layer_inputs + num_whole * one_layer
-    # Layers that are kept whole are free by then: the first layers are recomputed, and last.
-    recomputes = num_whole == 0
-    again = one_layer if recomputes else 0.0
-    if tp_size > 1:  # a linear's input for its weights' gradient, gathered from all ranks
-        again += tokens * tp_size * 2 * h
 
-    if stage == "align":
-        if recomputes:  # the layer's output, and both in float32 beside their difference; or later
-            gradients = attention_gradient_bytes(shape, value_heads).of(plan) / shape.num_layers
-            again += tokens * max(10 * h, gradients)
-        return TrainingMemory(state, kept, max(tokens * mlp, again))  # the teacher's MLP
-    kept += tokens * 4 * h  # the final norm's input and output
-    logits = 2 * chunk_tokens * vocab
-    loss = tokens * 2 * h + logits
-    if teacher:
-        loss += tokens * 2 * h + _TEACHER_SHARE * logits
-    backward = again + tokens * 2 * (h + f)
-    if recomputes:
-        backward += tokens * 2 * h  # the layer's output
-    output_gradient = 4 * vocab * h  # of the output weights; ends with the backward pass
-    return TrainingMemory(state, kept, output_gradient + max(loss, backward))
+@dataclass(frozen=True)
+class _Rank:
+    """What a tensor-parallel rank has of the attentions.
+
+    Attributes:
+        num_layers: Of the model.
+        tp_size: Number of ranks.
+        heads: FA heads and owned query groups of each layer; None for the teacher's attention,
+            which all ranks share equally.
+    """
+
+    num_layers: int
+    tp_size: int
+    heads: tuple[tuple[int, int], ...] | None
+
+    def of_layers(self, cost: PlanCost) -> list[float]:
+        """Its share of each layer's cost."""
+        if self.heads is None:
+            return [cost.teacher / self.num_layers / self.tp_size] * self.num_layers
+        fixed = cost.fixed / self.num_layers / self.tp_size
+        return [
+            fixed + cost.per_fa_head * fa + cost.per_group * groups for fa, groups in self.heads
+        ]
+
+    def of(self, cost: PlanCost) -> float:
+        """Its share of a cost."""
+        return sum(self.of_layers(cost))
+
+
+def _ranks(shape: ModelShape, plan: HeadPlan | None, tp_size: int, length: int) -> list[_Rank]:
+    """The tensor-parallel ranks, heads placed `balanced`."""
+    if plan is None:
+        return [_Rank(shape.num_layers, tp_size, None)]
+    model = CostModel(shape.hidden_size, shape.head_dim)
+    placed = [
+        place_heads(layer, plan.num_query_groups, tp_size, "balanced", length, model)
+        for layer in plan.layers
+    ]
+    return [
+        _Rank(
+            shape.num_layers,
+            tp_size,
+            tuple((len(layer.fa_heads(rank)), len(layer.owned_groups(rank))) for layer in placed),
+        )
+        for rank in range(tp_size)
+    ]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The arguments of :func:`training_memory` that all ranks share."""
+
+    shape: ModelShape
+    stage: str
+    num_tokens: int
+    recompute: str
+    chunk_tokens: int
+    dp_size: int
+    recompute_layers: int | None
+    tp_size: int
+    cp_size: int
+
+    def on(self, rank: _Rank) -> TrainingMemory:
+        """The peak on a rank."""
+        h, f = self.shape.hidden_size, self.shape.ffn_hidden_size
+        vocab = self.shape.vocab_size / self.tp_size
+        # A rank keeps its part of the tokens, or of the heads, of everything.
+        tokens = self.num_tokens / (self.tp_size * self.cp_size)
+        mlp = 4 * h + 4 + 6 * f
+        # Of a recomputed layer: the student's input, in stage 1 the teacher's output too.
+        layer_input = 4 * h if self.stage == "align" else 2 * h
+        layers = self._layers(rank, mlp)
+        num_recomputed = 0
+        if self.recompute != "none":
+            num_recomputed = self.recompute_layers or len(layers)
+        kept = num_recomputed * tokens * layer_input + sum(layers[num_recomputed:])
+        # Layers that are kept whole are free by then: the first layers are recomputed, and last.
+        again = 0.0
+        if num_recomputed == len(layers):
+            again = self._recomputed(rank, layers, tokens * layer_input)
+        if self.tp_size > 1:  # a linear's input for its weights' gradient, gathered from all ranks
+            again += tokens * self.tp_size * 2 * h
+        state = self._state(rank)
+        if self.stage == "align":
+            return TrainingMemory(state, kept, max(tokens * mlp, again))  # the teacher's MLP
+        kept += tokens * 4 * h  # the final norm's input and output
+        logits = 2 * self.chunk_tokens * vocab
+        loss = tokens * 2 * h + logits
+        if self.stage == "distill":
+            loss += tokens * 2 * h + _TEACHER_SHARE * logits
+        backward = again + tokens * 2 * (h + f)
+        output_gradient = 4 * vocab * h  # of the output weights; ends with the backward pass
+        return TrainingMemory(state, kept, output_gradient + max(loss, backward))
+
+    def _state(self, rank: _Rank) -> float:
+        teacher = 0.0
+        if self.stage != "long_context":
+            teacher = weight_bytes(self.shape, "bf16").of(None) / self.tp_size
+        # Stage 1 takes all else from the teacher.
+        trained_part = attention_weight_bytes if self.stage == "align" else weight_bytes
+        optimizer = _OPTIMIZER / (self.dp_size * self.cp_size)
+        trained = rank.of(trained_part(self.shape, "bf16"))
+        return teacher + trained * (1 + (_GRADIENT + optimizer) / _WEIGHT)
+
+    @property
+    def _value_heads(self) -> int:
+        return 1 if self.cp_size == 1 else 2
+
+    def _layers(self, rank: _Rank, mlp: int) -> list[float]:
+        """What each layer keeps that is not recomputed."""
+        tokens = self.num_tokens / self.cp_size
+        beside = 4 * self.shape.hidden_size if self.stage == "align" else mlp
+        beside /= self.tp_size  # in stage 1 the float32 difference from the teacher
+        attentions = rank.of_layers(attention_bytes(self.shape, self._value_heads))
+        parts = 0 if rank.heads is None else _MULTIPROCESSORS * self.shape.head_dim**2 * (4 + 2)
+        return [tokens * (attention + beside) + parts for attention in attentions]
+
+    def _recomputed(self, rank: _Rank, layers: list[float], layer_input: float) -> float:
+        """The most that a recomputed layer's backward pass adds to the inputs of all layers.
+
+        The inputs of the layers after it are free by then.
+        """
+        h, tokens = self.shape.hidden_size, self.num_tokens / (self.tp_size * self.cp_size)
+        again = layers
+        if self.stage == "align":
+            # The layer's output, and both in float32 beside their difference; or later.
+            gradients = rank.of_layers(attention_gradient_bytes(self.shape, self._value_heads))
+            per_token = [max(10 * h / self.tp_size, gradient) for gradient in gradients]
+            again = [x + self.num_tokens / self.cp_size * y for x, y in zip(again, per_token)]
+        else:
+            again = [x + tokens * 2 * h for x in again]  # the layer's output
+        num_after = range(len(again) - 1, -1, -1)
+        return max(x - n * layer_input for x, n in zip(again, num_after, strict=True))
 
 
 def attention_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:

@@ -1,13 +1,19 @@
-"""The paper's model at TP 8, built without memory: parameter count and heads of every rank."""
+"""The paper's model, built without memory: parameter count and heads of every rank."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.training_memory import training_memory
 from megatron_hydra.testing import run_distributed
+from megatron_hydra.testing.uneven_plan import uneven_plan
 
 pytestmark = pytest.mark.dist
 
@@ -59,11 +65,69 @@ def _expected_hybrid_parameters() -> int:
     return total
 
 
-def _build_every_rank(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def uneven_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+    """Parameters of each of two tensor-parallel ranks of an uneven plan, matrices beside all."""
+    folder = tmp_path_factory.mktemp("uneven")
+    (folder / "config.json").write_text(json.dumps(QWEN3_1P7B))
+    run_distributed(_count_uneven_ranks, 1, folder)
+    return json.loads((folder / "counts.json").read_text())
+
+
+def test_predicted_state_is_that_of_the_larger_of_uneven_ranks(uneven_ranks):
+    # Weights in bf16; gradients, main weights and Adam's two moments in float32.
+    states = [count["all"] * (2 + 4 * 4) for count in uneven_ranks]
+    shape = ModelShape(NUM_LAYERS, NUM_HEADS, NUM_GROUPS, HEAD_DIM, HIDDEN, FFN, VOCAB, True)
+    memory = training_memory(shape, uneven_plan(112), "long_context", 4096, tp_size=2)
+    assert memory.state == pytest.approx(max(states), rel=5e-4)
+    assert sum(states) / 2 < (1 - 2e-3) * max(states)  # the mean would not do
+
+
+def test_operations_that_the_benchmark_counts_of_an_uneven_plan(uneven_ranks):
+    path = Path(__file__).parents[2] / "kernels/benchmarks/step_costs.py"
+    spec = importlib.util.spec_from_file_location("step_costs", path)
+    spec.loader.exec_module(step_costs := importlib.util.module_from_spec(spec))
+    matrices = sum(count["matrices"] for count in uneven_ranks)
+    found = step_costs.model_tflop("long_context", 4096, NUM_LAYERS, uneven_plan(112))
+    attention = 112 * 2 * HEAD_DIM * 4096**2 + 336 * 6 * HEAD_DIM**2 * 4096
+    expected = 3 * (2 * matrices * 4096 + attention) / 1e12
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def _count_uneven_ranks(folder: Path) -> None:
+    from megatron_hydra.conversion.qwen3 import hydra_config
+    from megatron_hydra.model import build_model
+
+    fields = dict(tensor_model_parallel_size=2, seq_length=4096, placement="balanced")
+    config = hydra_config(folder, perform_initialization=False, **fields)
+    counts = []
+    for _ in _every_rank(2):
+        with torch.device("meta"):
+            model = build_model(config, uneven_plan(112))
+        attentions = [layer.self_attention for layer in model.decoder.layers]
+        padding = sum(x.layout.num_padding_rows for x in attentions) * HIDDEN
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if p.dim() == 2 and "conv" not in name]
+        of_kinds = {"all": named.values(), "matrices": matrices}
+        counts.append({kind: sum(p.numel() for p in ps) - padding for kind, ps in of_kinds.items()})
+    (folder / "counts.json").write_text(json.dumps(counts))
+
+
+def _every_rank(tp_size: int) -> Iterator[int]:
+    """This process as each tensor-parallel rank in turn."""
     import torch.distributed as dist
-    import torch.testing._internal.distributed.fake_pg  # registers the backend
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend
     from megatron.core import parallel_state
 
+    for rank in range(tp_size):
+        dist.init_process_group("fake", rank=rank, world_size=tp_size, store=dist.HashStore())
+        parallel_state.initialize_model_parallel(tp_size)
+        yield rank
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _build_every_rank(folder: Path) -> None:
     from megatron_hydra.conversion.qwen3 import hydra_config
     from megatron_hydra.head_plan import HeadPlan
     from megatron_hydra.model import build_model
@@ -77,9 +141,7 @@ def _build_every_rank(folder: Path) -> None:
     plan = HeadPlan.from_fa_heads(FA_HEADS, NUM_LAYERS, NUM_HEADS, NUM_GROUPS)
     counts = {"teacher": 0, "hybrid": 0}
     fa_heads = None
-    for rank in range(TP_SIZE):
-        dist.init_process_group("fake", rank=rank, world_size=TP_SIZE, store=dist.HashStore())
-        parallel_state.initialize_model_parallel(TP_SIZE)
+    for rank in _every_rank(TP_SIZE):
         for name, of_model in (("teacher", None), ("hybrid", plan)):
             with torch.device("meta"):
                 model = build_model(config, of_model)
@@ -97,6 +159,4 @@ def _build_every_rank(folder: Path) -> None:
             assert rows == attention.layout.num_rows
             counts["hybrid"] -= attention.layout.num_padding_rows * columns
             ranks.append(attention.full_attention.heads)
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
     (folder / "counts.json").write_text(json.dumps({**counts, "fa_heads": fa_heads}))

@@ -2,8 +2,8 @@
 
 Catches: a stage that does not learn or does not take what the one before it wrote, FP8 that trains
 elsewhere than bf16, CUDA graphs that replay something else or do not go on from a checkpoint,
-tensor- and context-parallel ranks over NCCL that differ from one. Two ranks share a GPU where there
-is but one.
+tensor- and context-parallel ranks over NCCL that differ from one, kernels that take some numbers of
+heads alone. Two ranks share a GPU where there is but one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from tiny_models import write_models
 
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.placement import place_heads
 from megatron_hydra.testing import run_distributed
+from megatron_hydra.testing.uneven_plan import layers_by_count, uneven_plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,20 +48,35 @@ def plan(num_layers: int) -> HeadPlan:
     )
 
 
+def four_uneven_layers() -> HeadPlan:
+    """Layers of a scored plan's kind with 0, 3, 9 and all 16 FA heads, so 16, 13, 7 and no LA."""
+    layers = layers_by_count(uneven_plan(112))
+    return HeadPlan(tuple(layers[count] for count in (0, 3, 9, 16)), 8)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `write_inputs`, with one GPU's run in bf16 in `bf16`."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder, **SHAPE)
+    return _inputs_with_a_run(tmp_path_factory.mktemp("inputs"), plan(SHAPE["num_hidden_layers"]))
+
+
+@pytest.fixture(scope="module")
+def uneven_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `inputs`, of layers that differ in their numbers of FA heads."""
+    return _inputs_with_a_run(tmp_path_factory.mktemp("uneven"), four_uneven_layers())
+
+
+def _inputs_with_a_run(folder: Path, head_plan: HeadPlan) -> Path:
+    write_inputs(folder, head_plan, **SHAPE)
     run_distributed(transfer, 1, folder, folder / "bf16", [])
     return folder
 
 
-def write_inputs(folder: Path, **qwen3_fields: Any) -> None:
+def write_inputs(folder: Path, head_plan: HeadPlan, **qwen3_fields: Any) -> None:
     """Write `teacher`, `hybrid` and `data`."""
     from megatron_hydra.nemo.indexed_dataset import write_indexed_dataset
 
-    write_models(folder, plan(qwen3_fields["num_hidden_layers"]), **qwen3_fields)
+    write_models(folder, head_plan, **qwen3_fields)
     # The same sample wherever one begins: a loss falls by what is learnt alone.
     tokens = torch.randint(256, (LENGTH,), generator=torch.Generator().manual_seed(0)).repeat(2)
     write_indexed_dataset(folder / "data", [tokens.tolist()], 257, {})
@@ -133,8 +150,10 @@ def _assert_learns_in_fp8(folder: Path, expected_folder: Path) -> None:
             assert (found[0] / expected[0] - 1).abs() <= 2**-4
 
 
-def test_every_stage_learns(inputs: Path) -> None:
-    for stage, losses in _losses(inputs / "bf16").items():
+@pytest.mark.parametrize("of_plan", ["inputs", "uneven_inputs"])
+def test_every_stage_learns(request: pytest.FixtureRequest, of_plan: str) -> None:
+    folder = request.getfixturevalue(of_plan)
+    for stage, losses in _losses(folder / "bf16").items():
         assert len(losses) == NUM_STEPS
         assert losses[-1] < 0.9 * losses[0], f"{stage}: {losses}"
 
@@ -205,11 +224,25 @@ def test_two_ranks_equal_one(inputs: Path, tmp_path: Path, layout: str) -> None:
         _assert_replayed(tmp_path)
 
 
+def test_two_tensor_parallel_ranks_of_uneven_layers_equal_one(
+    uneven_inputs: Path, tmp_path: Path
+) -> None:
+    on_ranks = [
+        [len(placed.fa_heads(rank)) for rank in range(2)]
+        for layer in four_uneven_layers().layers
+        for placed in [place_heads(layer, 8, 2, "balanced", LENGTH)]
+    ]
+    assert on_ranks == [[0, 0], [2, 1], [5, 4], [8, 8]]
+    layout = [*LAYOUTS["sequence parallel"], "model.placement=balanced"]
+    run_distributed(transfer, 2, uneven_inputs, tmp_path, layout, uneven_inputs / "bf16")
+    _assert_starts_as(tmp_path, uneven_inputs / "bf16")
+
+
 @pytest.mark.exhaustive
 def test_whole_model_learns_on_two_tensor_parallel_ranks(tmp_path: Path) -> None:
     """Qwen3-1.7B's layers and vocabulary; about 120 GB of checkpoints on the way."""
     whole = {"num_hidden_layers": 28, "vocab_size": 151936, "dtype": torch.bfloat16}
-    write_inputs(tmp_path, **{**SHAPE, **whole})
+    write_inputs(tmp_path, plan(28), **{**SHAPE, **whole})
     layout = [TENSOR, "strategy.sequence_parallel=true"]
     run_distributed(transfer, 2, tmp_path, tmp_path / "run", layout)
     for stage, losses in _losses(tmp_path / "run").items():

@@ -91,3 +91,31 @@ def test_recomputation_keeps_less_in_every_stage():
             training_memory(SHAPE, PLAN, stage, 65536, recompute) for recompute in ("none", "full")
         )
         assert full.kept < none.kept / 4 and full.peak < none.peak
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_the_dearest_recomputed_layer_counts_where_it_lies(stage):
+    """Of its inputs, the layers after it have let go by then."""
+    # Stage 1's backward pass is widest in LA heads; of what other stages keep, an FA head with a
+    # query group of its own is more.
+    la, fa = (), (0, 2)
+    kinds = {"dear": la, "cheap": fa} if stage == "align" else {"dear": fa, "cheap": la}
+    plans = {
+        "all dear": ["dear"] * 28,
+        "all cheap": ["cheap"] * 28,
+        "dear first": ["dear"] + ["cheap"] * 27,
+        "dear last": ["cheap"] * 27 + ["dear"],
+    }
+    passing = {
+        name: training_memory(
+            SHAPE,
+            HeadPlan.from_fa_heads({i: kinds[kind] for i, kind in enumerate(layers)}, 28, 16, 8),
+            stage,
+            65536,
+            "full",
+        ).passing
+        for name, layers in plans.items()
+    }
+    assert passing["all dear"] > passing["all cheap"]
+    assert passing["dear last"] == pytest.approx(passing["all dear"], rel=1e-12)
+    assert passing["dear first"] == pytest.approx(passing["all cheap"], rel=1e-12)
