@@ -9,7 +9,12 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 # The module that a distribution must be imported as, where the name is another.
-MODULES = {"megatron-core": "megatron.core", "nemo-toolkit": "nemo", "fla-core": "fla"}
+MODULES = {
+    "megatron-core": "megatron.core",
+    "nemo-toolkit": "nemo",
+    "fla-core": "fla",
+    "flash-qla": "flash_qla",
+}
 
 
 def fault(requirement: str) -> str | None:

@@ -226,10 +226,11 @@ class _Layer:
             return [attention.in_proj(x)[0], attention.linear_proj(fused)[0]]
 
         fa = [_random(length, 1, self.num_fa, DIM) for _ in range(3)]
-        la = [_random(1, length, num_la, DIM) for _ in range(3)]
+        la = [_random(1, num_la, length, DIM) for _ in range(3)]
         la[:2] = (F.normalize(t.float(), dim=-1).bfloat16() for t in la[:2])
-        gates = [_random(1, length, num_la).float() for _ in range(2)]
+        gates = [_random(1, num_la, length).float() for _ in range(2)]
         la += [F.logsigmoid(gates[0] + 4), gates[1].sigmoid()]
+        la = [t.transpose(1, 2) for t in la]  # as LA preparation writes them
         weights = [attention.in_proj.weight, attention.linear_proj.weight]
         return {
             "FA alone": self.timer(attend, fa, backward),
