@@ -20,7 +20,7 @@ from typing import Any
 from megatron_hydra import cpu
 from megatron_hydra.files import versions, write_json
 
-_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_1p7b": dict(
         num_layers=28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16,
         num_query_groups=8, kv_channels=128, vocab_size=151936, rotary_base=1e6,
@@ -38,7 +38,7 @@ _CRITICAL = 0.065  # share of heads that the paper found critical: 29 of 448
 def main() -> int:
     """Measure; print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--preset", choices=_PRESETS, default="qwen3_1p7b")
+    parser.add_argument("--preset", choices=PRESETS, default="qwen3_1p7b")
     parser.add_argument(
         "--num-layers", type=int, help="fewer than the preset's, on a small machine"
     )
@@ -141,7 +141,7 @@ def _model_and_pair(args: argparse.Namespace) -> tuple[Any, Any]:
 
     initialize_model_parallel()
     on_gpu = torch.cuda.is_available()
-    shape = dict(_PRESETS[args.preset])
+    shape = dict(PRESETS[args.preset])
     shape["num_layers"] = args.num_layers or shape["num_layers"]
     dtype = torch.bfloat16 if on_gpu else torch.float32
     backend = "transformer_engine" if on_gpu else "local"

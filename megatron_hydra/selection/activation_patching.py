@@ -9,10 +9,11 @@ see ``path_patching.py``.
 With attention frozen nothing moves between positions any more: the patch at one position reaches
 the logits of that position alone, through residual stream and MLPs. So patching a head at all
 positions and patching it where the answer is predicted are the same, and all that follows the two
-full runs happens at the answer positions, from the patched layer upwards, for many heads at once.
+full runs happens at the answer positions, from the patched layer upwards. It happens for all heads
+at once: the layers are gone through from below, and each adds its own heads' runs to those that it
+takes over.
 
-Legend: a = answer tokens, b = pairs, h = hidden size, l = layers, n = heads patched at once,
-v = vocabulary.
+Legend: a = answer tokens, b = pairs, h = hidden size, l = layers.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from megatron_hydra.selection.activations import (
     Activations,
-    add_mlp,
-    finish_run,
-    num_variants_at_once,
+    add_mlp_in_place,
     project,
+    read_out,
     run_with_activations,
-    swap_heads,
+    waves,
+    write_heads,
 )
 from megatron_hydra.selection.scorer import PairBatch, SingleRound
 
@@ -75,23 +76,24 @@ def patch_heads(
     """
     layers = model.decoder.layers
     frozen = [
-        project(layer, x)[:, None] for layer, x in zip(layers, clean.head_outputs, strict=True)
+        project(layer, x).flatten(0, 1) for layer, x in zip(layers, clean.head_outputs, strict=True)
     ]
     reference = batch.measure(clean.logits)
-    at_once = num_variants_at_once(batch.right.numel(), batch.right.numel())
     shape = (batch.num_pairs, len(layers), model.config.num_attention_heads)
     effects = torch.full(shape, torch.nan, dtype=torch.float64)
-    residual = clean.embedding[:, None]  # [a, 1, b, h], before the layer's attention
-    for index, layer in enumerate(layers):
-        wanted = list(heads.get(index, ()))
-        for start in range(0, len(wanted), at_once):
-            part = wanted[start : start + at_once]
-            outputs = swap_heads(
-                model, clean.head_outputs[index], corrupt.head_outputs[index], part
-            )
-            patched = residual + project(layer, outputs)  # [a, n, b, h]
-            logits = finish_run(model, patched, index, frozen)
-            values = batch.measure(logits.permute(1, 2, 0, 3))
-            effects[:, index, part] = batch.effects(reference, values).T
-        residual = add_mlp(layer, residual + frozen[index])
+    places = [(index, head) for index in range(len(layers)) for head in heads.get(index, ())]
+    for wave in waves(places, batch.right.numel(), clean.embedding):
+        streams = clean.embedding.new_empty(1 + len(wave), *frozen[0].shape)
+        streams[0], num_streams = clean.embedding.flatten(0, 1), 1  # the clean run comes first
+        for index, layer in enumerate(layers):
+            streams[:num_streams] += frozen[index]
+            patched = [head for of_layer, head in wave if of_layer == index]
+            if patched:
+                change = corrupt.head_outputs[index] - clean.head_outputs[index]
+                own = streams[num_streams : num_streams + len(patched)]
+                write_heads(model, index, change.flatten(0, 1), patched, own).add_(streams[0])
+                num_streams += len(patched)
+            add_mlp_in_place(layer, streams[:num_streams])
+        values = batch.effects(reference, read_out(model, batch, streams[1:]))
+        effects[:, [index for index, _ in wave], [head for _, head in wave]] = values.T
     return effects

@@ -1,14 +1,14 @@
 """What a scorer keeps of a run, and how a run is finished from the middle with attention frozen.
 
 Legend: a = answer tokens, b = batch, h = hidden size, k = kept positions, l = layers, n = variants
-of a run side by side, s = sequence, v = vocabulary.
+of a run side by side, r = rows of a variant (positions times pairs), s = sequence, v = vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,13 @@ from megatron_hydra.selection.readout import answer_logits
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-_MAX_POSITIONS = 16384  # run side by side; 0.6 GB in an MLP of Qwen3-1.7B in 16 bits
-_MAX_LOGIT_ROWS = 4096  # 2.5 GB at Qwen3's vocabulary in 32 bits
+    from megatron_hydra.selection.scorer import PairBatch
+
+MAX_POSITIONS = 16384  # run side by side; 0.6 GB in an MLP of Qwen3-1.7B in 16 bits
+MAX_LOGIT_ROWS = 4096  # 2.5 GB at Qwen3's vocabulary in 32 bits
+MAX_STREAM_BYTES = 8 * 2**30  # of all variants' residual streams; Qwen3-1.7B's at 4K take 7.0 GiB
+
+Item = TypeVar("Item")
 
 
 class Activations(NamedTuple):
@@ -87,7 +92,83 @@ def num_variants_at_once(num_positions: int, num_logit_rows: int) -> int:
         num_positions: Positions of all pairs that one variant runs.
         num_logit_rows: Positions of all pairs whose logits one variant reads.
     """
-    return max(1, min(_MAX_POSITIONS // num_positions, _MAX_LOGIT_ROWS // num_logit_rows))
+    return max(1, min(MAX_POSITIONS // num_positions, MAX_LOGIT_ROWS // num_logit_rows))
+
+
+def waves(variants: Sequence[Item], num_rows: int, embedding: Tensor) -> Iterator[Sequence[Item]]:
+    """Cut variants of a run into so many at a time as may hold their residual streams.
+
+    Args:
+        variants: In order.
+        num_rows: r.
+        embedding: Of the streams' hidden size and dtype.
+    """
+    row_bytes = embedding.shape[-1] * embedding.element_size()
+    size = max(1, MAX_STREAM_BYTES // (num_rows * row_bytes))
+    for start in range(0, len(variants), size):
+        yield variants[start : start + size]
+
+
+def variants_in(rows: Tensor) -> Iterator[slice]:
+    """Slices of the variants [n, r, …] that are run side by side."""
+    size = max(1, MAX_POSITIONS // rows.shape[1])
+    for start in range(0, rows.shape[0], size):
+        yield slice(start, start + size)
+
+
+def write_heads(
+    model: GPTModel, index: int, change: Tensor, heads: Sequence[int], out: Tensor
+) -> Tensor:
+    """What a change of one head's output adds to the residual stream, for each head by itself.
+
+    A small change keeps its digits in 16 bits, as it would not in the sum over all heads.
+
+    Args:
+        model: As everywhere here.
+        index: The layer, from 0.
+        change: Of this rank's head outputs, [r, channels].
+        heads: Heads of the layer, on any rank.
+        out: Where it is written, contiguous [heads, r, h].
+
+    Returns:
+        ``out``.
+    """
+    weight = model.decoder.layers[index].self_attention.linear_proj.weight  # [h, channels]
+    out.zero_()
+    for place, head in enumerate(heads):
+        channels = head_channels(model, head)
+        if channels is not None:
+            torch.mm(change[:, channels], weight[:, channels].T, out=out[place])
+    return sum_over_ranks(model, out)
+
+
+def sum_over_ranks(model: GPTModel, parts: Tensor) -> Tensor:
+    """Sum contiguous ``parts`` over the tensor-parallel ranks, in place."""
+    group = model.pg_collection.tp
+    if group.size() > 1:
+        dist.all_reduce(parts, group=group)
+    return parts
+
+
+def read_out(model: GPTModel, batch: PairBatch, streams: Tensor) -> Tensor:
+    """The readout of the last layer's output at the answer positions.
+
+    Args:
+        model: As everywhere here.
+        batch: The pairs.
+        streams: [n, a * b, h].
+
+    Returns:
+        Float64 [n, b], on the CPU.
+    """
+    rows = (batch.num_answer_tokens, batch.num_pairs)
+    size = max(1, MAX_LOGIT_ROWS // streams.shape[1])
+    return torch.cat(
+        [
+            batch.measure(read_logits(model, part).unflatten(1, rows).transpose(1, 2))
+            for part in streams.split(size)
+        ]
+    )
 
 
 def gather_heads(model: GPTModel, local: Tensor) -> Tensor:
@@ -145,6 +226,13 @@ def read_logits(model: GPTModel, hidden: Tensor) -> Tensor:
 def add_mlp(layer: nn.Module, hidden: Tensor) -> Tensor:
     """The residual stream [..., h] after the layer's MLP."""
     return hidden + _with_bias(layer.mlp(layer.pre_mlp_layernorm(hidden)))
+
+
+def add_mlp_in_place(layer: nn.Module, streams: Tensor) -> None:
+    """:func:`add_mlp` on contiguous streams [n, r, h], some rows at a time."""
+    for rows in streams.flatten(0, 1).split(MAX_POSITIONS):
+        rows = rows[:, None]  # Megatron's [s, b, h]
+        rows += _with_bias(layer.mlp(layer.pre_mlp_layernorm(rows)))
 
 
 def project(layer: nn.Module, head_outputs: Tensor) -> Tensor:

@@ -15,19 +15,24 @@ hear one another in the first run, hence a sender's sender counts once the sende
 
 In the second run nothing moves between positions, so that it happens at the answer positions alone.
 In the first, what stands before the first differing token cannot change: only what follows is run,
-from the sender's layer to the highest target's, for many senders at once.
+from the sender's layer to the highest target's. Both go through the layers once for all senders of
+a pair: each layer adds its own senders' runs to those that it takes over. Of a target's layer only
+what its targets read and write is computed; the MLPs are what is left of the work.
 
-Legend: a = answer tokens, b = pairs, d = head dimension, h = hidden size, k = positions from the
-first differing token on, l = layers, n = senders patched at once, s = sequence.
+Legend: a = answer tokens, d = head dimension, g = query groups of a layer's targets, h = hidden
+size, k = positions from the first differing token on, l = layers, n = senders' runs side by side,
+s = sequence, t = targets of a layer on this rank.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch import Tensor, nn
@@ -37,14 +42,16 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.selection.activation_patching import ActivationPatching
 from megatron_hydra.selection.activations import (
     Activations,
-    add_mlp,
-    finish_run,
+    add_mlp_in_place,
     head_channels,
-    num_variants_at_once,
     project,
+    read_out,
     removed_after,
     run_with_activations,
-    swap_heads,
+    sum_over_ranks,
+    variants_in,
+    waves,
+    write_heads,
 )
 from megatron_hydra.selection.combination import NOTABLE_EFFECT
 from megatron_hydra.selection.probes import Probe
@@ -116,46 +123,49 @@ class PathPatching:
 
         Heads with no target above them have effect 0.
         """
-        num_heads = model.config.num_attention_heads
-        effects = torch.zeros(
-            batch.num_pairs, model.config.num_layers, num_heads, dtype=torch.float64
-        )
-        if not self.targets:
+        shape = (model.config.num_layers, model.config.num_attention_heads)
+        effects = torch.zeros(batch.num_pairs, *shape, dtype=torch.float64)
+        if all(layer == 0 for layer, _ in self.targets):
             return effects
         by_layer: dict[int, list[int]] = {}
         for layer, head in sorted(self.targets):
             by_layer.setdefault(layer, []).append(head)
-        runs = _run_both(model, batch, by_layer)
-        reference = batch.measure(runs.clean.logits)
-        residual = runs.clean.embedding[:, None]  # [k, 1, b, h], before the layer's attention
-        at_once = num_variants_at_once(residual[..., 0].numel(), batch.right.numel())
-        for index in range(max(by_layer)):
-            after = residual + runs.attention[index]
-            for start in range(0, num_heads, at_once):
-                senders = range(start, min(start + at_once, num_heads))
-                outputs = swap_heads(
-                    model, runs.clean.head_outputs[index], runs.corrupt.head_outputs[index], senders
-                )
-                changed = residual + project(model.decoder.layers[index], outputs)
-                heard = _hear(model, runs, by_layer, index, changed)
-                logits = finish_run(model, after[-runs.num_answers :], index, heard)
-                values = batch.measure(logits.permute(1, 2, 0, 3))
-                effects[:, index, list(senders)] = batch.effects(reference, values).T
-            residual = add_mlp(model.decoder.layers[index], after)
+        targets = {index: _targets_of(model, index, heads) for index, heads in by_layer.items()}
+        senders = [(index, head) for index in range(max(by_layer)) for head in range(shape[1])]
+        # Pair by pair: each has its own first differing token.
+        for pair, one in enumerate(batch.one_by_one()):
+            effects[pair, : max(by_layer)] = _effects_of(model, one, targets, senders)
         return effects
 
 
+class _Targets(NamedTuple):
+    """A layer's targets on this rank, and the weights that they read and write with."""
+
+    heads: list[int]
+    """t heads of the layer."""
+    groups: Tensor
+    """Their query groups [g] as this rank counts them in the core attention's input."""
+    group_of: Tensor
+    """For each target, the place of its group in :attr:`groups` [t]."""
+    read: Tensor
+    """Rows of the in-projection, queries, keys, values: [(t + 2g) * d, h]."""
+    write: Tensor
+    """Columns of the output projection [h, t * d]."""
+
+
 class _Runs(NamedTuple):
-    """What all senders share; activations are of the last k positions."""
+    """What all senders of a pair share; activations are of the last k positions."""
 
     clean: Activations
     corrupt: Activations
     attention: list[Tensor]
-    """Each layer's clean attention output after the projection, [k, 1, b, h]."""
+    """Each layer's clean attention output after the projection, [k, h]."""
+    targets: dict[int, _Targets]
+    """Layer -> targets."""
     before: dict[int, tuple[Tensor, Tensor]]
-    """Target layer -> keys and values of the earlier positions, [s - k, b, groups, d]."""
+    """Layer -> the targets' keys and values of the earlier positions, [s - k, g, d]."""
     rotary: Tensor
-    """RoPE's angles [k, 1, 1, d]."""
+    """RoPE's angles [1, k, 1, d]."""
     num_answers: int
     """a."""
 
@@ -166,14 +176,61 @@ def _heads_above(effects: Iterable[Tensor], least: float) -> set[Head]:
     return {(layer, head) for layer, head in large.nonzero().tolist()}
 
 
-def _run_both(model: GPTModel, batch: PairBatch, targets: dict[int, list[int]]) -> _Runs:
-    differs = (batch.clean != batch.corrupt).any(dim=0).nonzero()
+def _targets_of(model: GPTModel, index: int, heads: Sequence[int]) -> _Targets:
+    config, tp = model.config, model.pg_collection.tp
+    attention = model.decoder.layers[index].self_attention
+    weight = attention.linear_qkv.weight
+    if tp.size() > 1:
+        # Where ranks share a query group, its rows lie on several of them.
+        parts = [torch.empty_like(weight) for _ in range(tp.size())]
+        dist.all_gather(parts, weight.detach().contiguous(), group=tp)
+        weight = torch.cat(parts)
+    heads = [head for head in heads if head_channels(model, head) is not None]
+    share = config.num_attention_heads // config.num_query_groups
+    groups = sorted({head // share for head in heads})
+    # Group by group: the queries of its heads, its key, its value.
+    rows = weight.unflatten(0, (config.num_query_groups, share + 2, config.kv_channels))
+    read = [rows[head // share, head % share] for head in heads]
+    read += [rows[group, share] for group in groups] + [rows[group, share + 1] for group in groups]
+    output = attention.linear_proj.weight
+    write = [output[:, head_channels(model, head)] for head in heads]
+    first_group = tp.rank() * (config.num_attention_heads // tp.size()) // share
+    # On the device from here on: an index list would make the host wait at each use.
+    place = partial(torch.tensor, dtype=torch.long, device=weight.device)
+    return _Targets(
+        heads,
+        place([group - first_group for group in groups]),
+        place([groups.index(head // share) for head in heads]),
+        torch.cat(read) if heads else weight[:0],
+        torch.cat(write, dim=1) if heads else output[:, :0],
+    )
+
+
+def _effects_of(
+    model: GPTModel, pair: PairBatch, targets: dict[int, _Targets], senders: Sequence[Head]
+) -> Tensor:
+    """Effects of all heads of the layers below the highest target's, [layers, heads]."""
+    runs = _run_both(model, pair, targets)
+    embedding = runs.clean.embedding
+    values = torch.cat(
+        [
+            read_out(model, pair, _send(model, runs, wave))
+            for wave in waves(senders, embedding.shape[0], embedding)
+        ]
+    )
+    effects = pair.effects(pair.measure(runs.clean.logits), values)
+    return effects.view(-1, model.config.num_attention_heads)
+
+
+def _run_both(model: GPTModel, pair: PairBatch, targets: dict[int, _Targets]) -> _Runs:
+    differs = (pair.clean != pair.corrupt)[0].nonzero()
     assert differs.numel(), "a pair with a gap differs somewhere"
-    length, start = batch.clean.shape[1], int(differs[0])
+    length, start = pair.clean.shape[1], int(differs[0])
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(index: int, module: nn.Module, args: tuple) -> None:
-        before[index] = (args[1][:start].clone(), args[2][:start].clone())
+        groups = targets[index].groups
+        before[index] = (args[1][:start, 0, groups], args[2][:start, 0, groups])
 
     hooks = [
         model.decoder.layers[index].self_attention.core_attention.register_forward_pre_hook(
@@ -181,99 +238,128 @@ def _run_both(model: GPTModel, batch: PairBatch, targets: dict[int, list[int]]) 
         )
         for index in targets
     ]
-    num_answers = batch.num_answer_tokens
+    num_answers = pair.num_answer_tokens
     with removed_after(hooks):
-        clean = run_with_activations(model, batch.clean, num_answers, length - start)
-    corrupt = run_with_activations(model, batch.corrupt, num_answers, length - start)
+        clean = run_with_activations(model, pair.clean, num_answers, length - start)
+    corrupt = run_with_activations(model, pair.corrupt, num_answers, length - start)
     attention = [
-        project(layer, outputs)[:, None]
+        project(layer, outputs)[:, 0]
         for layer, outputs in zip(model.decoder.layers, clean.head_outputs, strict=True)
     ]
-    rotary = model.rotary_pos_emb(length)[start:]
-    return _Runs(clean, corrupt, attention, before, rotary, num_answers)
+    rotary = model.rotary_pos_emb(length)[start:].transpose(0, 1)
+    return _Runs(clean, corrupt, attention, targets, before, rotary, num_answers)
 
 
-def _hear(
-    model: GPTModel, runs: _Runs, targets: dict[int, list[int]], index: int, hidden: Tensor
-) -> list[Tensor]:
-    """Each layer's attention output at the answer positions when the targets hear the senders.
+def _send(model: GPTModel, runs: _Runs, senders: Sequence[Head]) -> Tensor:
+    """The last layer's output at the answer positions in each sender's second run.
 
     Args:
         model: As everywhere here.
-        runs: The clean run.
-        targets: Layer -> heads.
-        index: The senders' layer.
-        hidden: Residual stream after its attention, [k, n, b, h].
+        runs: Of the pair.
+        senders: In ascending order, each below some target.
 
     Returns:
-        [a, n, b, h] in layers with targets above the senders, elsewhere the clean [a, 1, b, h].
+        [n, a, h].
     """
-    layers, highest = model.decoder.layers, max(targets)
-    heard = [output[-runs.num_answers :] for output in runs.attention]
-    for above in range(index + 1, highest + 1):
-        hidden = add_mlp(layers[above - 1], hidden)
-        if above not in targets:
-            hidden = hidden + runs.attention[above]
-            continue
-        # Nobody attends to the highest target, so that its answer positions are enough.
-        num_queries = runs.num_answers if above == highest else hidden.shape[0]
-        outputs = _attend_anew(model, runs, above, targets[above], hidden, num_queries)
-        output = project(layers[above], outputs)
-        heard[above] = output[-runs.num_answers :]
-        if above < highest:
-            hidden = hidden + output
-    return heard
+    highest, num_answers = max(runs.targets), runs.num_answers
+    embedding = runs.clean.embedding[:, 0]
+    # First runs, the clean run above them, and second runs: residual streams.
+    first = embedding.new_empty(1 + len(senders), *embedding.shape)
+    second = embedding.new_empty(len(senders), num_answers, embedding.shape[1])
+    first[0], num_sent = embedding, 0
+    for index, layer in enumerate(model.decoder.layers):
+        attention = runs.attention[index]
+        if index in runs.targets and num_sent:
+            _hear(model, runs, index, first[1 : num_sent + 1], second[:num_sent])
+        second[:num_sent] += attention[-num_answers:]
+        if index < highest:
+            first[: num_sent + 1] += attention
+            heads = [head for of_layer, head in senders if of_layer == index]
+            if heads:
+                change = runs.corrupt.head_outputs[index] - runs.clean.head_outputs[index]
+                own = first[num_sent + 1 : num_sent + len(heads) + 1]
+                write_heads(model, index, change[:, 0], heads, own).add_(first[0])
+                second[num_sent : num_sent + len(heads)] = first[0, -num_answers:]
+                num_sent += len(heads)
+            add_mlp_in_place(layer, first[: num_sent + 1])
+        add_mlp_in_place(layer, second[:num_sent])
+    return second
+
+
+def _hear(model: GPTModel, runs: _Runs, index: int, first: Tensor, second: Tensor) -> None:
+    """Add to the streams before a layer what its targets give otherwise than in the clean run.
+
+    Args:
+        model: As everywhere here.
+        runs: Of the pair.
+        index: The targets' layer.
+        first: The first runs [n, k, h].
+        second: The second runs [n, a, h].
+    """
+    targets, is_highest = runs.targets[index], index == max(runs.targets)
+    # Nobody attends to the highest target, so that its answer positions are enough.
+    num_queries = runs.num_answers if is_highest else first.shape[1]
+    clean = [
+        runs.clean.head_outputs[index][-num_queries:, 0, head_channels(model, head)]
+        for head in targets.heads
+    ]
+    clean = torch.stack(clean, dim=1) if clean else None  # [num_queries, t, d]
+    for part in variants_in(first):
+        if clean is None:
+            written = torch.zeros_like(first[part, -num_queries:])
+        else:
+            change = _attend_anew(model, runs, index, first[part], num_queries) - clean
+            written = F.linear(change.flatten(2), targets.write)
+        sum_over_ranks(model, written)
+        second[part] += written[:, -runs.num_answers :]
+        if not is_highest:
+            first[part] += written
 
 
 def _attend_anew(
-    model: GPTModel, runs: _Runs, index: int, targets: list[int], hidden: Tensor, num_queries: int
+    model: GPTModel, runs: _Runs, index: int, hidden: Tensor, num_queries: int
 ) -> Tensor:
-    """Head outputs of a layer at the last ``num_queries`` positions, targets live, others clean.
+    """Outputs of a layer's targets at the last ``num_queries`` positions.
 
     Args:
         model: As everywhere here.
-        runs: The clean run.
+        runs: Of the pair.
         index: The layer.
-        targets: Heads of the layer, on any rank.
-        hidden: The layer's input, [k, n, b, h].
+        hidden: The layer's input [n, k, h].
         num_queries: At most k.
 
     Returns:
-        [num_queries, n, b, channels].
+        [n, num_queries, t, d].
     """
-    layer, config = model.decoder.layers[index], model.config
+    layer, config, targets = model.decoder.layers[index], model.config, runs.targets[index]
+    sizes = (len(targets.heads), len(targets.groups), len(targets.groups))
+    read = F.linear(_normed(layer, hidden), targets.read).unflatten(-1, (-1, config.kv_channels))
+    query, key, value = read.split(sizes, dim=2)
     attention = layer.self_attention
-    num_variants, num_pairs = hidden.shape[1:3]
-    # On every rank: Megatron gathers keys here where ranks share a query group.
-    query, key, value = attention.get_query_key_value_tensors(
-        layer.input_layernorm(hidden.flatten(1, 2))
-    )
-    outputs = runs.clean.head_outputs[index][-num_queries:, None].repeat(1, num_variants, 1, 1)
-    channels = [part for head in targets if (part := head_channels(model, head)) is not None]
-    if not channels:
-        return outputs
-    heads = [part.start // config.kv_channels for part in channels]
-    share = attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
-    groups = [head // share for head in heads]
-
-    def with_earlier(earlier: Tensor, later: Tensor) -> Tensor:
-        earlier = earlier[:, None, :, groups].expand(-1, num_variants, -1, -1, -1)
-        return torch.cat((earlier.flatten(1, 2), later[:, :, groups])).permute(1, 2, 0, 3)
 
     def rotated(x: Tensor, rotary: Tensor) -> Tensor:
         return apply_rotary_pos_emb(x, rotary, config=config, cp_group=model.pg_collection.cp)
 
-    query = rotated(query[-num_queries:, :, heads], runs.rotary[-num_queries:])
-    keys = with_earlier(runs.before[index][0], rotated(key, runs.rotary))
-    values = with_earlier(runs.before[index][1], value)
-    live = F.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3),
+    def with_earlier(earlier: Tensor, later: Tensor) -> Tensor:
+        earlier = earlier.expand(len(later), -1, -1, -1)
+        return torch.cat((earlier, later), dim=1)[:, :, targets.group_of].transpose(1, 2)
+
+    query = attention.q_layernorm(query[:, -num_queries:].contiguous())
+    key = rotated(attention.k_layernorm(key.contiguous()), runs.rotary)
+    keys = with_earlier(runs.before[index][0], key)
+    outputs = F.scaled_dot_product_attention(
+        rotated(query, runs.rotary[:, -num_queries:]).transpose(1, 2),
         keys,
-        values,
+        with_earlier(runs.before[index][1], value),
         attn_mask=causal_lower_right(num_queries, keys.shape[2]),
         scale=config.softmax_scale,
-    )  # [n * b, targets, num_queries, d]
-    live = live.permute(2, 0, 1, 3).unflatten(1, (num_variants, num_pairs))
-    for position, part in enumerate(channels):
-        outputs[..., part] = live[..., position, :]
-    return outputs
+    )  # [n, t, num_queries, d]
+    return outputs.transpose(1, 2)
+
+
+def _normed(layer: nn.Module, hidden: Tensor) -> Tensor:
+    """The attention's input; Transformer Engine keeps its norm in the in-projection's module."""
+    weight = getattr(layer.self_attention.linear_qkv, "layer_norm_weight", None)
+    if weight is None:
+        return layer.input_layernorm(hidden)
+    return F.rms_norm(hidden, weight.shape, weight, layer.config.layernorm_epsilon)

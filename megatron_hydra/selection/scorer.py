@@ -6,8 +6,8 @@ v = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -60,6 +60,13 @@ class PairBatch:
     def num_answer_tokens(self) -> int:
         """a."""
         return self.right.shape[1]
+
+    def one_by_one(self) -> Iterator[PairBatch]:
+        """Batches of one pair each."""
+        for pair in range(self.num_pairs):
+            one = slice(pair, pair + 1)
+            names = ("clean", "corrupt", "right", "wrong", "answer_positions", "gaps")
+            yield replace(self, **{name: getattr(self, name)[one] for name in names})
 
     def measure(self, logits: Tensor) -> Tensor:
         """The readout m of logits [..., b, a, v]: [..., b] in float64.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -156,6 +157,8 @@ class ScoringRun:
         self.partial, self.min_gap, self.batch_tokens = partial, min_gap, batch_tokens
         self.progress = progress if dist.get_rank() == 0 else no_progress
         self.finished: dict[str, Array] = {}
+        self.seconds: dict[str, float] = {}
+        """Phase -> how long it took: gaps, and each scorer's rounds."""
 
     def run(self) -> tuple[tuple[ProbeRecord, ...], dict[str, dict[str, Array]]]:
         """Measure everything that is not yet finished.
@@ -261,7 +264,7 @@ class ScoringRun:
         waiting = [unit for unit in every if f"{phase}.{unit.key}" not in self.finished]
         rank = parallel_state.get_data_parallel_rank()
         mine = waiting[rank :: parallel_state.get_data_parallel_world_size()]
-        found = {}
+        found, start = {}, time.perf_counter()
         for unit in self.progress(mine, phase, "batch"):
             name = f"{phase}.{unit.key}"
             found[name] = compute(unit).numpy()
@@ -269,6 +272,7 @@ class ScoringRun:
                 self.partial.save(name, found[name])
         for part in _gather(found):
             self.finished.update(part)
+        self.seconds[phase] = time.perf_counter() - start
         return {
             name: torch.cat(
                 [torch.from_numpy(self.finished[f"{phase}.{unit.key}"]) for unit in of_probe]

@@ -77,7 +77,7 @@ def test_equals_the_plain_loop(
     """Catches: a run resumed at the wrong layer or without RoPE, a mean over pairs or over the
     wrong dimension or of one run alone, heads or pairs swapped when batched.
     """
-    monkeypatch.setattr(activations, "_MAX_POSITIONS", at_once)
+    monkeypatch.setattr(activations, "MAX_POSITIONS", at_once)
     model = circuits.random_teacher(6, num_layers=3, share_embeddings_and_output_weights=tied)
     batch = circuits.batch_with_gaps(model, circuits.random_probe(readout=readout))
     found = scorer().measure(model, batch)

@@ -75,16 +75,21 @@ def test_a_head_that_only_feeds_another_gets_no_share() -> None:
 
 
 @pytest.mark.parametrize("readout", ["logit_difference", "log_probability"])
-@pytest.mark.parametrize(("tied", "rows"), [(False, 4096), (True, 1)])
+@pytest.mark.parametrize(("tied", "rows"), [(False, 4096), (True, 1), (False, 20)])
 def test_equals_the_plain_loop(
     tied: bool, rows: int, readout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One head, one pair, one whole forward, all positions patched.
 
+    A pair has 9 rows, so that 20 are no whole number of pairs; of heads, 5 are run in a wave.
+
     Catches: variants or pairs swapped when batched, a patch at some positions only, a residual
     stream that lost a layer, the embedding not used as the tied output weight.
     """
-    monkeypatch.setattr(activations, "_MAX_LOGIT_ROWS", rows)
+    monkeypatch.setattr(activations, "MAX_LOGIT_ROWS", rows)
+    monkeypatch.setattr(activations, "MAX_POSITIONS", rows)
+    if rows == 20:
+        monkeypatch.setattr(activations, "MAX_STREAM_BYTES", 5 * 9 * circuits.HIDDEN * 8)
     model = circuits.random_teacher(3, share_embeddings_and_output_weights=tied, num_layers=3)
     batch = circuits.batch_with_gaps(model, circuits.random_probe(readout=readout))
     found = ActivationPatching().measure(model, batch)

@@ -102,23 +102,42 @@ def plain_effect(
 
 
 @pytest.mark.parametrize(
-    ("groups", "at_once", "readout"),
-    [(2, 16384, "logit_difference"), (4, 30, "log_probability"), (1, 1, "logit_difference")],
+    ("heads", "groups", "at_once", "waves_of", "readout"),
+    [
+        (4, 2, 16384, 100, "logit_difference"),
+        (3, 3, 30, 5, "log_probability"),
+        (5, 1, 1, 1, "logit_difference"),
+        (4, 4, 7, 100, "logit_difference"),
+    ],
 )
 def test_equals_the_plain_loop(
-    groups: int, at_once: int, readout: str, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    groups: int,
+    at_once: int,
+    waves_of: int,
+    readout: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One sender, one pair, whole sequences; targets share layers and are senders themselves.
 
+    Heads and rows are also such as no chunk divides, and a wave of senders ends within a layer.
+
     Catches: keys and values of the kept prefix misplaced or of the wrong group, positions turned
     by RoPE from 0, the sender still corrupt in the second run, MLPs frozen, pairs or senders
-    swapped when batched, a prompt that starts to differ later than its neighbours.
+    swapped when batched, a prompt that starts to differ later than its neighbours, a sender that
+    joins the others with a stream that has lost a layer, rows of a chunk left out.
     """
-    monkeypatch.setattr(activations, "_MAX_POSITIONS", at_once)
-    model = circuits.random_teacher(4, num_layers=4, num_query_groups=groups)
-    batch = circuits.batch_with_gaps(model, circuits.random_probe(readout=readout))
+    length, num_pairs = 11, 3
+    monkeypatch.setattr(activations, "MAX_POSITIONS", at_once)
+    row_bytes = circuits.HIDDEN * 8
+    monkeypatch.setattr(activations, "MAX_STREAM_BYTES", waves_of * length * row_bytes)
+    shape = {"num_attention_heads": heads, "num_query_groups": groups}
+    model = circuits.random_teacher(4, num_layers=4, **shape)
+    probe = circuits.random_probe(num_pairs, length, readout=readout)
+    batch = circuits.batch_with_gaps(model, probe)
     scorer = PathPatching()
-    scorer.targets = frozenset({(0, 2), (1, 0), (1, 3), (2, 2), (3, 1), (3, 2)})
+    last = heads - 1
+    scorer.targets = frozenset({(0, 2), (1, 0), (1, last), (2, 2), (3, 1), (3, 2)})
     found = scorer.measure(model, batch)
     sizes = torch.zeros(4)
     for pair, layer, head in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
@@ -130,10 +149,21 @@ def test_equals_the_plain_loop(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 0.03)])
-def test_equals_the_plain_loop_on_a_gpu(dtype: torch.dtype, tolerance: float) -> None:
-    """Catches: a CUDA attention kernel that aligns the causal mask with the first key."""
-    model = circuits.random_teacher(4, torch.float32, num_layers=4)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        ("local", torch.float32, 1e-3),
+        ("local", torch.float16, 0.03),
+        ("transformer_engine", torch.float16, 0.03),
+    ],
+)
+def test_equals_the_plain_loop_on_a_gpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Catches: a CUDA attention kernel that aligns the causal mask with the first key, the norm
+    that Transformer Engine keeps in the in-projection left out.
+    """
+    if backend == "transformer_engine":
+        pytest.importorskip("transformer_engine")
+    model = circuits.random_teacher(4, torch.float32, num_layers=4, backend=backend)
     batch = circuits.batch_with_gaps(model, circuits.random_probe())
     scorer = PathPatching()
     scorer.targets = frozenset({(1, 0), (2, 2), (3, 1)})
@@ -197,6 +227,17 @@ def test_without_receivers_nobody_sends(caplog: pytest.LogCaptureFixture) -> Non
     found = scorer.measure(model, batch)
     assert found.shape == (3, 2, 4) and not found.any()
     assert not scorer.start_round({**done, "path_patching": {"random": found}})
+
+
+def test_the_lowest_layer_has_nobody_below() -> None:
+    """Catches: a crash on an empty set of senders where every target is in the first layer."""
+    model = circuits.random_teacher()
+    batch = circuits.batch_with_gaps(model, circuits.random_probe())
+    scorer = PathPatching()
+    scorer.targets = frozenset({(0, 1), (0, 3)})
+    assert not scorer.measure(model, batch).any()
+    scorer.targets |= {(1, 0)}
+    assert scorer.measure(model, batch)[:, 0].abs().min() > 0
 
 
 def test_bad_input_is_one_sentence() -> None:

@@ -52,38 +52,31 @@ def run(args: argparse.Namespace) -> int:
     texts = find_texts(filter(None, [config.probes.text]), config.probes.text_options)
     check_outputs([config.out], (config.model.teacher, config.probes.text, *texts, args.config))
     check_output(config.out, args.overwrite, "file")
-    check_model_folder(config.model.teacher)
+    is_checkpoint = check_model_folder(config.model.teacher)
     _check_parallel_size(config)
     _check_world_size(config)
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun, probes_digest
+    from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun
 
     initialize_model_parallel(config.model.tensor_model_parallel_size)
-    weights = weights_hash(config.model.teacher)
+    seconds, start = {}, time.perf_counter()
     loaded = _load_teacher(config)
     shape = ModelShape.from_config(loaded.config)
     if launch.rank() == 0:
         print(ParallelSizes.of(vars(loaded.config)).describe(), flush=True)
     _choose_length(config, loaded.config.seq_length)
     controls = _controls(config, shape)
+    seconds["model"], start = time.perf_counter() - start, time.perf_counter()
     probes = _make_probes(config, loaded.tokenizer_folder, loaded.config.vocab_size)
-    teacher_hash = loaded.meta["teacher_config_hash"]
-    # Where the scores go and where the teacher lies do not change them; everything else makes
-    # another run, weights and probes by their contents.
-    same = {
-        **config.to_dict(),
-        "teacher_config_hash": teacher_hash,
-        "weights": weights,
-        "probes": probes_digest(probes),
-    }
-    same["run"] = {"batch_tokens": config.run.batch_tokens}
-    del same["model"]["teacher"]
+    _check_memory(config, loaded.model, probes)
+    same = _what_makes_the_run(config, loaded, is_checkpoint, probes)
+    seconds["probes"] = time.perf_counter() - start
     partial = PartialFolder(config.out, same, start_anew=args.overwrite)
     start = time.perf_counter()
-    records, effects = ScoringRun(
+    scoring = ScoringRun(
         loaded.model.eval(),
         probes,
         _make_scorers(config),
@@ -94,23 +87,48 @@ def run(args: argparse.Namespace) -> int:
         },
         config.run.batch_tokens,
         progress,
-    ).run()
+    )
+    records, effects = scoring.run()
+    measured_s, start = time.perf_counter() - start, time.perf_counter()
     if launch.rank() == 0:
-        seconds = time.perf_counter() - start
         if controls:
             records = (
                 *records,
                 ProbeRecord(CONTROL_PROBE, CONTROL_PROBE, "none", 1, (0,), (), 0, 0),
             )
         scores = HeadScores(
-            shape, teacher_hash, records, {**effects, **controls}, config.combination(),
-            _provenance(config, args), loaded.meta["teacher_weights_hash"],
+            shape, loaded.meta["teacher_config_hash"], records, {**effects, **controls},
+            config.combination(), _provenance(config, args), loaded.meta["teacher_weights_hash"],
         )  # fmt: skip
         scores.save(config.out, args.overwrite)
         partial.remove()
         print("\n".join(describe(scores)))
-        print(f"measured in {seconds:.1f} s\n\nscores: {config.out}")
+        seconds |= {**scoring.seconds, "scores": time.perf_counter() - start}
+        print(f"{_times(seconds)}\nmeasured in {measured_s:.1f} s\n\nscores: {config.out}")
     return 0
+
+
+def _what_makes_the_run(
+    config: ScoringConfig, loaded: Any, is_checkpoint: bool, probes: list[Probe]
+) -> dict[str, Any]:
+    """What an unfinished run must have in common with this one to be gone on with.
+
+    Where the scores go and where the teacher lies do not change them; everything else makes
+    another run, weights and probes by their contents.
+    """
+    from megatron_hydra.selection.scoring_run import probes_digest
+
+    # A checkpoint folder's record names the weights that it came from, not its own.
+    stored = loaded.meta["teacher_weights_hash"]
+    same = {
+        **config.to_dict(),
+        "teacher_config_hash": loaded.meta["teacher_config_hash"],
+        "weights": weights_hash(config.model.teacher) if is_checkpoint else stored,
+        "probes": probes_digest(probes),
+        "run": {"batch_tokens": config.run.batch_tokens},
+    }
+    del same["model"]["teacher"]
+    return same
 
 
 def describe(scores: HeadScores) -> list[str]:
@@ -145,6 +163,16 @@ def describe(scores: HeadScores) -> list[str]:
         )
     lines.append(_reproducibility(scores))
     return lines
+
+
+def _times(seconds: dict[str, float]) -> str:
+    """Where the time went, and how much of the GPU's memory was needed."""
+    import torch
+
+    parts = [f"{name} {value:.1f} s" for name, value in seconds.items()]
+    if torch.cuda.is_available():
+        parts.append(f"peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
+    return ", ".join(parts)
 
 
 def _reproducibility(scores: HeadScores) -> str:
@@ -230,6 +258,20 @@ def _make_probes(config: ScoringConfig, tokenizer_folder: Path, vocab_size: int)
         )
         for name in section.names
     ]
+
+
+def _check_memory(config: ScoringConfig, model: Any, probes: list[Probe]) -> None:
+    """Say what the run needs of the GPU, and refuse it where the GPU has less."""
+    import torch
+
+    from megatron_hydra.selection.scoring_memory import check_memory, scoring_peak_bytes
+
+    if not torch.cuda.is_available():
+        return
+    peak = scoring_peak_bytes(model, probes, config.scorers.names, config.run.batch_tokens)
+    if launch.rank() == 0:
+        print(f"predicted peak {peak / 2**30:.1f} GiB of GPU memory", flush=True)
+    check_memory(peak, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def _make_scorers(config: ScoringConfig) -> list[Any]:
