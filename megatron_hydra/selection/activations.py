@@ -230,6 +230,8 @@ def add_mlp(layer: nn.Module, hidden: Tensor) -> Tensor:
 
 def add_mlp_in_place(layer: nn.Module, streams: Tensor) -> None:
     """:func:`add_mlp` on contiguous streams [n, r, h], some rows at a time."""
+    if not streams.numel():  # which Transformer Engine's norm does not take
+        return
     for rows in streams.flatten(0, 1).split(MAX_POSITIONS):
         rows = rows[:, None]  # Megatron's [s, b, h]
         rows += _with_bias(layer.mlp(layer.pre_mlp_layernorm(rows)))

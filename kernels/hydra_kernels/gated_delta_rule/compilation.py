@@ -75,7 +75,7 @@ def compile_once(mode: Mode, device: torch.device) -> Path:
     done = folder / f"{_key(mode, device, uses_flash_qla)}.done"
     if done.exists():
         return done
-    with _locked(folder / "lock"):
+    with _locked(done.with_suffix(".lock")):
         if done.exists():
             return done
         logger.info(
