@@ -21,7 +21,8 @@ def quieten() -> None:
     """Let only errors of theirs through; call it before they are used."""
     nemo_logging.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="To copy construct from a tensor")
-    warnings.filterwarnings("ignore", module=r"megatron\.core|nemo|lightning|torch\.distributed")
+    others = r"megatron\.core|nemo|lightning|torch\.distributed|transformer_engine"
+    warnings.filterwarnings("ignore", module=others)
     rank_zero.log.setLevel(logging.ERROR)
     # NeMo's telemetry: it complains of every run that ends before its last step.
     logging.getLogger("nv_one_logger").setLevel(logging.CRITICAL)

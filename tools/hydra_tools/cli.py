@@ -71,9 +71,9 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
     Raises:
         UserError: For bad input.
     """
-    # Megatron warns of every optional package that is absent, and of its own internal calls; under
-    # torchrun on every rank.
-    warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.")
+    # Megatron and Transformer Engine warn of every optional package that is absent, Megatron of its
+    # own internal calls; under torchrun on every rank.
+    warnings.filterwarnings("ignore", module=r"megatron\.|nemo\.|transformer_engine")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Not every encoding has the lines of a table, and not every file name is UTF-8.
         sys.stdout.reconfigure(errors="replace")

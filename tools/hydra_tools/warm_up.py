@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from hydra_kernels.gated_delta_rule.fla_kernels import check_head_dim
 
     for head_dim in args.head_dim:
-        if head_dim < 1:
-            raise UserError(f"--head-dim is {head_dim}: must be 1 or more")
+        if head_dim < 2 or head_dim % 2:
+            raise UserError(f"--head-dim is {head_dim}: must be even, 2 or more")
         try:
             check_head_dim(head_dim)
         except ValueError as error:
@@ -36,15 +36,19 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise UserError("warm-up compiles for the GPU of this machine, and PyTorch finds none")
-    from hydra_kernels.gated_delta_rule.compilation import Mode, compile_once
+    from hydra_kernels.warm_up import warm_up
 
     device = torch.device("cuda", torch.cuda.current_device())
     for head_dim in args.head_dim:
         for with_state in (False, True)[: 1 + args.context_parallel]:
-            mode = Mode(head_dim, head_dim, getattr(torch, args.dtype), with_state)
             start = time.monotonic()
-            done = compile_once(mode, device)
+            done = warm_up(head_dim, getattr(torch, args.dtype), with_state, device)
             if not done.is_file():
                 raise UserError(f"{done.parent} cannot be written: nothing compiled is kept")
-            print(f"{mode}: ready after {time.monotonic() - start:.1f} s, in {done.parents[1]}")
+            purpose = "context parallelism" if with_state else "whole sequences"
+            seconds = time.monotonic() - start
+            print(
+                f"head dimension {head_dim}, {args.dtype}, {purpose}: ready after {seconds:.1f} s, "
+                f"in {done.parents[1]}"
+            )
     return 0

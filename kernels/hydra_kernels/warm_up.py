@@ -1,0 +1,88 @@
+"""What a layer's LA heads run, run once beforehand: compiled, it waits in the compilers' caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hydra_kernels.head_fusion import head_fusion
+from hydra_kernels.la_preparation import la_preparation
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+"""Tokens with which LA preparation of `NUM_HEADS` heads comes to all its kernels."""
+NUM_HEADS = 16
+_NUM_TAPS = 4
+
+
+def warm_up(head_dim: int, dtype: torch.dtype, with_state: bool, device: torch.device) -> Path:
+    """Compile the gated delta rule, LA preparation and head fusion for a head dimension.
+
+    Args:
+        head_dim: Of queries, keys and values.
+        dtype: Of all three.
+        with_state: For context parallelism, where heads start from a state.
+        device: A GPU.
+
+    Returns:
+        The file that says that the gated delta rule is compiled; missing if it cannot be written.
+    """
+    from hydra_kernels.gated_delta_rule.compilation import Mode, compile_once
+
+    done = compile_once(Mode(head_dim, head_dim, dtype, with_state), device)
+    run_layer_operators(head_dim, dtype, with_state, device)
+    return done
+
+
+def run_layer_operators(
+    head_dim: int,
+    dtype: torch.dtype,
+    with_state: bool,
+    device: torch.device,
+    lengths: Sequence[int] = LENGTHS,
+) -> None:
+    """Our own kernels around the gated delta rule, forward and backward, whole rows and packed."""
+    for num_tokens in lengths:
+        for is_packed in (False, True):
+            _prepare(num_tokens, head_dim, dtype, with_state, is_packed, device)
+    heads = [
+        torch.zeros(1, 1, NUM_HEADS, head_dim, dtype=dtype, device=device, requires_grad=True)
+        for _ in range(4)
+    ]
+    scale = torch.ones(2 * NUM_HEADS, device=device, requires_grad=True)
+    order = torch.arange(2 * NUM_HEADS, device=device)
+    head_fusion(*heads, scale, order, eps=1e-6, impl="triton").float().sum().backward()
+
+
+def _prepare(
+    num_tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    with_state: bool,
+    is_packed: bool,
+    device: torch.device,
+) -> None:
+    channels = 3 * NUM_HEADS * head_dim
+
+    def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of, device=device, requires_grad=True)
+
+    angles = torch.zeros(1, num_tokens, head_dim // 2, device=device)
+    outputs = la_preparation(
+        zeros(1, num_tokens, channels),
+        num_heads=NUM_HEADS,
+        a=zeros(1, num_tokens, NUM_HEADS),
+        a_log=zeros(NUM_HEADS, of=torch.float32),
+        dt_bias=zeros(NUM_HEADS, of=torch.float32),
+        b=zeros(1, num_tokens, NUM_HEADS),
+        conv_weight=zeros(channels, _NUM_TAPS),
+        initial_state=zeros(1, _NUM_TAPS - 1, channels) if with_state else None,
+        q_norm_weight=zeros(head_dim),
+        k_norm_weight=zeros(head_dim),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        cu_seqlens=torch.tensor([0, num_tokens], device=device) if is_packed else None,
+        impl="triton",
+    )
+    torch.stack([x.float().sum() for x in outputs if x is not None]).sum().backward()
