@@ -170,7 +170,8 @@ def test_equals_the_plain_loop_on_a_gpu(backend: str, dtype: torch.dtype, tolera
     places = [(0, 2), (0, 3), (1, 1), (2, 0)]
     expected = [plain_effect(model, batch, 2, place, scorer.targets) for place in places]
     found = scorer.measure(model.to(dtype), batch)
-    assert [found[2][place].item() for place in places] == pytest.approx(expected, abs=tolerance)
+    effects = [found[2][place].item() for place in places]
+    assert effects == pytest.approx(expected, abs=tolerance, rel=0.02)
     assert max(map(abs, expected)) > 3 * tolerance
 
 
