@@ -2,7 +2,8 @@
 
 import os
 
-# Read by packages as they are imported. fla keeps what it looks up of packed rows for four tensors;
-# a step has as many as layers differ in heads. TileLang says of each kernel that it compiles it.
+# Read by packages as they are imported. fla keeps what it looks up of packed rows for four tensors,
+# and a step has one for each number of LA heads that a layer has. TileLang says of each kernel that
+# it compiles it.
 os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")

@@ -195,7 +195,7 @@ class _Step:
         return teacher + trained * (1 + (_GRADIENT + optimizer) / _WEIGHT)
 
     @property
-    def _value_heads(self) -> int:
+    def _num_runs(self) -> int:
         return 1 if self.cp_size == 1 else 2
 
     def _layers(self, rank: _Rank, mlp: int) -> list[float]:
@@ -203,7 +203,7 @@ class _Step:
         tokens = self.num_tokens / self.cp_size
         beside = 4 * self.shape.hidden_size if self.stage == "align" else mlp
         beside /= self.tp_size  # in stage 1 the float32 difference from the teacher
-        attentions = rank.of_layers(attention_bytes(self.shape, self._value_heads))
+        attentions = rank.of_layers(attention_bytes(self.shape, self._num_runs))
         parts = 0 if rank.heads is None else _MULTIPROCESSORS * self.shape.head_dim**2 * (4 + 2)
         return [tokens * (attention + beside) + parts for attention in attentions]
 
@@ -216,7 +216,7 @@ class _Step:
         again = layers
         if self.stage == "align":
             # The layer's output, and both in float32 beside their difference; or later.
-            gradients = rank.of_layers(attention_gradient_bytes(self.shape, self._value_heads))
+            gradients = rank.of_layers(attention_gradient_bytes(self.shape, self._num_runs))
             per_token = [max(10 * h / self.tp_size, gradient) for gradient in gradients]
             again = [x + self.num_tokens / self.cp_size * y for x, y in zip(again, per_token)]
         else:
@@ -225,12 +225,12 @@ class _Step:
         return max(x - n * layer_input for x, n in zip(again, num_after, strict=True))
 
 
-def attention_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:
+def attention_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
     """Bytes a token that the attentions of all layers keep, their inputs and norms counted in.
 
     Args:
         shape: The teacher's.
-        value_heads: Of each LA head: two where context-parallel ranks share the tokens, and its
+        num_runs: Of each LA head: two where context-parallel ranks share the tokens, and its
             output is composed of theirs.
     """
     h, d, heads = shape.hidden_size, shape.head_dim, shape.num_heads
@@ -240,10 +240,10 @@ def attention_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:
     # norms' rates, the softmax's sum.
     fa_head = 4 * d + 12 * d + 12
     group = 4 * d  # key and value as projected
-    # Query, key, value and gate as projected, two gates; query and key as prepared; of each value
-    # head value, output, the chunks' triangular systems, decay and step size.
-    la_head = 8 * d + 4 + 4 * d + value_heads * (4 * d + 2 * _CHUNK + 8)
-    if value_heads > 1:
+    # Query, key, value and gate as projected, two gates; query and key as prepared; of each run
+    # value, output, the chunks' triangular systems, decay and step size.
+    la_head = 8 * d + 4 + 4 * d + num_runs * (4 * d + 2 * _CHUNK + 8)
+    if num_runs > 1:
         la_head += 2 * d  # the output composed of theirs
     hybrid = common + 4 * heads + 4 * d  # rates of the fusion's norm; cosines and sines
     teacher_head, teacher_group = 4 * d + 8, 6 * d + 4  # the output is the projection's input
@@ -257,13 +257,13 @@ def attention_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:
     )
 
 
-def attention_gradient_bytes(shape: ModelShape, value_heads: int = 1) -> PlanCost:
+def attention_gradient_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
     """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
 
     That is the gated delta rule's: the joined gradient of the projected sections, those of the
-    prepared query, key and value, and the states of all chunks, which it computes again.
-    Arguments as :func:`attention_bytes`.
+    prepared query, key and value of each run, and the states of all chunks, which the last run
+    computes again. Arguments as :func:`attention_bytes`.
     """
     d = shape.head_dim
-    la_head = 8 * d + 4 + 4 * d + value_heads * (2 * d + 2 * d**2 // _CHUNK)
+    la_head = 8 * d + 4 + num_runs * 6 * d + 2 * d**2 // _CHUNK
     return PlanCost(shape.total_heads * la_head, 4 * d - la_head, 4 * d, 0)

@@ -64,7 +64,7 @@ def test_flash_qla_at_every_number_of_heads(heads: int, mode: str, monkeypatch):
     pytest.importorskip("flash_qla")
     monkeypatch.setenv("FLA_FLASH_QLA", "1")
     q = torch.zeros(1, 1, 1, 128, device="cuda", dtype=torch.bfloat16)
-    assert fla_kernels.runs_flash_qla(q, q, q, q[..., 0], q[..., 0])
+    assert fla_kernels.why_not_flash_qla(q, q, q, q[..., 0], q[..., 0]) is None
     check_gated_delta_rule(130, heads, 128, mode)
 
 
@@ -100,40 +100,63 @@ def test_fla_at_other_lengths(length: int, mode: str, monkeypatch):
 
 def test_groups_of_heads_are_one_after_the_other(monkeypatch):
     """What a call too large for 32-bit indices is cut into; here by a lower bound."""
-    monkeypatch.setattr(documents, "_MOST_ELEMENTS", 3 * 3 * 128**2)
+    monkeypatch.setattr(documents, "_MOST_ELEMENTS", 3 * 5 * 128**2)
+    calls, run = [], fla_kernels.run
+    monkeypatch.setattr(fla_kernels, "run", lambda *args: calls.append(args) or run(*args))
     check_gated_delta_rule(130, 7, 128, "context parallel")
+    assert len(calls) == 3  # of 3, 3 and 1 heads, in whose rows documents make 1, 1 and 2 chunks
 
 
-def test_nothing_is_compiled_for_another_plan(monkeypatch):
-    """Counts of heads and lengths beside those that the tests above have compiled for."""
+@pytest.mark.parametrize("with_state", [False, True])
+def test_nothing_is_compiled_for_another_plan(with_state: bool, monkeypatch):
+    """In a process of its own, which has no kernels but those that are compiled beforehand."""
     pytest.importorskip("flash_qla")
     monkeypatch.setenv("FLA_FLASH_QLA", "1")
-    for with_state in (False, True):
-        mode = compilation.Mode(128, 128, torch.bfloat16, with_state)
-        compilation.compile_once(mode, torch.device("cuda", 0))
-    cache = compilation.cache_folder(uses_flash_qla=True).parent
+    torch.multiprocessing.spawn(_run_on_what_is_compiled, args=(with_state,), nprocs=1)
 
-    def compiled() -> set[str]:
-        return {str(path) for path in cache.glob("*/*/kernels/*")}
 
-    before = compiled()
-    assert before, f"no kernels in {cache}"
+def _run_on_what_is_compiled(_rank: int, with_state: bool) -> None:
+    from tilelang.jit import JITImpl
+
+    mode = compilation.Mode(128, 128, torch.bfloat16, with_state)
+    compilation.compile_all(mode, torch.device("cuda", 0), uses_flash_qla=True)
+    compilation.compile_once = lambda mode, device: None
+
+    def fails(impl, *args, **kwargs):
+        raise AssertionError(f"{impl.func} is compiled for {args} {kwargs}")
+
+    JITImpl.compile = fails  # called for what this process has not, be it in the cache
     for heads in (1, 5, 13, 16, 40):
         for length in (64, 100, 1000, 20000):
-            for mode in MODES:
-                inputs, cu_seqlens = make_inputs(length, heads, 128, mode)
+            for of_mode in MODES[2:] if with_state else MODES[:2]:
+                inputs, cu_seqlens = make_inputs(length, heads, 128, of_mode)
                 for own in (with_grad(inputs), inputs):
                     outputs = gated_delta_rule(
-                        **own, output_final_state="initial_state" in own, cu_seqlens=cu_seqlens,
-                        impl="fla",
-                    )  # fmt: skip
+                        **own, output_final_state=with_state, cu_seqlens=cu_seqlens, impl="fla"
+                    )
                     if own is not inputs:
                         sum(x.float().sum() for x in outputs if x is not None).backward()
-    assert compiled() == before
+
+
+def test_more_chunks_than_a_grid_holds(monkeypatch):
+    """Documents of one token each: more chunks than fla can launch its backward kernel for."""
+    monkeypatch.setenv("FLA_FLASH_QLA", "0")
+    inputs, _ = make_inputs(2**15, 3, 32, "packed")
+    cu_seqlens = torch.arange(2**15 + 1, device="cuda", dtype=torch.int32)
+    own = with_grad(inputs)
+    output = gated_delta_rule(**own, cu_seqlens=cu_seqlens, impl="fla").output
+    output.float().sum().backward()
+    # A document's first token reads what it has written itself.
+    q, k, v, beta = (inputs[name].double() for name in ("q", "k", "v", "beta"))
+    expected = (q * k).sum(-1, keepdim=True) * beta[..., None] * v * 32**-0.5
+    assert (output.double() - expected).norm() <= 0.02 * expected.norm()
+    assert (own["beta"].grad.double() - expected.sum(-1) / beta).norm() <= (
+        0.02 * (expected.sum(-1) / beta).norm()
+    )
 
 
 def test_kernels_read_heads_where_they_lie():
-    """No copy: with 16 heads the kernel takes no more memory beside its own than with 1."""
+    """No copy: queries, keys and values that lie head by head save the memory of their copies."""
     inputs, _ = make_inputs(4096, 16, 128, "whole")
     by_head = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
     gated_delta_rule(**by_head, impl="fla")

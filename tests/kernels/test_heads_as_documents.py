@@ -7,6 +7,8 @@ that are not those of every row.
 
 from __future__ import annotations
 
+import errno
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +41,7 @@ def _reference_as_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.cat(outputs, 1), of_rows if output_final_state else None
 
     monkeypatch.setattr(fla_kernels, "run", run)
+    monkeypatch.setattr(fla_kernels, "why_not_flash_qla", lambda *row: None)
     monkeypatch.setattr(fla_kernels, "check_device", lambda x, impl: None)
     monkeypatch.setattr(compilation, "compile_once", lambda mode, device: None)
 
@@ -105,13 +108,56 @@ def test_no_index_leaves_32_bits(num_tokens: int, head_dim: int):
 
 
 def test_a_row_too_long_is_named():
-    with pytest.raises(ValueError, match="16777216 tokens of head dimension 128 .* context paral"):
+    with pytest.raises(
+        ValueError, match="16777216 tokens of dimension 128 in 262144 .* context par"
+    ):
         most_rows(2**24, 2**18, 128)
+    with pytest.raises(ValueError, match="and 65535 chunks; .* or pack fewer documents"):
+        most_rows(2**17, 2**16, 64, most_chunks=2**16 - 1)
+
+
+def test_a_grid_holds_the_chunks_of_all_rows_of_a_call(monkeypatch):
+    monkeypatch.setattr(fla_kernels, "_MOST_CHUNKS", 2)
+    monkeypatch.setattr(fla_kernels, "why_not_flash_qla", lambda *row: "this is a test")
+    counts, run = [], fla_kernels.run
+    monkeypatch.setattr(
+        fla_kernels, "run", lambda *args: counts.append(args[4].num_rows) or run(*args)
+    )
+    inputs = make_inputs(17, batch=1, heads=5)
+    fla_kernels.gated_delta_rule(*(inputs[n] for n in NAMES[:5]), SCALE, None, False, None, 64)
+    assert counts == [2, 2, 1]
+
+
+def test_what_evaluation_looked_up_serves_a_training():
+    cu_seqlens = torch.tensor([0, 3, 18])
+    with torch.inference_mode():
+        of_both = (
+            documents.whole_rows(3, 18, cu_seqlens.device),
+            documents.packed_rows(cu_seqlens, 3),
+        )
+        tensors = [x for each in of_both for x in (each.cu_seqlens, each.boundaries)]
+    assert not any(x.is_inference() for x in tensors)
+
+
+def test_chunks_of_one_row_are_those_of_every_row():
+    def attached(boundaries, offsets, indices):
+        boundaries = torch.tensor(boundaries, dtype=torch.int32)
+        told = [torch.tensor(x, dtype=torch.int32) for x in (offsets, indices)]
+        boundaries._flash_qla_prepared_varlen = (64, told[0], len(indices), told[1])
+        return boundaries
+
+    one = attached([0, 100, 130], [0, 2, 3], [[0, 0], [0, 1], [1, 0]])
+    rows = Documents(torch.tensor([0, 100, 130], dtype=torch.int32), 2, torch.device("cpu"))
+    size, offsets, count, indices = fla_kernels.chunks_of_all_rows(one, rows)
+    assert (size, count, offsets.tolist()) == (64, 6, [0, 2, 3, 5, 6])
+    assert indices.tolist() == [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [3, 0]]
+    assert offsets.dtype == indices.dtype == torch.int32
 
 
 def test_many_short_documents_have_many_chunks():
     of_row = Documents(torch.tensor([0, 1, 2, 66, 131], dtype=torch.int32), 3, torch.device("cpu"))
-    assert of_row.num_chunks == 1 + 1 + 1 + 2
+    assert of_row.num_chunks() == 1 + 1 + 1 + 2
+    assert of_row.num_chunks(16) == 1 + 1 + 4 + 5
     assert of_row.cu_seqlens.tolist() == [
         0, 1, 2, 66, 131, 132, 133, 197, 262, 263, 264, 328, 393
     ]  # fmt: skip
@@ -149,12 +195,13 @@ def test_one_process_compiles_while_others_wait(tmp_path, monkeypatch):
     def process():
         monkeypatch.undo()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(fla_kernels, "runs_flash_qla", lambda *row: False)
+        monkeypatch.setattr(fla_kernels, "why_not_flash_qla", lambda *row: "this is a test")
         monkeypatch.setattr(compilation, "_key", lambda *args: "kernels")
 
         def compile_all(*args):
             with log.open("a") as stream:
                 stream.write("compiled\n")
+            time.sleep(0.5)  # so that the others come while it compiles
 
         monkeypatch.setattr(compilation, "compile_all", compile_all)
         barrier.wait()
@@ -168,3 +215,46 @@ def test_one_process_compiles_while_others_wait(tmp_path, monkeypatch):
         each.join(60)
         assert each.exitcode == 0
     assert log.read_text() == "compiled\n"
+
+
+def test_what_was_not_compiled_is_not_called_so(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(fla_kernels, "why_not_flash_qla", lambda *row: "this is a test")
+    monkeypatch.setattr(compilation, "_key", lambda *args: "kernels")
+
+    def fails(*args):
+        raise RuntimeError("no layout found")
+
+    monkeypatch.setattr(compilation, "compile_all", fails)
+    mode = compilation.Mode(128, 128, torch.bfloat16, False)
+    with pytest.raises(RuntimeError, match="no layout found"):
+        compilation.compile_once(mode, torch.device("cpu"))
+    monkeypatch.setattr(compilation, "compile_all", lambda *args: None)
+    assert compilation.compile_once(mode, torch.device("cpu")).is_file()
+    compilation.compile_once.cache_clear()
+
+
+@pytest.mark.parametrize("fault", ["no locks", "no folder"])
+def test_a_machine_that_cannot_lock_compiles_all_the_same(tmp_path, monkeypatch, caplog, fault):
+    monkeypatch.undo()
+    folder = tmp_path / "cache"
+    if fault == "no folder":
+        folder.write_text("a file stands there")
+    else:
+
+        def refuse(*args):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(compilation.fcntl, "lockf", refuse)
+    compiled = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    monkeypatch.setattr(fla_kernels, "why_not_flash_qla", lambda *row: "this is a test")
+    monkeypatch.setattr(compilation, "_key", lambda *args: "kernels")
+    monkeypatch.setattr(compilation, "compile_all", lambda *args: compiled.append(args))
+    mode = compilation.Mode(64, 64, torch.bfloat16, False)
+    assert compilation.compile_once(mode, torch.device("cpu")).is_file() == (fault == "no locks")
+    assert len(compiled) == 1
+    assert ("has no locks" if fault == "no locks" else "cannot be written") in caplog.text
+    assert "another process" not in caplog.text
+    compilation.compile_once.cache_clear()

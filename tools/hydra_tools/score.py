@@ -271,7 +271,8 @@ def _check_memory(config: ScoringConfig, model: Any, probes: list[Probe]) -> Non
     peak = scoring_peak_bytes(model, probes, config.scorers.names, config.run.batch_tokens)
     if launch.rank() == 0:
         print(f"predicted peak {peak / 2**30:.1f} GiB of GPU memory", flush=True)
-    check_memory(peak, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    free, _ = torch.cuda.mem_get_info()
+    check_memory(peak, free + torch.cuda.memory_reserved())
 
 
 def _make_scorers(config: ScoringConfig) -> list[Any]:

@@ -59,18 +59,19 @@ def gated_delta_rule(
         output_final_state: return the state after the last token as well.
         cu_seqlens: [documents + 1] integer, where documents begin in a row that packs several
             (b = 1): 0, ascending, t. The state starts anew at each; the initial state is the first
-            document's, the final state the last one's. None for whole sequences.
+            document's, the final state the last one's. "fla" reads a tensor once and keeps what it
+            read: pass a new one in place of changing it. None for whole sequences.
         impl: "reference" is PyTorch on any device; "fla" is flash-linear-attention's kernels, and
             FlashQLA's where fla would take those, on CUDA alone, with d_k and d_v up to 256.
             Neither stands in for the other. One compiled kernel serves every number of heads; the
             first call of a process may wait until it is compiled (`compilation.py`). On Hopper
             GPUs with Triton 3.4 to 3.7.0, whose code for fla's backward is wrong, fla's backward
             raises unless the package tilelang is installed.
-        chunk_size: tokens solved together; "fla" takes 16, 32 or 64.
+        chunk_size: tokens solved together; "fla" takes 16, 32 or 64, of which FlashQLA makes 64.
 
     Raises:
         ValueError: shapes that do not fit, an unknown impl; for "fla" CPU tensors, larger heads,
-            and a row of 2^31 elements a head or more.
+            and a row with more tokens or chunks than a kernel counts for one head (`documents.py`).
         ImportError: impl="fla" without the package fla-core.
     """
     _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)

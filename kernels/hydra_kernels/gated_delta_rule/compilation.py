@@ -70,13 +70,18 @@ def compile_once(mode: Mode, device: torch.device) -> Path:
     Returns:
         The file that says so, which is missing if it cannot be written.
     """
-    uses_flash_qla = fla_kernels.runs_flash_qla(*_inputs(mode, 1, torch.device("meta")))
+    why_not = fla_kernels.why_not_flash_qla(*_inputs(mode, 1, torch.device("meta")))
+    logger.info(
+        "gated delta rule (%s): %s", mode,
+        "FlashQLA" if why_not is None else f"fla's own kernels, as {why_not}",
+    )  # fmt: skip
+    uses_flash_qla = why_not is None
     folder = cache_folder(uses_flash_qla)
     done = folder / f"{_key(mode, device, uses_flash_qla)}.done"
-    if done.exists():
+    if os.path.exists(done):  # which a folder of another user's is not
         return done
     with _locked(done.with_suffix(".lock")):
-        if done.exists():
+        if os.path.exists(done):
             return done
         logger.info(
             "compiling the gated delta rule (%s): minutes, once for %s; "
@@ -92,7 +97,8 @@ def compile_once(mode: Mode, device: torch.device) -> Path:
 
 def compile_all(mode: Mode, device: torch.device, uses_flash_qla: bool) -> None:
     """Call the kernels once in each way that compiles others, side by side."""
-    samples = _samples(device) if uses_flash_qla else [_Sample(2, 2 * CHUNK_SIZE, False, True)]
+    # fla's autotuner takes what is fastest in the first call for good: one as large as a layer's.
+    samples = _samples(device) if uses_flash_qla else [_Sample(16, 4096, False, True)]
     # Threads of their own: neither autocast nor hooks of the caller reach them, compilers run
     # outside the interpreter's lock.
     with ThreadPoolExecutor(min(len(samples), os.cpu_count() or 1)) as threads:
@@ -176,8 +182,9 @@ def _locked(lock: Path) -> Iterator[None]:
     with stream:
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             logger.info("another process compiles the gated delta rule: waiting for it")
-            with suppress(OSError):  # a file system without locks
-                fcntl.lockf(stream, fcntl.LOCK_EX)
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("%s has no locks (%s): each process compiles", lock.parent, error)
         yield

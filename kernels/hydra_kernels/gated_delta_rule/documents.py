@@ -5,7 +5,8 @@ another number in every layer. Vectors that lie head by head in memory, `[b, n, 
 a copy one packed row `[1, b n t, 1, d]` of b n documents, or of as many times more as a row packs;
 so one compiled kernel serves every number of heads, and heads run side by side as documents do.
 
-Legend: b rows, n heads, t tokens of a row, d channels of a head.
+Legend: b rows, n heads, t tokens of a row, d channels of a head. Here "rows" are b n: each head's
+tokens of a row of the batch, which hold one document, or those that the row packs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 CHUNK_SIZE = 64
 _MOST_ELEMENTS = 2**31 - 1  # an index of 32 bits, with which kernels count
+# What is kept here is used in backward passes later, wherever it was first asked for.
+_no_inference_tensors = torch.inference_mode(False)
 
 
 class Documents:
@@ -38,19 +41,20 @@ class Documents:
         self.kept: dict[str, Any] = {}  # what a kernel looks up of them once
 
     @cached_property
+    @_no_inference_tensors
     def cu_seqlens_cpu(self) -> Tensor:
         """`[num_rows * documents + 1]` int32 on the CPU: 0, ascending, num_rows t."""
         return self.tile_boundaries(self.boundaries)
 
     @cached_property
+    @_no_inference_tensors
     def cu_seqlens(self) -> Tensor:
         """The same on the device."""
         return self.cu_seqlens_cpu.to(self.device)
 
-    @cached_property
-    def num_chunks(self) -> int:
-        """Chunks of `CHUNK_SIZE` tokens or fewer that the documents of a row are cut into."""
-        return int((-(-self.boundaries.diff() // CHUNK_SIZE)).sum())
+    def num_chunks(self, chunk_size: int = CHUNK_SIZE) -> int:
+        """Chunks of so many tokens or fewer that the documents of a row are cut into."""
+        return int((-(-self.boundaries.diff() // chunk_size)).sum())
 
     def tile(self, of_row: Tensor, step: int) -> Tensor:
         """Numbers `[...]` of one row for every row, `step` more from row to row."""
@@ -63,6 +67,7 @@ class Documents:
 
 
 @lru_cache(maxsize=256)
+@_no_inference_tensors
 def whole_rows(num_rows: int, num_tokens: int, device: torch.device) -> Documents:
     """Each row one document of `num_tokens`."""
     return Documents(torch.tensor([0, num_tokens], dtype=torch.int32), num_rows, device)
@@ -71,13 +76,15 @@ def whole_rows(num_rows: int, num_tokens: int, device: torch.device) -> Document
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+@_no_inference_tensors
 def packed_rows(cu_seqlens: Tensor, num_rows: int) -> Documents:
     """Each row packed with the documents of `cu_seqlens`, `[documents + 1]` on the device.
 
-    The same tensor is read, which waits for the GPU, but once; so layers should share it.
+    The same tensor is read, which waits for the GPU, but once: layers should share it, and nobody
+    change it.
     """
     if cu_seqlens not in _packed:
-        _packed[cu_seqlens] = cu_seqlens.to("cpu", torch.int32), {}
+        _packed[cu_seqlens] = cu_seqlens.to("cpu", torch.int32, copy=True), {}
     boundaries, known = _packed[cu_seqlens]
     if num_rows not in known:
         known[num_rows] = Documents(boundaries, num_rows, cu_seqlens.device)
@@ -89,18 +96,31 @@ def one_row(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 2).unsqueeze(0).unsqueeze(2).contiguous()
 
 
-def most_rows(num_tokens: int, num_chunks: int, head_dim: int) -> int:
+def most_rows(
+    num_tokens: int, num_chunks: int, head_dim: int, most_chunks: int | None = None
+) -> int:
     """The most rows of one call, so that no index of an element needs more than 32 bits.
 
-    The largest tensors hold `head_dim` numbers a token, and `head_dim` squared a chunk: its state.
+    The largest tensors hold `head_dim` numbers for each token, and `head_dim` squared for each
+    chunk: its state.
+
+    Args:
+        num_tokens: Of a row.
+        num_chunks: Of a row.
+        head_dim: The larger of keys' and values'.
+        most_chunks: Of all rows of a call; None for any number.
 
     Raises:
         ValueError: If a single row is too long.
     """
-    elements = max(num_tokens * head_dim, num_chunks * head_dim**2)
-    if elements > _MOST_ELEMENTS:
+    most = _MOST_ELEMENTS // max(num_tokens * head_dim, num_chunks * head_dim**2)
+    if most_chunks is not None:
+        most = min(most, most_chunks // num_chunks)
+    if most < 1:
+        limit = "" if most_chunks is None else f", and {most_chunks} chunks"
         raise ValueError(
-            f"{num_tokens} tokens of head dimension {head_dim} are {elements} elements a head, "
-            f"and kernels index up to {_MOST_ELEMENTS}: cut the sequence by context parallelism"
+            f"a head's {num_tokens} tokens of dimension {head_dim} in {num_chunks} chunks are more "
+            f"than a kernel counts: {_MOST_ELEMENTS} numbers, of tokens or of the chunks' states"
+            f"{limit}; cut the sequence by context parallelism, or pack fewer documents"
         )
-    return _MOST_ELEMENTS // elements
+    return most

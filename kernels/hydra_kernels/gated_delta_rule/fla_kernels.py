@@ -1,13 +1,14 @@
 """flash-linear-attention's and FlashQLA's kernels, one compiled for every number of heads.
 
 Which of the two runs is fla's own rule: FlashQLA (https://github.com/QwenLM/FlashQLA) where it is
-installed and takes the GPU, dtype and dimension, fla's Triton kernels elsewhere. Both get heads as
-documents of one row (`documents.py`).
+installed and takes the GPU, dtype and dimension, fla's kernels elsewhere. Both get heads as
+documents of one row (`documents.py`, whose legend holds here).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ from hydra_kernels.gated_delta_rule.documents import (
 from hydra_kernels.packed import state_of_each_document
 
 MAX_HEAD_DIM = 256
+CHUNK_SIZES = (16, 32, 64)  # fla's
+# fla's backward kernel in TileLang has its chunks on a grid's second axis.
+_MOST_CHUNKS = 2**16 - 1
+# What CUDA graphs were captured with: they read its memory whenever they are replayed.
+_captured: set[Documents] = set()
 
 
 def gated_delta_rule(
@@ -46,20 +52,26 @@ def gated_delta_rule(
     b, t, n, _ = q.shape
     check_head_dim(q.shape[-1])
     check_head_dim(v.shape[-1])
+    if chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"impl='fla' takes a chunk_size of {CHUNK_SIZES}, got {chunk_size}")
     num_rows, with_state = b * n, initial_state is not None or output_final_state
     compile_once(Mode(q.shape[-1], v.shape[-1], q.dtype, with_state), q.device)
+    row = [one_row(x) for x in (q, k, v, g, beta)]
+    most_chunks = None if why_not_flash_qla(*row) is None else _MOST_CHUNKS
 
     def documents(count: int) -> Documents:
         if cu_seqlens is None:
             return whole_rows(count, t, q.device)
         return packed_rows(cu_seqlens, count)
 
-    size = min(num_rows, most_rows(t, documents(1).num_chunks, max(q.shape[-1], v.shape[-1])))
-    row = [one_row(x) for x in (q, k, v, g, beta)]
+    head_dim, num_chunks = max(q.shape[-1], v.shape[-1]), documents(1).num_chunks(chunk_size)
+    size = min(num_rows, most_rows(t, num_chunks, head_dim, most_chunks))
     states = None if initial_state is None else initial_state.flatten(0, 1)
     outputs, ends = [], []
     for start in range(0, num_rows, size):
         of_group = documents(min(size, num_rows - start))
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.add(of_group)
         span = slice(start * t, (start + of_group.num_rows) * t)
         output, end = run(
             [x[:, span] for x in row],
@@ -106,7 +118,7 @@ def run(
         output_final_state=output_final_state,
         cu_seqlens=documents.cu_seqlens,
     )
-    if runs_flash_qla(*row):
+    if why_not_flash_qla(*row) is None:
         import flash_qla
 
         options["cp_context"] = context_of(documents)
@@ -114,21 +126,24 @@ def run(
     else:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-        options["cu_seqlens_cpu"] = documents.cu_seqlens_cpu
+        options["chunk_indices"] = _chunk_indices(documents, chunk_size)
         output, ends = chunk_gated_delta_rule(*row, chunk_size=chunk_size, **options)
     if ends is None:
         return output, None
     return output, ends.squeeze(1)[documents.num_documents - 1 :: documents.num_documents]
 
 
-def runs_flash_qla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> bool:
-    """Whether fla would hand these to FlashQLA."""
+def why_not_flash_qla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> str | None:
+    """Why fla would not hand these to FlashQLA; None if it would."""
     from fla.ops.gated_delta_rule.backends.flash_qla import FlashQLABackend
 
     backend = FlashQLABackend()
-    if not (backend.is_available() and backend.is_enabled()):
-        return False
-    return backend.verify("chunk_gated_delta_rule", q, k, v, g, beta)[0]
+    if not backend.is_available():
+        return "FlashQLA is not installed"
+    if not backend.is_enabled() or os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
+        return "FlashQLA is switched off"
+    accepted, reason = backend.verify("chunk_gated_delta_rule", q, k, v, g, beta)
+    return None if accepted else str(reason)
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -137,6 +152,25 @@ def check_head_dim(head_dim: int) -> None:
         raise ValueError(f"impl='fla' takes head dimensions up to {MAX_HEAD_DIM}, got {head_dim}")
 
 
+def _chunk_indices(documents: Documents, chunk_size: int) -> Tensor:
+    """Document and place in it of each chunk, as fla's kernels want them; looked up once.
+
+    Kept with the offsets that its kernels look up themselves, which it keeps for a few tensors.
+    """
+    key = f"fla, {chunk_size}"
+    if key not in documents.kept:
+        from fla.ops.utils import prepare_chunk_indices, prepare_chunk_offsets
+
+        cu_seqlens, on_cpu = documents.cu_seqlens, documents.cu_seqlens_cpu
+        with torch.inference_mode(False):
+            documents.kept[key] = (
+                prepare_chunk_indices(cu_seqlens, chunk_size, cu_seqlens_cpu=on_cpu),
+                prepare_chunk_offsets(cu_seqlens, chunk_size),
+            )
+    return documents.kept[key][0]
+
+
+@torch.inference_mode(False)
 def context_of(documents: Documents, force_cut: bool = False) -> Any:
     """FlashQLA's own look at the documents, which its kernels would else take again and again.
 
@@ -145,28 +179,71 @@ def context_of(documents: Documents, force_cut: bool = False) -> Any:
     each layer, in each layer. So it is told once, on the CPU and for one row, whose cuts all rows
     share. Forward passes without a backward pass cut alike: what is computed twice is bit-equal.
     """
-    if "flash_qla" in documents.kept:
-        return documents.kept["flash_qla"]
+    if "FlashQLA" in documents.kept:
+        return documents.kept["FlashQLA"]
+    from flash_qla.ops.gated_delta_rule.chunk import CHUNK_SIZE as flash_qla_chunk
     from flash_qla.ops.gated_delta_rule.chunk import build_cp_context
-    from flash_qla.utils.index import prepare_varlen_metadata
 
     of_row = build_cp_context(
         documents.boundaries,
         enable_intra=True,
         num_v_heads=documents.num_rows,
-        chunk_size=CHUNK_SIZE,
+        chunk_size=flash_qla_chunk,
         is_train=True,
         force_intra_cp=force_cut,
     )
-    prepare_varlen_metadata(documents.cu_seqlens, documents.cu_seqlens_cpu)
+    _tell_chunks(documents.cu_seqlens, documents.boundaries, documents)
     context = dataclasses.replace(of_row, cu_seqlens=documents.cu_seqlens)
     if of_row.is_intra:
         cuts = cuts_of_all_rows(of_row, documents)
         on_device = {name: tensor.to(documents.device) for name, tensor in cuts.items()}
-        prepare_varlen_metadata(on_device["intra_cp_cu_seqlens"], cuts["intra_cp_cu_seqlens"])
+        _tell_chunks(on_device["intra_cp_cu_seqlens"], of_row.intra_cp_cu_seqlens, documents)
         context = dataclasses.replace(context, **on_device)
-    documents.kept["flash_qla"] = context
+    documents.kept["FlashQLA"] = context
     return context
+
+
+def _tell_chunks(cu_seqlens: Tensor, of_row: Tensor, documents: Documents) -> None:
+    """Attach to boundaries of all rows what FlashQLA's `prepare_varlen_metadata` would.
+
+    It counts for each document anew: here for those of one row, which are the same in all.
+
+    Args:
+        cu_seqlens: `[rows * pieces + 1]` on the device.
+        of_row: `[pieces + 1]` on the CPU.
+        documents: The rows.
+    """
+    from flash_qla.utils.index import prepare_varlen_metadata
+
+    chunks = chunks_of_all_rows(prepare_varlen_metadata(of_row.clone(), of_row), documents)
+    chunk_size, offsets, num_chunks, indices = chunks
+    device = cu_seqlens.device
+    cu_seqlens._flash_qla_prepared_varlen = (  # type: ignore[attr-defined]
+        chunk_size, offsets.to(device), num_chunks, indices.to(device)
+    )  # fmt: skip
+
+
+def chunks_of_all_rows(of_row: Tensor, documents: Documents) -> tuple[int, Tensor, int, Tensor]:
+    """FlashQLA's chunk size, offsets, number and indices of chunks: of one row, for all rows.
+
+    Args:
+        of_row: Boundaries `[pieces + 1]` with these of one row attached.
+        documents: The rows.
+
+    Returns:
+        Chunk size, where each piece's chunks begin `[rows * pieces + 1]`, their number, and the
+        piece and place in it of each `[chunks, 2]`.
+    """
+    chunk_size, offsets, num_chunks, indices = of_row._flash_qla_prepared_varlen  # type: ignore[attr-defined]
+    piece, place = indices.unbind(1)
+    pieces = documents.tile(piece, len(of_row) - 1)
+    all_indices = torch.stack((pieces, place.repeat(documents.num_rows)), dim=1)
+    return (
+        chunk_size,
+        documents.tile_boundaries(offsets),
+        num_chunks * documents.num_rows,
+        all_indices,
+    )
 
 
 def cuts_of_all_rows(of_row: Any, documents: Documents) -> dict[str, Tensor]:
