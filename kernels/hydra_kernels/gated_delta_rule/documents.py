@@ -54,7 +54,10 @@ class Documents:
 
     def num_chunks(self, chunk_size: int = CHUNK_SIZE) -> int:
         """Chunks of so many tokens or fewer that the documents of a row are cut into."""
-        return int((-(-self.boundaries.diff() // chunk_size)).sum())
+        key = f"chunks of {chunk_size}"
+        if key not in self.kept:
+            self.kept[key] = int((-(-self.boundaries.diff() // chunk_size)).sum())
+        return self.kept[key]
 
     def tile(self, of_row: Tensor, step: int) -> Tensor:
         """Numbers `[...]` of one row for every row, `step` more from row to row."""
