@@ -30,3 +30,16 @@ warnings.filterwarnings("ignore", module="megatron|nemo")
 def _warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
     """NeMo, once imported, lets no handler of the root logger show warnings, pytest's included."""
     caplog.handler.setLevel(0)
+
+
+@pytest.fixture
+def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LA preparation in strips of 4 tokens: its kernels take so many steps, with 3 more each.
+
+    Borders of strips then lie in rows of few tokens. A GPU has its own lengths, of 16 on, which
+    `test_kernel_over_several_blocks_strips_and_tiles` takes everywhere.
+    """
+    from hydra_kernels.la_preparation import triton_la_preparation
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton_la_preparation, "_SHORTEST", 4)
