@@ -7,6 +7,9 @@ first imported, and Megatron imports it.
 import os
 import warnings
 
+# Of the tests' models one thread is faster than two, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
