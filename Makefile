@@ -27,8 +27,10 @@ $(INSTALLED): requirements/cpu.txt requirements/dev.txt setup.py
 quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
 
+# In the order of testpaths, which has the long files first: else one is left to the end.
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not gpu and not exhaustive"
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "not gpu and not exhaustive"
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"

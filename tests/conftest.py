@@ -7,6 +7,9 @@ first imported, and Megatron imports it.
 import os
 import warnings
 
+# Of the tests' models one thread is faster than two, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -18,6 +21,9 @@ install_if_needed()
 
 import pytest  # noqa: E402
 
+from megatron_hydra.testing.interpreter import patch_once_a_kernel  # noqa: E402
+
+patch_once_a_kernel()
 torch.set_num_threads(1)
 # Megatron and NeMo warn of each optional package that is absent, at import.
 warnings.filterwarnings("ignore", module="megatron|nemo")
@@ -27,3 +33,16 @@ warnings.filterwarnings("ignore", module="megatron|nemo")
 def _warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
     """NeMo, once imported, lets no handler of the root logger show warnings, pytest's included."""
     caplog.handler.setLevel(0)
+
+
+@pytest.fixture
+def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LA preparation in strips of 4 tokens: its kernels take so many steps, with 3 more each.
+
+    Borders of strips then lie in rows of few tokens. A GPU has its own lengths, of 16 on, which
+    `test_kernel_over_several_blocks_strips_and_tiles` takes everywhere.
+    """
+    from hydra_kernels.la_preparation import triton_la_preparation
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(triton_la_preparation, "_SHORTEST", 4)

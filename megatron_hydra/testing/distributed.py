@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 _SECONDS_FOR_STACKS = 2.0
+# Where one cannot be imported, as without NeMo, the fork server goes on without it.
+_PRELOADED = ["megatron_hydra.testing.preload", "megatron_hydra.nemo.training"]
 
 
 def run_distributed(
@@ -28,8 +30,8 @@ def run_distributed(
     Each process has one thread; `function` (of a module's top level) sets up Megatron's groups
     itself with `initialize_model_parallel`. An exception on any rank is raised here. Without a GPU
     CUDA's calls are mapped to the CPU, and ranks fork from a server that has imported Megatron and
-    run nothing; with one they start anew, as CUDA does not survive a fork. More ranks than GPUs
-    share the first, each as a host of its own: NCCL takes one rank for a GPU of a host.
+    NeMo and run nothing; with one they start anew, as CUDA does not survive a fork. More ranks than
+    GPUs share the first, each as a host of its own: NCCL takes one rank for a GPU of a host.
 
     Args:
         function: What each rank runs.
@@ -42,9 +44,7 @@ def run_distributed(
     """
     start_method = "spawn" if torch.cuda.is_available() else "forkserver"
     if start_method == "forkserver":
-        multiprocessing.get_context(start_method).set_forkserver_preload(
-            ["megatron_hydra.testing.preload"]
-        )
+        multiprocessing.get_context(start_method).set_forkserver_preload(_PRELOADED)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

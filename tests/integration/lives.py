@@ -81,26 +81,31 @@ class Run:
 
     def start(self, kill: str = "", ranks: int = 2, more: Sequence[str] = ()) -> subprocess.Popen:
         """Begin a life; without torchrun where there are 0 ``ranks``."""
-        self.num_lives += 1
-        log, records = (
-            self.folder.with_name(f"{self.folder.name}.{x}") for x in ("log", "records")
-        )
-        records.mkdir(parents=True, exist_ok=True)
-        environment = {"RECORD": str(records), "KILL": kill, "LIFE": str(self.num_lives),
-                       "OMP_NUM_THREADS": "1",
-                       "WRITE_SECONDS": "0.3" if "resume.async_save=true" in more else "0",
-                       "PYTHONPATH": paths()}  # fmt: skip
+        environment = self.environment(kill, "resume.async_save=true" in more)
         launcher = torchrun(ranks) if ranks else [sys.executable]
         program = str(Path(__file__).with_name("recorded_run.py"))
-        with log.open("wb") as stream:
+        with self.log.open("wb") as stream:
             return subprocess.Popen(
                 [*launcher, program, *self.arguments, *more],
                 stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment},
             )  # fmt: skip
 
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def environment(self, kill: str = "", is_slow: bool = False) -> dict[str, str]:
+        """What `recorded_run` asks for, of the next life."""
+        self.num_lives += 1
+        records = self.folder.with_name(f"{self.folder.name}.records")
+        records.mkdir(parents=True, exist_ok=True)
+        return {"RECORD": str(records), "KILL": kill, "LIFE": str(self.num_lives),
+                "WRITE_SECONDS": "0.3" if is_slow else "0", "PYTHONPATH": paths(),
+                "OMP_NUM_THREADS": "1"}  # fmt: skip
+
     def printed(self) -> str:
         """What the last life has printed until now."""
-        return self.folder.with_name(f"{self.folder.name}.log").read_text(errors="replace")
+        return self.log.read_text(errors="replace")
 
     def records(self) -> list[dict[str, Any]]:
         """What the ranks recorded of all lives, in the order of their writing."""

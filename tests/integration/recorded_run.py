@@ -168,6 +168,26 @@ def _patch_saving() -> None:
     HydraStrategy.remove_checkpoint = remove
 
 
+def run_stages(stages: list[tuple[list[str], dict[str, str], Path]]) -> None:
+    """Several lives that nothing ends, one after the other, on ranks that a test has started.
+
+    Args:
+        stages: Of each the arguments, the environment and where to print.
+    """
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    train._prepare = _prepare_and_patch
+    for arguments, environment, log in stages:
+        os.environ.update(environment)
+        sys.argv[1:] = arguments
+        with log.open("ab") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        assert launch.main("train") == 0, log.read_text()[-4000:]
+        train._prepare = _prepare  # all is patched
+        unset_num_microbatches_calculator()  # NeMo keeps the first run's
+
+
 if __name__ == "__main__":
     train._prepare = _prepare_and_patch
     sys.exit(launch.main("train"))

@@ -211,29 +211,30 @@ def _check_spikes(inputs: Path, folder: Path) -> None:
     )
 
 
-def test_command_ends_with_one_sentence(inputs: Path, tmp_path: Path) -> None:
-    """Weights that are bad from the start, through torchrun: no skipping helps."""
+@pytest.mark.parametrize("action", ["skip", pytest.param("stop", marks=pytest.mark.exhaustive)])
+def test_command_ends_with_one_sentence(inputs: Path, tmp_path: Path, action: str) -> None:
+    """Weights that are bad from the start, through torchrun: no skipping helps.
+
+    `test_run_stops_goes_on_and_counts` has the error of `stop`, which goes the same way from there.
+    """
     run_distributed(_write_bad_hybrid, 1, inputs, tmp_path / "bad")
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
-    sentences = {
-        "stop": "step 1 of stage distill is bad: NaN in the output of head 1 (LA) of layer 1 on",
-        "skip": "step 3 of stage distill is bad: NaN in the output of head 1 (LA) of layer 1 on",
-    }
-    for action, sentence in sentences.items():
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-             "2", "-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml",
-             f"transfer.init_from={tmp_path}/bad", f"log.folder={tmp_path}/run",
-             f"bad_numbers.action={action}", "bad_numbers.max_skipped_in_a_row=2"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        log = result.stdout
-        *_, summary = log.partition("Root Cause")
-        assert f"\nmegatron-hydra: error: {sentence} rank " in log, log[-4000:]
-        assert re.search(r"exitcode +: 2 ", summary), log[-4000:]
-        assert not re.search(r'File ".*(megatron_hydra|hydra_tools)', log), log[-4000:]
-        assert log.count("; skipped: ") == (2 if action == "skip" else 0), log[-4000:]
+    step, num_skipped = (3, 2) if action == "skip" else (1, 0)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         "2", "-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml",
+         f"transfer.init_from={tmp_path}/bad", f"log.folder={tmp_path}/run",
+         f"bad_numbers.action={action}", "bad_numbers.max_skipped_in_a_row=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = result.stdout
+    *_, summary = log.partition("Root Cause")
+    bad = f"step {step} of stage distill is bad: NaN in the output of head 1 (LA) of layer 1 on"
+    assert f"\nmegatron-hydra: error: {bad} rank " in log, log[-4000:]
+    assert re.search(r"exitcode +: 2 ", summary), log[-4000:]
+    assert not re.search(r'File ".*(megatron_hydra|hydra_tools)', log), log[-4000:]
+    assert log.count("; skipped: ") == num_skipped, log[-4000:]
 
 
 def _write_bad_hybrid(inputs: Path, folder: Path) -> None:

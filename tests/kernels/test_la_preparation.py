@@ -21,11 +21,9 @@ TIMES = 2 if torch.cuda.is_available() else 4
 EVERYTHING = ("conv", "state", "norm", "rope", "decay", "beta")
 
 # 1 / |0| of rows that are masked or zero is infinite before it is clamped.
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+division = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+pytestmark = [division, pytest.mark.usefixtures("short_strips")]
+gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
 
 
 def make_inputs(
@@ -235,8 +233,9 @@ def test_kernel_on_rows_shorter_than_its_window(length: int):
     assert_kernel_is_right(make_inputs(length, heads=1, batch=1), torch.float32, 1)
 
 
-def test_kernel_over_several_blocks_strips_and_tiles():
+def test_kernel_over_several_blocks_strips_and_tiles(monkeypatch: pytest.MonkeyPatch):
     """Strips of 16 tokens, two to a program: 70 tokens begin inside each and end inside one."""
+    monkeypatch.undo()  # short strips
     inputs = make_inputs(70, heads=3, dim=128, batch=1)
     boundaries = torch.tensor([0, 15, 33, 34, 62, 70], device=DEVICE)
     assert_kernel_is_right(inputs, torch.float32, 3, cu_seqlens=boundaries)

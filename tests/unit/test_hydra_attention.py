@@ -26,7 +26,7 @@ from megatron_hydra.testing.tiny import FA_HEADS, tiny_config, tiny_plan, token_
 
 
 @pytest.fixture(autouse=True)
-def _one_rank():
+def _one_rank(short_strips):
     initialize_model_parallel()
 
 

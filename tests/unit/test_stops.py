@@ -133,6 +133,8 @@ def test_a_verb_that_a_signal_ends_leaves_no_half_output(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        # What these tests themselves run under may have it ignored, as nohup has.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     with (tmp_path / "text.txt").open("w") as stream:
         stream.write("words " * 99)
