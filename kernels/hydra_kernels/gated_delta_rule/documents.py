@@ -5,8 +5,8 @@ another number in every layer. Vectors that lie head by head in memory, `[b, n, 
 a copy one packed row `[1, b n t, 1, d]` of b n documents, or of as many times more as a row packs;
 so one compiled kernel serves every number of heads, and heads run side by side as documents do.
 
-Legend: b rows, n heads, t tokens of a row, d channels of a head. Here "rows" are b n: each head's
-tokens of a row of the batch, which hold one document, or those that the row packs.
+Legend: b sequences of the batch, n heads, t tokens of a sequence, d channels of a head. A row is
+one head's tokens of one sequence, b n in all; it holds one document, or those that are packed.
 """
 
 from __future__ import annotations
