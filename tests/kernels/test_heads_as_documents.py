@@ -23,7 +23,7 @@ PACKED = {"whole": None, "packed": [0, 1, 2, 9, 17]}
 
 @pytest.fixture(autouse=True)
 def _reference_as_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(row, scale, states, output_final_state, documents, chunk_size):
+    def run(row, scale, states, output_final_state, documents, uses_flash_qla, chunk_size):
         outputs, ends = [], []
         cu_seqlens = documents.cu_seqlens.tolist()
         assert row[0].shape[:3] == (1, cu_seqlens[-1], 1)

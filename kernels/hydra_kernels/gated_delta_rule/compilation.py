@@ -144,7 +144,9 @@ def _call(mode: Mode, sample: _Sample, device: torch.device, uses_flash_qla: boo
     if mode.with_state:
         states = torch.zeros(sample.num_rows, mode.head_dim, mode.value_dim, device=device)
     with torch.set_grad_enabled(sample.backward):
-        outputs = fla_kernels.run(row, mode.head_dim**-0.5, states, mode.with_state, documents)
+        outputs = fla_kernels.run(
+            row, mode.head_dim**-0.5, states, mode.with_state, documents, uses_flash_qla
+        )
         if sample.backward:
             torch.stack([x.float().sum() for x in outputs if x is not None]).sum().backward()
 

@@ -57,7 +57,8 @@ def gated_delta_rule(
     num_rows, with_state = b * n, initial_state is not None or output_final_state
     compile_once(Mode(q.shape[-1], v.shape[-1], q.dtype, with_state), q.device)
     row = [one_row(x) for x in (q, k, v, g, beta)]
-    most_chunks = None if why_not_flash_qla(*row) is None else _MOST_CHUNKS
+    uses_flash_qla = why_not_flash_qla(*row) is None
+    most_chunks = None if uses_flash_qla else _MOST_CHUNKS
 
     def documents(count: int) -> Documents:
         if cu_seqlens is None:
@@ -79,6 +80,7 @@ def gated_delta_rule(
             None if states is None else states[start : start + of_group.num_rows],
             output_final_state,
             of_group,
+            uses_flash_qla,
             chunk_size,
         )
         outputs.append(output)
@@ -96,6 +98,7 @@ def run(
     states: Tensor | None,
     output_final_state: bool,
     documents: Documents,
+    uses_flash_qla: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor | None]:
     """One call of the kernels.
@@ -106,6 +109,7 @@ def run(
         states: `[num_rows, d_k, d_v]` before each row's first document, or None.
         output_final_state: Return the state after each row's last document.
         documents: Where they lie.
+        uses_flash_qla: As :func:`why_not_flash_qla` says.
         chunk_size: Tokens solved together, by fla's own kernels.
 
     Returns:
@@ -118,7 +122,7 @@ def run(
         output_final_state=output_final_state,
         cu_seqlens=documents.cu_seqlens,
     )
-    if why_not_flash_qla(*row) is None:
+    if uses_flash_qla:
         import flash_qla
 
         options["cp_context"] = context_of(documents)
