@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from hydra_kernels.gated_delta_rule.compilation import Mode, compile_once
 from hydra_kernels.head_fusion import head_fusion
 from hydra_kernels.la_preparation import la_preparation
 
@@ -16,38 +17,26 @@ NUM_HEADS = 16
 _NUM_TAPS = 4
 
 
-def warm_up(head_dim: int, dtype: torch.dtype, with_state: bool, device: torch.device) -> Path:
-    """Compile the gated delta rule, LA preparation and head fusion for a head dimension.
-
-    Args:
-        head_dim: Of queries, keys and values.
-        dtype: Of all three.
-        with_state: For context parallelism, where heads start from a state.
-        device: A GPU.
+def warm_up(mode: Mode, device: torch.device) -> Path:
+    """Compile the gated delta rule, LA preparation and head fusion of a mode, on a GPU.
 
     Returns:
         The file that says that the gated delta rule is compiled; missing if it cannot be written.
     """
-    from hydra_kernels.gated_delta_rule.compilation import Mode, compile_once
-
-    done = compile_once(Mode(head_dim, head_dim, dtype, with_state), device)
-    run_layer_operators(head_dim, dtype, with_state, device)
+    done = compile_once(mode, device)
+    run_layer_operators(mode, device)
     return done
 
 
-def run_layer_operators(
-    head_dim: int,
-    dtype: torch.dtype,
-    with_state: bool,
-    device: torch.device,
-    lengths: Sequence[int] = LENGTHS,
-) -> None:
+def run_layer_operators(mode: Mode, device: torch.device, lengths: Sequence[int] = LENGTHS) -> None:
     """Our own kernels around the gated delta rule, forward and backward, whole rows and packed."""
     for num_tokens in lengths:
         for is_packed in (False, True):
-            _prepare(num_tokens, head_dim, dtype, with_state, is_packed, device)
+            _prepare(mode, num_tokens, is_packed, device)
     heads = [
-        torch.zeros(1, 1, NUM_HEADS, head_dim, dtype=dtype, device=device, requires_grad=True)
+        torch.zeros(
+            1, 1, NUM_HEADS, mode.head_dim, dtype=mode.dtype, device=device
+        ).requires_grad_()
         for _ in range(4)
     ]
     scale = torch.ones(2 * NUM_HEADS, device=device, requires_grad=True)
@@ -55,17 +44,11 @@ def run_layer_operators(
     head_fusion(*heads, scale, order, eps=1e-6, impl="triton").float().sum().backward()
 
 
-def _prepare(
-    num_tokens: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    with_state: bool,
-    is_packed: bool,
-    device: torch.device,
-) -> None:
+def _prepare(mode: Mode, num_tokens: int, is_packed: bool, device: torch.device) -> None:
+    head_dim = mode.head_dim
     channels = 3 * NUM_HEADS * head_dim
 
-    def zeros(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+    def zeros(*shape: int, of: torch.dtype = mode.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=of, device=device, requires_grad=True)
 
     angles = torch.zeros(1, num_tokens, head_dim // 2, device=device)
@@ -77,7 +60,7 @@ def _prepare(
         dt_bias=zeros(NUM_HEADS, of=torch.float32),
         b=zeros(1, num_tokens, NUM_HEADS),
         conv_weight=zeros(channels, _NUM_TAPS),
-        initial_state=zeros(1, _NUM_TAPS - 1, channels) if with_state else None,
+        initial_state=zeros(1, _NUM_TAPS - 1, channels) if mode.with_state else None,
         q_norm_weight=zeros(head_dim),
         k_norm_weight=zeros(head_dim),
         cos=angles.cos(),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra_kernels import warm_up
+from hydra_kernels.gated_delta_rule.compilation import Mode
 from hydra_kernels.la_preparation import triton_la_preparation
 from hydra_tools import cli
 
@@ -94,4 +95,5 @@ def test_every_kernel_of_la_preparation_is_among_those_compiled(head_dim: int):
 def test_operators_run_as_a_layer_calls_them(with_state: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(warm_up, "NUM_HEADS", 2)  # the interpreter takes seconds a head
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    warm_up.run_layer_operators(8, torch.float32, with_state, device, lengths=(4,))
+    mode = Mode(8, 8, torch.float32, with_state)
+    warm_up.run_layer_operators(mode, device, lengths=(4,))

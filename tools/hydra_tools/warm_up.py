@@ -36,19 +36,16 @@ def run(args: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         raise UserError("warm-up compiles for the GPU of this machine, and PyTorch finds none")
+    from hydra_kernels.gated_delta_rule.compilation import Mode
     from hydra_kernels.warm_up import warm_up
 
     device = torch.device("cuda", torch.cuda.current_device())
     for head_dim in args.head_dim:
         for with_state in (False, True)[: 1 + args.context_parallel]:
             start = time.monotonic()
-            done = warm_up(head_dim, getattr(torch, args.dtype), with_state, device)
+            mode = Mode(head_dim, head_dim, getattr(torch, args.dtype), with_state)
+            done = warm_up(mode, device)
             if not done.is_file():
                 raise UserError(f"{done.parent} cannot be written: nothing compiled is kept")
-            purpose = "context parallelism" if with_state else "whole sequences"
-            seconds = time.monotonic() - start
-            print(
-                f"head dimension {head_dim}, {args.dtype}, {purpose}: ready after {seconds:.1f} s, "
-                f"in {done.parents[1]}"
-            )
+            print(f"{mode}: ready after {time.monotonic() - start:.1f} s, in {done.parents[1]}")
     return 0
