@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from hydra_kernels.gated_delta_rule.documents import CHUNK_SIZE, most_rows
 from hydra_kernels.gated_delta_rule.fla_kernels import check_head_dim
+from hydra_kernels.la_preparation import api as la_preparation
 
 from megatron_hydra.config import HydraConfig
 from megatron_hydra.errors import UserError
@@ -60,15 +61,15 @@ def check_la_heads(config: HydraConfig, impl: str, layer_number: int, num_heads:
     if impl != "fla" or not num_heads:
         return
     length = config.seq_length // config.context_parallel_size
+    is_fused, remedy = choose_fused_kernels(config.fused_kernels) == "triton", ""
     try:
         check_head_dim(config.kv_channels)
         most_rows(length, -(-length // CHUNK_SIZE), config.kv_channels)
+        if is_fused:
+            remedy = "; set fused_kernels to 'reference'"
+            la_preparation.check_head_dim(config.kv_channels)
     except ValueError as error:
         raise UserError(
-            f"layer {layer_number - 1} has {num_heads} LA heads that cannot run: {error}"
-        ) from error
-    if choose_fused_kernels(config.fused_kernels) == "triton" and config.kv_channels % 2:
-        raise UserError(
             f"layer {layer_number - 1} has {num_heads} LA heads of dimension {config.kv_channels}, "
-            "and fused_kernels 'triton' takes even ones: set fused_kernels to 'reference'"
-        )
+            f"which cannot run: {error}{remedy}"
+        ) from error

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Impl = Literal["reference", "triton"]
+_MAX_HEAD_DIM = 256
 
 
 class LAPreparationOutput(NamedTuple):
@@ -105,6 +106,14 @@ def la_preparation(
         )
         return LAPreparationOutput(*outputs)
     raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError for a head dimension that "triton" does not take."""
+    if head_dim % 2 or head_dim > _MAX_HEAD_DIM:
+        raise ValueError(
+            f"impl='triton' takes even head dimensions up to {_MAX_HEAD_DIM}, got {head_dim}"
+        )
 
 
 def _check(

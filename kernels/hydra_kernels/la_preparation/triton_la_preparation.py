@@ -15,12 +15,12 @@ from torch import Tensor
 
 from hydra_kernels.device import check_device
 from hydra_kernels.gradients import gradient_memory
+from hydra_kernels.la_preparation.api import check_head_dim
 from hydra_kernels.la_preparation.triton_backward import backward_kernel
 from hydra_kernels.la_preparation.triton_forward import forward_kernel
 from hydra_kernels.la_preparation.triton_vectors import HEADS_PER_TILE, MAX_LAG, reach_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_HEAD_DIM = 256
 _NUM_WARPS = 4
 # Elements of half a tile, for 4 x 32 threads. Backward, each element has 16 float32 values in
 # registers: half as many elements let twice as many threads run.
@@ -38,11 +38,7 @@ def check(x: Tensor, num_heads: int, conv_weight: Tensor | None) -> None:
     check_device(x, "triton")
     if x.dtype not in _DTYPES:
         raise ValueError(f"impl='triton' takes bfloat16, float16 or float32, got {x.dtype}")
-    head_dim = x.shape[-1] // (3 * num_heads)
-    if head_dim % 2 or head_dim > _MAX_HEAD_DIM:
-        raise ValueError(
-            f"impl='triton' takes even head dimensions up to {_MAX_HEAD_DIM}, got {head_dim}"
-        )
+    check_head_dim(x.shape[-1] // (3 * num_heads))
     if conv_weight is not None and conv_weight.shape[1] > MAX_LAG.value + 1:
         raise ValueError(
             f"impl='triton' takes up to {MAX_LAG.value + 1} taps, got {conv_weight.shape[1]}"
