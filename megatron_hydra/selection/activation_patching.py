@@ -27,11 +27,11 @@ from torch import Tensor
 from megatron_hydra.selection.activations import (
     Activations,
     add_mlp_in_place,
+    add_patched_runs,
     project,
     read_out,
     run_with_activations,
     waves,
-    write_heads,
 )
 from megatron_hydra.selection.scorer import PairBatch, SingleRound
 
@@ -88,11 +88,9 @@ def patch_heads(
         for index, layer in enumerate(layers):
             streams[:num_streams] += frozen[index]
             patched = [head for of_layer, head in wave if of_layer == index]
-            if patched:
-                change = corrupt.head_outputs[index] - clean.head_outputs[index]
-                own = streams[num_streams : num_streams + len(patched)]
-                write_heads(model, index, change.flatten(0, 1), patched, own).add_(streams[0])
-                num_streams += len(patched)
+            num_streams = add_patched_runs(
+                model, index, clean, corrupt, patched, streams, num_streams
+            )
             add_mlp_in_place(layer, streams[:num_streams])
         values = batch.effects(reference, read_out(model, batch, streams[1:]))
         effects[:, [index for index, _ in wave], [head for _, head in wave]] = values.T

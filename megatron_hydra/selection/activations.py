@@ -116,30 +116,43 @@ def variants_in(rows: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def write_heads(
-    model: GPTModel, index: int, change: Tensor, heads: Sequence[int], out: Tensor
-) -> Tensor:
-    """What a change of one head's output adds to the residual stream, for each head by itself.
+def add_patched_runs(
+    model: GPTModel,
+    index: int,
+    clean: Activations,
+    corrupt: Activations,
+    heads: Sequence[int],
+    streams: Tensor,
+    num_streams: int,
+) -> int:
+    """Begin a run for each head of a layer: the clean run with that head's corrupt output.
 
-    A small change keeps its digits in 16 bits, as it would not in the sum over all heads.
+    The head's change is written by itself: in 16 bits it keeps its digits, as it would not in the
+    sum over all heads.
 
     Args:
         model: As everywhere here.
         index: The layer, from 0.
-        change: Of this rank's head outputs, [r, channels].
+        clean: Of the pairs, of r rows.
+        corrupt: Likewise.
         heads: Heads of the layer, on any rank.
-        out: Where it is written, contiguous [heads, r, h].
+        streams: Residual streams [n, r, h] after the layer's attention, the clean run's first.
+        num_streams: How many there are; the new ones come after them.
 
     Returns:
-        ``out``.
+        How many there are then.
     """
+    if not heads:
+        return num_streams
     weight = model.decoder.layers[index].self_attention.linear_proj.weight  # [h, channels]
-    out.zero_()
+    change = (corrupt.head_outputs[index] - clean.head_outputs[index]).flatten(0, 1)
+    own = streams[num_streams : num_streams + len(heads)].zero_()
     for place, head in enumerate(heads):
         channels = head_channels(model, head)
         if channels is not None:
-            torch.mm(change[:, channels], weight[:, channels].T, out=out[place])
-    return sum_over_ranks(model, out)
+            torch.mm(change[:, channels], weight[:, channels].T, out=own[place])
+    sum_over_ranks(model, own).add_(streams[0])
+    return num_streams + len(heads)
 
 
 def sum_over_ranks(model: GPTModel, parts: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from megatron_hydra.selection.activation_patching import ActivationPatching
 from megatron_hydra.selection.activations import (
     Activations,
     add_mlp_in_place,
+    add_patched_runs,
     head_channels,
     project,
     read_out,
@@ -51,7 +52,6 @@ from megatron_hydra.selection.activations import (
     sum_over_ranks,
     variants_in,
     waves,
-    write_heads,
 )
 from megatron_hydra.selection.combination import NOTABLE_EFFECT
 from megatron_hydra.selection.probes import Probe
@@ -266,23 +266,23 @@ def _send(model: GPTModel, runs: _Runs, senders: Sequence[Head]) -> Tensor:
     # First runs, the clean run above them, and second runs: residual streams.
     first = embedding.new_empty(1 + len(senders), *embedding.shape)
     second = embedding.new_empty(len(senders), num_answers, embedding.shape[1])
-    first[0], num_sent = embedding, 0
+    first[0], num_first = embedding, 1
     for index, layer in enumerate(model.decoder.layers):
         attention = runs.attention[index]
-        if index in runs.targets and num_sent:
-            _hear(model, runs, index, first[1 : num_sent + 1], second[:num_sent])
-        second[:num_sent] += attention[-num_answers:]
+        heard = second[: num_first - 1]
+        if index in runs.targets and num_first > 1:
+            _hear(model, runs, index, first[1:num_first], heard)
+        heard += attention[-num_answers:]
         if index < highest:
-            first[: num_sent + 1] += attention
+            first[:num_first] += attention
             heads = [head for of_layer, head in senders if of_layer == index]
-            if heads:
-                change = runs.corrupt.head_outputs[index] - runs.clean.head_outputs[index]
-                own = first[num_sent + 1 : num_sent + len(heads) + 1]
-                write_heads(model, index, change[:, 0], heads, own).add_(first[0])
-                second[num_sent : num_sent + len(heads)] = first[0, -num_answers:]
-                num_sent += len(heads)
-            add_mlp_in_place(layer, first[: num_sent + 1])
-        add_mlp_in_place(layer, second[:num_sent])
+            num_before, num_first = (
+                num_first,
+                add_patched_runs(model, index, runs.clean, runs.corrupt, heads, first, num_first),
+            )
+            second[num_before - 1 : num_first - 1] = first[0, -num_answers:]
+            add_mlp_in_place(layer, first[:num_first])
+        add_mlp_in_place(layer, second[: num_first - 1])
     return second
 
 
