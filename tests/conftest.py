@@ -21,9 +21,9 @@ install_if_needed()
 
 import pytest  # noqa: E402
 
-from megatron_hydra.testing.interpreter import patch_once_a_kernel  # noqa: E402
+from megatron_hydra.testing.interpreter import patch_interpreter  # noqa: E402
 
-patch_once_a_kernel()
+patch_interpreter()
 torch.set_num_threads(1)
 # Megatron and NeMo warn of each optional package that is absent, at import.
 warnings.filterwarnings("ignore", module="megatron|nemo")

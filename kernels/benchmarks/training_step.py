@@ -15,6 +15,7 @@ that train replay Megatron's CUDA graphs; nothing is recomputed, and the peak is
 holds on to, as the graphs' memory is not among what it calls allocated. MFU counts the model's own
 operations (no recomputation; the teacher's forward where there is one) against the 989 TFLOP/s of
 an H100 or H200; memory is of the rank that takes most.
+`first step s` is the first step's time, in which kernels that no cache has are compiled.
 
 `--plan uneven` has as many FA heads as `uniform`, dealt to the layers as a global top-K of scores
 does (`megatron_hydra.testing.uneven_plan`); with both, `/ uniform` is the ratio of their times. Of
@@ -29,6 +30,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -155,7 +157,7 @@ def measure(
     row: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "stage": stage, "plan": plan_name or "",
         "FA heads": args.layers * HEADS if plan is None else plan.num_fa_heads,
-        "tokens": length, "layers recomputed": layers,
+        "tokens": length, "layers recomputed": layers, "first step s": None,
     }  # fmt: skip
     student = milliseconds = peak = nccl_ms = costs = dearest = None
     gc.collect()  # DDP's hooks hold the model in a cycle
@@ -166,7 +168,7 @@ def measure(
         student = _student(plan, length, layers, args)
         if plan is not None and args.tp > 1:
             costs, dearest = rank_tflop(student)
-        step = _training_step(student, stage, length, args)
+        step, row["first step s"] = _training_step(student, stage, length, args)
         state = (torch.cuda.memory_allocated() - before) / 2**30
         row["weights and optimizer GiB"] = max(_of_all_ranks(state))
         milliseconds = median_ms(step, rep_ms=1)
@@ -228,8 +230,8 @@ def _nccl_ms(step: Callable[[], Any]) -> float | None:
 
 def _training_step(
     student: Any, stage: str, length: int, args: argparse.Namespace
-) -> Callable[[], Any]:
-    """A function that runs one step, called once."""
+) -> tuple[Callable[[], Any], float]:
+    """A function that runs one step, called once, and the seconds that the call took."""
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -296,11 +298,14 @@ def _training_step(
         finalize_model_grads([ddp])
         optimizer.step()
 
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     step()
     torch.cuda.synchronize()
+    first_s = time.perf_counter() - start
     if args.cuda_graphs:
         create_cudagraphs()
-    return step
+    return step, first_s
 
 
 def _modelopt(student: Any, teacher: Any) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +10,6 @@ from hydra_kernels.gated_delta_rule.compilation import Mode, compile_once
 from hydra_kernels.head_fusion import head_fusion
 from hydra_kernels.la_preparation import la_preparation
 
-LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
-"""Tokens with which LA preparation of `NUM_HEADS` heads comes to all its kernels."""
 NUM_HEADS = 16
 _NUM_TAPS = 4
 
@@ -28,11 +25,10 @@ def warm_up(mode: Mode, device: torch.device) -> Path:
     return done
 
 
-def run_layer_operators(mode: Mode, device: torch.device, lengths: Sequence[int] = LENGTHS) -> None:
+def run_layer_operators(mode: Mode, device: torch.device, num_tokens: int = 1024) -> None:
     """Our own kernels around the gated delta rule, forward and backward, whole rows and packed."""
-    for num_tokens in lengths:
-        for is_packed in (False, True):
-            _prepare(mode, num_tokens, is_packed, device)
+    for is_packed in (False, True):
+        _prepare(mode, num_tokens, is_packed, device)
     heads = [
         torch.zeros(
             1, 1, NUM_HEADS, mode.head_dim, dtype=mode.dtype, device=device

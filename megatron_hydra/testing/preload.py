@@ -5,6 +5,6 @@ from megatron_hydra.cpu import install_if_needed
 install_if_needed()
 
 import megatron_hydra.conversion.checkpoint  # noqa: E402,F401
-from megatron_hydra.testing.interpreter import patch_once_a_kernel  # noqa: E402
+from megatron_hydra.testing.interpreter import patch_interpreter  # noqa: E402
 
-patch_once_a_kernel()
+patch_interpreter()

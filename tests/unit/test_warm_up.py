@@ -78,12 +78,11 @@ def test_every_kernel_of_la_preparation_is_among_those_compiled(head_dim: int):
             (module._HALF_TILE_FORWARD, module._LONGEST_FORWARD),
             (module._HALF_TILE_BACKWARD, module._LONGEST_BACKWARD),
         )
-        return {
-            (i, *sorted(module._launch(x, num_heads, weight, *sizes)[1].items()))
-            for i, sizes in enumerate(passes)
-        }
+        launches = [module._launch(x, num_heads, weight, *sizes) for sizes in passes]
+        assert all(strip % 16 == 0 for _, strip, _ in launches)  # for others Triton compiles anew
+        return {(i, *sorted(sizes.items())) for i, (_, _, sizes) in enumerate(launches)}
 
-    compiled = set.union(*(kernels(warm_up.NUM_HEADS, 1, t) for t in warm_up.LENGTHS))
+    compiled = kernels(warm_up.NUM_HEADS, 1, 1024)
     for num_heads in range(1, 17):
         for rows in (1, 2, 4):
             for num_tokens in (1, 100, 1024, 3000, 4096, 8192, 20000, 2**17, 2**19):
@@ -96,4 +95,4 @@ def test_operators_run_as_a_layer_calls_them(with_state: bool, monkeypatch: pyte
     monkeypatch.setattr(warm_up, "NUM_HEADS", 2)  # the interpreter takes seconds a head
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mode = Mode(8, 8, torch.float32, with_state)
-    warm_up.run_layer_operators(mode, device, lengths=(4,))
+    warm_up.run_layer_operators(mode, device, num_tokens=4)

@@ -52,8 +52,8 @@ def backward_kernel(
     dx, da, db, dstate, partial, gate_partial,
     x_row, x_token, a_row, a_token, b_row, b_token,
     dx_row, dx_token, da_row, da_token, db_row, db_token,
-    num_tokens, num_heads, rows_per_angle, eps,
-    DIM: tl.constexpr, HALF_BLOCK: tl.constexpr, STRIPS: tl.constexpr, STRIP: tl.constexpr,
+    num_tokens, num_heads, rows_per_angle, strip, eps,
+    DIM: tl.constexpr, HALF_BLOCK: tl.constexpr, STRIPS: tl.constexpr,
     GATE_HEADS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """One program, on the forward kernel's grid; it also leaves its sums for the parameters.
@@ -67,16 +67,16 @@ def backward_kernel(
     if tile < qk_tiles:
         _backward_tile(
             x, conv_weight, q_weight, k_weight, cos, sin, state, reach, dq, dk, dx, dstate, partial,
-            x_row, x_token, dx_row, dx_token, num_tokens, num_heads, rows_per_angle, eps,
+            x_row, x_token, dx_row, dx_token, num_tokens, num_heads, rows_per_angle, strip, eps,
             tile * HEADS_PER_TILE, 2 * num_heads, block, row,
-            True, DIM, HALF_BLOCK, STRIPS, STRIP, TAPS,
+            True, DIM, HALF_BLOCK, STRIPS, TAPS,
         )  # fmt: skip
     elif tile < qk_tiles + v_tiles:
         _backward_tile(
             x, conv_weight, None, None, None, None, state, reach, dv, dv, dx, dstate, partial,
-            x_row, x_token, dx_row, dx_token, num_tokens, num_heads, rows_per_angle, eps,
+            x_row, x_token, dx_row, dx_token, num_tokens, num_heads, rows_per_angle, strip, eps,
             2 * num_heads + (tile - qk_tiles) * HEADS_PER_TILE, 3 * num_heads, block, row,
-            False, DIM, HALF_BLOCK, STRIPS, STRIP, TAPS,
+            False, DIM, HALF_BLOCK, STRIPS, TAPS,
         )  # fmt: skip
     else:
         sums = None
@@ -85,17 +85,17 @@ def backward_kernel(
         backward_gates(
             a, b, a_log, dt_bias, dg, dbeta, da, db, sums,
             a_row, a_token, b_row, b_token, da_row, da_token, db_row, db_token,
-            row, block * STRIPS * STRIP, num_tokens, num_heads, STRIPS * STRIP, GATE_HEADS,
+            row, block * STRIPS * strip, num_tokens, num_heads, STRIPS * strip, GATE_HEADS,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_tile(
     x, conv_weight, q_weight, k_weight, cos, sin, state, reach, dq, dk, dx, dstate, partial,
-    x_row, x_token, dx_row, dx_token, num_tokens, num_heads, rows_per_angle, eps,
+    x_row, x_token, dx_row, dx_token, num_tokens, num_heads, rows_per_angle, strip, eps,
     first_head, end_head, block, row,
     NORMALISE: tl.constexpr, DIM: tl.constexpr, HALF_BLOCK: tl.constexpr, STRIPS: tl.constexpr,
-    STRIP: tl.constexpr, TAPS: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
     """dx of HEADS_PER_TILE heads' q and k (NORMALISE) or v.
 
@@ -107,7 +107,7 @@ def _backward_tile(
     HALF: tl.constexpr = DIM // 2
     line = tl.arange(0, STRIPS * HEADS_PER_TILE)
     head = first_head + line % HEADS_PER_TILE
-    start = (block * STRIPS + line // HEADS_PER_TILE) * STRIP
+    start = (block * STRIPS + line // HEADS_PER_TILE) * strip
     column = tl.arange(0, HALF_BLOCK)[None, :]
     mask = (head < end_head)[:, None] & (column < HALF)
     kind = (head >= num_heads).to(tl.int32) + (head >= 2 * num_heads).to(tl.int32)  # q, k or v
@@ -143,7 +143,7 @@ def _backward_tile(
         future = (zeros, zeros, zeros)
         d_taps = (zeros, zeros, zeros, zeros)
 
-    for i in range(0, STRIP, UNROLL):
+    for i in range(0, strip, UNROLL):
         inside_0 = mask & (start + i < num_tokens)[:, None]
         inside_1 = mask & (start + i + 1 < num_tokens)[:, None]
         inside = (inside_0, inside_1)
@@ -182,7 +182,8 @@ def _backward_tile(
             d_weight = add(d_weight, own)
 
     if conv_weight is not None:
-        for i in range(STRIP, STRIP + MAX_LAG):
+        for beyond in range(0, MAX_LAG):
+            i = strip + beyond
             inside_i = mask & (start + i < num_tokens)[:, None]
             x_i = load_pair(x_rows + i * x_token, inside_i, HALF)
             dy_i = load_pair(dy_rows + i * DIM, inside_i, HALF)

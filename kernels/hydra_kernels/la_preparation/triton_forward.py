@@ -39,11 +39,13 @@ def forward_kernel(
     x, a, b, conv_weight, q_weight, k_weight, cos, sin, a_log, dt_bias, state, reach,
     vectors, g, beta,
     x_row, x_token, a_row, a_token, b_row, b_token,
-    num_tokens, num_heads, rows_per_angle, eps,
-    DIM: tl.constexpr, HALF_BLOCK: tl.constexpr, STRIPS: tl.constexpr, STRIP: tl.constexpr,
+    num_tokens, num_heads, rows_per_angle, strip, eps,
+    DIM: tl.constexpr, HALF_BLOCK: tl.constexpr, STRIPS: tl.constexpr,
     GATE_HEADS: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of heads (or all gates), STRIPS strips of tokens, one row of the batch.
+
+    How many tokens a strip has is no constant: one kernel is compiled for all lengths.
 
     Grid: (tiles of q and k, tiles of v, the gates; blocks of tokens; rows). Heads vary fastest,
     so that programs that run together read whole rows of memory and share cos and sin in cache.
@@ -54,37 +56,37 @@ def forward_kernel(
     if tile < qk_tiles:
         _forward_tile(
             x, conv_weight, q_weight, k_weight, cos, sin, state, reach, vectors,
-            x_row, x_token, num_tokens, num_heads, rows_per_angle, eps,
+            x_row, x_token, num_tokens, num_heads, rows_per_angle, strip, eps,
             tile * HEADS_PER_TILE, 2 * num_heads, block, row,
-            True, DIM, HALF_BLOCK, STRIPS, STRIP, TAPS,
+            True, DIM, HALF_BLOCK, STRIPS, TAPS,
         )  # fmt: skip
     elif tile < qk_tiles + v_tiles:
         _forward_tile(
             x, conv_weight, None, None, None, None, state, reach, vectors,
-            x_row, x_token, num_tokens, num_heads, rows_per_angle, eps,
+            x_row, x_token, num_tokens, num_heads, rows_per_angle, strip, eps,
             2 * num_heads + (tile - qk_tiles) * HEADS_PER_TILE, 3 * num_heads, block, row,
-            False, DIM, HALF_BLOCK, STRIPS, STRIP, TAPS,
+            False, DIM, HALF_BLOCK, STRIPS, TAPS,
         )  # fmt: skip
     else:
         forward_gates(
             a, b, a_log, dt_bias, g, beta, a_row, a_token, b_row, b_token,
-            row, block * STRIPS * STRIP, num_tokens, num_heads, STRIPS * STRIP, GATE_HEADS,
+            row, block * STRIPS * strip, num_tokens, num_heads, STRIPS * strip, GATE_HEADS,
         )  # fmt: skip
 
 
 @triton.jit
 def _forward_tile(
     x, conv_weight, q_weight, k_weight, cos, sin, state, reach, vectors,
-    x_row, x_token, num_tokens, num_heads, rows_per_angle, eps,
+    x_row, x_token, num_tokens, num_heads, rows_per_angle, strip, eps,
     first_head, end_head, block, row,
     NORMALISE: tl.constexpr, DIM: tl.constexpr, HALF_BLOCK: tl.constexpr, STRIPS: tl.constexpr,
-    STRIP: tl.constexpr, TAPS: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
     """q and k (NORMALISE) or v of HEADS_PER_TILE heads, counted through q, k and v."""
     HALF: tl.constexpr = DIM // 2
     line = tl.arange(0, STRIPS * HEADS_PER_TILE)
     head = first_head + line % HEADS_PER_TILE
-    start = (block * STRIPS + line // HEADS_PER_TILE) * STRIP
+    start = (block * STRIPS + line // HEADS_PER_TILE) * strip
     column = tl.arange(0, HALF_BLOCK)[None, :]
     mask = (head < end_head)[:, None] & (column < HALF)
     kind = (head >= num_heads).to(tl.int32) + (head >= 2 * num_heads).to(tl.int32)  # q, k or v
@@ -111,7 +113,7 @@ def _forward_tile(
             x_rows, x_token, state_rows, num_channels, start, num_tokens, mask, TAPS, HALF
         )
 
-    for i in range(0, STRIP, UNROLL):
+    for i in range(0, strip, UNROLL):
         inside_0 = mask & (start + i < num_tokens)[:, None]
         inside_1 = mask & (start + i + 1 < num_tokens)[:, None]
         inside_2 = mask & (start + i + 2 < num_tokens)[:, None]

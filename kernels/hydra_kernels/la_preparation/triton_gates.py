@@ -37,17 +37,16 @@ def softplus(x):
 def forward_gates(
     a, b, a_log, dt_bias, g, beta,
     a_row, a_token, b_row, b_token,
-    row, first, num_tokens, num_heads,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    row, first, num_tokens, num_heads, block_tokens, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """g and beta of TOKENS tokens of one row, from `first` on, all heads."""
-    last = tl.minimum(first + TOKENS, num_tokens)
+    """g and beta of `block_tokens` tokens of one row, from `first` on, all heads."""
+    last = tl.minimum(first + block_tokens, num_tokens)
     head = tl.arange(0, HEADS)[None, :]
     real = head < num_heads
     if a is not None:
         rate = -tl.exp(tl.load(a_log + head, mask=real, other=0.0).to(tl.float32))
         bias = tl.load(dt_bias + head, mask=real, other=0.0).to(tl.float32)
-    for i in range(0, TOKENS, TOKENS_PER_STEP):
+    for i in range(0, block_tokens, TOKENS_PER_STEP):
         token = (first + i + tl.arange(0, TOKENS_PER_STEP))[:, None]
         mask = real & (token < last)
         token = token.to(tl.int64)
@@ -66,11 +65,10 @@ def forward_gates(
 def backward_gates(
     a, b, a_log, dt_bias, dg, dbeta, da, db, partial,
     a_row, a_token, b_row, b_token, da_row, da_token, db_row, db_token,
-    row, first, num_tokens, num_heads,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    row, first, num_tokens, num_heads, block_tokens, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a and b, and this block's sums for A_log and dt_bias: `partial` [2, heads]."""
-    last = tl.minimum(first + TOKENS, num_tokens)
+    last = tl.minimum(first + block_tokens, num_tokens)
     head = tl.arange(0, HEADS)[None, :]
     real = head < num_heads
     if a is not None:
@@ -78,7 +76,7 @@ def backward_gates(
         bias = tl.load(dt_bias + head, mask=real, other=0.0).to(tl.float32)
     d_a_log = tl.zeros([TOKENS_PER_STEP, HEADS], tl.float32)
     d_dt_bias = tl.zeros([TOKENS_PER_STEP, HEADS], tl.float32)
-    for i in range(0, TOKENS, TOKENS_PER_STEP):
+    for i in range(0, block_tokens, TOKENS_PER_STEP):
         token = (first + i + tl.arange(0, TOKENS_PER_STEP))[:, None]
         mask = real & (token < last)
         token = token.to(tl.int64)

@@ -86,11 +86,13 @@ class LAPreparation(torch.autograd.Function):
         inputs = (
             x, a, b, conv_weight, q_weight, k_weight, cos, sin, a_log, dt_bias, state, reach,
         )  # fmt: skip
-        grid, sizes = _launch(x, num_heads, conv_weight, _HALF_TILE_FORWARD, _LONGEST_FORWARD)
+        grid, strip, sizes = _launch(
+            x, num_heads, conv_weight, _HALF_TILE_FORWARD, _LONGEST_FORWARD
+        )
         forward_kernel[grid](
             *inputs, vectors, g, beta,
             *_strides(x), *_strides(a), *_strides(b),
-            num_tokens, num_heads, rows // (1 if cos is None else cos.shape[0]), eps,
+            num_tokens, num_heads, rows // (1 if cos is None else cos.shape[0]), strip, eps,
             **sizes,
         )  # fmt: skip
         ctx.save_for_backward(*inputs)
@@ -105,7 +107,9 @@ class LAPreparation(torch.autograd.Function):
         inputs, num_heads = ctx.saved_tensors, ctx.num_heads
         x, a, b, conv_weight, q_weight, _, cos, _, _, _, state, _ = inputs
         rows, num_tokens, channels = x.shape
-        grid, sizes = _launch(x, num_heads, conv_weight, _HALF_TILE_BACKWARD, _LONGEST_BACKWARD)
+        grid, strip, sizes = _launch(
+            x, num_heads, conv_weight, _HALF_TILE_BACKWARD, _LONGEST_BACKWARD
+        )
         dx, da, db = gradient_memory((x, a, b), ctx.empty_gradients, _empty_like)
         dstate = (
             None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
@@ -122,7 +126,7 @@ class LAPreparation(torch.autograd.Function):
             dx, da, db, dstate, partial, gate_partial,
             *_strides(x), *_strides(a), *_strides(b),
             *_strides(dx), *_strides(da), *_strides(db),
-            num_tokens, num_heads, rows // (1 if cos is None else cos.shape[0]), ctx.eps,
+            num_tokens, num_heads, rows // (1 if cos is None else cos.shape[0]), strip, ctx.eps,
             **sizes,
         )  # fmt: skip
         if ctx.given_state and state is None:
@@ -161,8 +165,8 @@ def _parameter_gradients(
 
 def _launch(
     x: Tensor, num_heads: int, conv_weight: Tensor | None, half_tile: int, longest: int
-) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and sizes of a kernel."""
+) -> tuple[tuple[int, int, int], int, dict[str, int]]:
+    """Grid, tokens of a strip, and the sizes that a kernel is compiled for."""
     rows, num_tokens, channels = x.shape
     head_dim = channels // (3 * num_heads)
     half_block = triton.next_power_of_2(head_dim // 2)
@@ -178,12 +182,11 @@ def _launch(
         DIM=head_dim,
         HALF_BLOCK=half_block,
         STRIPS=strips,
-        STRIP=strip,
         GATE_HEADS=max(16, triton.next_power_of_2(num_heads)),
         TAPS=0 if conv_weight is None else conv_weight.shape[1],
         num_warps=_NUM_WARPS,
     )
-    return (tiles, triton.cdiv(num_tokens, strips * strip), rows), sizes
+    return (tiles, triton.cdiv(num_tokens, strips * strip), rows), strip, sizes
 
 
 def _reach(cu_seqlens: Tensor | None, num_tokens: int) -> Tensor | None:
