@@ -52,7 +52,7 @@ test-gpu:
 
 # On a GPU machine too: every table and picture of kernels/benchmarks/RESULTS.md, into BENCH_OUT.
 BENCH_OUT ?= runs/benchmarks
-STEP := kernels/benchmarks/training_step.py
+STEP := tools/benchmarks/training_step.py
 WHOLE := distill long_context full "full distill"
 bench-gpu:
 	mkdir -p $(BENCH_OUT)
@@ -62,11 +62,11 @@ bench-gpu:
 	$(PYTHON) $(STEP) --cuda-graphs --lengths 4096 8192 --stages $(WHOLE) \
 		--out $(BENCH_OUT)/cuda_graphs.json
 	$(PYTHON) $(STEP) --fp8 --lengths 16384 --stages distill "full distill" --out $(BENCH_OUT)/fp8.json
-	$(PYTHON) kernels/benchmarks/layer.py --plans uneven \
+	$(PYTHON) tools/benchmarks/layer.py --plans uneven \
 		--lengths 4096 8192 16384 32768 65536 131072 --out $(BENCH_OUT)/layer_uneven.json
 	$(PYTHON) $(STEP) --plan uniform uneven --lengths 4096 16384 --stages distill long_context \
 		--out $(BENCH_OUT)/uneven.json
-	$(PYTHON) kernels/benchmarks/layer.py --draw $(BENCH_OUT)/layer.json --picture $(BENCH_OUT)/layer.png
+	$(PYTHON) tools/benchmarks/layer.py --draw $(BENCH_OUT)/layer.json --picture $(BENCH_OUT)/layer.png
 
 TORCHRUN_2 := $(PYTHON) -m torch.distributed.run --nproc-per-node 2
 bench-2-gpus:

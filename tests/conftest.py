@@ -20,8 +20,7 @@ from megatron_hydra.cpu import install_if_needed
 install_if_needed()
 
 import pytest  # noqa: E402
-
-from megatron_hydra.testing.interpreter import patch_interpreter  # noqa: E402
+from kit.interpreter import patch_interpreter  # noqa: E402
 
 patch_interpreter()
 torch.set_num_threads(1)

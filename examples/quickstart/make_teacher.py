@@ -38,9 +38,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qw
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, versions, write_beside, write_json
-from megatron_hydra.selection import needles
-from megatron_hydra.selection import training_documents as documents
-from megatron_hydra.selection.text import local_text, read_text, split_held_out
+from megatron_hydra.tasks import needles
+from megatron_hydra.tasks import training_documents as documents
+from megatron_hydra.tasks.text import local_text, read_text, split_held_out
 
 VOCAB_SIZE = 1024
 END_OF_TEXT = "<|endoftext|>"

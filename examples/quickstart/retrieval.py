@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from megatron_hydra.selection import needles
+from megatron_hydra.tasks import needles
 
 if TYPE_CHECKING:
     from transformers import Qwen3ForCausalLM

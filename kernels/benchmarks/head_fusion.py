@@ -24,7 +24,7 @@ import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from hydra_kernels.head_fusion import head_fusion, reference
-from measure import device_figures, median_ms, peak_gib, print_table, write
+from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_table, write
 from torch import Tensor
 
 _HEAD_DIM, _EPS = 128, 1e-6

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra_kernels.la_preparation import la_preparation, reference
+from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_table, write
 from hydra_kernels.short_conv import short_conv
-from measure import device_figures, median_ms, peak_gib, print_table, write
 from torch import Tensor
 
 HEAD_DIM = 128

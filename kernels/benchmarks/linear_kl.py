@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra_kernels.linear_kl import linear_kl
-from measure import device_figures, median_ms, peak_gib, print_table, write
+from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_table, write
 
 Inputs = dict[str, torch.Tensor]
 _SETTINGS = ("trained", "frozen", "shared")  # the output weights; shared is frozen and one matrix

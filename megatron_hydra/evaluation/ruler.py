@@ -17,12 +17,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection.needles import NeedleSample, NeedleTask, make_needle_sample
+from megatron_hydra.tasks.needles import NeedleSample, NeedleTask, make_needle_sample
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_hydra.selection.scorer import Progress
+    from megatron_hydra.selection.scorers.base import Progress
 
 MAX_TOKENS = 8192
 """Tokens of one forward, unless a single sample is longer."""
@@ -81,7 +81,7 @@ def make_task_samples(
     Each cell is drawn from its own seed, so that it does not depend on what else is evaluated.
 
     Args:
-        tokenizer: As for :func:`~megatron_hydra.selection.needles.make_needle_sample`.
+        tokenizer: As for :func:`~megatron_hydra.tasks.needles.make_needle_sample`.
         text_tokens: Text for haystacks.
         tasks: Tasks.
         lengths: In tokens.
@@ -118,7 +118,7 @@ def answered_right(
         progress: Shows the batches.
     """
     # Imported here: PyTorch, which who only makes samples need not wait for.
-    from megatron_hydra.selection.readout import answer_logits, teacher_forced
+    from megatron_hydra.tasks.readout import answer_logits, teacher_forced
 
     batches = _batches(samples)
     right: list[bool] = []

@@ -19,9 +19,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_hydra.attention.hydra_attention import HydraAttention
 from megatron_hydra.errors import UserError
-from megatron_hydra.nemo.config import RunConfig
+from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.nemo.findings import (
     RankFindings,
     bad_gradients,
@@ -29,7 +28,8 @@ from megatron_hydra.nemo.findings import (
     bad_losses,
     describe,
 )
-from megatron_hydra.nemo.samples import describe_samples, micro_batch_samples
+from megatron_hydra.training.config import RunConfig
+from megatron_hydra.training.samples import describe_samples, micro_batch_samples
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from nemo.collections import llm
 from torch import Tensor
 
-from megatron_hydra.attention.sequence_layout import pad_documents, padded_lengths
-from megatron_hydra.conversion.token_ids import end_of_document
 from megatron_hydra.errors import UserError
-from megatron_hydra.nemo.config import DataSection
-from megatron_hydra.nemo.indexed_dataset import EndOfDocument, dataset_files, read_notes
-from megatron_hydra.nemo.run_inputs import datasets_hash
+from megatron_hydra.model.sequence import pad_documents, padded_lengths
+from megatron_hydra.teachers.token_ids import end_of_document
+from megatron_hydra.training.config import DataSection
+from megatron_hydra.training.indexed_dataset import EndOfDocument, dataset_files, read_notes
+from megatron_hydra.training.run_inputs import datasets_hash
 
 # Magic and version, the type of a token, the number of sequences and of documents. Then follow
 # the sequences' lengths (int32) and places (int64), and each document's first sequence (int64).
@@ -204,7 +204,7 @@ def find_end_of_document(section: DataSection, tokenizer: Any) -> tuple[str, int
     """The token that ends the documents of all datasets, each of which holds it: its text and id.
 
     It is the one that the section names, else the one noted beside the datasets, else the
-    tokenizer's (:func:`~megatron_hydra.conversion.token_ids.end_of_document`).
+    tokenizer's (:func:`~megatron_hydra.teachers.token_ids.end_of_document`).
 
     Raises:
         UserError: If the datasets' notes say another, the tokenizer does not have it, or a dataset

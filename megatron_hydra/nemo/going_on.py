@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hydra.conversion.distributed_weights import check_weights
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.nemo.config import RunConfig
-from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_inputs import check_same_inputs, input_hashes
 from megatron_hydra.nemo.run_state import RunIdentity, check_model, read_identity
+from megatron_hydra.teachers.distributed_weights import check_weights
+from megatron_hydra.training.config import RunConfig
+from megatron_hydra.training.run_folder import RunFolder
+from megatron_hydra.training.run_inputs import check_same_inputs, input_hashes
 
 logger = logging.getLogger(__name__)
 

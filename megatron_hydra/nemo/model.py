@@ -19,15 +19,15 @@ from nemo.collections import llm
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
-from megatron_hydra.attention.sequence_layout import shard_batch
-from megatron_hydra.config import HydraFields
-from megatron_hydra.conversion.checkpoint import load_checkpoint
-from megatron_hydra.conversion.distributed_weights import load_weights
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model import build_model
-from megatron_hydra.nemo.config import TransferSection
-from megatron_hydra.nemo.config_checks import FP8_TOKEN_MULTIPLE
+from megatron_hydra.model.build import build_model
+from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.sequence import shard_batch
 from megatron_hydra.nemo.data import pack_documents
+from megatron_hydra.teachers.checkpoint import load_checkpoint
+from megatron_hydra.teachers.distributed_weights import load_weights
+from megatron_hydra.training.config import TransferSection
+from megatron_hydra.training.config_checks import FP8_TOKEN_MULTIPLE
 from megatron_hydra.transfer.alignment import Alignment
 from megatron_hydra.transfer.distillation import (
     distillation_loss,

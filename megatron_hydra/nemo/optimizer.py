@@ -22,7 +22,7 @@ from nemo.core.optim import McoreDistributedOptimizer
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
 from megatron_hydra.nemo.bad_numbers import NumberWatch
-from megatron_hydra.nemo.config import OptimSection
+from megatron_hydra.training.config import OptimSection
 
 # Tensors of one small vector a head: two-dimensional, but no matrices of the model.
 _PER_HEAD_SUFFIXES = (".conv_weight", ".A_log", ".dt_bias", ".head_scale", ".gate_weight")

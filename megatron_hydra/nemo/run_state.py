@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.nemo.run_files import checkpoint_step
+from megatron_hydra.training.run_files import checkpoint_step
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_io
-from megatron_hydra.nemo.config import StrategySection, TrainerSection
+from megatron_hydra.training.config import StrategySection, TrainerSection
 
 
 def make_strategy(

@@ -15,34 +15,34 @@ import nemo.lightning as nl
 import torch
 from nemo.collections import llm
 
-from megatron_hydra.attention.kernel_choice import choose_fused_kernels, choose_la_kernel
-from megatron_hydra.config import recompute_fields
-from megatron_hydra.conversion.checkpoint import (
-    model_fields,
-    read_metadata,
-    save_checkpoint,
-    tokenizer_files,
-)
-from megatron_hydra.conversion.distributed_weights import check_weights
-from megatron_hydra.conversion.qwen3 import load_tokenizer, megatron_fields
 from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model import release_cuda_graphs
+from megatron_hydra.model.build import release_cuda_graphs
+from megatron_hydra.model.config import recompute_fields
+from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
-from megatron_hydra.nemo.config import RunConfig
 from megatron_hydra.nemo.data import check_datasets, find_end_of_document, make_data_module
 from megatron_hydra.nemo.going_on import newest_checkpoint, run_identity
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
-from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_inputs import check_present
 from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_plugins, make_strategy, use_gpu
+from megatron_hydra.teachers.checkpoint import (
+    model_fields,
+    read_metadata,
+    save_checkpoint,
+    tokenizer_files,
+)
+from megatron_hydra.teachers.distributed_weights import check_weights
+from megatron_hydra.teachers.qwen3 import load_tokenizer, megatron_fields
+from megatron_hydra.training.config import RunConfig
+from megatron_hydra.training.run_folder import RunFolder
+from megatron_hydra.training.run_inputs import check_present
 
 logger = logging.getLogger(__name__)
 

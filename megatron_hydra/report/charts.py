@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from megatron_hydra.chart_style import INK, MUTED, PALETTE, format_bytes, plain_text
+from megatron_hydra.report.chart_style import INK, MUTED, PALETTE, format_bytes, plain_text
 from megatron_hydra.report.training_runs import Curve, TrainingRun
 
 _MAX_POINTS = 600

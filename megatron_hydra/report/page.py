@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
-from megatron_hydra.chart_style import chart_style, to_svg
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.reading import in_one_format, read_evaluation
 from megatron_hydra.evaluation.results import Evaluation, ModelResult
 from megatron_hydra.files import check_output, write_beside
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.heatmap import head_map_figure, scorer_names
 from megatron_hydra.report import sections
+from megatron_hydra.report.chart_style import chart_style, to_svg
+from megatron_hydra.report.heatmap import head_map_figure, scorer_names
 from megatron_hydra.report.selection_section import selection_section
 from megatron_hydra.report.training_runs import TrainingRun, read_run
 from megatron_hydra.selection.cost import num_stored_groups

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_hydra.chart_style import to_svg
 from megatron_hydra.evaluation.results import (
     Accuracy,
     Cell,
@@ -21,6 +20,7 @@ from megatron_hydra.evaluation.results import (
     format_perplexity,
 )
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.report.chart_style import to_svg
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
 from megatron_hydra.report.training_runs import TrainingRun
 from megatron_hydra.selection.cost import state_format

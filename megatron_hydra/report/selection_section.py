@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_hydra.chart_style import format_bytes, to_svg
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.report.capabilities import capability_figure
+from megatron_hydra.report.chart_style import format_bytes, to_svg
+from megatron_hydra.report.pareto_chart import pareto_figure, plan_row
+from megatron_hydra.report.ranking import rank_figure
 from megatron_hydra.report.sections import details, escape, figure, table
 from megatron_hydra.selection.cost import GIB, Costs, find_device
 from megatron_hydra.selection.explanation import SURE, ChosenHead, Explanation
@@ -13,12 +16,6 @@ from megatron_hydra.selection.pareto import ParetoRow, ParetoTable
 from megatron_hydra.selection.policy import read_explanation
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.selection.uncertainty import carries_uncertainty
-from megatron_hydra.selection_charts import (
-    capability_figure,
-    pareto_figure,
-    plan_row,
-    rank_figure,
-)
 
 _REASONS = (
     "score: among as many heads with the highest scores; tie: the same, but a head left out has "

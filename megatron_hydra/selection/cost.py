@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.placement import CostModel
+from megatron_hydra.model.placement import CostModel
 
 if TYPE_CHECKING:
-    from megatron_hydra.config import HydraConfig
+    from megatron_hydra.model.config import HydraConfig
 
 GIB = 2**30
 TRAINING_EFFICIENCY = 0.4
@@ -240,8 +240,9 @@ def weight_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
 def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
     """FLOPs of the forward pass of one sequence: attention, linears, gated MLP, output layer.
 
-    Attention by :class:`~megatron_hydra.placement.CostModel`, which names its sources and what is
-    left out; a matrix of n values costs 2 n a token (Kaplan et al., arXiv 2001.08361, table 1).
+    Attention by :class:`~megatron_hydra.model.placement.CostModel`, which names its sources and
+    what is left out; a matrix of n values costs 2 n a token (Kaplan et al., arXiv 2001.08361,
+    table 1).
     """
     _check_positive("context", num_tokens)
     model = CostModel(shape.hidden_size, shape.head_dim, la_conv_kernel_size=shape.conv_kernel_size)

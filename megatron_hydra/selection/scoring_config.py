@@ -10,11 +10,11 @@ from typing import Any, Literal
 import yaml
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.schema import PathText, read_config
 from megatron_hydra.selection.combination import Combination
-from megatron_hydra.selection.controls import CONTROLS
-from megatron_hydra.selection.probes import find_sub_probe
-from megatron_hydra.selection.text_files import TextFormat, TextOptions
-from megatron_hydra.yaml_config import PathText, read_config
+from megatron_hydra.selection.scorers.controls import CONTROLS
+from megatron_hydra.tasks.probes import find_sub_probe
+from megatron_hydra.tasks.text_files import TextFormat, TextOptions
 
 SCORERS = (
     "activation_patching",
@@ -83,7 +83,7 @@ class ProbesSection:
 
 @dataclass
 class PathPatchingSection:
-    """See :class:`~megatron_hydra.selection.path_patching.PathPatching`."""
+    """See :class:`~megatron_hydra.selection.scorers.path_patching.PathPatching`."""
 
     min_effect: float = 0.02
     max_rounds: int = 2

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection import activations
-from megatron_hydra.selection.probes import Probe
+from megatron_hydra.selection.scorers import activations
+from megatron_hydra.tasks.probes import Probe
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -26,10 +26,10 @@ from torch import Tensor
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import lock, parse_json, write_beside, write_json
 from megatron_hydra.selection.combination import Array
-from megatron_hydra.selection.probes import Probe
-from megatron_hydra.selection.readout import answer_logits
-from megatron_hydra.selection.scorer import Progress, Scorer, collate, no_progress
+from megatron_hydra.selection.scorers.base import Progress, Scorer, collate, no_progress
 from megatron_hydra.selection.scores import ProbeRecord
+from megatron_hydra.tasks.probes import Probe
+from megatron_hydra.tasks.readout import answer_logits
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

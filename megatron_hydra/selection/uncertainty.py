@@ -102,7 +102,7 @@ def score_intervals(samples: Array, level: float = 0.95) -> Intervals:
 
     How often 95% intervals hold the true score, simulated with the paper's combination of ten
     sub-probes, for heads with a mean effect of 0.015 to 0.9 and an error of a pair of 0.4 times
-    that (tests/unit/test_uncertainty.py): in 94 to 95% of draws at 8, 12 and 40 pairs, also if
+    that (tests/selection/test_uncertainty.py): in 94 to 95% of draws at 8, 12 and 40 pairs, also if
     the error is skewed as an exponential distribution. On a single sub-probe of 12 pairs: 92%.
     The basic and the bias-corrected interval did worse: 85 and 90% for heads with effects near
     :data:`NOTABLE_EFFECT`, where consistency makes a step.

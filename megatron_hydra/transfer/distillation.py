@@ -14,7 +14,7 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_hydra.attention.kernel_choice import choose_fused_kernels
+from megatron_hydra.model.kernel_choice import choose_fused_kernels
 from megatron_hydra.transfer.hidden_states import (
     final_hidden_states,
     stage_hidden_states,

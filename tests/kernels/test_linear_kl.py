@@ -13,8 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra_kernels.linear_kl import linear_kl
-
-from megatron_hydra.testing import run_distributed
+from kit.distributed import run_distributed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Twice what the number format costs; the interpreter cuts bf16 off where a GPU rounds it.

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from hydra_tools import launch
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, read_json, write_json
-from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.model.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
+    from megatron_hydra.certify.certificate import Certificate
+    from megatron_hydra.certify.checks import Limits
     from megatron_hydra.head_plan import HeadPlan
-    from megatron_hydra.testing.certificate import Certificate
-    from megatron_hydra.testing.checks import Limits
 
 _PRECISIONS = ("float32", "bf16")
 # Read by cuBLAS and Transformer Engine when they start: reruns are to have the same bits.
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     cpu.install_if_needed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of every optional package that is absent
-        from megatron_hydra.testing.certified_model import certified_model
+        from megatron_hydra.certify.certified_model import certified_model
 
         fields, plan = certified_model(
             args.config,
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         _check_tensor_size(fields, args.tp)
         certificate = _certify(fields, plan, args, out)
     if launch.rank() == 0:
-        from megatron_hydra.testing.certificate_tables import text_table
+        from megatron_hydra.certify.tables import text_table
 
         write_json(out, certificate.data, args.overwrite)
         print(text_table(certificate.data))
@@ -98,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
 def _certify(
     fields: dict[str, Any], plan: HeadPlan, args: argparse.Namespace, out: Path
 ) -> Certificate:
-    from megatron_hydra.testing.certificate import certify
-    from megatron_hydra.testing.training import Run
-    from megatron_hydra.testing.worlds import Ranks
+    from megatron_hydra.certify.certificate import certify
+    from megatron_hydra.certify.training import Run
+    from megatron_hydra.certify.worlds import Ranks
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Ranks()
@@ -129,7 +129,7 @@ def _certify(
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    from megatron_hydra.testing.checks import Limits
+    from megatron_hydra.certify.checks import Limits
 
     return Limits(args.tp, args.cp, args.pp)
 
@@ -163,7 +163,7 @@ def _tabulate(args: argparse.Namespace) -> int:
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
-    from megatron_hydra.testing.certificate_tables import (
+    from megatron_hydra.certify.tables import (
         KIND,
         SCHEMA_VERSION,
         layouts_table,

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools.progress import progress
-from megatron_hydra.conversion.model_folder import check_model_folder, weights_hash
-from megatron_hydra.conversion.qwen3_config import config_hash, read_qwen3_config
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, parse_json, versions
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
-from megatron_hydra.selection.text_files import add_text_options, find_texts, text_options
+from megatron_hydra.tasks.text_files import add_text_options, find_texts, text_options
+from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
+from megatron_hydra.teachers.qwen3_config import config_hash, read_qwen3_config
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from torch import Tensor
 
-    from megatron_hydra.config import HydraConfig
+    from megatron_hydra.model.config import HydraConfig
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     cpu.install_if_needed()
     import torch
 
-    from megatron_hydra.conversion import checkpoint, qwen3
-    from megatron_hydra.conversion.tokenizer import check_tokenizer
     from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.teachers import checkpoint, qwen3
+    from megatron_hydra.teachers.tokenizer import check_tokenizer
 
     checkpoint.check_stored("hybrid" if args.plan else "teacher", overrides)
     overrides["params_dtype"] = getattr(torch, args.dtype)
@@ -171,7 +171,7 @@ def _check_calibration(args: argparse.Namespace) -> None:
 
 def _calibration(args: argparse.Namespace, batches: Sequence[Tensor]) -> dict[str, Any]:
     """What the heads' scales were measured on, for provenance."""
-    from megatron_hydra.selection.text import STAND_IN
+    from megatron_hydra.tasks.text import STAND_IN
 
     record: dict[str, Any] = {"calibration_tokens": sum(batch.numel() for batch in batches)}
     if batches:
@@ -189,8 +189,8 @@ def _calibration_batches(args: argparse.Namespace, built_for: int) -> list[Tenso
     """
     import torch
 
-    from megatron_hydra.conversion.qwen3 import load_tokenizer
-    from megatron_hydra.selection.text import read_text, stand_in_text
+    from megatron_hydra.tasks.text import read_text, stand_in_text
+    from megatron_hydra.teachers.qwen3 import load_tokenizer
 
     wanted = args.calibration_tokens
     length = args.calibration_length
@@ -213,8 +213,8 @@ def _calibration_batches(args: argparse.Namespace, built_for: int) -> list[Tenso
 
 
 def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
-    from megatron_hydra.conversion.qwen3 import load_weights_into
-    from megatron_hydra.model import build_model
+    from megatron_hydra.model.build import build_model
+    from megatron_hydra.teachers.qwen3 import load_weights_into
 
     model = build_model(config, None)
     load_weights_into(model, tensors)
@@ -224,9 +224,9 @@ def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTMod
 def _build_hybrid(
     config: HydraConfig, plan: HeadPlan, tensors: Mapping[str, Tensor], batches: Sequence[Tensor]
 ) -> GPTModel:
-    from megatron_hydra.conversion.qwen3 import megatron_tensors
-    from megatron_hydra.model import build_model
-    from megatron_hydra.transfer.weight_reuse import measure_head_rms, reuse_teacher_weights
+    from megatron_hydra.model.build import build_model
+    from megatron_hydra.teachers.qwen3 import megatron_tensors
+    from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights
 
     head_rms = None
     if batches:

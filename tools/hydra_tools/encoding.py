@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from hydra_tools import stops
-from megatron_hydra.conversion.token_ids import cut_pieces, encode
 from megatron_hydra.errors import UserError
+from megatron_hydra.teachers.token_ids import cut_pieces, encode
 
 _BATCH_CHARACTERS = 2**18
 _BATCH_PIECES = 1024

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools.progress import progress
-from megatron_hydra.conversion.model_folder import check_model_folder
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
     LONGEST_UNASKED,
@@ -43,14 +42,15 @@ from megatron_hydra.selection.cost import (
     cache_bytes_per_token,
     state_bytes,
 )
-from megatron_hydra.selection.needles import TASKS, NeedleTask, find_task
-from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
-from megatron_hydra.selection.text_files import (
+from megatron_hydra.tasks.needles import TASKS, NeedleTask, find_task
+from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.tasks.text_files import (
     FILES_HELP,
     add_text_options,
     find_texts,
     text_options,
 )
+from megatron_hydra.teachers.model_folder import check_model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,8 +247,8 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def _read_reach(folder: Path) -> Reach:
     """Read a model's small files, so that a bad folder is named before anything takes long."""
-    from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
-    from megatron_hydra.conversion.qwen3 import read_qwen3_config
+    from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
+    from megatron_hydra.teachers.qwen3 import read_qwen3_config
 
     if not is_checkpoint_folder(folder):
         return Reach(read_qwen3_config(folder)["max_position_embeddings"])
@@ -259,8 +259,8 @@ def _read_reach(folder: Path) -> Reach:
 
 
 def _vocab_size(folder: Path) -> int:
-    from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
-    from megatron_hydra.conversion.qwen3 import read_qwen3_config
+    from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
+    from megatron_hydra.teachers.qwen3 import read_qwen3_config
 
     if not is_checkpoint_folder(folder):
         return int(read_qwen3_config(folder)["vocab_size"])
@@ -269,7 +269,7 @@ def _vocab_size(folder: Path) -> int:
 
 def _origin(folder: Path) -> dict[str, Any]:
     """How a model and its plan came to be, as far as its folder says."""
-    from megatron_hydra.conversion.checkpoint import is_checkpoint_folder, read_metadata
+    from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
 
     if not is_checkpoint_folder(folder):
         return {"path": str(folder)}
@@ -283,7 +283,7 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 def _common_tokenizer(folders: Mapping[str, Path], text: str) -> Any:
     """The models' tokenizer; samples are shared, so all must encode text alike."""
-    from megatron_hydra.conversion.tokenizer import load_model_tokenizer
+    from megatron_hydra.teachers.tokenizer import load_model_tokenizer
 
     tokenizers = {
         name: load_model_tokenizer(folder, _vocab_size(folder)) for name, folder in folders.items()
@@ -307,8 +307,8 @@ def _evaluate(
     lengths: Sequence[int],
     serve_dtype: ServeDtype,
 ) -> ModelResult:
-    from megatron_hydra.conversion.checkpoint import load_any_model
     from megatron_hydra.evaluation.perplexity import mean_loss
+    from megatron_hydra.teachers.checkpoint import load_any_model
 
     loaded = load_any_model(folder)
     model, config, plan = loaded.model.eval(), loaded.config, loaded.plan

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n" + "\n".join(describe_comparison(comparison, *names)))
     if args.pictures and scores is not None:
         # matplotlib takes a while to import: the text comes first.
-        from megatron_hydra.selection_charts import PICTURES, save_selection_pictures
+        from megatron_hydra.report.pictures import PICTURES, save_selection_pictures
 
         inputs = (args.plan, args.scores, args.against, args.pareto)
         check_outputs([args.pictures / name for name in PICTURES], inputs)

@@ -15,7 +15,8 @@ from pathlib import Path
 from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.schema import read_config
 from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.cost import ModelShape, ServeDtype, costs_of, num_stored_groups
@@ -28,7 +29,6 @@ from megatron_hydra.selection.policy import (
 )
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.selection.scoring_config import CombineSection
-from megatron_hydra.yaml_config import read_config
 
 # Of the terminal's 256 colours: backgrounds from light to dark, and the mark of an FA head.
 _SHADES = (255, 195, 153, 117, 75, 33, 26, 19)
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         summary.plan, provenance={**summary.plan.provenance, "command": command}
     )
     # matplotlib takes a while to import: bad input is reported first.
-    from megatron_hydra.heatmap import save_head_map
+    from megatron_hydra.report.heatmap import save_head_map
 
     kind = "the plan" if args.random_seed is None else "a random plan"
     scorers = ", ".join(scores.combination.scorers).replace("_", " ")

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 
 from hydra_tools.progress import meter, progress
-from megatron_hydra.conversion.tokenizer import find_tokenizer, load_tokenizer
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs, versions
-from megatron_hydra.nemo.indexed_dataset import check_dataset_output, dataset_files
-from megatron_hydra.selection.text_files import (
+from megatron_hydra.tasks.text_files import (
     FILES_HELP,
     add_text_options,
     find_texts,
     read_pieces,
     text_options,
 )
+from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer
+from megatron_hydra.training.indexed_dataset import check_dataset_output, dataset_files
 
 _RETRIEVAL_ARGUMENTS = ("seq_length", "num_documents")
 _LEAST_TOKEN_BYTES = 2
@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
-    from megatron_hydra.conversion.token_ids import end_of_document, num_token_ids
-    from megatron_hydra.nemo.indexed_dataset import write_pieces
+    from megatron_hydra.teachers.token_ids import end_of_document, num_token_ids
+    from megatron_hydra.training.indexed_dataset import write_pieces
 
     tokenizer = load_tokenizer(args.tokenizer)
     end = end_of_document(tokenizer, args.end_of_document)
@@ -159,8 +159,8 @@ def _mixed_documents(
     args: argparse.Namespace, files: Sequence[Path], tokenizer: Any, end: tuple[str, int]
 ) -> Pieces:
     """Documents of equal length, so that training samples and documents coincide."""
-    from megatron_hydra.selection.text import read_text, split_held_out
-    from megatron_hydra.selection.training_documents import (
+    from megatron_hydra.tasks.text import read_text, split_held_out
+    from megatron_hydra.tasks.training_documents import (
         make_text_document,
         make_training_document,
     )
@@ -178,7 +178,7 @@ def _mixed_documents(
 
 
 def _local_text() -> str:
-    from megatron_hydra.selection.text import stand_in_text
+    from megatron_hydra.tasks.text import stand_in_text
 
     return stand_in_text("--input")
 

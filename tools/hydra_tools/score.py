@@ -17,18 +17,18 @@ import numpy as np
 
 from hydra_tools import launch
 from hydra_tools.progress import progress
-from megatron_hydra.conversion.model_folder import check_model_folder, stored_sizes, weights_hash
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
-from megatron_hydra.parallel_sizes import ParallelSizes
+from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.selection.combination import Array
-from megatron_hydra.selection.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.cost import ModelShape
-from megatron_hydra.selection.probes import Probe, find_sub_probe, make_probe
+from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
-from megatron_hydra.selection.text import STAND_IN, read_text, split_held_out, stand_in_text
-from megatron_hydra.selection.text_files import find_texts
+from megatron_hydra.tasks.probes import Probe, find_sub_probe, make_probe
+from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.tasks.text_files import find_texts
+from megatron_hydra.teachers.model_folder import check_model_folder, stored_sizes, weights_hash
 
 _NUM_TOP_HEADS = 8
 _PAPER_LENGTH = 4096  # tokens of the paper's probes (arXiv 2606.20097)
@@ -208,7 +208,7 @@ def _check_parallel_size(config: ScoringConfig) -> None:
 def _load_teacher(config: ScoringConfig) -> Any:
     import torch
 
-    from megatron_hydra.conversion.checkpoint import load_any_model
+    from megatron_hydra.teachers.checkpoint import load_any_model
 
     section = config.model
     overrides: dict[str, Any] = {}
@@ -238,7 +238,7 @@ def _choose_length(config: ScoringConfig, built_for: int) -> None:
 
 
 def _make_probes(config: ScoringConfig, tokenizer_folder: Path, vocab_size: int) -> list[Probe]:
-    from megatron_hydra.conversion.tokenizer import load_model_tokenizer
+    from megatron_hydra.teachers.tokenizer import load_model_tokenizer
 
     section = config.probes
     assert section.length is not None
@@ -276,11 +276,11 @@ def _check_memory(config: ScoringConfig, model: Any, probes: list[Probe]) -> Non
 
 
 def _make_scorers(config: ScoringConfig) -> list[Any]:
-    from megatron_hydra.selection.ablation import MeanAblation, ZeroAblation
-    from megatron_hydra.selection.activation_patching import ActivationPatching
-    from megatron_hydra.selection.attention_score import AttentionScore
-    from megatron_hydra.selection.attribution_patching import AttributionPatching
-    from megatron_hydra.selection.path_patching import PathPatching
+    from megatron_hydra.selection.scorers.ablation import MeanAblation, ZeroAblation
+    from megatron_hydra.selection.scorers.activation_patching import ActivationPatching
+    from megatron_hydra.selection.scorers.attention_score import AttentionScore
+    from megatron_hydra.selection.scorers.attribution_patching import AttributionPatching
+    from megatron_hydra.selection.scorers.path_patching import PathPatching
 
     section = config.scorers
     known = {

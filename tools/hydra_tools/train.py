@@ -16,9 +16,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from hydra_tools import launch, stops
-from megatron_hydra.nemo.config import RunConfig, load_config
-from megatron_hydra.nemo.run_folder import RunFolder
-from megatron_hydra.nemo.run_inputs import check_present
+from megatron_hydra.training.config import RunConfig, load_config
+from megatron_hydra.training.run_folder import RunFolder
+from megatron_hydra.training.run_inputs import check_present
 
 _SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 

@@ -1,0 +1,82 @@
+"""Builds Megatron's GPTModel for a hybrid or for its teacher, and ends its CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_graphs
+
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.layer_specs import get_hydra_block_spec, get_teacher_block_spec
+from megatron_hydra.model.padding import PaddedVocabularyModel, needs_padding
+
+
+def build_model(
+    config: HydraConfig,
+    plan: HeadPlan | None,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    **kwargs: Any,
+) -> GPTModel:
+    """Build this rank's part of a model; Megatron's parallel state must be set up.
+
+    Args:
+        config: Shapes, switches and parallel sizes.
+        plan: Which heads are FA; None builds the teacher, on Megatron's own SelfAttention.
+        pre_process: Whether this pipeline stage has the embedding.
+        post_process: Whether this pipeline stage has the output layer.
+        vp_stage: Virtual pipeline stage, if there are any.
+        **kwargs: More of GPTModel's arguments, such as `pg_collection`.
+
+    Returns:
+        A model that maps token ids `[b, s]` and position ids `[b, s]` to logits
+        `[b, s, vocab / tp]`, see `padding.py` where that does not divide. Attention is always
+        causal; pass None for the mask.
+
+    Raises:
+        UserError: If plan and config disagree.
+    """
+    if plan is None:
+        spec = get_teacher_block_spec(config, vp_stage=vp_stage)
+    else:
+        spec = get_hydra_block_spec(config, plan, vp_stage=vp_stage)
+    padded = needs_padding(config, config.vocab_size)
+    return (PaddedVocabularyModel if padded else GPTModel)(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=config.vocab_size,
+        max_sequence_length=config.seq_length,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        vp_stage=vp_stage,
+        **kwargs,
+    )
+
+
+def release_cuda_graphs(model: torch.nn.Module) -> None:
+    """Let go of the CUDA graphs that Megatron has captured of a model's layers.
+
+    Their memory is free afterwards, the process groups in their collectives can be destroyed (while
+    a graph exists, that hangs: https://github.com/pytorch/pytorch/issues/115388), and another
+    model's can be captured. Megatron's own function does the last alone: it no longer knows graphs
+    that are finished.
+    """
+    for manager in model.modules():
+        if isinstance(manager, CudaGraphManager):
+            for runner in manager.cudagraph_runners:
+                for graph in (runner.fwd_graph, runner.bwd_graph):
+                    if graph is not None:
+                        graph.reset()
+                # They hold the last step's autograd node, which holds the runner and with it the
+                # layer: a cycle through C++, which Python's collector does not see.
+                runner.fwd_graph_outputs = runner.fwd_graph_output_surface = None
+            manager.cudagraph_runners.clear()
+    delete_cuda_graphs()

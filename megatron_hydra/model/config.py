@@ -1,0 +1,192 @@
+"""The new configuration fields of a head-level hybrid, on top of Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.model.parallel_sizes import ParallelSizes
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "backend": ("local", "transformer_engine"),
+    "placement": ("balanced", "by_type"),
+    "la_kernel": ("auto", "reference", "fla"),
+    "fused_kernels": ("auto", "reference", "triton"),
+    "la_output_gate": ("silu", "sigmoid", "none"),
+    "fa_query_scale": ("none", "inference", "always"),
+    "fusion": ("scale", "norm", "none", "gate"),
+}
+_LEAST_WHOLE = {
+    "vocab_size": 1,
+    "seq_length": 1,
+    "la_conv_kernel_size": 1,
+    "fa_query_scale_start": 0,
+}
+_ABOVE = {"fa_query_scale_base": 1.0, "rotary_base": 0.0, "layernorm_epsilon": 0.0}
+# Megatron's fields whose other values teacher and hybrid would not honour on every backend: what
+# the layer specs fix, and what the FA and LA branches have no part for.
+_MEGATRON_FIELDS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "qk_layernorm": True,
+    "layernorm_zero_centered_gamma": False,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "attention_dropout": 0.0,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "qk_l2_norm": False,
+    "qk_clip": False,
+    "apply_query_key_layer_scaling": False,
+    "attention_output_gate": False,
+    "no_rope_freq": None,
+    "experimental_attention_variant": None,
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+}
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+
+
+@dataclass
+class HydraFields:
+    """What a hybrid has beside Megatron's fields; a mixin, so that NeMo's config can carry it too.
+
+    Defaults follow the paper (arXiv 2606.20097) where it is known, see the comments.
+    """
+
+    vocab_size: int = 0
+    """Tokens of the vocabulary; padded where tensor-parallel ranks cannot share them equally."""
+    seq_length: int = 2048
+    """Longest sequence the model is built for, in tokens."""
+    rotary_base: float = 10000.0
+    share_embeddings_and_output_weights: bool = False
+
+    backend: str = "local"
+    """`local` (PyTorch) or `transformer_engine`: linears, norms and core attention."""
+    placement: str = "balanced"
+    """How a layer's heads are dealt to tensor-parallel ranks: `balanced` or `by_type`."""
+    la_kernel: str = "auto"
+    """`reference` (PyTorch), `fla` (Triton) or `auto`: fla on a GPU, the reference on a CPU."""
+    fused_kernels: str = "auto"
+    """What surrounds the LA kernel, the fusion, and distillation's loss: `triton` (our kernels),
+    `reference` (PyTorch and the backend's norms) or `auto`: triton on a GPU, the reference on a
+    CPU. The fusion `gate` always runs as the reference."""
+    overlap_branches: bool | None = None
+    """On a GPU, run the LA heads on a stream of their own beside the FA heads. None: up to 32,768
+    tokens a micro-batch on one context-parallel rank, where that measured faster."""
+    head_init_seed: int = 1234
+    """Seeds the per-head initialisation, which is the same for every layout."""
+
+    # FA heads: no position encoding, query scaled by log position, output gate at identity.
+    fa_rope: bool = False
+    fa_query_scale: str = "inference"
+    """When queries are scaled by log_a(max(t - start, 0) + a): `none`, `inference` or `always`."""
+    fa_query_scale_base: float = 500.0
+    """a in the scale above (HALO, arXiv 2601.22156)."""
+    fa_query_scale_start: int = 0
+    """Positions up to this one, in tokens, keep scale 1; the training length is a good choice."""
+    fa_output_gate: bool = True
+
+    # LA heads: Gated DeltaNet (arXiv 2412.06464) with its native parts, plus RoPE on q and k.
+    la_short_conv: bool = True
+    la_conv_kernel_size: int = 4
+    la_decay: bool = True
+    la_beta: bool = True
+    la_output_gate: str = "silu"
+    """`silu` (native), `sigmoid` (twice the sigmoid: identity at the start) or `none`."""
+    la_rope: bool = True
+    la_qk_norm: bool = True
+    """Keep the teacher's q and k norms before the L2 norm."""
+
+    # Fusion, the paper's Eq 13-14 and its Table 5.
+    fusion: str = "scale"
+    """`scale` (per-head RMSNorm and scale), `norm` (no scale), `none`, `gate` (dynamic)."""
+
+    def check_hydra_fields(self: Any) -> None:
+        """Check the fields of this mixin against each other and Megatron's.
+
+        Raises:
+            UserError: On the first value that is not allowed.
+        """
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(choices)}")
+        for name, least in _LEAST_WHOLE.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"{name} is {value!r}; it must be a whole number from {least} on")
+        for name, low in _ABOVE.items():
+            value = getattr(self, name)
+            # A NaN is above nothing.
+            if type(value) not in (int, float) or not low < value < math.inf:
+                raise UserError(f"{name} is {value!r}; it must be a finite number above {low:g}")
+        for name, only in _MEGATRON_FIELDS.items():
+            value = getattr(self, name, only)  # not every Megatron has every field
+            if value != only:
+                raise UserError(f"{name} is {value!r}; hybrids and their teachers need {only!r}")
+        if getattr(self, "num_moe_experts", None) is not None:
+            raise UserError(
+                f"num_moe_experts is {self.num_moe_experts}; hybrids and their teachers need dense "
+                "MLPs: mixtures of experts, and with them expert parallelism, are out of scope"
+            )
+        self._check_parallel_sizes()
+
+    def _check_parallel_sizes(self: Any) -> None:
+        """Before Megatron does, whose modules assert while they are built.
+
+        Uneven pipeline stages are Megatron's own fields, and its own checks.
+        """
+        heads = self.num_attention_heads
+        uneven = any(getattr(self, name, None) for name in _UNEVEN_STAGES)
+        ParallelSizes(
+            num_layers=self.num_layers,
+            num_attention_heads=heads,
+            num_query_groups=self.num_query_groups or heads,
+            kv_channels=self.kv_channels or self.hidden_size // heads,
+            ffn_hidden_size=self.ffn_hidden_size or 4 * self.hidden_size,
+            vocab_size=self.vocab_size,
+        ).check(
+            "the model",
+            self.tensor_model_parallel_size,
+            1 if uneven else self.pipeline_model_parallel_size,
+        )
+
+
+@dataclass
+class HydraConfig(HydraFields, TransformerConfig):
+    """Megatron's TransformerConfig with the hybrid's fields, for use without NeMo."""
+
+    def __post_init__(self) -> None:
+        """Check and complete the fields.
+
+        Raises:
+            UserError: As :meth:`HydraFields.check_hydra_fields`.
+        """
+        self.check_hydra_fields()
+        super().__post_init__()
+
+
+def recompute_fields(granularity: str | None, num_layers: int | None = None) -> dict[str, Any]:
+    """Megatron's fields that recompute activations.
+
+    Args:
+        granularity: `selective`, what lies between an attention's two projections; `full`, each
+            layer; None or `none`, nothing.
+        num_layers: With `full`, the first so many layers of a pipeline stage alone; None for all.
+    """
+    if granularity in (None, "none"):
+        return {}
+    fields: dict[str, Any] = {"recompute_granularity": granularity}
+    if granularity == "full":
+        method = "uniform" if num_layers is None else "block"
+        fields |= {"recompute_method": method, "recompute_num_layers": num_layers or 1}
+    return fields

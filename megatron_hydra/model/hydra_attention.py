@@ -1,0 +1,346 @@
+"""The layer: one in-projection, an FA and an LA branch, their fusion, one output projection.
+
+Legend: s = sequence, b = batch, h = hidden size, n = heads on the tensor-parallel rank,
+d = head dimension.
+
+    hidden [s, b, h] -> in_proj -> sections by head (`projection_layout.py`)
+        fa_* -> FullAttentionBranch   [s, b, n_fa, d] -\\
+        la_* -> LinearAttentionBranch [s, b, n_la, d] --> HeadFusion [s, b, n d] -> linear_proj
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+from torch import Tensor
+
+from megatron_hydra.head_plan import LayerHeadPlan
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.fusion import HeadFusion
+from megatron_hydra.model.kernel_choice import choose_fused_kernels
+from megatron_hydra.model.mixers.full_attention import FullAttentionBranch
+from megatron_hydra.model.mixers.gated_delta_net import LinearAttentionBranch
+from megatron_hydra.model.placement import CostModel, place_heads
+from megatron_hydra.model.projection import ProjectionLayout, Section
+from megatron_hydra.model.sharding import init_heads, sharded_heads
+
+logger = logging.getLogger(__name__)
+
+# Measured on an H100, see kernels/benchmarks/RESULTS.md: beyond it either branch fills the GPU.
+_OVERLAP_TOKENS = 32768
+
+
+@dataclass
+class HydraAttentionSubmodules:
+    """The backend's modules that the layer is built of."""
+
+    in_proj: ModuleSpec | type
+    core_attention: ModuleSpec | type
+    q_layernorm: ModuleSpec | type
+    k_layernorm: ModuleSpec | type
+    head_norm: ModuleSpec | type
+    linear_proj: ModuleSpec | type
+
+
+class HydraAttention(MegatronModule):
+    """Attention with FA and LA heads side by side; takes the place of Megatron's SelfAttention.
+
+    Args:
+        config: The model's configuration.
+        submodules: The backend's modules.
+        layer_plan: The kind of each head of this layer.
+        layer_number: Counts from 1.
+        pg_collection: Process groups, of which `tp`, `cp` and `dp_cp` are used; None takes
+            Megatron's global groups.
+        cp_comm_type: As :class:`FullAttentionBranch`.
+    """
+
+    def __init__(
+        self,
+        config: HydraConfig,
+        submodules: HydraAttentionSubmodules,
+        layer_plan: LayerHeadPlan,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        cp_comm_type: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(
+                required_pgs=["tp", "cp", "dp_cp"]
+            )
+        self.pg_collection, self.layer_number = pg_collection, layer_number
+        tp_rank, tp_size = pg_collection.tp.rank(), pg_collection.tp.size()
+        self.placement = place_heads(
+            layer_plan,
+            config.num_query_groups,
+            tp_size,
+            config.placement,
+            config.seq_length,
+            CostModel(config.hidden_size, config.kv_channels),
+        )
+        self._log_placement()
+        self.layout = ProjectionLayout.build(config, config.kv_channels, self.placement, tp_rank)
+        heads = self.placement.heads_per_rank[tp_rank]
+        self.proj_section = Section(
+            "", heads, tuple(range(config.num_attention_heads)), config.kv_channels
+        )
+        # Ranks may have different numbers of rows. Megatron's and Transformer Engine's linears
+        # divide by the TP size, so they are told the size that divides to this rank's.
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            self.layout.num_rows * tp_size,
+            config=config,
+            init_method=_leave,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=pg_collection.tp,
+        )
+        branch = (config, submodules, self.placement, layer_number, pg_collection)
+        self.full_attention = FullAttentionBranch(*branch, cp_comm_type)
+        self.linear_attention = LinearAttentionBranch(*branch)
+        if tp_rank == 0:
+            core = submodules.core_attention
+            name = getattr(core, "__name__", str(core))
+            fused = choose_fused_kernels(config.fused_kernels)
+            _log_choice(name, self.linear_attention.impl, fused)
+        self.fusion = HeadFusion(config, submodules, self.placement, pg_collection)
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            len(heads) * config.kv_channels * tp_size,
+            config.hidden_size,
+            config=config,
+            init_method=_leave,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=pg_collection.tp,
+        )
+        # Megatron's selective recomputation, which means softmax attention there.
+        self.recomputes_mixing = (
+            config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        )
+        if config.perform_initialization:
+            self._init_projections()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Run the layer.
+
+        Args:
+            hidden_states: `[s, b, h]`; `[s / tp, b, h]` under sequence parallelism. s counts this
+                context-parallel rank's tokens, cut as `sequence_layout.py` says. Not normed yet
+                where the in-projection brings the norm (`layer_specs.py`).
+            attention_mask: Ignored: attention is causal.
+            rotary_pos_emb: Megatron's rotary angles `[s, 1, 1, d]`, of this rank's tokens; for a
+                packed row of positions 0 and up instead, `[longest document, 1, 1, d]`.
+            inference_context: Must be None.
+            packed_seq_params: Where a packed row's documents lie (`thd`), with b = 1; see
+                `sequence_layout.packed_sequence`.
+
+        Returns:
+            The output, shaped as `hidden_states`, and no bias.
+
+        Raises:
+            NotImplementedError: With an inference context.
+            ValueError: Without rotary angles where a branch needs them.
+        """
+        if inference_context is not None:
+            raise NotImplementedError("HydraAttention has no inference state yet")
+        if isinstance(rotary_pos_emb, tuple):
+            rotary_pos_emb = rotary_pos_emb[0]
+        if rotary_pos_emb is None and (self.config.fa_rope or self.config.la_rope):
+            raise ValueError("fa_rope or la_rope is on, but the model passes no rotary_pos_emb")
+        projected, _ = self.in_proj(hidden_states)
+
+        def mix(projected: Tensor, hidden_states: Tensor) -> Tensor:
+            return self._mix(projected, hidden_states, rotary_pos_emb, packed_seq_params)
+
+        if self.recomputes_mixing and self.training:
+            fused = checkpoint(mix, False, projected, hidden_states)
+        else:
+            fused = mix(projected, hidden_states)
+        return self.linear_proj(fused)
+
+    def _mix(
+        self,
+        projected: Tensor,
+        hidden_states: Tensor,
+        rotary_pos_emb: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """What lies between the projections: `[s, b, rows]` to `[s, b, n d]`."""
+        sections = self.layout.split(projected)
+        pieces = Pieces.of(projected.shape[0], packed_seq_params, self.pg_collection.cp)
+        tokens = pieces.layout
+        fa_angles = la_angles = rotary_pos_emb
+        if packed_seq_params is not None and rotary_pos_emb is not None:
+            fa_angles = rotary_pos_emb[tokens.positions]
+            la_angles = rotary_pos_emb[pieces.positions]
+        fa_inputs = (sections, fa_angles, tokens, packed_seq_params)
+        if self._overlaps(projected):
+            main, side = torch.cuda.current_stream(), _side_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                la = self.linear_attention(sections, la_angles, pieces)
+            fa = self.full_attention(*fa_inputs)
+            main.wait_stream(side)
+            # Both passes read these on the stream that did not make them: their memory must not
+            # be given to others as soon as the stream that did is through with them.
+            for shared in (projected, la_angles):
+                if shared is not None:
+                    shared.record_stream(side)
+            la.record_stream(main)
+        else:
+            fa = self.full_attention(*fa_inputs)
+            la = self.linear_attention(sections, la_angles, pieces)
+        return self.fusion(fa, la, sections, hidden_states)
+
+    def _overlaps(self, projected: Tensor) -> bool:
+        if not projected.is_cuda:
+            return False
+        if self.config.overlap_branches is not None:
+            return self.config.overlap_branches
+        num_tokens = projected.shape[0] * projected.shape[1]
+        return num_tokens <= _OVERLAP_TOKENS and self.pg_collection.cp.size() == 1
+
+    def per_head_parameters(self) -> dict[str, tuple[Sequence[Section], int]]:
+        """Which rows of a parameter belong to which head.
+
+        Returns:
+            By the parameter's name: its sections in order, and the dimension that they lie on.
+            The in-projection's padding comes after them. A name without a parameter on this rank
+            may be among them.
+        """
+        la, fusion = self.linear_attention, self.fusion
+        return {
+            "in_proj.weight": (self.layout.sections, 0),
+            "linear_proj.weight": ([self.proj_section], 1),
+            "linear_attention.conv_weight": (la.conv_sections, 0),
+            "linear_attention.A_log": ([la.head_section], 0),
+            "linear_attention.dt_bias": ([la.head_section], 0),
+            "fusion.head_scale": ([fusion.head_section], 0),
+        }
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Describe the parameters to Megatron's distributed checkpoints, one shard a head."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        replica_id = (0, 0, metadata["dp_cp_group"].rank())
+        by_head = self.per_head_parameters()
+        result: dict[str, Any] = {}
+        replicated: dict[str, Any] = {}
+        for name, value in self.state_dict(keep_vars=True).items():
+            if name not in by_head:
+                replicated[name] = value
+                continue
+            sections, axis = by_head[name]
+            result[prefix + name] = sharded_heads(
+                prefix + name,
+                value,
+                sections,
+                axis=axis,
+                num_padding=self.layout.num_padding_rows if name == "in_proj.weight" else 0,
+                sharded_offsets=sharded_offsets,
+                replica_id=replica_id,
+            )
+        result.update(
+            make_sharded_tensors_for_checkpoint(
+                replicated,
+                prefix,
+                sharded_offsets=sharded_offsets,
+                tp_group=self.pg_collection.tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+        )
+        return result
+
+    def _init_projections(self) -> None:
+        """Fill both projections head by head, the same for every layout."""
+        config = self.config
+        fill = dict(seed=config.head_init_seed, layer_number=self.layer_number)
+
+        def normal(tensor: Tensor, generator: torch.Generator) -> None:
+            tensor.normal_(0.0, config.init_method_std, generator=generator)
+
+        parts = []
+        for section in self.layout.sections:
+            # A zero gate row is the identity, where the gate is the identity at zero.
+            identity = section.name == "fa_gate" or (
+                section.name == "la_gate" and config.la_output_gate == "sigmoid"
+            )
+            init = _zero if identity else normal
+            parts.append(init_heads(section, init, num_columns=config.hidden_size, **fill))
+        parts.append(torch.zeros(self.layout.num_padding_rows, config.hidden_size))
+        columns = init_heads(self.proj_section, normal, num_columns=config.hidden_size, **fill)
+        with torch.no_grad():
+            self.in_proj.weight.copy_(torch.cat(parts))
+            self.linear_proj.weight.copy_(columns.t() / (2.0 * config.num_layers) ** 0.5)
+
+    def _log_placement(self) -> None:
+        placement = self.placement
+        if self.pg_collection.tp.rank() == 0 and placement.tp_size > 1:
+            dearest = max(placement.predicted_costs)
+            logger.info(
+                "layer %d, placement %s at %d tokens: FA heads a rank %s, predicted cost a rank %s",
+                self.layer_number - 1,
+                self.config.placement,
+                self.config.seq_length,
+                [placement.fa_heads(rank) for rank in range(placement.tp_size)],
+                [f"{cost / dearest:.2f}" for cost in placement.predicted_costs],
+            )
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all layers of a process."""
+    return torch.cuda.Stream()
+
+
+@cache
+def _log_choice(core_attention: str, la_kernel: str, fused_kernels: str) -> None:
+    """Once a process and choice: all layers of a model run alike."""
+    logger.info(
+        "FA heads run on %s, LA heads on the kernel %r, what surrounds both on %r",
+        core_attention,
+        la_kernel,
+        fused_kernels,
+    )
+
+
+def _leave(tensor: Tensor) -> None:
+    """The projections are filled head by head afterwards."""
+
+
+def _zero(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.zero_()

@@ -1,0 +1,186 @@
+"""The FA branch: softmax attention of a rank's FA heads, with shared query groups.
+
+Legend: s = sequence, b = batch, n = FA heads on the rank, d = head dimension, g = query groups.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.placement import LayerPlacement
+from megatron_hydra.model.sequence import SequenceLayout
+from megatron_hydra.model.sharding import initial_device
+
+
+class FullAttentionBranch(MegatronModule):
+    """Softmax attention of the FA heads that one tensor-parallel rank owns.
+
+    The q and k norms exist on every rank, also where it owns no FA head: Megatron flattens the
+    gradients of replicated parameters into one all-reduce, which must match on all ranks.
+
+    Args:
+        config: The model's configuration.
+        submodules: A `HydraAttentionSubmodules`.
+        placement: The layer's heads on all ranks.
+        layer_number: Counts from 1, as Megatron's.
+        pg_collection: Process groups, of which `tp` and `cp` are used.
+        cp_comm_type: How Transformer Engine passes keys and values between context-parallel
+            ranks, see Megatron's field of that name.
+
+    Raises:
+        UserError: With `a2a`, if the rank's FA heads do not divide by the context-parallel size.
+    """
+
+    def __init__(
+        self,
+        config: HydraConfig,
+        submodules: Any,
+        placement: LayerPlacement,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        cp_comm_type: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.placement, self.tp_group = placement, pg_collection.tp
+        rank = self.tp_group.rank()
+        self.heads = placement.fa_heads(rank)
+        norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
+        self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+        self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        places, num_groups = self._key_index()
+        self.has_key_each = places == list(range(num_groups))
+        index = torch.tensor(places, dtype=torch.long, device=initial_device(config))
+        self.register_buffer("key_index", index, persistent=False)
+        self.core_attention = None
+        if cp_comm_type == "a2a" and len(self.heads) % pg_collection.cp.size():
+            raise UserError(
+                f"cp_comm_type is a2a, but the {len(self.heads)} FA heads of layer "
+                f"{layer_number - 1} on tensor-parallel rank {rank} do not divide by the "
+                f"context-parallel size {pg_collection.cp.size()}; p2p and all_gather need not"
+            )
+        if self.heads:
+            self.core_attention = build_module(
+                submodules.core_attention,
+                config=_with_local_heads(config, len(self.heads), self.tp_group.size()),
+                layer_number=layer_number,
+                attn_mask_type=AttnMaskType.causal,
+                attention_type="self",
+                cp_comm_type=cp_comm_type,
+                pg_collection=pg_collection,
+            )
+
+    def forward(
+        self,
+        sections: dict[str, Tensor],
+        rotary_pos_emb: Tensor | None,
+        layout: SequenceLayout,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            sections: `fa_query` [s, b, n, d], `fa_key` and `fa_value` [s, b, owned groups, d].
+            rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `layout.positions`, used if
+                `config.fa_rope`.
+            layout: The rank's tokens.
+            packed_seq_params: Megatron's description of a packed row, b = 1.
+
+        Returns:
+            `[s, b, n, d]`.
+        """
+        query, key, value = (sections[f"fa_{name}"] for name in ("query", "key", "value"))
+        if self.placement.shares_groups:
+            key, value = self._exchange_groups(key, value)
+        if self.core_attention is None:
+            # A rank without FA heads stays in the graph: its norms get their (zero) gradient and
+            # the exchange's backward collective runs on every rank.
+            return query + 0.0 * (
+                self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum() + key.sum()
+            )
+        query = self._scale_query(self.q_layernorm(query), layout)
+        if not self.has_key_each:
+            key, value = key[:, :, self.key_index], value[:, :, self.key_index]
+        key = self.k_layernorm(key)
+        if self.config.fa_rope:
+            query, key = (
+                apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
+            )
+        shape, mask_type = query.shape, AttnMaskType.causal
+        if packed_seq_params is not None:  # [t, n, d], as Megatron's thd format has it
+            query, key, value = (t.squeeze(1) for t in (query, key, value))
+            mask_type = AttnMaskType.padding_causal
+        output = self.core_attention(
+            query,
+            key,
+            value,
+            None,
+            attn_mask_type=mask_type,
+            packed_seq_params=packed_seq_params,
+        )
+        return output.view(shape)
+
+    def _key_index(self) -> tuple[list[int], int]:
+        """For each local head, its query group's place among the groups at hand; their number."""
+        placement, rank = self.placement, self.tp_group.rank()
+        at_hand = placement.owned_groups(rank)
+        if placement.shares_groups:
+            at_hand = tuple(g for slot in self._exchange_slots() for g in slot)
+        per_group = placement.layer_plan.num_heads // placement.num_query_groups
+        return [at_hand.index(head // per_group) for head in self.heads], len(at_hand)
+
+    def _exchange_slots(self) -> list[tuple[int, ...]]:
+        """The groups each rank sends, padded to equal counts by -1."""
+        placement = self.placement
+        owned = [placement.owned_groups(r) for r in range(self.tp_group.size())]
+        most = max(len(groups) for groups in owned)
+        return [groups + (-1,) * (most - len(groups)) for groups in owned]
+
+    def _exchange_groups(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather keys and values of all owned groups over the TP ranks.
+
+        Needed only where a query group's FA heads sit on several ranks. Each group is projected
+        on its owner alone, so there is one copy of its weights and its gradient needs no care:
+        the gather's backward sums the parts from all ranks.
+        """
+        s, b, owned, d = key.shape
+        most = len(self._exchange_slots()[0])
+        send = torch.cat((key, value), dim=-1).permute(2, 0, 1, 3)  # [owned, s, b, 2d]
+        send = torch.cat((send, send.new_zeros(most - owned, s, b, 2 * d))).contiguous()
+        received = gather_from_sequence_parallel_region(
+            send, tensor_parallel_output_grad=True, group=self.tp_group
+        )
+        return received.permute(1, 2, 0, 3).split(d, dim=-1)  # type: ignore[return-value]
+
+    def _scale_query(self, query: Tensor, layout: SequenceLayout) -> Tensor:
+        config = self.config
+        when = config.fa_query_scale
+        if when == "none" or (when == "inference" and self.training):
+            return query
+        start, base = config.fa_query_scale_start, config.fa_query_scale_base
+        position = layout.positions.to(query.device, torch.float32)
+        scale = ((position - start).clamp_min(0) + base).log() / math.log(base)
+        return query * scale.to(query.dtype).view(-1, 1, 1, 1)
+
+
+def _with_local_heads(config: HydraConfig, heads: int, tp_size: int) -> HydraConfig:
+    """A copy whose head counts make Megatron's core attention find `heads` on this rank.
+
+    Keys and values reach it expanded to one a head, since FA heads may share groups unevenly.
+    """
+    local = copy.copy(config)
+    local.num_attention_heads = local.num_query_groups = heads * tp_size
+    return local

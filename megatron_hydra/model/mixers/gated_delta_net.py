@@ -1,0 +1,293 @@
+"""The LA branch: Gated DeltaNet over a rank's LA heads, each with its own key and value.
+
+Legend: s = sequence, b = batch, n = LA heads on the rank, d = head dimension, m = the rank's
+pieces of the stream (`context_parallel.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra_kernels.gated_delta_rule import gated_delta_rule
+from hydra_kernels.la_preparation import la_preparation
+from hydra_kernels.short_conv import short_conv
+from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.kernel_choice import (
+    check_la_heads,
+    choose_fused_kernels,
+    choose_la_kernel,
+)
+from megatron_hydra.model.placement import LayerPlacement
+from megatron_hydra.model.projection import Section, Sections
+from megatron_hydra.model.sharding import (
+    HeadModule,
+    InitHead,
+    head_parameter,
+    init_heads,
+)
+
+_MIN_DT, _MAX_DT = 1e-3, 1e-1
+_MIN_A, _MAX_A = 1.0, 16.0
+MAX_A_LOG = 80.0
+"""Above it a chunk's sum of log decays can leave float32, whose largest number is exp(88.7)."""
+
+
+class LinearAttentionBranch(HeadModule):
+    """Gated DeltaNet (arXiv 2412.06464) over the LA heads that one tensor-parallel rank owns.
+
+    q, k and v pass a short causal convolution with SiLU; q and k then the teacher's norm, RoPE
+    and the L2 norm. Decay exp(-exp(A_log) softplus(a + dt_bias)) is computed in float32. The
+    norms exist on every rank, as in the FA branch.
+
+    Args:
+        config: The model's configuration.
+        submodules: A `HydraAttentionSubmodules`.
+        placement: The layer's heads on all ranks.
+        layer_number: Counts from 1; seeds the heads' initialisation.
+        pg_collection: Process groups, of which `tp` is used.
+    """
+
+    float32_parameters = ("A_log", "dt_bias")
+
+    def __init__(
+        self,
+        config: HydraConfig,
+        submodules: Any,
+        placement: LayerPlacement,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        self.heads = placement.la_heads(pg_collection.tp.rank())
+        self.impl = choose_la_kernel(config.la_kernel)
+        check_la_heads(config, self.impl, layer_number, len(self.heads))
+        self.is_fused = choose_fused_kernels(config.fused_kernels) == "triton"
+        if self.is_fused and config.la_rope and config.rotary_interleaved:
+            raise UserError(
+                "rotary_interleaved is True, which fused_kernels 'triton' does not know; "
+                "set fused_kernels to 'reference'"
+            )
+        if config.la_qk_norm:
+            norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
+            self.q_layernorm = build_module(submodules.q_layernorm, **norm)
+            self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        all_heads, d = placement.layer_plan.la_heads, config.kv_channels
+        self.head_section = Section("", self.heads, all_heads, 1)
+        self.conv_sections = [
+            Section(name, self.heads, all_heads, d) for name in ("query", "key", "value")
+        ]
+        # A rank without LA heads has none of their parameters.
+        if config.la_short_conv and self.heads:
+            self.conv_weight = head_parameter(config, self._identity_convolution())
+        if config.la_decay and self.heads:
+            self.A_log = self._per_head("A_log", layer_number, _init_a_log)
+            self.dt_bias = self._per_head("dt_bias", layer_number, _init_dt_bias)
+
+    def forward(self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces) -> Tensor:
+        """Run the recurrence over every sequence, of which other ranks may hold parts.
+
+        Args:
+            sections: `la_qkv` [s, b, 3 n d]; `la_decay`, `la_beta` [s, b, n].
+            rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `pieces.positions`, used if
+                `config.la_rope`.
+            pieces: Where the tokens belong.
+
+        Returns:
+            `[s, b, n, d]`.
+        """
+        if not self.heads:
+            return self._no_heads(sections["la_qkv"])
+        sections = self._to_contiguous(sections, pieces)
+        prepare = self._prepare_fused if self.is_fused else self._prepare
+        output = self._recur(*prepare(sections, rotary_pos_emb, pieces), pieces)
+        return pieces.from_contiguous(pieces.sequence_first(output))
+
+    def _prepare_fused(
+        self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces
+    ) -> list[Tensor]:
+        """As :meth:`_prepare`, in one kernel that reads the sections where they lie.
+
+        They are copied once where a rank has two pieces of each of several rows. Their gradients go
+        where those of all sections are joined, but for context parallelism, whose last tokens have
+        another reader.
+        """
+        config = self.config
+        names = [name for name in ("la_qkv", "la_decay", "la_beta") if name in sections]
+        parts = {name: pieces.batch_first(sections[name]) for name in names}
+        options: dict[str, Any] = {}
+        if not pieces.is_split:
+            gradients = sections.gradients
+            options["empty_gradients"] = lambda: [
+                pieces.batch_first(place) for place in gradients.empty(*names)
+            ]
+        if config.la_short_conv:
+            options["conv_weight"] = self.conv_weight
+            options["initial_state"] = pieces.tokens_before(
+                parts["la_qkv"], config.la_conv_kernel_size - 1
+            )
+        if config.la_qk_norm:
+            options["q_norm_weight"] = self.q_layernorm.weight
+            options["k_norm_weight"] = self.k_layernorm.weight
+        if config.la_rope:
+            # Of [s, 1, 1, d], whose halves are equal, to [m, s / m, d / 2].
+            angles = pieces.batch_first(rotary_pos_emb[:, 0].chunk(2, dim=-1)[0])
+            options |= {"cos": angles.cos(), "sin": angles.sin()}
+        if config.la_decay:
+            options |= {"a": parts["la_decay"], "a_log": self.A_log, "dt_bias": self.dt_bias}
+        if config.la_beta:
+            options["b"] = parts["la_beta"]
+        query, key, value, log_decay, beta = la_preparation(
+            parts["la_qkv"],
+            num_heads=len(self.heads),
+            norm_eps=config.layernorm_epsilon,
+            cu_seqlens=pieces.cu_seqlens,
+            impl="triton",
+            **options,
+        )
+        log_decay = _every_head(query, 0.0) if log_decay is None else log_decay
+        beta = _every_head(query, 1.0) if beta is None else beta
+        return [query, key, value, log_decay, beta]
+
+    def _prepare(
+        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
+    ) -> list[Tensor]:
+        """The recurrence's inputs, a step at a time with the backend's norm.
+
+        Returns:
+            Query, key and value `[m b, s / m, n, d]`, log decay and beta `[m b, s / m, n]`.
+        """
+        query, key, value = self._convolve(sections["la_qkv"], pieces)
+        if self.config.la_qk_norm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self.config.la_rope:
+            query, key = (
+                apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
+            )
+        query, key = (F.normalize(t.float(), dim=-1).to(value.dtype) for t in (query, key))
+        log_decay, beta = self._log_decay(sections, query), self._beta(sections, query)
+        # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
+        return [pieces.batch_first(t) for t in (query, key, value, log_decay, beta)]
+
+    def _to_contiguous(self, sections: Sections, pieces: Pieces) -> Sections:
+        """The recurrence's inputs where they run, in one exchange."""
+        if not pieces.moves_tokens:
+            return sections
+        names = [name for name in sections if name.startswith("la_") and name != "la_gate"]
+        parts = [sections[name].flatten(2) for name in names]
+        moved = pieces.to_contiguous(torch.cat(parts, dim=-1))
+        parts = moved.split([part.shape[-1] for part in parts], dim=-1)
+        named = zip(names, parts, strict=True)
+        views = {name: part.view_as(sections[name]) for name, part in named}
+        return Sections(views, sections.gradients)
+
+    def _convolve(self, x: Tensor, pieces: Pieces) -> list[Tensor]:
+        if self.config.la_short_conv:
+            x = pieces.batch_first(x).contiguous()
+            x = short_conv(
+                x,
+                self.conv_weight,
+                initial_state=pieces.tokens_before(x, self.config.la_conv_kernel_size - 1),
+                activation="silu",
+                cu_seqlens=pieces.cu_seqlens,
+                impl=self.impl,
+            )
+            x = pieces.sequence_first(x)
+        return [part.unflatten(-1, (len(self.heads), -1)) for part in x.chunk(3, dim=-1)]
+
+    def _recur(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor,
+        beta: Tensor,
+        pieces: Pieces,
+    ) -> Tensor:
+        """The gated delta rule over a rank's pieces, each from the state that precedes it."""
+        if not pieces.is_split:
+            return gated_delta_rule(
+                query, key, value, log_decay, beta, cu_seqlens=pieces.cu_seqlens, impl=self.impl
+            ).output
+        # From zeros and from the identity, see `context_parallel.py`.
+        start = pieces.start_of_recurrence(value)
+        runs = [
+            gated_delta_rule(
+                query,
+                key,
+                values,
+                log_decay,
+                beta,
+                initial_state=state,
+                output_final_state=True,
+                cu_seqlens=pieces.cu_seqlens,
+                impl=self.impl,
+            )
+            for values, state in (
+                (value, torch.zeros_like(start)),
+                (torch.zeros_like(value), start),
+            )
+        ]
+        (from_zeros, additions), (from_identity, transitions) = runs
+        state = pieces.states_before(torch.stack((additions, transitions), dim=2)).to(value.dtype)
+        return from_zeros + torch.einsum("bsnk,bnkv->bsnv", from_identity, state)
+
+    def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
+        if not self.config.la_decay:
+            return _every_head(like, 0.0)
+        return -self.A_log.exp() * F.softplus(sections["la_decay"].float() + self.dt_bias)
+
+    def _beta(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
+        if not self.config.la_beta:
+            return _every_head(like, 1.0)
+        return sections["la_beta"].float().sigmoid()
+
+    def _no_heads(self, like: Tensor) -> Tensor:
+        """An empty output `[s, b, 0, d]`."""
+        output = like.unflatten(-1, (0, self.config.kv_channels))
+        if not self.config.la_qk_norm:
+            return output
+        # Keeps the shared norms in the graph on a rank without LA heads, so that they get their
+        # (zero) gradient there and Megatron's flattened all-reduce matches on all ranks.
+        return output + 0.0 * (self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum())
+
+    def _identity_convolution(self) -> Tensor:
+        """Depthwise taps `[3 n d, kernel]` that pass each token on unchanged at the start."""
+        config = self.config
+        rows = 3 * len(self.heads) * config.kv_channels
+        taps = torch.zeros(rows, config.la_conv_kernel_size, dtype=config.params_dtype)
+        taps[:, -1] = 1.0
+        return taps
+
+    def _per_head(self, name: str, layer_number: int, init: InitHead) -> torch.nn.Parameter:
+        """One float32 number a head."""
+        config, section = self.config, dataclasses.replace(self.head_section, name=name)
+        if not config.perform_initialization:
+            return head_parameter(config, torch.empty(len(self.heads)))
+        values = init_heads(section, init, seed=config.head_init_seed, layer_number=layer_number)
+        return head_parameter(config, values)
+
+
+def _every_head(like: Tensor, value: float) -> Tensor:
+    """One float32 constant for each head and token of `[..., n, d]`."""
+    return torch.full(like.shape[:-1], value, dtype=torch.float32, device=like.device)
+
+
+def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
+    tensor.uniform_(_MIN_A, _MAX_A, generator=generator).log_()
+
+
+def _init_dt_bias(tensor: Tensor, generator: torch.Generator) -> None:
+    # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060).
+    dt = tensor.uniform_(math.log(_MIN_DT), math.log(_MAX_DT), generator=generator).exp_()
+    tensor.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -1,0 +1,246 @@
+"""Rows of the fused in-projection of one tensor-parallel rank, section by section, head by head.
+
+Legend: d = head dimension, n_fa and n_la = FA and LA heads on the rank, g = query groups whose
+keys and values the rank projects (it owns them, see `LayerPlacement.group_owner`).
+
+    fa_query [n_fa d] | fa_gate [n_fa d] | fa_key [g d] | fa_value [g d] |
+    la_query [n_la d] | la_key [n_la d] | la_value [n_la d] | la_gate [n_la d] |
+    la_decay [n_la] | la_beta [n_la] | padding
+
+The rows are filled up to a multiple of `ROW_MULTIPLE`, or the odd widths of decay and beta would
+leave every row of the output misaligned: FP8 products refuse that, the others grow slower. Padding
+rows are zero, get no gradient and are no part of a checkpoint.
+
+What all LA heads take from one token, la_query | la_key | la_value, is read as one: "la_qkv".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.placement import LayerPlacement
+
+ROW_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Section:
+    """Consecutive rows of one purpose: `width` rows for each unit, in the units' order."""
+
+    name: str
+    units: tuple[int, ...]
+    """Teacher's indices of the units here: heads, or query groups for FA keys and values."""
+    all_units: tuple[int, ...]
+    """The same over all ranks, ascending."""
+    width: int
+
+
+@dataclass(frozen=True)
+class ProjectionLayout:
+    """Which rows of a rank's in-projection belong to which head."""
+
+    sections: tuple[Section, ...]
+
+    @classmethod
+    def build(
+        cls, config: HydraFields, head_dim: int, placement: LayerPlacement, rank: int
+    ) -> ProjectionLayout:
+        """Lay out the rows for `rank`.
+
+        Args:
+            config: Decides which gates exist.
+            head_dim: d.
+            placement: The layer's heads on all ranks.
+            rank: Tensor-parallel rank.
+        """
+        fa, la = placement.fa_heads(rank), placement.la_heads(rank)
+        groups = placement.owned_groups(rank)
+        tp_size = len(placement.heads_per_rank)
+        all_fa, all_la = placement.layer_plan.fa_heads, placement.layer_plan.la_heads
+        all_groups = tuple(sorted(g for r in range(tp_size) for g in placement.owned_groups(r)))
+        d = head_dim
+        sections = [Section("fa_query", fa, all_fa, d)]
+        if config.fa_output_gate:
+            sections.append(Section("fa_gate", fa, all_fa, d))
+        sections += [Section(name, groups, all_groups, d) for name in ("fa_key", "fa_value")]
+        sections += [Section(name, la, all_la, d) for name in ("la_query", "la_key", "la_value")]
+        if config.la_output_gate != "none":
+            sections.append(Section("la_gate", la, all_la, d))
+        if config.la_decay:
+            sections.append(Section("la_decay", la, all_la, 1))
+        if config.la_beta:
+            sections.append(Section("la_beta", la, all_la, 1))
+        return cls(tuple(sections))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the rank's in-projection, padding counted in."""
+        return self._used_rows + self.num_padding_rows
+
+    @property
+    def num_padding_rows(self) -> int:
+        """Rows at the end that belong to no section."""
+        return -self._used_rows % ROW_MULTIPLE
+
+    @property
+    def padding_rows(self) -> slice:
+        """Where they are."""
+        return slice(self._used_rows, self.num_rows)
+
+    @property
+    def _used_rows(self) -> int:
+        return sum(len(section.units) * section.width for section in self.sections)
+
+    def rows(self, name: str, unit: int) -> slice:
+        """Rows of one head (one query group for `fa_key` and `fa_value`) in section `name`.
+
+        Raises:
+            KeyError: If this rank has no such rows.
+        """
+        start = 0
+        for section in self.sections:
+            if section.name == name and unit in section.units:
+                start += section.units.index(unit) * section.width
+                return slice(start, start + section.width)
+            start += len(section.units) * section.width
+        raise KeyError(f"no rows for unit {unit} in section {name!r} on this rank")
+
+    def split(self, projected: Tensor) -> Sections:
+        """Cut `[s, b, rows]` into views.
+
+        Returns:
+            `{section: [s, b, units, width]}`; width 1 is dropped. The LA heads' queries, keys and
+            values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
+        """
+        gradients = SectionGradients(self, projected)
+        *parts, _ = _Split.apply(projected, gradients)
+        named = zip(self._shapes, parts, strict=True)
+        return Sections({name: self.shaped(name, part) for name, part in named}, gradients)
+
+    def cut(self, projected: Tensor) -> dict[str, Tensor]:
+        """Views `[s, b, ·]` of all parts of a split in order, "padding" last."""
+        parts = projected.split(self._split_sizes, dim=-1)
+        return dict(zip((*self._shapes, "padding"), parts, strict=True))
+
+    def shaped(self, name: str, part: Tensor) -> Tensor:
+        """A part of a cut as `split` returns it."""
+        return part.reshape(*part.shape[:2], *self._shapes[name])
+
+    # Looked up in every layer of every step, where Python's time shows.
+    @cached_property
+    def _shapes(self) -> dict[str, list[int]]:
+        """By part of a split: what its last dimension becomes."""
+        shapes: dict[str, list[int]] = {}
+        for section in self.sections:
+            units = len(section.units)
+            if section.name in ("la_query", "la_key", "la_value"):
+                shapes["la_qkv"] = [shapes.get("la_qkv", [0])[0] + units * section.width]
+            else:
+                shapes[section.name] = [units] if section.width == 1 else [units, section.width]
+        return shapes
+
+    @cached_property
+    def _split_sizes(self) -> list[int]:
+        return [*map(math.prod, self._shapes.values()), self.num_padding_rows]
+
+
+class Sections(dict[str, Tensor]):
+    """What :meth:`ProjectionLayout.split` returns: views by name, and where gradients may go."""
+
+    def __init__(self, views: dict[str, Tensor], gradients: SectionGradients) -> None:
+        super().__init__(views)
+        self.gradients = gradients
+
+
+class SectionGradients:
+    """One buffer for the gradients of a split's sections, side by side as the sections are.
+
+    Kernels whose backward writes into it spare the copy that joins them. Whatever lies elsewhere
+    is copied, so nobody needs to know of it.
+
+    Args:
+        layout: Cuts it.
+        like: `[s, b, rows]`, what was split; only its shape, dtype and device are kept.
+    """
+
+    def __init__(self, layout: ProjectionLayout, like: Tensor) -> None:
+        self.layout = layout
+        self._shape = like.shape
+        self._options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        self._begin(None)
+
+    def empty(self, *names: str) -> list[Tensor]:
+        """Memory for the gradients of sections, `[s, b, units, width]`, nothing in it.
+
+        A backward function asks for all of its own at once, in each pass. Whoever asks a second
+        time begins a pass, with a new buffer: what an earlier one left stays as it is.
+        """
+        if self._joined is None or self._handed.intersection(names):
+            self._begin(torch.empty(self._shape, **self._options))
+        self._handed.update(names)
+        return [self.layout.shaped(name, self._places[name]) for name in names]
+
+    def join(self, gradients: dict[str, Tensor | None]) -> Tensor:
+        """The `[s, b, rows]` that :meth:`ProjectionLayout.cut` makes `gradients` of; None is 0."""
+        # Of another pass, or somebody has added to what lies there: it stays as it is.
+        is_usable = all(_is_same(self._places[name], gradients[name]) for name in self._handed)
+        if self._joined is None or not is_usable:
+            self._begin(torch.empty(self._shape, **self._options))
+        for name, place in self._places.items():
+            gradient = gradients[name]
+            if gradient is None:
+                place.zero_()
+            elif name not in self._handed:
+                _copy(gradient, place)
+        joined = self._joined
+        self._begin(None)
+        return joined
+
+    def _begin(self, joined: Tensor | None) -> None:
+        self._joined = joined
+        self._places = {} if joined is None else self.layout.cut(joined)
+        self._handed: set[str] = set()
+
+
+class _Split(torch.autograd.Function):
+    """`ProjectionLayout.cut`, whose gradients `SectionGradients` joins."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, gradients: SectionGradients) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        ctx.set_materialize_grads(False)
+        parts = gradients.layout.cut(projected)
+        ctx.names = list(parts)
+        return tuple(parts.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        return ctx.gradients.join(dict(zip(ctx.names, gradients, strict=True))), None
+
+
+def _is_same(x: Tensor, y: Tensor | None) -> bool:
+    """Whether two tensors of one shape and dtype are the same memory."""
+    if x.numel() == 0:
+        return True
+    if y is None or x.data_ptr() != y.data_ptr():
+        return False
+    return all(a == b for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True) if n > 1)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy columns; 16 bytes at once if they allow it, as PyTorch copies them one by one."""
+    *steps, last = source.stride()
+    offsets = (source.storage_offset(), target.storage_offset())
+    divisor = math.gcd(*offsets, *steps, *target.stride()[:-1], target.shape[-1])
+    if last == 1 and divisor * target.element_size() % 16 == 0:
+        source, target = source.view(torch.complex128), target.view(torch.complex128)
+    target.copy_(source)

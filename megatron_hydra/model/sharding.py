@@ -1,0 +1,151 @@
+"""Per-head parameters: the same start for every layout, and one checkpoint shard a head.
+
+A rank's tensor holds its own heads' rows. What Megatron must know of such a tensor is set here
+(it is one rank's own, not a replica), and so are the two ways in which a layout must not show:
+the initial values of a head, and its place in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.projection import Section
+
+InitHead = Callable[[Tensor, torch.Generator], Any]
+
+
+class HeadModule(MegatronModule):
+    """A module some of whose per-head parameters stay float32 in a model of lower precision.
+
+    Megatron casts whole models to bfloat16; a decay rate or a scale of one number a head loses
+    its updates there, and costs nothing in float32.
+    """
+
+    float32_parameters: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> HeadModule:
+        names = [name for name in self.float32_parameters if name in self._parameters]
+        before = {name: self._parameters[name].data for name in names}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            parameter = self._parameters[name]
+            parameter.data = data.to(parameter.device)
+        return self
+
+
+def mark_rank_local(parameter: torch.nn.Parameter, partition_dim: int = 0) -> None:
+    """Tell Megatron that the tensor is this rank's own, so that gradient norms count every rank."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = partition_dim  # type: ignore[attr-defined]
+    parameter.partition_stride = 1  # type: ignore[attr-defined]
+
+
+def initial_device(config: HydraConfig) -> torch.device | None:
+    """Where Megatron's modules make their tensors: None is PyTorch's default device."""
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def head_parameter(config: HydraConfig, tensor: Tensor) -> torch.nn.Parameter:
+    """A parameter that holds this rank's heads along dimension 0, from its initial values."""
+    parameter = torch.nn.Parameter(tensor.to(initial_device(config)))
+    mark_rank_local(parameter)
+    return parameter
+
+
+def init_heads(
+    section: Section,
+    init: InitHead,
+    *,
+    seed: int,
+    layer_number: int,
+    num_columns: int | None = None,
+) -> Tensor:
+    """Initial values of a section's units, float32 on the CPU.
+
+    Each unit draws from a generator of its own, seeded by layer, section and the teacher's index.
+    So a head starts the same on any rank, and no rank draws from a shared generator more often
+    than another, which would leave the ranks' later draws apart.
+
+    Args:
+        section: Names the units and their rows.
+        init: Fills one unit's tensor in place from a generator.
+        seed: `HydraFields.head_init_seed`.
+        layer_number: Counts from 1.
+        num_columns: Columns of a matrix; None for a vector.
+
+    Returns:
+        `[units * width, num_columns]`, or `[units * width]`.
+    """
+    columns = () if num_columns is None else (num_columns,)
+    values = torch.empty(len(section.units), section.width, *columns)
+    for value, unit in zip(values, section.units, strict=True):
+        key = f"{seed}/{layer_number}/{section.name}/{unit}"
+        init(value, torch.Generator().manual_seed(zlib.crc32(key.encode())))
+    return values.flatten(0, 1)
+
+
+def sharded_heads(
+    key: str,
+    parameter: Tensor,
+    sections: Sequence[Section],
+    *,
+    axis: int = 0,
+    num_padding: int = 0,
+    sharded_offsets: tuple = (),
+    replica_id: ReplicaId,
+) -> ShardedTensorFactory:
+    """Describe a per-head parameter to Megatron's distributed checkpoints, head by head.
+
+    Each unit of each section is one shard of a global tensor `<key>.<section>` (`<key>` for a
+    section without a name) that has the units of all ranks in the teacher's order. So the
+    checkpoint knows neither TP size nor placement, and any layout loads it.
+
+    Args:
+        key: The parameter's key in the checkpoint.
+        parameter: This rank's tensor.
+        sections: Its parts along `axis`, in order.
+        axis: The dimension that the heads lie on.
+        num_padding: Zeros along `axis` behind the last section; they are not stored.
+        sharded_offsets: Megatron's leading offsets, such as the layer's.
+        replica_id: Tells apart the data-parallel replicas.
+    """
+
+    def build(key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: Any) -> list:
+        assert flattened_range is None, "flattened optimizer shards are not in use"
+        shards, start, leading = [], 0, len(sharded_offsets)
+        for section in sections:
+            name = f"{key}.{section.name}" if section.name else key
+            for unit in section.units:
+                place = (axis + leading, section.all_units.index(unit), len(section.all_units))
+                shards.append(
+                    ShardedTensor.from_rank_offsets(
+                        name,
+                        tensor.narrow(axis, start, section.width),
+                        *sharded_offsets,
+                        place,
+                        replica_id=replica_id,
+                        prepend_axis_num=leading,
+                    )
+                )
+                start += section.width
+        assert start + num_padding == tensor.shape[axis], (key, start, tuple(tensor.shape))
+        return shards
+
+    def merge(shards: list[Tensor]) -> Tensor:
+        shape = list(shards[0].shape)
+        shape[axis] = num_padding
+        return torch.cat([*shards, shards[0].new_zeros(shape)], dim=axis)
+
+    return ShardedTensorFactory(key, parameter, build, merge, replica_id)

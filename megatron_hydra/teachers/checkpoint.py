@@ -1,0 +1,319 @@
+"""Checkpoint folders: model.json, plan.json, tokenizer/ and Megatron's distributed weights/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import read_json, write_beside
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.build import build_model
+from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.teachers.distributed_weights import (
+    InProcessSave,
+    load_weights,
+    sharded_weights,
+)
+from megatron_hydra.teachers.model_folder import is_checkpoint_folder as is_checkpoint_folder
+from megatron_hydra.teachers.model_folder import weights_hash as weights_hash
+from megatron_hydra.teachers.qwen3 import (
+    SHAPE_FIELDS,
+    check_overrides,
+    load_teacher,
+    megatron_fields,
+    teacher_hash,
+)
+from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+SCHEMA_VERSION = 1
+_TEACHER_FIELDS = (*SHAPE_FIELDS, "seq_length", "params_dtype")
+# Where and how a model runs is chosen anew at every load.
+_RUNTIME_FIELDS = ("backend", "placement", "la_kernel", "fused_kernels", "overlap_branches")
+_STORED_FIELDS = {
+    "teacher": _TEACHER_FIELDS,
+    "hybrid": (
+        *_TEACHER_FIELDS,
+        *(
+            field.name
+            for field in dataclass_fields(HydraFields)
+            if field.name not in (*_TEACHER_FIELDS, *_RUNTIME_FIELDS)
+        ),
+    ),
+}
+_META_FIELDS = {
+    "config": dict,
+    "teacher_config_hash": str,
+    "teacher_weights_hash": str,
+    "provenance": dict,
+}
+# A field without a default is a number of heads, channels or the like.
+_FIELD_TYPES = {
+    field.name: int if field.default is None else type(field.default)
+    for field in dataclass_fields(HydraConfig)
+} | {"params_dtype": str}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model with all that was stored beside it."""
+
+    model: GPTModel
+    config: HydraConfig
+    plan: HeadPlan | None
+    """None for a teacher: Megatron's own attention in every layer."""
+    meta: Mapping[str, Any]
+    """model.json, see :func:`read_metadata`."""
+    tokenizer_folder: Path
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: GPTModel,
+    config: HydraConfig,
+    plan: HeadPlan | None,
+    tokenizer_folder: str | Path,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+    *,
+    teacher_weights_hash: str = "",
+) -> None:
+    """Write a checkpoint folder that any tensor and pipeline layout can load.
+
+    Collective: every rank of the default process group calls it with its part of the model.
+    The folder is written beside its place and moved there when it is complete.
+
+    Args:
+        folder: On a file system that all ranks see.
+        model: Bare GPTModel, without DDP or precision wrappers.
+        config: Of the model.
+        plan: None for a teacher.
+        tokenizer_folder: Its tokenizer files are copied.
+        provenance: Plain JSON: how the weights came to be.
+        overwrite: Replace an existing folder.
+        teacher_weights_hash: :func:`weights_hash` of the Hugging Face folder that the model was
+            converted from, however it was trained since; empty if unknown.
+
+    Raises:
+        UserError: On every rank, before anything is written: no tokenizer, existing output,
+            unwritable place.
+    """
+    kind = "teacher" if plan is None else "hybrid"
+    meta = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "config": _plain_config(config, _STORED_FIELDS[kind]),
+        "teacher_config_hash": teacher_hash(config),
+        "teacher_weights_hash": teacher_weights_hash,
+        "provenance": dict(provenance),
+    }
+    tokenizer = tokenizer_files(find_tokenizer(tokenizer_folder))
+    with _output_of_all_ranks(Path(folder), overwrite) as temporary:
+        if dist.get_rank() == 0:
+            (temporary / "model.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+            if plan is not None:
+                plan.save(temporary / "plan.json")
+            for file in tokenizer:
+                shutil.copy(file, temporary / "tokenizer" / file.name)
+        strategy = InProcessSave("torch_dist", 1)
+        dist_checkpointing.save(sharded_weights(model), str(temporary / "weights"), strategy)
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """Read and check model.json.
+
+    Returns:
+        ``schema_version``, ``kind`` (`teacher` or `hybrid`), ``config`` (HydraConfig's fields as
+        plain JSON), ``teacher_config_hash``, ``teacher_weights_hash`` (empty in a folder that an
+        earlier release wrote: unknown), ``provenance``.
+
+    Raises:
+        UserError: If the folder is no checkpoint folder, or of another schema version.
+    """
+    path = Path(folder) / "model.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a checkpoint folder: it has no model.json")
+    kind = _peek_kind(path)
+    meta = {"teacher_weights_hash": "", **read_json(path, kind, SCHEMA_VERSION)}
+    for name, wanted in _META_FIELDS.items():
+        if not isinstance(meta.get(name), wanted):
+            raise UserError(f"{path} has no {name}, or one that is no {wanted.__name__}")
+    _check_config(path, meta["config"], _STORED_FIELDS[kind])
+    if (
+        teacher_hash(cast(HydraConfig, SimpleNamespace(**meta["config"])))
+        != (meta["teacher_config_hash"])
+    ):
+        raise UserError(f"{path}: the config does not match its teacher_config_hash")
+    return meta
+
+
+def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:
+    """Check overrides for a new checkpoint: a known field, of the right type, that is stored.
+
+    Args:
+        kind: `teacher` or `hybrid`.
+        overrides: HydraConfig's fields and values.
+
+    Raises:
+        UserError: Naming the field.
+    """
+    check_overrides(overrides)
+    for name in overrides:
+        if name not in _STORED_FIELDS[kind]:
+            raise UserError(
+                f"a {kind} checkpoint does not store {name}: give it where the model is loaded"
+            )
+
+
+def model_fields(
+    meta: Mapping[str, Any], params_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of HydraConfig that build the model on one rank.
+
+    Args:
+        meta: As :func:`read_metadata` returns it.
+        params_dtype: Instead of the stored one.
+    """
+    stored = dict(meta["config"])
+    dtype = _DTYPES[stored.pop("params_dtype")]
+    return {**megatron_fields(params_dtype or dtype), **stored}
+
+
+def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
+    """Build the model of a checkpoint folder at the current parallel layout and load its weights.
+
+    Collective: every rank calls it and gets its part.
+
+    Args:
+        folder: As :func:`save_checkpoint` wrote it, at any layout.
+        **config_overrides: HydraConfig's fields, such as ``backend`` or ``seq_length``.
+
+    Raises:
+        UserError: If the folder is incomplete, its parts do not belong together, or a part cannot
+            be read.
+    """
+    folder = Path(folder)
+    meta = read_metadata(folder)
+    check_overrides(config_overrides)
+    values = model_fields(meta, config_overrides.get("params_dtype"))
+    config = HydraConfig(**{**values, **_parallel_fields(), **config_overrides})
+    plan = None
+    if meta["kind"] == "hybrid":
+        plan = HeadPlan.load(folder / "plan.json")
+        plan.check_teacher(
+            config.num_layers,
+            config.num_attention_heads,
+            config.num_query_groups,
+            meta["teacher_config_hash"],
+        )
+    model = build_model(
+        config,
+        plan,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    load_weights(folder, model)
+    return LoadedCheckpoint(model, config, plan, meta, folder / "tokenizer")
+
+
+def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
+    """Load a checkpoint folder, or a Hugging Face Qwen3 folder as a teacher on one rank.
+
+    Raises:
+        UserError: As :func:`load_checkpoint` or ``qwen3.load_teacher``, for a folder that is
+            neither, and for a Hugging Face folder where the model is to be split over ranks.
+    """
+    folder = Path(path)
+    if is_checkpoint_folder(folder):
+        return load_checkpoint(folder, **config_overrides)
+    if _parallel_fields() != {name: 1 for name in _parallel_fields()}:
+        raise UserError(
+            f"{folder} is a Hugging Face folder, which loads on one rank only: "
+            "convert it first (megatron-hydra convert)"
+        )
+    model = load_teacher(folder, **config_overrides)
+    meta = {
+        "kind": "teacher",
+        "teacher_config_hash": teacher_hash(model.config),
+        "teacher_weights_hash": weights_hash(folder),
+    }
+    return LoadedCheckpoint(model, model.config, None, meta, folder)
+
+
+@contextmanager
+def _output_of_all_ranks(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """:func:`write_beside` on rank 0; every rank gets the temporary folder, or rank 0's error."""
+    with ExitStack() as stack:
+        answer: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                temporary = stack.enter_context(
+                    write_beside(folder, overwrite, kind="folder", marker="model.json")
+                )
+                for name in ("tokenizer", "weights"):
+                    (temporary / name).mkdir(parents=True)
+                answer = [str(temporary)]
+            except UserError as error:
+                answer = [error]
+            except OSError as error:
+                answer = [UserError(f"cannot write {folder}: {error.strerror}")]
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], UserError):
+            raise answer[0]
+        yield Path(answer[0])
+        dist.barrier()
+    dist.barrier()
+
+
+def _plain_config(config: HydraConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    plain = {name: getattr(config, name) for name in names}
+    plain["params_dtype"] = str(config.params_dtype).removeprefix("torch.")
+    return plain
+
+
+def _parallel_fields() -> dict[str, int]:
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+    }
+
+
+def _peek_kind(path: Path) -> str:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in _STORED_FIELDS:
+        raise UserError(f"{path} has kind {kind!r}; allowed: {', '.join(_STORED_FIELDS)}")
+    return kind
+
+
+def _check_config(path: Path, config: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    odd = set(config) ^ set(names)
+    if odd:
+        raise UserError(f"the config in {path} has missing or unknown fields: {sorted(odd)}")
+    for name, value in config.items():
+        wanted = _FIELD_TYPES[name]
+        if type(value) not in ((int, float) if wanted is float else (wanted,)):
+            raise UserError(f"{path} has {name} {value!r}; it must be a {wanted.__name__}")
+    if config["params_dtype"] not in _DTYPES:
+        raise UserError(
+            f"{path} has params_dtype {config['params_dtype']!r}; allowed: {', '.join(_DTYPES)}"
+        )

@@ -1,0 +1,189 @@
+"""Megatron's distributed weights: written by the calling process, read with damage named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed import ProcessGroup
+from torch.distributed import checkpoint as torch_checkpoint
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.model.mixers.gated_delta_net import MAX_A_LOG, LinearAttentionBranch
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
+    """Megatron's torch_dist format, written by the calling process.
+
+    Megatron's own writer starts a manager process and forks: a script without a main guard would
+    run twice, and a fork beside gloo's threads can hang.
+    """
+
+    _background_group: ProcessGroup | None = None
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        self._write(self._local_state(sharded_state_dict), checkpoint_dir)
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
+        """Copy what this rank is to write; the request, on a thread of its own, writes it.
+
+        The ranks agree on who writes what by a process group that nothing else uses, so that the
+        training's collectives on the main thread and these cannot be taken for one another.
+        """
+        if self._background_group is None:
+            self._background_group = torch.distributed.new_group(backend="gloo")
+        state = self._local_state(sharded_state_dict, copied=True)
+        return AsyncRequest(self._write, (state, checkpoint_dir, self._background_group), [])
+
+    def _local_state(self, sharded_state_dict: Any, copied: bool = False) -> dict[str, Any]:
+        state, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        if copied:
+            for shard in (shard for shards in state.values() for shard in shards):
+                if isinstance(shard, ShardedTensor):
+                    shard.data = shard.data.detach().to("cpu", copy=True)
+        return torch_strategy.mcore_to_pyt_state_dict(state, False)
+
+    @staticmethod
+    def _write(state: dict[str, Any], folder: Any, group: ProcessGroup | None = None) -> None:
+        torch_checkpoint.save(
+            state,
+            storage_writer=torch_checkpoint.FileSystemWriter(folder, thread_count=1),
+            planner=torch_strategy.MCoreSavePlanner(
+                dedup_replicated_tensors=False, flatten_state_dict=False
+            ),
+            process_group=group,
+        )
+
+
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
+    """A model's part of the weights, as Megatron's checkpoints describe them."""
+    # Extra state holds Transformer Engine's FP8 scales, which are unused and absent elsewhere.
+    state = model.sharded_state_dict()
+    return {name: value for name, value in state.items() if "_extra_state" not in name}
+
+
+def load_weights(folder: str | Path, model: GPTModel) -> None:
+    """Load a checkpoint folder's weights into a model of the same shape, at any layout.
+
+    Collective. Every parameter is read and every stored tensor used.
+
+    Raises:
+        UserError: On every rank, if the weights cannot be read or are those of another model, or
+            if a head's decay would give NaN.
+    """
+    weights = Path(folder) / "weights"
+    check_weights(weights)
+    strict = dist_checkpointing.validation.StrictHandling.RAISE_ALL
+    with damage_named(weights):
+        state = dist_checkpointing.load(sharded_weights(model), str(weights), strict=strict)
+    set_weights(model, state)
+    _check_decays(weights, model)
+
+
+def _check_decays(weights: Path, model: GPTModel) -> None:
+    """Check the LA heads' A_log on all ranks; every rank hears of the first that is too large."""
+    own = [
+        f"A_log of head {head} (LA) of layer {layer.layer_number - 1} is {value:g}"
+        for layer in model.decoder.layers
+        for branch in layer.modules()
+        if isinstance(branch, LinearAttentionBranch) and hasattr(branch, "A_log")
+        for head, value in zip(branch.heads, branch.A_log.tolist(), strict=True)
+        if not value <= MAX_A_LOG  # nor NaN
+    ]
+    of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(of_ranks, own)
+    found = [sentence for sentences in of_ranks for sentence in sentences]
+    if found:
+        raise UserError(
+            f"cannot use the weights {weights}: {found[0]}, and a decay by exp(A_log) gives NaN; "
+            f"allowed: {MAX_A_LOG:g} at most"
+        )
+
+
+def set_weights(model: GPTModel, state: dict[str, Any]) -> None:
+    """Give a model what was loaded for its :func:`sharded_weights`, all of it and nothing else."""
+    result = model.load_state_dict(state, strict=False)
+    missing = [key for key in result.missing_keys if "_extra_state" not in key]
+    assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+
+
+def check_weights(weights: Path) -> None:
+    """Read all files but those of the tensors, of which only the sizes are looked at.
+
+    Sees a file that is missing, cut off or too long, whatever a killed process or a full disk may
+    leave. Does not see a changed byte inside a tensor's file: reading all of them would take as
+    long as loading does, and :func:`damage_named` names what loading finds.
+
+    Raises:
+        UserError: If a file is missing or damaged.
+    """
+    if not (weights / "metadata.json").is_file():  # written last
+        raise UserError(
+            f"{weights.parent} has no complete weights: {weights}/metadata.json is missing"
+        )
+    readers = {
+        "metadata.json": lambda: maybe_load_config(str(weights)),
+        "common.pt": lambda: dist_checkpointing.load_common_state_dict(str(weights)),
+        ".metadata": lambda: _file_sizes(weights),
+    }
+    found = {}
+    for name, read in readers.items():
+        try:
+            found[name] = read()
+        except Exception as error:  # a damaged pickle may raise anything
+            raise UserError(
+                f"cannot load the weights {weights}: {name} is missing or damaged "
+                f"({type(error).__name__})"
+            ) from error
+    for name, size in found[".metadata"].items():
+        found_size = (weights / name).stat().st_size if (weights / name).is_file() else 0
+        if found_size != size:
+            raise UserError(
+                f"cannot load the weights {weights}: {name} is missing or damaged "
+                f"({found_size:,} bytes of {size:,})"
+            )
+
+
+def _file_sizes(weights: Path) -> dict[str, int]:
+    """Bytes of each file of tensors, as .metadata has them; the entries of a file fill it."""
+    sizes: dict[str, int] = {}
+    metadata = torch_checkpoint.FileSystemReader(weights).read_metadata()
+    for entry in metadata.storage_data.values():
+        end = entry.offset + entry.length
+        sizes[entry.relative_path] = max(end, sizes.get(entry.relative_path, 0))
+    return sizes
+
+
+@contextmanager
+def damage_named(weights: Path) -> Iterator[None]:
+    """Around Megatron's loading of distributed weights.
+
+    Raises:
+        UserError: If a tensor is missing or damaged, or the weights are those of another model.
+    """
+    try:
+        yield
+    except (CheckpointingException, torch_checkpoint.CheckpointException, OSError) as error:
+        raise UserError(f"cannot load the weights {weights}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointingException):
+        return "they are those of another model or head plan"
+    if isinstance(error, torch_checkpoint.CheckpointException):
+        error = next(iter(error.failures.values()))[0]  # that of the first rank that failed
+    first_sentence = str(error).partition(". ")[0] or type(error).__name__
+    return f"a file is missing or damaged ({first_sentence})"

@@ -1,0 +1,283 @@
+"""The config.json of a Hugging Face Qwen3 folder, read as transformers reads it, or refused.
+
+A form that is not understood is never taken for the default. Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import parse_json
+
+if TYPE_CHECKING:
+    from megatron_hydra.model.config import HydraConfig
+
+logger = logging.getLogger(__name__)
+
+# Qwen3's field (after read_qwen3_config) -> HydraConfig's.
+FIELDS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "vocab_size": "vocab_size",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+}
+SHAPE_FIELDS: tuple[str, ...] = tuple(FIELDS.values())
+"""The HydraConfig fields that a teacher decides; they make its hash and cannot be overridden."""
+
+_REQUIRED = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+)  # fmt: skip
+# transformers' own defaults for what a config.json may leave out.
+_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+}
+_DEFAULT_THETA = 10000.0
+# What changes a model's outputs, and the values that leave them Qwen3's. The lower rows are other
+# architectures' words, which transformers would not hear of in a Qwen3.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "transformers_weights": (None,),
+    "compression_config": (None, {}),
+    "mlp_bias": (False, None),
+    "is_causal": (True, None),
+    "use_bidirectional_attention": (False, None),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
+    "logits_soft_cap": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (1, None),
+    "residual_multiplier": (1, None),
+    "logits_scaling": (1, None),
+    "query_pre_attn_scalar": (None,),
+    "rope_interleaved": (False, None),
+    "no_rope_layers": (None, []),
+}
+# Read here by other means, or without a say in a model's outputs.
+_KNOWN = {
+    *FIELDS, *_ONLY, "model_type", "architectures", "max_position_embeddings",
+    "rope_scaling", "rope_parameters", "layer_types", "use_sliding_window",
+    "sliding_window", "max_window_layers",  # without use_sliding_window they say nothing
+    "initializer_range", "attention_dropout", "use_cache", "dtype", "torch_dtype", "use_bfloat16",
+    "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_class",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "experts_implementation", "_experts_implementation", "gradient_checkpointing",
+    "return_dict", "output_hidden_states", "output_attentions", "torchscript", "tf_legacy_loss",
+    "chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "add_cross_attention",
+    "cross_attention_hidden_size", "tie_encoder_decoder", "prefix", "finetuning_task",
+    "problem_type", "task_specific_params", "id2label", "label2id", "num_labels",
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    # What earlier releases kept here of text generation.
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature", "top_k",
+    "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "num_beam_groups", "diversity_penalty",
+}  # fmt: skip
+_ROPE_TYPES = ("rope_type", "type")
+# Of the kinds of RoPE that are not plain; a file may have them as null.
+_SCALING_KEYS = {
+    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+    "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale",
+    "mscale_all_dim", "truncate",
+}  # fmt: skip
+
+
+def read_qwen3_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check ``config.json``; return its shape-giving fields by transformers' names.
+
+    ``rope_theta`` is at the top level whichever transformers release wrote the file, and what the
+    file leaves out has transformers' default. Keys that are unknown and not null are named in a
+    warning.
+
+    Raises:
+        UserError: If the folder is missing, is not Qwen3, or uses what is not supported.
+    """
+    path = Path(folder) / "config.json"
+    raw = _read(path)
+    _refuse_unsupported(path, raw)
+    config = {**_DEFAULTS, **raw}
+    if config["num_key_value_heads"] is None:  # the one null that transformers gives a meaning
+        config["num_key_value_heads"] = raw.get("num_attention_heads")
+    config["rope_theta"] = _rope_theta(path, raw)
+    _check_values(path, config)
+    _check_layer_types(path, config)
+    unknown = sorted(key for key in raw if key not in _KNOWN and raw[key] is not None)
+    if unknown:
+        _warn_once(f"{path} has keys that are not read: {', '.join(unknown)}")
+    return {name: config[name] for name in (*FIELDS, "max_position_embeddings")}
+
+
+def config_hash(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 of the folder's shape-giving fields; see :func:`teacher_hash`."""
+    config = read_qwen3_config(folder)
+    return _hash({field: config[name] for name, field in FIELDS.items()})
+
+
+def teacher_hash(config: HydraConfig) -> str:
+    """SHA-256 (hex) of :data:`SHAPE_FIELDS`, by which a head plan knows its teacher.
+
+    It tells models of another shape apart, not two trainings of one shape.
+    """
+    return _hash({field: getattr(config, field) for field in SHAPE_FIELDS})
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    canonical = {
+        name: float(value) if name in ("layernorm_epsilon", "rotary_base") else value
+        for name, value in values.items()
+    }
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise UserError(f"model folder {path.parent} does not exist")
+    try:
+        raw = parse_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} is not a Hugging Face model: it has no config.json"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    found = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or found != "qwen3":
+        raise UserError(f"{path} has model_type {found!r}; only 'qwen3' is supported")
+    return raw
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A file is read several times in one command."""
+    logger.warning(message)
+
+
+def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
+    architectures = raw.get("architectures") or ["Qwen3ForCausalLM"]
+    if architectures != ["Qwen3ForCausalLM"]:
+        raise UserError(f"{path} has architectures {architectures}; allowed: Qwen3ForCausalLM")
+    for name, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
+        if raw.get(name) is not None and not isinstance(raw[name], kind):
+            word = "an object" if kind is dict else "a list"
+            raise UserError(f"{path} has {name} {raw[name]!r}; it must be {word} or null")
+    sliding = any(kind != "full_attention" for kind in raw.get("layer_types") or ())
+    if sliding or raw.get("use_sliding_window"):
+        raise UserError(f"{path} has sliding-window layers; only full attention is supported")
+    if raw.get("quantization_config"):
+        raise UserError(f"{path} has a quantization_config; quantised weights are not supported")
+    for name, allowed in _ONLY.items():
+        if raw.get(name, allowed[0]) not in allowed:
+            raise UserError(f"{path} has {name} {raw[name]!r}; only {allowed[0]!r} is supported")
+
+
+def _rope_theta(path: Path, raw: Mapping[str, Any]) -> Any:
+    """The base of plain RoPE, from the spellings of all transformers releases.
+
+    Releases before 5 read ``rope_theta`` at the top level and the type of RoPE in
+    ``rope_scaling``. Release 5 reads both from ``rope_scaling`` or else from ``rope_parameters``,
+    and the base at the top level where these have none; ``rope_parameters`` may hold an object for
+    each type of layer. One of them may be looked at and the other not, so all of them must say the
+    same: plain RoPE, one base.
+    """
+    given = dict(_rope_objects(path, raw))
+    for place, rope in given.items():
+        _check_plain(path, place, rope)
+    at_top = raw.get("rope_theta", _DEFAULT_THETA)
+    found = {place: rope.get("rope_theta", at_top) for place, rope in given.items()}
+    if not given or raw.get("rope_theta") is not None:
+        found["the top level"] = at_top
+    (first, theta), *others = found.items()
+    for other, value in others:
+        if value != theta:
+            raise UserError(
+                f"{path} has rope_theta {theta!r} in {first} and {value!r} in {other}: "
+                "keep the one that the model was trained with"
+            )
+    return theta
+
+
+def _rope_objects(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object that describes RoPE, and how a message calls it."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(name) or {}
+        nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
+        if nested and len(nested) < len(rope):
+            odd = next(key for key in rope if key not in nested)
+            raise UserError(f"{path} has {odd} beside {', '.join(nested)} in {name}: keep one form")
+        if nested:
+            yield from ((f"{name}.{key}", value) for key, value in nested.items())
+        elif rope:
+            yield name, rope
+
+
+def _check_plain(path: Path, place: str, rope: Mapping[str, Any]) -> None:
+    """Check that an object describes plain RoPE and nothing else."""
+    for key, value in rope.items():
+        if key in _ROPE_TYPES and value != "default":
+            raise UserError(
+                f"{path} has {key} {value!r} in {place}; only plain RoPE, 'default', is supported"
+            )
+    for key, value in rope.items():
+        is_plain = (
+            key in (*_ROPE_TYPES, "rope_theta")
+            or (key in _SCALING_KEYS and value is None)
+            or (key == "partial_rotary_factor" and value in _ONLY[key])
+        )
+        if not is_plain:
+            raise UserError(
+                f"{path} has {key} {value!r} in {place}, which plain RoPE has not; "
+                "allowed: rope_type, rope_theta"
+            )
+
+
+def _check_values(path: Path, config: Mapping[str, Any]) -> None:
+    for name in _REQUIRED:
+        if name not in config:
+            raise UserError(f"{path} has no {name!r}")
+    for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if not isinstance(config[name], int) or isinstance(config[name], bool) or config[name] < 1:
+            raise UserError(f"{path} has {name} {config[name]!r}; it must be a whole number > 0")
+    for name in ("rms_norm_eps", "rope_theta"):
+        value = config[name]
+        if type(value) not in (int, float) or not 0 < value < math.inf:  # NaN is neither
+            raise UserError(f"{path} has {name} {value!r}; it must be a finite number > 0")
+    if not isinstance(config["tie_word_embeddings"], bool):
+        tied = config["tie_word_embeddings"]
+        raise UserError(f"{path} has tie_word_embeddings {tied!r}; it must be true or false")
+    if config["head_dim"] % 2:
+        raise UserError(f"{path} has head_dim {config['head_dim']}; RoPE needs an even number")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads % groups:
+        raise UserError(f"{path} has {heads} attention heads, not a multiple of {groups} groups")
+
+
+def _check_layer_types(path: Path, config: Mapping[str, Any]) -> None:
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    if types is not None and len(types) != layers:
+        raise UserError(f"{path} has {len(types)} layer_types for num_hidden_layers {layers}")

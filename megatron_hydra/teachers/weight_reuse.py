@@ -1,0 +1,197 @@
+"""What a hybrid inherits from its teacher: weights head by head, and the scale of each head."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_hydra.model.hydra_attention import HydraAttention
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+# Parameters and rows of the in-projection that no teacher has: they keep the layer's own start.
+_NEW_PARAMETERS = (
+    "linear_attention.conv_weight",
+    "linear_attention.A_log",
+    "linear_attention.dt_bias",
+    "fusion.norm.weight",
+    "fusion.head_scale",
+    "fusion.gate_weight",
+)
+_NEW_ROWS = ("fa_gate", "la_gate", "la_decay", "la_beta")
+_NORMS = {
+    f"{branch}.{norm}.weight": f"{norm}.weight"
+    for branch in ("full_attention", "linear_attention")
+    for norm in ("q_layernorm", "k_layernorm")
+}
+
+
+@dataclass
+class ReuseSummary:
+    """How many values of the hybrid came from the teacher, and how many are new, part by part."""
+
+    reused: Counter[str] = field(default_factory=Counter)
+    new: Counter[str] = field(default_factory=Counter)
+
+
+@torch.no_grad()
+def reuse_teacher_weights(
+    model: GPTModel,
+    teacher_tensors: Mapping[str, Tensor],
+    head_rms: Tensor | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> ReuseSummary:
+    """Write the teacher's weights into a hybrid that one rank holds whole (TP=1, PP=1).
+
+    Embeddings, norms and MLPs are copied. A head's query, and the output projection's columns,
+    keep their place; an LA head gets a copy of its query group's key and value of its own. The
+    FA output gate starts at identity (zero rows). Every parameter of the hybrid is either written
+    or new by name, and every tensor of the teacher is used, else an assertion fails.
+
+    Args:
+        model: The hybrid, of the `local` backend; its checkpoint loads into any backend.
+        teacher_tensors: The teacher's parameters by the names of Megatron's GPTModel at TP=1,
+            such as ``conversion.qwen3.megatron_tensors`` returns.
+        head_rms: `[layers, heads]`, see :func:`measure_head_rms`; becomes the fusion's scale per
+            head, so that the copied output projection sees its old scale (after Eq 13-14 of arXiv
+            2606.20097). None, or a fusion without scales, leaves the layer's own start.
+        progress: Wraps the iteration over layers, as tqdm does.
+
+    Returns:
+        What was written, to report.
+    """
+    rest = dict(teacher_tensors)
+    summary = ReuseSummary()
+    written: set[str] = set()
+    for index, layer in enumerate(progress(model.decoder.layers)):
+        assert isinstance(layer.self_attention, HydraAttention), type(layer.self_attention)
+        prefix = f"decoder.layers.{index}.self_attention."
+        teacher = {
+            name.removeprefix(prefix): rest.pop(name)
+            for name in list(rest)
+            if name.startswith(prefix)
+        }
+        rms = None if head_rms is None else head_rms[index]
+        names = _write_attention(layer.self_attention, teacher, rms, summary)
+        written |= {prefix + name for name in names}
+    for name, parameter in model.named_parameters():
+        if name not in written:
+            assert name in rest, f"the teacher has no {name}"
+            _copy(parameter, rest.pop(name), _part(name), summary)
+    assert not rest, f"teacher tensors without a place in the hybrid: {sorted(rest)}"
+    return summary
+
+
+def _write_attention(
+    attention: HydraAttention,
+    teacher: dict[str, Tensor],
+    head_rms: Tensor | None,
+    summary: ReuseSummary,
+) -> list[str]:
+    """Fill one layer's attention; return the names of its parameters, each dealt with."""
+    for name, parameter in attention.named_parameters():
+        if name == "in_proj.weight":
+            _write_projection(attention, parameter, teacher["linear_qkv.weight"], summary)
+        elif name == "linear_proj.weight":
+            _copy(parameter, teacher["linear_proj.weight"], "output projections", summary)
+        elif name in _NORMS:
+            _copy(parameter, teacher[_NORMS[name]], "norms", summary)
+        elif name == "fusion.head_scale" and head_rms is not None:
+            _copy(parameter, head_rms, "head scales (teacher's RMS)", summary)
+        else:
+            assert name in _NEW_PARAMETERS, f"unknown attention parameter {name}"
+            summary.new[name] += parameter.numel()
+    used = {"linear_qkv.weight", "linear_proj.weight", *_NORMS.values()}
+    assert set(teacher) == used, f"teacher's attention has {sorted(teacher)}"
+    return [name for name, _ in attention.named_parameters()]
+
+
+def _write_projection(
+    attention: HydraAttention, weight: Tensor, linear_qkv: Tensor, summary: ReuseSummary
+) -> None:
+    placement = attention.placement
+    assert len(placement.heads_per_rank) == 1, "weights are reused on one tensor-parallel rank"
+    groups = placement.num_query_groups
+    per_group = placement.layer_plan.num_heads // groups
+    # [groups * (heads + 2) * d, h] -> [groups, heads + key + value, d, h]
+    blocks = linear_qkv.view(groups, per_group + 2, -1, weight.shape[1])
+    query = blocks[:, :per_group].flatten(0, 1)  # [heads, d, h]
+    key, value = blocks[:, per_group], blocks[:, per_group + 1]  # [groups, d, h]
+    sources = {
+        "fa_query": query,
+        "fa_key": key,
+        "fa_value": value,
+        "la_query": query,
+        # Head by head: head h has its own copy of group h // per_group.
+        "la_key": key.repeat_interleave(per_group, dim=0),
+        "la_value": value.repeat_interleave(per_group, dim=0),
+    }
+    for section in attention.layout.sections:
+        assert section.name in sources or section.name in _NEW_ROWS, section.name
+        for unit in section.units:
+            rows = weight[attention.layout.rows(section.name, unit)]
+            if section.name in sources:
+                rows.copy_(sources[section.name][unit])
+            elif section.name == "fa_gate":
+                rows.zero_()
+            counts = summary.reused if section.name in sources else summary.new
+            counts[section.name] += rows.numel()
+    weight[attention.layout.padding_rows] = 0
+
+
+def _copy(target: Tensor, source: Tensor, part: str, summary: ReuseSummary) -> None:
+    assert target.shape == source.shape, (part, target.shape, source.shape)
+    target.copy_(source)
+    summary.reused[part] += target.numel()
+
+
+def _part(name: str) -> str:
+    if "norm" in name:
+        return "norms"
+    return "MLPs" if ".mlp." in name else "embeddings"
+
+
+@torch.no_grad()
+def measure_head_rms(teacher: GPTModel, token_batches: Iterable[Tensor]) -> Tensor:
+    """Root mean square of each head's output before the output projection.
+
+    Args:
+        teacher: Megatron's own model, whole on one rank (TP=1, PP=1).
+        token_batches: Token ids `[b, s]`, int64.
+
+    Returns:
+        `[layers, heads]`, float32, over all tokens and channels.
+    """
+    heads, dim = teacher.config.num_attention_heads, teacher.config.kv_channels
+    layers = teacher.decoder.layers
+    squares = torch.zeros(len(layers), heads, dtype=torch.float64)
+    num_tokens = 0
+    device = next(teacher.parameters()).device
+
+    def record(index: int, output: Tensor) -> None:
+        per_head = output.unflatten(-1, (heads, dim))  # [s, b, heads * d] -> [s, b, heads, d]
+        squares[index] += per_head.double().square().sum(dim=(0, 1, 3)).cpu()
+
+    hooks = [
+        layer.self_attention.linear_proj.register_forward_pre_hook(
+            lambda _, inputs, index=index: record(index, inputs[0])
+        )
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        for batch in token_batches:
+            tokens = batch.to(device)
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            teacher(tokens, positions, None)
+            num_tokens += tokens.numel()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert num_tokens, "no tokens to measure the heads on"
+    return (squares / (num_tokens * dim)).sqrt().float()

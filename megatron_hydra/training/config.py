@@ -1,0 +1,279 @@
+"""The training configuration: its YAML sections; imports no NeMo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_hydra.schema import PathText, read_config
+from megatron_hydra.training.config_checks import check
+
+Stage = Literal["align", "distill", "long_context"]
+
+MAY_CHANGE = (
+    "model.overlap_branches",
+    "model.placement",
+    "model.recompute",
+    "model.recompute_layers",
+    "model.cuda_graphs",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "trainer.max_steps",
+    "trainer.num_threads",
+    "transfer.chunk_tokens",
+    "strategy",
+    "log",
+    "resume",
+    "bad_numbers",
+)
+"""What a run that goes on may change, sections and keys: it decides how a step is computed, or how
+many there are, but not what a step is. What is not here is held to what the run began with."""
+HELD_BY_CONTENT = ("transfer.init_from", "transfer.teacher", "data.paths")
+"""What else a run is held to: the contents that these name, however they are spelt."""
+
+
+@dataclass
+class ModelSection:
+    """Changes to the configuration stored in the checkpoint; None keeps what is stored there.
+
+    Only fields that leave the parameters' names and shapes alone can be changed here. The run
+    folder's run_config.yaml holds what was chosen for None and `auto`.
+    """
+
+    backend: Literal["local", "transformer_engine"] | None = None
+    """None: Transformer Engine on a GPU, `local` on a CPU."""
+    la_kernel: Literal["auto", "reference", "fla"] | None = None
+    fused_kernels: Literal["auto", "reference", "triton"] | None = None
+    overlap_branches: bool | None = None
+    """None: by the tokens of each micro-batch, as `HydraConfig` says; the run folder keeps None."""
+    placement: Literal["balanced", "by_type"] | None = None
+    fa_query_scale: Literal["none", "inference", "always"] | None = None
+    fa_query_scale_start: int | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: those between an
+    attention's two projections, or each layer's."""
+    recompute_layers: int | None = None
+    """With `recompute: full`, the first so many layers of each pipeline stage alone; None: all.
+    As few as the memory allows are the fastest (`megatron_hydra.training.memory`)."""
+    cuda_graphs: bool = False
+    """Replay the student's layers from Megatron's CUDA graphs, captured after the first step: below
+    some 16,384 tokens a micro-batch Python launches kernels more slowly than a GPU runs them.
+
+    Only where each micro-batch is like the last and keeps all activations: stages 2 and 3, samples
+    whole, nothing recomputed, neither pipeline nor context parallel."""
+
+
+@dataclass
+class DataSection:
+    """Megatron indexed datasets, as `megatron-hydra preprocess` writes them."""
+
+    paths: list[PathText]
+    """Prefixes: `PREFIX.bin` and `PREFIX.idx` exist for each."""
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    weights: list[float] = field(default_factory=list)
+    """Share of each path in the blend; empty: by size."""
+    mask_end_of_document: bool = False
+    """Leave the prediction that follows an end-of-document token out of the loss."""
+    reset_at_document_end: bool = False
+    """Restart positions, attention, convolution and recurrence after each end-of-document token.
+
+    So documents of one sample do not see one another; includes `mask_end_of_document`.
+    """
+    end_of_document: str | None = None
+    """Text of the token that ends documents; None: the one noted beside the datasets, else
+    `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
+    num_workers: int = 0
+    seed: int = 1234
+
+
+@dataclass
+class TrainerSection:
+    """Length of the run and the device it runs on."""
+
+    max_steps: int
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """`bf16` computes in bfloat16; the optimizer's weights are float32 either way. `fp8` is bf16
+    with the layers' matrix products in FP8 (Transformer Engine's, on a GPU alone): E4M3 forward,
+    E5M2 backward, each tensor scaled by its own largest value."""
+    num_threads: int = 0
+    """CPU threads a rank; 0 leaves PyTorch's default."""
+    seed: int = 1234
+
+
+@dataclass
+class StrategySection:
+    """Megatron's parallel layout; the data-parallel size is what is left of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] | None = None
+    """How Transformer Engine brings keys and values to the queries of other context-parallel ranks:
+    around a ring, by exchanging heads for tokens, or gathered. None is Megatron's own choice, the
+    ring. What LA heads exchange does not depend on it."""
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that work on one sample together."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+
+@dataclass
+class OptimSection:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float
+    min_lr: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 turns clipping off."""
+
+    def learning_rate(self, step: int, max_steps: int) -> float:
+        """The rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return self.lr
+        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return self.min_lr + (self.lr - self.min_lr) * cosine
+
+
+@dataclass
+class TransferSection:
+    """Which stage of the transfer runs, from which weights, held to which teacher."""
+
+    stage: Stage
+    init_from: PathText
+    """Hybrid checkpoint folder that gives configuration, plan and first weights."""
+    teacher: PathText | None = None
+    """Teacher checkpoint folder (`megatron-hydra convert` without `--plan`)."""
+    kl_weight: float | None = None
+    """Weight of the Kullback-Leibler loss; default 1 to distill, 0 for long context.
+
+    None to align, where neither loss exists.
+    """
+    ce_weight: float | None = None
+    """Weight of the next-token loss; default 1; None to align."""
+    kl: Literal["forward", "reverse", "jsd"] = "forward"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence:
+    `jsd_beta` times the teacher's KL to the mixture, plus the rest times the student's."""
+    jsd_beta: float = 0.5
+    """Share of the teacher in the mixture of `kl: jsd`."""
+    float32_logits: bool = False
+    """Do not round the loss's logits to bfloat16, as Megatron's output layer does: late in the
+    distillation, rounding is what the divergence's gradient mostly shows."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time in the loss."""
+
+
+@dataclass
+class LogSection:
+    """The run folder and what is written there."""
+
+    folder: PathText
+    every_n_steps: int = 1
+    """Steps between two points in TensorBoard."""
+
+
+@dataclass
+class ResumeSection:
+    """Checkpoints of the run; the same command again goes on from the newest finished one."""
+
+    save_every_n_steps: int = 500
+    keep: int = 2
+    """Checkpoints kept at a time; of two, one is left to go on from if the newest is damaged."""
+    async_save: bool = False
+    """Write checkpoints while the training goes on; needs the memory of one more copy of the
+    weights and the optimizer's state, split over the ranks."""
+
+
+@dataclass
+class BadNumbersSection:
+    """What a run does about NaN, Inf and jumps of the loss; a run that goes on may change it."""
+
+    action: Literal["stop", "skip"] = "stop"
+    """On NaN or Inf in a loss, gradient or head output: end the run, or leave the step out.
+
+    A skipped step changes neither weights nor optimizer. It counts as a step all the same: the
+    schedule goes on, and its samples are not fed again.
+    """
+    max_skipped_in_a_row: int = 10
+    """The run ends at the next bad step after so many skipped ones without a good one between."""
+    spike_factor: float = 2.0
+    """A loss above so many times the median of the last 100 steps is logged with its samples."""
+
+
+@dataclass
+class RunConfig:
+    """A whole training run; one field a section of the YAML file."""
+
+    data: DataSection
+    trainer: TrainerSection
+    optim: OptimSection
+    transfer: TransferSection
+    log: LogSection
+    model: ModelSection = field(default_factory=ModelSection)
+    strategy: StrategySection = field(default_factory=StrategySection)
+    resume: ResumeSection = field(default_factory=ResumeSection)
+    bad_numbers: BadNumbersSection = field(default_factory=BadNumbersSection)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.log.folder)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default spelled out."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `section.key=value` overrides and check the result.
+
+    Args:
+        path: The YAML file.
+        overrides: Each `section.key=value`; the value is read as YAML.
+
+    Raises:
+        UserError: If the file cannot be read, or a key or value is not allowed.
+    """
+    config: RunConfig = read_config(RunConfig, path, overrides)
+    check(config)
+    return config
+
+
+def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The keys, and both their values, whose change would make ``new`` another run than ``old``.
+
+    What either leaves open, None or `auto`, differs from nothing. What is :data:`HELD_BY_CONTENT`
+    is not looked at: see `run_inputs.check_same_inputs`.
+    """
+    for section in fields(RunConfig):
+        for item in fields(getattr(old, section.name)):
+            key = f"{section.name}.{item.name}"
+            values = [getattr(getattr(config, section.name), item.name) for config in (old, new)]
+            is_open = None in values or "auto" in values
+            if values[0] != values[1] and not (
+                is_open or key in HELD_BY_CONTENT or {key, section.name} & set(MAY_CHANGE)
+            ):
+                yield (key, *values)

@@ -1,0 +1,208 @@
+"""What a training configuration may hold: each number's range, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.teachers.model_folder import stored_sizes
+
+if TYPE_CHECKING:
+    from megatron_hydra.training.config import (
+        DataSection,
+        RunConfig,
+        StrategySection,
+        TransferSection,
+    )
+
+FP8_TOKEN_MULTIPLE = 16
+"""Of a rank's tokens: cuBLAS takes no other sizes in FP8."""
+
+_Range = tuple[Callable[[float], bool], str]
+_COUNT: _Range = (lambda value: 1 <= value < 2**31, "1 or more, and below 2^31")
+_COUNT_OR_0: _Range = (lambda value: 0 <= value < 2**31, "0 or more, and below 2^31")
+_SEED: _Range = (lambda value: 0 <= value < 2**32, "0 or more, and below 2^32")
+_WORKERS: _Range = (lambda value: 0 <= value <= 1024, "0 to 1024")
+# Far below float32's largest number, which PyTorch's optimizer must be able to hold.
+_POSITIVE: _Range = (lambda value: 0 < value < 1e30, "above 0, and below 1e30")
+_POSITIVE_OR_0: _Range = (lambda value: 0 <= value < 1e30, "0 or more, and below 1e30")
+_ABOVE_1: _Range = (lambda value: 1 < value < 1e30, "above 1, and below 1e30")
+_SHARE: _Range = (lambda value: 0 < value < 1, "above 0, and below 1")
+_BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
+# What each number may be; not-a-number is in no range.
+_RANGES: dict[str, _Range] = {
+    "model.fa_query_scale_start": _COUNT_OR_0,
+    "model.recompute_layers": _COUNT,
+    "data.seq_length": _COUNT,
+    "data.micro_batch_size": _COUNT,
+    "data.global_batch_size": _COUNT,
+    "data.weights": _POSITIVE,
+    "data.num_workers": _WORKERS,
+    "data.seed": _SEED,
+    "trainer.max_steps": _COUNT,
+    "trainer.num_threads": _WORKERS,
+    "trainer.seed": _SEED,
+    "strategy.tensor_model_parallel_size": _COUNT,
+    "strategy.pipeline_model_parallel_size": _COUNT,
+    "strategy.context_parallel_size": _COUNT,
+    "optim.lr": _POSITIVE_OR_0,
+    "optim.min_lr": _POSITIVE_OR_0,
+    "optim.warmup_steps": _COUNT_OR_0,
+    "optim.weight_decay": _POSITIVE_OR_0,
+    "optim.beta1": _BELOW_1,
+    "optim.beta2": _BELOW_1,
+    "optim.eps": _POSITIVE,
+    "optim.clip_grad": _POSITIVE_OR_0,
+    "transfer.kl_weight": _POSITIVE_OR_0,
+    "transfer.ce_weight": _POSITIVE_OR_0,
+    "transfer.jsd_beta": _SHARE,
+    "transfer.chunk_tokens": _COUNT,
+    "log.every_n_steps": _COUNT,
+    "resume.save_every_n_steps": _COUNT,
+    "resume.keep": _COUNT,
+    "bad_numbers.max_skipped_in_a_row": _COUNT_OR_0,
+    "bad_numbers.spike_factor": _ABOVE_1,
+}
+
+
+def check(config: RunConfig) -> None:
+    """Check values alone and against each other, and fill in what depends on the stage.
+
+    Raises:
+        UserError: On the first value that is not allowed.
+    """
+    _check_ranges(config)
+    transfer, data, optim = config.transfer, config.data, config.optim
+    if not data.paths:
+        raise UserError("data.paths is empty: name one indexed dataset or more")
+    if data.weights and len(data.weights) != len(data.paths):
+        raise UserError(
+            f"data.weights has {len(data.weights)} values for {len(data.paths)} data.paths"
+        )
+    if data.global_batch_size % data.micro_batch_size:
+        raise UserError(
+            f"data.global_batch_size {data.global_batch_size} is not divisible by "
+            f"data.micro_batch_size {data.micro_batch_size}"
+        )
+    if optim.schedule == "cosine" and optim.min_lr > optim.lr:
+        raise UserError(f"optim.min_lr {optim.min_lr} is above optim.lr {optim.lr}")
+    if config.model.recompute_layers is not None and config.model.recompute != "full":
+        raise UserError(
+            f"model.recompute_layers is {config.model.recompute_layers}, which needs "
+            f"model.recompute full, not {config.model.recompute}"
+        )
+    if config.model.cuda_graphs:
+        _check_cuda_graphs(config)
+    _check_loss_weights(transfer)
+    if transfer.teacher is None and (transfer.stage == "align" or transfer.kl_weight):
+        raise UserError(f"transfer.teacher is needed for stage {transfer.stage} with its weights")
+    _check_sequence_length(data, config.strategy)
+    _check_parallel_sizes(transfer, config.strategy)
+    if config.trainer.precision == "fp8" and not data.reset_at_document_end:
+        _check_fp8(data, config.strategy)
+
+
+def _check_fp8(data: DataSection, strategy: StrategySection) -> None:
+    """Check that a rank's tokens fit FP8 products; packed documents are padded to fit."""
+    ranks = strategy.context_parallel_size
+    if strategy.sequence_parallel:
+        ranks *= strategy.tensor_model_parallel_size
+    tokens = data.micro_batch_size * data.seq_length // ranks
+    if tokens % FP8_TOKEN_MULTIPLE:
+        raise UserError(
+            f"trainer.precision is fp8, but a micro-batch has {tokens} tokens per rank, which are "
+            f"not divisible by {FP8_TOKEN_MULTIPLE}"
+        )
+
+
+def _check_sequence_length(data: DataSection, strategy: StrategySection) -> None:
+    """Check that ranks can share a sample's tokens; packed documents are padded to fit."""
+    tensor, context = strategy.tensor_model_parallel_size, strategy.context_parallel_size
+    if strategy.sequence_parallel and tensor == 1:
+        raise UserError("strategy.sequence_parallel needs tensor_model_parallel_size above 1")
+    if data.reset_at_document_end:
+        return
+    if context > 1 and data.seq_length % (2 * context):
+        raise UserError(
+            f"data.seq_length {data.seq_length} is not divisible by 2 x "
+            f"strategy.context_parallel_size = {2 * context}"
+        )
+    if strategy.sequence_parallel and data.seq_length % (tensor * context):
+        raise UserError(
+            f"strategy.sequence_parallel is on, but data.seq_length {data.seq_length} is not "
+            f"divisible by tensor_model_parallel_size x context_parallel_size = {tensor * context}"
+        )
+
+
+def _check_parallel_sizes(transfer: TransferSection, strategy: StrategySection) -> None:
+    """Check that hybrid and teacher can be cut; folders that are none are refused elsewhere."""
+    for name in ("init_from", "teacher"):
+        folder = getattr(transfer, name)
+        sizes = None if folder is None else stored_sizes(folder)
+        if sizes is not None:
+            sizes.check(
+                f"transfer.{name} {folder}",
+                strategy.tensor_model_parallel_size,
+                strategy.pipeline_model_parallel_size,
+                section="strategy.",
+            )
+            if name == "teacher" and strategy.cp_comm_type == "a2a":
+                _check_head_exchange(f"transfer.teacher {folder}", sizes, strategy)
+
+
+def _check_head_exchange(teacher: str, sizes: ParallelSizes, strategy: StrategySection) -> None:
+    """Check what Transformer Engine asserts in a forward; a hybrid's layers check their own."""
+    tensor, context = strategy.tensor_model_parallel_size, strategy.context_parallel_size
+    for number, what in (
+        (sizes.num_attention_heads // tensor, "query heads"),
+        (max(1, sizes.num_query_groups // tensor), "query groups"),
+    ):
+        if number % context:
+            raise UserError(
+                f"strategy.cp_comm_type is a2a, but the {number} {what} of {teacher} on a "
+                "tensor-parallel rank are not divisible by strategy.context_parallel_size "
+                f"{context}; p2p and all_gather do not need that"
+            )
+
+
+def _check_cuda_graphs(config: RunConfig) -> None:
+    model, data, strategy = config.model, config.data, config.strategy
+    for key, value, allowed in (
+        ("transfer.stage", config.transfer.stage, ("distill", "long_context")),
+        ("data.reset_at_document_end", data.reset_at_document_end, (False,)),
+        ("model.recompute", model.recompute, ("none",)),
+        ("strategy.pipeline_model_parallel_size", strategy.pipeline_model_parallel_size, (1,)),
+        ("strategy.context_parallel_size", strategy.context_parallel_size, (1,)),
+    ):
+        if value not in allowed:
+            raise UserError(
+                f"{key} is {value}, with which model.cuda_graphs does not go: it needs "
+                f"{' or '.join(map(str, allowed))}"
+            )
+
+
+def _check_loss_weights(transfer: TransferSection) -> None:
+    """Fill in the stage's weights; alignment has none."""
+    if transfer.stage == "align":
+        for name in ("kl_weight", "ce_weight"):
+            if getattr(transfer, name) is not None:
+                raise UserError(f"transfer.{name} is given, but stage align does not use it")
+        return
+    if transfer.kl_weight is None:
+        transfer.kl_weight = 0.0 if transfer.stage == "long_context" else 1.0
+    if transfer.ce_weight is None:
+        transfer.ce_weight = 1.0
+    if transfer.kl_weight == 0 and transfer.ce_weight == 0:
+        raise UserError("transfer.kl_weight and transfer.ce_weight are both 0: nothing to train")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    """Check each number alone."""
+    for key, (is_allowed, words) in _RANGES.items():
+        section, name = key.split(".")
+        values = getattr(getattr(config, section), name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not is_allowed(value):
+                raise UserError(f"{key} is {value}; it must be {words}")

@@ -1,0 +1,269 @@
+"""What each GPU needs to train a plan: weights, optimizer, activations and the loss, in bytes.
+
+Counted is what Transformer Engine's modules, FlashQLA and our Triton kernels keep for the backward
+pass in bfloat16, each tensor of it listed once by `torch.autograd.graph.saved_tensors_hooks` on an
+H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). All layers lie on the GPU,
+each head and row of weights on one tensor-parallel rank; data- and context-parallel ranks share the
+optimizer's state. Layers may have any numbers of FA heads, and ranks any of a layer's: each counts
+what it has, and the rank that needs most is told of.
+
+Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.placement import CostModel, place_heads
+from megatron_hydra.selection.cost import (
+    ModelShape,
+    PlanCost,
+    attention_weight_bytes,
+    weight_bytes,
+)
+
+_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter; float32 but for the weights
+_CHUNK = 64  # tokens of the LA kernel's triangular systems
+_MULTIPROCESSORS = 132  # of an H100 or H200: FlashQLA cuts sequences into as many parts times heads
+_TEACHER_SHARE = 3 / 8  # of a chunk of the loss, see `hydra_kernels.linear_kl`
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one GPU.
+
+    Attributes:
+        state: Weights, the teacher's too, gradients and optimizer.
+        kept: Activations that wait for the backward pass.
+        passing: The most that lives for a moment beside both.
+    """
+
+    state: float
+    kept: float
+    passing: float
+
+    @property
+    def peak(self) -> float:
+        """All three."""
+        return self.state + self.kept + self.passing
+
+
+def training_memory(
+    shape: ModelShape,
+    plan: HeadPlan | None,
+    stage: Literal["align", "distill", "long_context"],
+    num_tokens: int,
+    recompute: Literal["none", "full"] = "none",
+    chunk_tokens: int = 1024,
+    dp_size: int = 1,
+    recompute_layers: int | None = None,
+    *,
+    tp_size: int = 1,
+    cp_size: int = 1,
+    seq_length: int | None = None,
+) -> TrainingMemory:
+    """Predict the peak of a training step on the tensor-parallel rank that needs most.
+
+    Args:
+        shape: The teacher's.
+        plan: The hybrid's; None trains the teacher's own architecture.
+        stage: As `transfer.stage`.
+        num_tokens: T.
+        recompute: As `model.recompute`.
+        chunk_tokens: As `transfer.chunk_tokens`.
+        dp_size: Data-parallel ranks, under the distributed optimizer.
+        recompute_layers: As `model.recompute_layers`.
+        tp_size: Tensor-parallel ranks, with sequence parallelism, heads placed `balanced`.
+        cp_size: Context-parallel ranks.
+        seq_length: Tokens of a sequence, for which heads are placed; None for T.
+
+    Raises:
+        UserError: If the heads do not divide by `tp_size`.
+    """
+    step = _Step(
+        shape, stage, num_tokens, recompute, chunk_tokens, dp_size, recompute_layers,
+        tp_size, cp_size,
+    )  # fmt: skip
+    ranks = _ranks(shape, plan, tp_size, seq_length or num_tokens)
+    return max((step.on(rank) for rank in ranks), key=lambda memory: memory.peak)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """What a tensor-parallel rank has of the attentions.
+
+    Attributes:
+        num_layers: Of the model.
+        tp_size: Number of ranks.
+        heads: FA heads and owned query groups of each layer; None for the teacher's attention,
+            which all ranks share equally.
+    """
+
+    num_layers: int
+    tp_size: int
+    heads: tuple[tuple[int, int], ...] | None
+
+    def of_layers(self, cost: PlanCost) -> list[float]:
+        """Its share of each layer's cost."""
+        if self.heads is None:
+            return [cost.teacher / self.num_layers / self.tp_size] * self.num_layers
+        fixed = cost.fixed / self.num_layers / self.tp_size
+        return [
+            fixed + cost.per_fa_head * fa + cost.per_group * groups for fa, groups in self.heads
+        ]
+
+    def of(self, cost: PlanCost) -> float:
+        """Its share of a cost."""
+        return sum(self.of_layers(cost))
+
+
+def _ranks(shape: ModelShape, plan: HeadPlan | None, tp_size: int, length: int) -> list[_Rank]:
+    """The tensor-parallel ranks, heads placed `balanced`."""
+    if plan is None:
+        return [_Rank(shape.num_layers, tp_size, None)]
+    model = CostModel(shape.hidden_size, shape.head_dim)
+    placed = [
+        place_heads(layer, plan.num_query_groups, tp_size, "balanced", length, model)
+        for layer in plan.layers
+    ]
+    return [
+        _Rank(
+            shape.num_layers,
+            tp_size,
+            tuple((len(layer.fa_heads(rank)), len(layer.owned_groups(rank))) for layer in placed),
+        )
+        for rank in range(tp_size)
+    ]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The arguments of :func:`training_memory` that all ranks share."""
+
+    shape: ModelShape
+    stage: str
+    num_tokens: int
+    recompute: str
+    chunk_tokens: int
+    dp_size: int
+    recompute_layers: int | None
+    tp_size: int
+    cp_size: int
+
+    def on(self, rank: _Rank) -> TrainingMemory:
+        """The peak on a rank."""
+        h, f = self.shape.hidden_size, self.shape.ffn_hidden_size
+        vocab = self.shape.vocab_size / self.tp_size
+        # A rank keeps its part of the tokens, or of the heads, of everything.
+        tokens = self.num_tokens / (self.tp_size * self.cp_size)
+        mlp = 4 * h + 4 + 6 * f
+        # Of a recomputed layer: the student's input, in stage 1 the teacher's output too.
+        layer_input = 4 * h if self.stage == "align" else 2 * h
+        layers = self._layers(rank, mlp)
+        num_recomputed = 0
+        if self.recompute != "none":
+            num_recomputed = self.recompute_layers or len(layers)
+        kept = num_recomputed * tokens * layer_input + sum(layers[num_recomputed:])
+        # Layers that are kept whole are free by then: the first layers are recomputed, and last.
+        again = 0.0
+        if num_recomputed == len(layers):
+            again = self._recomputed(rank, layers, tokens * layer_input)
+        if self.tp_size > 1:  # a linear's input for its weights' gradient, gathered from all ranks
+            again += tokens * self.tp_size * 2 * h
+        state = self._state(rank)
+        if self.stage == "align":
+            return TrainingMemory(state, kept, max(tokens * mlp, again))  # the teacher's MLP
+        kept += tokens * 4 * h  # the final norm's input and output
+        logits = 2 * self.chunk_tokens * vocab
+        loss = tokens * 2 * h + logits
+        if self.stage == "distill":
+            loss += tokens * 2 * h + _TEACHER_SHARE * logits
+        backward = again + tokens * 2 * (h + f)
+        output_gradient = 4 * vocab * h  # of the output weights; ends with the backward pass
+        return TrainingMemory(state, kept, output_gradient + max(loss, backward))
+
+    def _state(self, rank: _Rank) -> float:
+        teacher = 0.0
+        if self.stage != "long_context":
+            teacher = weight_bytes(self.shape, "bf16").of(None) / self.tp_size
+        # Stage 1 takes all else from the teacher.
+        trained_part = attention_weight_bytes if self.stage == "align" else weight_bytes
+        optimizer = _OPTIMIZER / (self.dp_size * self.cp_size)
+        trained = rank.of(trained_part(self.shape, "bf16"))
+        return teacher + trained * (1 + (_GRADIENT + optimizer) / _WEIGHT)
+
+    @property
+    def _num_runs(self) -> int:
+        return 1 if self.cp_size == 1 else 2
+
+    def _layers(self, rank: _Rank, mlp: int) -> list[float]:
+        """What each layer keeps that is not recomputed."""
+        tokens = self.num_tokens / self.cp_size
+        beside = 4 * self.shape.hidden_size if self.stage == "align" else mlp
+        beside /= self.tp_size  # in stage 1 the float32 difference from the teacher
+        attentions = rank.of_layers(attention_bytes(self.shape, self._num_runs))
+        parts = 0 if rank.heads is None else _MULTIPROCESSORS * self.shape.head_dim**2 * (4 + 2)
+        return [tokens * (attention + beside) + parts for attention in attentions]
+
+    def _recomputed(self, rank: _Rank, layers: list[float], layer_input: float) -> float:
+        """The most that a recomputed layer's backward pass adds to the inputs of all layers.
+
+        The inputs of the layers after it are free by then.
+        """
+        h, tokens = self.shape.hidden_size, self.num_tokens / (self.tp_size * self.cp_size)
+        again = layers
+        if self.stage == "align":
+            # The layer's output, and both in float32 beside their difference; or later.
+            gradients = rank.of_layers(attention_gradient_bytes(self.shape, self._num_runs))
+            per_token = [max(10 * h / self.tp_size, gradient) for gradient in gradients]
+            again = [x + self.num_tokens / self.cp_size * y for x, y in zip(again, per_token)]
+        else:
+            again = [x + tokens * 2 * h for x in again]  # the layer's output
+        num_after = range(len(again) - 1, -1, -1)
+        return max(x - n * layer_input for x, n in zip(again, num_after, strict=True))
+
+
+def attention_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
+    """Bytes a token that the attentions of all layers keep, their inputs and norms counted in.
+
+    Args:
+        shape: The teacher's.
+        num_runs: Of each LA head: two where context-parallel ranks share the tokens, and its
+            output is composed of theirs.
+    """
+    h, d, heads = shape.hidden_size, shape.head_dim, shape.num_heads
+    # Input, normed input, its rate; what the output projection reads.
+    common = 4 * h + 4 + 2 * heads * d
+    # Query and gate as projected; query and key before and after their norms, value, output; the
+    # norms' rates, the softmax's sum.
+    fa_head = 4 * d + 12 * d + 12
+    group = 4 * d  # key and value as projected
+    # Query, key, value and gate as projected, two gates; query and key as prepared; of each run
+    # value, output, the chunks' triangular systems, decay and step size.
+    la_head = 8 * d + 4 + 4 * d + num_runs * (4 * d + 2 * _CHUNK + 8)
+    if num_runs > 1:
+        la_head += 2 * d  # the output composed of theirs
+    hybrid = common + 4 * heads + 4 * d  # rates of the fusion's norm; cosines and sines
+    teacher_head, teacher_group = 4 * d + 8, 6 * d + 4  # the output is the projection's input
+    return PlanCost(
+        shape.num_layers * hybrid + shape.total_heads * la_head,
+        fa_head - la_head,
+        group,
+        shape.num_layers * common
+        + shape.total_heads * teacher_head
+        + shape.total_groups * teacher_group,
+    )
+
+
+def attention_gradient_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
+    """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
+
+    That is the gated delta rule's: the joined gradient of the projected sections, those of the
+    prepared query, key and value of each run, and the states of all chunks, which the last run
+    computes again. Arguments as :func:`attention_bytes`.
+    """
+    d = shape.head_dim
+    la_head = 8 * d + 4 + num_runs * 6 * d + 2 * d**2 // _CHUNK
+    return PlanCost(shape.total_heads * la_head, 4 * d - la_head, 4 * d, 0)

@@ -1,0 +1,249 @@
+"""The certificate's parts that need one process: batches, comparisons, checks, tables, the tool."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra_tools import certify as tool
+from hydra_tools import cli
+from kit.distributed import run_distributed
+from kit.tiny import tiny_fields, tiny_plan
+from megatron.core.utils import get_batch_on_this_cp_rank
+
+from megatron_hydra.certify.certified_model import certified_model
+from megatron_hydra.certify.checks import Limits, plan_checks, row_lengths
+from megatron_hydra.certify.comparison import bit_differences_of_tensors, differences, heads_of
+from megatron_hydra.certify.layouts import Layout, local_index, micro_batches, random_batch
+from megatron_hydra.certify.tables import (
+    BEGIN,
+    END,
+    layouts_table,
+    text_table,
+    with_table,
+)
+from megatron_hydra.certify.training import Record
+from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(ROOT.glob("examples/*/certify.yaml"))
+IN_PROJ = "decoder.layers.0.self_attention.in_proj.weight.la_query"
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+def test_unpacked_rows_are_split_as_megatron_splits_them(monkeypatch, cp_size):
+    row = torch.arange(48)
+    monkeypatch.setattr("megatron.core.utils.get_pg_size", lambda group: cp_size)
+    for rank in range(cp_size):
+        monkeypatch.setattr("megatron.core.utils.get_pg_rank", lambda group, rank=rank: rank)
+        expected = get_batch_on_this_cp_rank({"x": row[None]}, cp_group=object())["x"][0]
+        assert torch.equal(row[local_index([48], cp_size, rank)], expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(packed=True), Layout(cp=2, packed=True)])
+def test_every_token_of_a_packed_batch_is_on_one_rank(layout):
+    batch = random_batch(row_lengths(24, 1)[1], vocab_size=50)
+    seen = [torch.zeros(len(document)) for document in batch.documents]
+    layout = Layout(cp=layout.cp, packed=True, num_micro_batches=len(batch.rows))
+    for rank in range(layout.cp):
+        for micro_batch in micro_batches(batch, layout, 0, 1, rank):
+            places = zip(
+                micro_batch.document.flatten().tolist(),
+                micro_batch.place.flatten().tolist(),
+                micro_batch.tokens.flatten().tolist(),
+                micro_batch.loss_mask.flatten().tolist(),
+                strict=True,
+            )
+            for document, place, token, counted in places:
+                if document < 0:
+                    assert counted == 0, "padding is no token"
+                    continue
+                seen[document][place] += 1
+                assert token == batch.documents[document].tokens[place]
+                assert counted == batch.documents[document].loss_mask[place]
+    assert all((count == 1).all() for count in seen)
+
+
+def test_a_wrong_head_is_named_though_its_values_are_small():
+    expected = torch.ones(40, 4)  # five LA heads of eight rows
+    expected[8:16] *= 0.2
+    found = expected.clone()
+    found[9, 2] += 0.02
+    worst = differences(
+        Record(gradients={IN_PROJ: found}, losses=[1.0], grad_norms=[1.0]),
+        Record(gradients={IN_PROJ: expected}, losses=[1.0], grad_norms=[1.0]),
+        tiny_plan(),
+    )
+    assert worst["gradients"].at == f"{IN_PROJ}, head 3", "LA heads are 0, 3, 4, 6 and 7"
+    assert worst["gradients"].value == pytest.approx(0.1)
+
+
+def test_what_is_not_a_number_is_infinitely_far():
+    bad, good = {"x": torch.tensor([torch.nan, 1.0])}, {"x": torch.ones(2)}
+    assert bit_differences_of_tensors(bad, good).value == float("inf")
+    record = dict(losses=[1.0], grad_norms=[1.0])
+    found = differences(Record(logits=bad, **record), Record(logits=good, **record), tiny_plan())
+    assert found["logits"].value == float("inf")
+    worse = Record(losses=[1.0, float("nan")], grad_norms=[1.0])
+    fine = Record(losses=[1.0, 1.0], grad_norms=[1.0])
+    assert differences(worse, fine, tiny_plan())["loss"].value == float("inf")
+
+
+@pytest.mark.parametrize(
+    "name, axis, names",
+    [
+        ("in_proj.weight.fa_gate", 0, ["head 1", "head 2", "head 5"]),
+        ("in_proj.weight.fa_key", 0, ["query group 0", "query group 1", "query group 2"]),
+        ("linear_attention.conv_weight.key", 0, [f"head {i}" for i in (0, 3, 4, 6, 7)]),
+        ("linear_proj.weight", 1, [f"head {i}" for i in range(8)]),
+    ],
+)
+def test_heads_have_their_teachers_names(name, axis, names):
+    assert heads_of(f"decoder.layers.0.self_attention.{name}", tiny_plan()) == (axis, names)
+
+
+def test_what_does_not_fit_is_said():
+    checks, not_run = plan_checks(tiny_fields(), tiny_plan(), 2, Limits(tp=2, cp=2, pp=2))
+    assert all(2 % check.layout.model_ranks == 0 for check in checks)
+    reasons = {item.name: item.reason for item in not_run}
+    assert reasons["tensor and context parallel"].endswith("needs a multiple of 4 ranks")
+    assert reasons["pipeline 2, virtual stages"] == "2 layers are no multiple of 4"
+    assert {check.name.partition(",")[0] for check in checks} >= {
+        "tensor parallel", "sequence parallel", "context parallel", "pipeline", "data parallel",
+        "gradient accumulation", "distributed optimizer", "packed documents", "recomputation",
+        "deterministic rerun", "checkpoint there and back",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)
+def test_the_examples_are_models(path):
+    fields, plan = certified_model(path, num_layers=2, backend="local")
+    assert fields["num_layers"] == plan.num_layers == 2
+    assert len({layer.fa_heads for layer in plan.layers}) == 2, "shifted from layer to layer"
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (("hidden_size", "hiden_size"), "unknown config key model.hiden_size: did you mean"),
+        (("num_query_groups: 4", "num_query_groups: 3"), "3 query groups"),
+        (("vocab_size: 1024", "vocab_size: none"), "model.vocab_size is 'none'"),
+        (("fa_heads_per_layer: 2", "fa_heads_per_layer: 9"), "fa_heads_per_layer is 9"),
+        (("fa_heads_per_layer: 2", ""), "either plan"),
+        (("model:", "checkpoint: folder\nmodel:"), "either checkpoint"),
+    ],
+)
+def test_a_wrong_model_is_one_sentence(tmp_path, change, sentence):
+    path = tmp_path / "certify.yaml"
+    path.write_text((ROOT / "examples/quickstart/certify.yaml").read_text().replace(*change))
+    with pytest.raises(UserError, match=sentence):
+        certified_model(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--layers", "0"], "--layers is 0"),
+        (["--layers", "5"], "--layers is 5, but the model has 4"),
+        (["--tp", "-1"], "--tp is -1"),
+        (["--length", "8"], "--length is 8"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(tmp_path, capsys, arguments, sentence):
+    config = str(ROOT / "examples/quickstart/certify.yaml")
+    out = str(tmp_path / "c.json")
+    assert cli.main(["certify", "--config", config, "--out", out, *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_tool_certifies_one_rank(tmp_path):
+    """End to end, where nothing is split: packing, recomputation, reruns and checkpoints."""
+    out = tmp_path / "certificate.json"
+    command = [
+        sys.executable, "-m", "hydra_tools.certify", "--out", str(out), "--layers", "1",
+        "--config", str(ROOT / "examples/quickstart/certify.yaml"), "--steps", "2",
+        "--length", "24", "model.hidden_size=32", "model.kv_channels=8", "--precision", "bf16",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(out.read_text())
+    assert data["passed"] and data["precision"] == "bfloat16" and data["num_ranks"] == 1
+    assert {row["check"] for row in data["rows"]} >= {"packed documents", "recomputation, full"}
+    assert "checkpoint there and back" in {item["name"] for item in data["not_run"]}
+    assert "every check passed" in result.stdout
+    assert list(tmp_path.iterdir()) == [out], "nothing is left beside it"
+
+
+def _certificate(**changes: object) -> dict:
+    row = dict(
+        check="tensor parallel", layout="tp2 by_type", compared_with="one rank",
+        quantity="logits", difference=1e-6, at="document 1", tolerance=1e-5, passed=True,
+    )  # fmt: skip
+    rows = [row, {**row, "quantity": "gradients", "difference": 9e-6, "at": "x, head 3", **changes}]
+    return dict(
+        passed=all(row["passed"] for row in rows), rows=rows, peak_bytes={"tp2 by_type": [2**20]},
+        not_run=[dict(name="pipeline", reason="--pp is 1")], num_ranks=2, device="CPU",
+        precision="float32", backend="local",
+    )  # fmt: skip
+
+
+def test_the_table_shows_the_worst_and_all_that_failed():
+    (_, line, last) = text_table(_certificate()).splitlines()
+    assert line.split("  ")[0] == "tensor parallel" and "gradients" in line and "9.0e-06" in line
+    assert last.split() == ["pipeline", "not", "run:", "--pp", "is", "1"]
+    failed = text_table(_certificate(difference=1.0, passed=False))
+    assert "FAIL at x, head 3" in failed
+
+
+def test_layouts_are_written_between_the_readmes_markers(tmp_path):
+    table = layouts_table([_certificate()])
+    assert "| tensor parallel | tp2 | 2, CPU, float32, local | gradients 9e-06 (1e-05) |" in table
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert with_table(page, table) == f"before\n{BEGIN}\n{table}\n{END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(UserError, match="has no place for the table"):
+        with_table(page, table)
+    with pytest.raises(UserError, match="has failed"):
+        layouts_table([_certificate(passed=False)])
+
+
+def test_the_readmes_layouts_are_those_of_the_certificates():
+    paths = sorted((ROOT / "tests/certificates").glob("*.json"))
+    readme = ROOT / "README.md"
+    table = layouts_table([json.loads(path.read_text()) for path in paths])
+    assert paths and with_table(readme, table) == readme.read_text(encoding="utf-8")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_ranks_that_hang_are_killed_and_named():
+    start = time.monotonic()
+    with pytest.raises(TimeoutError) as error:
+        run_distributed(_one_hangs, 2, limit_s=12)
+    assert time.monotonic() - start < 60
+    message = str(error.value)
+    assert message.startswith("ranks [1] of 2 had not ended after 12 s")
+    assert "_one_hangs" in message, "where it stood"
+
+
+def _one_hangs() -> None:
+    import os
+
+    if os.environ["RANK"] == "1":
+        time.sleep(600)
+
+
+def test_the_tool_is_where_the_library_says(tmp_path):
+    assert tool.__doc__ is not None and "certify" in cli.VERBS
+    plan = HeadPlan.all_fa(2, 8, 4)
+    checks, _ = plan_checks(tiny_fields(), plan, 2, Limits(tp=2))
+    assert not any("one kind" in check.name for check in checks), "there is one kind only"

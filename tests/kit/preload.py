@@ -1,0 +1,11 @@
+"""What a rank imports: the fork server does it once, so that the ranks of a test start fast."""
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from kit.interpreter import patch_interpreter  # noqa: E402
+
+import megatron_hydra.teachers.checkpoint  # noqa: E402,F401
+
+patch_interpreter()

@@ -1,0 +1,114 @@
+"""The layout must not show: any split over ranks computes and trains the same model.
+
+Catches: heads in the wrong order, collectives that differ between ranks, a gradient that is not
+summed over ranks (shared norms) or summed twice, query groups split over ranks, gradient norms
+that count a rank's own parameters once only, replicas that drift apart, checkpoint shards at the
+wrong place, means of means over unequal parts of a batch, state that leaks over packed documents'
+borders or is lost between context-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from kit.distributed import run_distributed
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+# Some heads FA (groups split, whole and missing), all, one, none.
+PLAN = {0: (1, 2, 5), 1: tuple(range(8)), 2: (3,), 3: ()}
+TWO_LAYERS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
+VARIANTS = {
+    "default": {},
+    "dynamic gate, RoPE on FA": dict(fusion="gate", fa_rope=True, la_output_gate="sigmoid"),
+    "no gates": dict(fusion="norm", fa_output_gate=False, la_output_gate="none", la_qk_norm=False),
+}
+# What `make test` keeps: each kind of split once, in the combination that has most to go wrong.
+COVERING_ON_TWO = {
+    "tensor parallel, ranks of one kind: tp2 balanced",
+    "sequence parallel, ranks of one kind: tp2 sp by_type",
+    "pipeline, virtual stages: pp2 vpp2 micro4",
+    "distributed optimizer: tp2 sp by_type distopt",
+    "packed documents: cp2 micro4 packed",
+    "recomputation, selective: tp2 sp by_type recompute=selective",
+    "checkpoint there and back: tp2 sp by_type",
+}
+COVERING_ON_FOUR = {
+    "sequence parallel, ranks of one kind: tp4 sp by_type",
+    "tensor and context parallel: tp2 cp2 sp by_type",
+    "packed documents: tp2 cp2 sp by_type micro4 packed",
+}
+
+
+def test_a_covering_part_of_the_matrix_on_two_ranks(tmp_path):
+    """Four layers, of which pipeline stages and checkpoints need several."""
+    rows = _certify(tmp_path, 2, {}, PLAN, (2, 2, 2), COVERING_ON_TWO)
+    assert _names(rows) == COVERING_ON_TWO
+
+
+def test_a_covering_part_of_the_matrix_on_four_ranks(tmp_path):
+    variant = VARIANTS["dynamic gate, RoPE on FA"]
+    rows = _certify(tmp_path, 4, variant, TWO_LAYERS, (4, 2, 1), COVERING_ON_FOUR)
+    assert _names(rows) == COVERING_ON_FOUR
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("num_ranks, limits", [(1, (1, 1, 1)), (4, (4, 4, 4)), (8, (8, 4, 2))])
+def test_the_whole_matrix(tmp_path, variant, num_ranks, limits):
+    rows = _certify(tmp_path, num_ranks, VARIANTS[variant], PLAN, limits)
+    if num_ranks == 8:
+        sizes = {word for row in rows for word in row["layout"].split()}
+        assert {"tp2", "tp4", "tp8", "cp2", "cp4", "pp2", "vpp2", "sp", "distopt"} <= sizes
+        assert any(row["layout"].startswith("tp2 cp2 pp2") for row in rows)
+
+
+def _certify(
+    folder: Path,
+    num_ranks: int,
+    overrides: dict,
+    fa_heads: dict,
+    limits: tuple[int, int, int],
+    wanted: set[str] | None = None,
+) -> list[dict]:
+    """Certify on so many ranks; every row must pass."""
+    folder.mkdir(exist_ok=True)
+    run_distributed(_certify_rank, num_ranks, folder, overrides, fa_heads, limits, wanted)
+    certificate = json.loads((folder / "certificate.json").read_text())
+    failed = [row for row in certificate["rows"] if not row["passed"]]
+    assert certificate["passed"] and not failed, failed
+    return certificate["rows"]
+
+
+def _names(rows: list[dict]) -> set[str]:
+    return {f"{row['check']}: {row['layout']}" for row in rows}
+
+
+def _certify_rank(
+    folder: Path, overrides: dict, fa_heads: dict, limits: tuple, wanted: set[str] | None
+) -> None:
+    from kit.tiny import tiny_fields
+
+    from megatron_hydra.certify.certificate import WELL_CONDITIONED, certify
+    from megatron_hydra.certify.checks import Limits
+    from megatron_hydra.certify.training import Run
+    from megatron_hydra.certify.worlds import Ranks
+    from megatron_hydra.head_plan import HeadPlan
+
+    num_layers = len(fa_heads)
+    fields = tiny_fields(num_layers=num_layers, **{**WELL_CONDITIONED, **overrides})
+    plan = HeadPlan.from_fa_heads(fa_heads, num_layers, 8, 4)
+    certificate = certify(
+        Run(fields, plan, folder / "weights", folder),
+        Limits(*limits),
+        96,
+        Ranks(),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=int(os.environ["RANK"]),
+        select=lambda check: wanted is None or f"{check.name}: {check.layout.name}" in wanted,
+    )
+    if os.environ["RANK"] == "0":
+        (folder / "certificate.json").write_text(json.dumps(certificate.data))

@@ -1,0 +1,98 @@
+"""Kernels compiled beforehand, and LA heads that no kernel takes, said before anything runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra_kernels import warm_up
+from hydra_kernels.gated_delta_rule.compilation import Mode
+from hydra_kernels.la_preparation import triton_la_preparation
+from hydra_tools import cli
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.model.kernel_choice import check_la_heads
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--head-dim 320", "--head-dim: impl='fla' takes head dimensions up to 256, got 320"),
+        ("--head-dim 128 33", "--head-dim is 33: must be even, 2 or more"),
+        ("--head-dim 0", "--head-dim is 0: must be even, 2 or more"),
+    ],
+)
+def test_wrong_dimensions_are_named(capsys: pytest.CaptureFixture[str], options: str, message: str):
+    assert cli.main(["warm-up", *options.split()]) == 2
+    assert capsys.readouterr().err == f"megatron-hydra: error: {message}\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_machine_without_a_gpu_is_told(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["warm-up"]) == 2
+    assert "PyTorch finds none" in capsys.readouterr().err
+
+
+def _config(**fields) -> SimpleNamespace:
+    defaults = dict(
+        kv_channels=128, seq_length=2**17, context_parallel_size=1, fused_kernels="auto"
+    )
+    return SimpleNamespace(**(defaults | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kv_channels": 320}, r"^layer 4 has 13 LA heads .* dimensions up to 256, got 320$"),
+        ({"seq_length": 2**24}, r"^layer 4 has 13 LA heads .* 16777216 tokens .* context parallel"),
+        (
+            {"kv_channels": 33, "fused_kernels": "triton"},
+            r"^layer 4 has 13 LA heads of dimension 33, .* set fused_kernels to 'reference'$",
+        ),
+    ],
+)
+def test_heads_that_no_kernel_takes_are_named(
+    monkeypatch: pytest.MonkeyPatch, fields: dict, message: str
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UserError, match=message):
+        check_la_heads(_config(**fields), "fla", 5, 13)
+    check_la_heads(_config(**fields), "fla", 5, 0)  # a rank without LA heads
+    check_la_heads(_config(**fields), "reference", 5, 13)
+
+
+def test_ranks_of_a_context_share_a_long_sequence():
+    check_la_heads(_config(seq_length=2**24, context_parallel_size=4), "fla", 1, 16)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+def test_every_kernel_of_la_preparation_is_among_those_compiled(head_dim: int):
+    """Whatever the number of heads and tokens; more than 16 heads have wider gates."""
+    weight = torch.empty(1, 4)
+
+    def kernels(num_heads: int, rows: int, num_tokens: int) -> set[tuple]:
+        x = torch.empty(rows, num_tokens, 3 * num_heads * head_dim, device="meta")
+        module = triton_la_preparation
+        passes = (
+            (module._HALF_TILE_FORWARD, module._LONGEST_FORWARD),
+            (module._HALF_TILE_BACKWARD, module._LONGEST_BACKWARD),
+        )
+        launches = [module._launch(x, num_heads, weight, *sizes) for sizes in passes]
+        assert all(strip % 16 == 0 for _, strip, _ in launches)  # for others Triton compiles anew
+        return {(i, *sorted(sizes.items())) for i, (_, _, sizes) in enumerate(launches)}
+
+    compiled = kernels(warm_up.NUM_HEADS, 1, 1024)
+    for num_heads in range(1, 17):
+        for rows in (1, 2, 4):
+            for num_tokens in (1, 100, 1024, 3000, 4096, 8192, 20000, 2**17, 2**19):
+                assert kernels(num_heads, rows, num_tokens) <= compiled
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("with_state", [False, True])
+def test_operators_run_as_a_layer_calls_them(with_state: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warm_up, "NUM_HEADS", 2)  # the interpreter takes seconds a head
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mode = Mode(8, 8, torch.float32, with_state)
+    warm_up.run_layer_operators(mode, device, num_tokens=4)

@@ -1,0 +1,266 @@
+"""Killed or stopped at a named point, then the same command: it ends as a quiet one, in each bit.
+
+Catches a run that starts anew, whatever a checkpoint forgets (optimizer steps and moments, the
+learning rate's place, the data's place, random states), samples that are trained on twice or
+never, half-written and half-removed checkpoints that are taken for whole ones, and a stage that
+starts from a half-written hybrid. With other layouts in between: samples in another order.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from kit import recorded_train
+from kit.distributed import run_distributed
+from kit.lives import (
+    BATCH,
+    LENGTH,
+    NUM_STEPS,
+    RUN_SECONDS_MAX,
+    Run,
+    checkpoint_step,
+    order,
+    paths,
+    read_tensors,
+    torchrun,
+    write_inputs,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_hydra.training.config import load_config
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+STAGES = ("align", "distill", "long_context")
+# In a life, what can be killed at the n-th call, and the largest n; a step calls the first three
+# twice, the others once, and a save comes every other step.
+PHASES = {"data": 6, "forward": 6, "backward": 6, "optimizer": 3, "optimizer_done": 3,
+          "save_begin": 2, "save_files": 2, "save_metadata": 2, "save_config": 2, "save_mark": 2,
+          "remove": 1, "start": 1, "load": 1}  # fmt: skip
+AT_THE_END = ("hybrid_move", "hybrid_moved")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the runs read."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
+    """A kill a stage: in the backward pass, in a save in the background, and at the switch.
+
+    Before that a signal to one rank of two, and torchrun killed alone: both save, at one step.
+    """
+    kills = {
+        "align": ["backward:5:SIGUSR1", "backward:7"],
+        "distill": ["save_files:2"],
+        "long_context": ["backward:5:launcher", "hybrid_move:1"],
+    }
+    quiet = _quiet_chain(inputs, tmp_path)
+    killed = _killed_chain(inputs, tmp_path / "killed", kills, ["resume.async_save=true"])
+    _compare(quiet, killed, num_kills=5)
+
+    run = killed[0]
+    written = load_config(run.folder / "run_config.yaml")  # with nothing left open
+    chosen = (written.trainer.accelerator, written.model.backend, written.model.la_kernel)
+    assert chosen == ("cpu", "local", "reference")
+    assert "is complete" in run.live()
+
+
+@pytest.mark.exhaustive
+def test_thirty_kills_end_bit_equal(inputs: Path, tmp_path: Path) -> None:
+    """Five kills a stage, in each way of saving; what is killed where is drawn from a seed."""
+    seed = int(os.environ.get("HYDRA_KILL_SEED", random.SystemRandom().randrange(2**32)))
+    logging.getLogger(__name__).warning("HYDRA_KILL_SEED=%d", seed)  # shown on failure
+    dice = random.Random(seed)
+    names = [name for _ in range(2) for name in dice.sample(sorted(PHASES), len(PHASES))]
+    quiet = _quiet_chain(inputs, tmp_path)
+    for index, more in enumerate(([], ["resume.async_save=true"])):
+        kills = {}
+        for stage in STAGES:
+            phases = [names.pop() for _ in range(4)]
+            kills[stage] = [f"{phase}:{dice.randint(1, PHASES[phase])}" for phase in phases]
+            kills[stage].append(f"{dice.choice(AT_THE_END)}:1")
+        # Nothing is removed or loaded in a first life without checkpoints.
+        killed = _killed_chain(inputs, tmp_path / f"killed_{index}", kills, more)
+        _compare(quiet, killed, num_kills=15)
+
+
+@pytest.mark.exhaustive
+def test_layout_changes_between_lives(inputs: Path, tmp_path: Path) -> None:
+    """TP 2, then DP 2, then one rank: the same samples in the same order, values to rounding."""
+    quiet = Run(inputs, tmp_path / "quiet", "distill")
+    quiet.live()
+    moved = Run(inputs, tmp_path / "moved", "distill")
+    one = "strategy.tensor_model_parallel_size=1"
+    moved.live("backward:9")
+    printed = moved.live("optimizer:5", more=[one])
+    assert "random states start from the seed" in printed and "going on from" in printed
+    moved.live(ranks=1, more=[one])
+    assert order(moved) == order(quiet)
+    tensors, common = moved.checkpoint()
+    expected, expected_common = quiet.checkpoint()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            scale = float(value.abs().max())
+            torch.testing.assert_close(
+                tensors[name], value, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    for part in ("lr_schedulers", "PreTrainingDataModule", "global_step"):
+        assert common[part] == expected_common[part]
+
+
+def _quiet_chain(inputs: Path, folder: Path) -> list[Run]:
+    """On one pair of ranks that fork with NeMo imported, which takes most of a life."""
+    runs = _chain(inputs, folder / "quiet")
+    stages = [(run.arguments, run.environment(), run.log) for run in runs]
+    run_distributed(recorded_train.run_stages, 2, stages)
+    return runs
+
+
+def _killed_chain(
+    inputs: Path, folder: Path, kills: dict[str, list[str]], more: Sequence[str]
+) -> list[Run]:
+    """Each stage killed so often, always by the same command, then run to its end."""
+    runs = _chain(inputs, folder)
+    for run in runs:
+        for kill in kills[run.stage]:
+            _live_on(run, _reachable(run, kill), more)
+            if kill.count(":") == 2:
+                _check_stopped(run)
+            assert not (run.folder / "hybrid/model.json").exists() or kill == "hybrid_moved:1"
+        saved_step = checkpoint_step(run.folder)
+        if kills[run.stage][-1] == "hybrid_moved:1":
+            assert "is complete" in run.live(more=more)
+            continue
+        printed = _live_on(run, "", more)
+        assert f"placement balanced at {LENGTH} tokens" in printed  # not at the hybrid's 128
+        if saved_step < NUM_STEPS:
+            assert _steps_of_newest_log(run.folder) == list(range(saved_step + 1, NUM_STEPS + 1))
+    return runs
+
+
+def _check_stopped(run: Run) -> None:
+    """All ranks have ended, some moments after torchrun, and have saved the step they were in."""
+    end = time.monotonic() + 60
+    while _ranks(run) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert _ranks(run) == [], "orphans"
+    step = checkpoint_step(run.folder)
+    assert step in (3, 4)  # two backward passes each; a launcher's end takes a moment to be known
+    printed = run.printed()
+    sentence = (
+        f": stopped after step {step} of {NUM_STEPS}, which is saved in {run.folder}/checkpoints; "
+        "the same command goes on from there"
+    )
+    assert sentence in printed, printed[-4000:]
+
+
+def _ranks(run: Run) -> list[int]:
+    """Processes that run the command."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if f"log.folder={run.folder}" in (process.info["cmdline"] or ())
+    ]
+
+
+def _live_on(run: Run, kill: str, more: Sequence[str]) -> str:
+    """One life, from the newest checkpoint: a run that starts anew would end bit-equal too."""
+    saved_step = checkpoint_step(run.folder)
+    printed = run.live(kill, more=more)
+    start = f"going on from {run.folder}/checkpoints/step_{saved_step:08d}"
+    assert (start if saved_step else "starting at step 0") in printed, printed
+    return printed
+
+
+def _reachable(run: Run, kill: str) -> str:
+    """The kill, or one while data is read where nothing is there to be loaded or removed."""
+    needs_checkpoint = kill.partition(":")[0] in ("load", "remove")
+    return kill if checkpoint_step(run.folder) or not needs_checkpoint else "data:5"
+
+
+def _chain(inputs: Path, folder: Path) -> list[Run]:
+    """The three stages, each from the one before."""
+    folder.mkdir()
+    runs, init_from = [], inputs / "hybrid"
+    for stage in STAGES:
+        runs.append(Run(inputs, folder / stage, stage, [f"transfer.init_from={init_from}"]))
+        init_from = folder / stage / "hybrid"
+    return runs
+
+
+def _compare(quiet: list[Run], killed: list[Run], num_kills: int) -> None:
+    assert sum(len(set(run.kills())) > 0 for run in killed) == len(STAGES)
+    assert sum(len(run.kills()) for run in killed) >= num_kills
+    start = read_tensors(quiet[0].inputs / "hybrid/weights")
+    for expected, found in zip(quiet, killed, strict=True):
+        what = f"{found.stage} after {found.kills()}"
+        samples = [sample for _, sample in order(found)]
+        assert sorted(samples) == list(range(NUM_STEPS * BATCH)), f"{what}: not each sample once"
+        assert found.consumed() == expected.consumed(), what
+        common = found.checkpoint()[1]
+        assert common["PreTrainingDataModule"]["consumed_samples"] == NUM_STEPS * BATCH, what
+        for one, other in zip(found.checkpoint(), expected.checkpoint(), strict=True):
+            assert not (different := _differences(one, other)), f"{what}: {different}"
+        ends = [read_tensors(run.folder / "hybrid/weights") for run in (found, expected)]
+        assert not (different := _differences(*ends)), f"{what}: {different}"
+        assert _differences(ends[0], start), f"{what}: nothing was trained"
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nests of dictionaries, lists, arrays and plain values differ, bit for bit."""
+    if type(one) is not type(other):
+        return [path]
+    if isinstance(one, dict):
+        wrong = [f"{path}.{key}" for key in one.keys() ^ other.keys()]
+        parts = [(key, one[key], other[key]) for key in one.keys() & other.keys()]
+    elif isinstance(one, list | tuple):
+        wrong = [] if len(one) == len(other) else [path]
+        parts = [(index, *pair) for index, pair in enumerate(zip(one, other, strict=False))]
+    else:
+        is_array = isinstance(one, torch.Tensor | np.ndarray)
+        is_equal = np.array_equal(one, other) if is_array else one == other
+        return [] if is_equal else [path]
+    return wrong + [item for key, a, b in parts for item in _differences(a, b, f"{path}.{key}")]
+
+
+def _steps_of_newest_log(run: Path) -> list[int]:
+    """The steps that the run's last process has recorded."""
+    newest = max(run.glob("tensorboard/events*"), key=lambda path: path.stat().st_mtime)
+    events = EventAccumulator(str(newest), size_guidance={"scalars": 0})
+    events.Reload()
+    return [point.step for point in events.Scalars("train/loss")]
+
+
+def test_bad_input_is_one_sentence_on_every_rank(inputs: Path, tmp_path: Path) -> None:
+    """torchrun itself prints a traceback of its own and exits with 1; nothing of ours does."""
+    overrides = [f"log.folder={tmp_path / 'run'}", "transfer.init_from=nowhere"]
+    arguments = ["-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml", *overrides]
+    finished = subprocess.run(
+        [*torchrun(2), *arguments, "transfer.stage=align"],
+        capture_output=True, text=True, timeout=RUN_SECONDS_MAX,
+        env={**os.environ, "PYTHONPATH": paths(), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert finished.returncode == 1
+    log = finished.stdout + finished.stderr
+    sentence = "megatron-hydra: error: nowhere is not a checkpoint folder: it has no model.json"
+    assert f"\n{sentence}\n" in f"\n{log}"
+    # ... and again in the summary that ends what torchrun prints.
+    *_, summary = log.partition("Root Cause")
+    assert re.search(r"exitcode +: 2 ", summary) and f"traceback : {sentence}" in summary
+    assert "most recent call first" not in log, "a stack of faulthandler"
+    assert not re.search(r'File ".*(megatron_hydra|hydra_tools)', log)
+    assert not (tmp_path / "run").exists()

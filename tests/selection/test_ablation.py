@@ -1,0 +1,101 @@
+"""Zero and mean ablation: known circuits and the plain loop of whole forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kit import circuits
+from kit.circuits import ANSWER, CARRIED, IS_DIGIT, IS_QUESTION, VALUE
+from torch import Tensor, nn
+
+from megatron_hydra.parallel import initialize_model_parallel
+from megatron_hydra.selection.scorers import activations
+from megatron_hydra.selection.scorers.ablation import MeanAblation, ZeroAblation
+from megatron_hydra.selection.scorers.base import PairBatch
+
+SENDER, DECOY, RECEIVER = (0, 1), (1, 2), (2, 3)
+SCORERS = [ZeroAblation, MeanAblation]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process() -> None:
+    initialize_model_parallel()
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_every_head_on_the_way_to_the_answer_counts_and_a_decoy_does_not(
+    scorer: type[ZeroAblation] | type[MeanAblation],
+) -> None:
+    """Without the digit m is 0, half way to the corrupt run's -m: 0.5 for sender and receiver.
+
+    Catches: attention above that keeps its clean output (the sender would get 0), the wrong gap,
+    a mean that still says the answer.
+    """
+    model = circuits.blank_model(3)
+    circuits.wire(model, SENDER, key=IS_DIGIT, reads=VALUE, writes=CARRIED)
+    circuits.wire(model, DECOY, key=IS_DIGIT, reads=VALUE, writes=None)
+    circuits.wire(model, RECEIVER, key=IS_QUESTION, reads=CARRIED, writes=ANSWER)
+    found = circuits.measure(scorer(), model, circuits.digit_probe())
+    expected = torch.zeros(3, 3, 4, dtype=torch.float64)
+    for layer, head in (SENDER, RECEIVER):
+        expected[:, layer, head] = 0.5
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def plain_effect(
+    model: nn.Module, batch: PairBatch, pair: int, place: circuits.Place, to_mean: bool
+) -> float:
+    """One head's effect on one pair by a whole forward, its output replaced at every position."""
+    runs = [circuits.plain_run(model, x[pair].tolist())[1] for x in (batch.clean, batch.corrupt)]
+
+    def ablate(index: int, outputs: Tensor) -> Tensor:
+        part = circuits.channels_of(place[1])
+        if index == place[0]:
+            every = torch.cat([run[index][..., part] for run in runs])  # [both runs' s, 1, d]
+            outputs[..., part] = every.sum(dim=0) / len(every) if to_mean else 0.0
+        return outputs
+
+    before, after = (
+        circuits.plain_readout(model, batch, pair, batch.clean, change) for change in (None, ablate)
+    )
+    return (before - after) / float(batch.gaps[pair])
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize(
+    ("tied", "at_once", "readout"),
+    [(False, 16384, "logit_difference"), (True, 1, "log_probability")],
+)
+def test_equals_the_plain_loop(
+    scorer: type[ZeroAblation] | type[MeanAblation],
+    tied: bool,
+    at_once: int,
+    readout: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches: a run resumed at the wrong layer or without RoPE, a mean over pairs or over the
+    wrong dimension or of one run alone, heads or pairs swapped when batched.
+    """
+    monkeypatch.setattr(activations, "MAX_POSITIONS", at_once)
+    model = circuits.random_teacher(6, num_layers=3, share_embeddings_and_output_weights=tied)
+    batch = circuits.batch_with_gaps(model, circuits.random_probe(readout=readout))
+    found = scorer().measure(model, batch)
+    for pair, layer, head in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
+        expected = plain_effect(model, batch, pair, (layer, head), scorer is MeanAblation)
+        assert found[pair, layer, head].item() == pytest.approx(expected, abs=1e-9)
+    assert found.abs().amax(dim=(0, 2)).min() > 0.05, "some layer's heads all do nothing"
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_pair_s_effect_does_not_depend_on_the_pairs_beside_it(
+    scorer: type[ZeroAblation] | type[MeanAblation],
+) -> None:
+    """Catches: a stand-in averaged over the batch, which would make batch size and ranks matter."""
+    model = circuits.random_teacher(6)
+    probe = circuits.random_probe()
+    together = circuits.measure(scorer(), model, probe)
+    for number, pair in enumerate(probe.pairs):
+        alone = circuits.Probe("alone", "retrieval", [pair], probe.length_tokens, 0)
+        found = circuits.measure(scorer(), model, alone)
+        torch.testing.assert_close(found[0], together[number], atol=1e-9, rtol=0)

@@ -1,0 +1,159 @@
+"""The examples: each launch line that a file shows or runs starts a layout that its YAML fits."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
+
+from megatron_hydra.head_plan import HeadPlan  # noqa: E402
+from megatron_hydra.model.hydra_attention import HydraAttention  # noqa: E402
+from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
+from megatron_hydra.training.config import load_config  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+CONFIGS = sorted(EXAMPLES.glob("*/stage*.yaml"))
+SHOW = '#!/bin/sh\nprintf "%s " "$(basename "$0")" "$@"; echo\n'
+QWEN3_1P7B = {"heads": 16, "vocabulary": 151936, "ffn": 6144}
+TEACHER = {"heads": 8, "vocabulary": 1024, "ffn": 384}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A torchrun line: ranks in all, and the stage's YAML."""
+
+    num_ranks: int
+    config: Path
+
+    @classmethod
+    def read(cls, line: str) -> Launch:
+        words = shlex.split(line.replace("=", " "))
+        value = dict(zip(words, words[1:], strict=False))
+        num_ranks = int(value.get("--nnodes", "1")) * int(value["--nproc-per-node"])
+        return cls(num_ranks, ROOT / value["--config"])
+
+
+def _run_with_stubs(
+    folder: Path, command: str, stubs: dict[str, str], **environment: str
+) -> list[str]:
+    """Run a shell line from the root with some programs replaced; return what was printed."""
+    for name, text in stubs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={"PATH": path, **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return run.stdout.splitlines()
+
+
+def _check(launch: Launch) -> None:
+    """What training checks of the layout, from the YAML's numbers alone."""
+    config = load_config(launch.config)
+    tensor, data = config.strategy.tensor_model_parallel_size, config.data
+    replicas, rest = divmod(launch.num_ranks, config.strategy.model_parallel_size)
+    assert rest == 0 and replicas > 0
+    assert data.global_batch_size % (data.micro_batch_size * replicas) == 0
+    shape = TEACHER if "quickstart" in launch.config.parts else QWEN3_1P7B
+    assert all(size % tensor == 0 for size in shape.values())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_line_in_each_yaml_starts_it(path: Path) -> None:
+    (line,) = re.findall(r"^# (torchrun .*)$", path.read_text(), re.MULTILINE)
+    launch = Launch.read(line)
+    assert launch.config == path
+    _check(launch)
+
+
+def test_the_slurm_script_starts_three_stages_that_fit(tmp_path: Path) -> None:
+    """With Slurm's programs replaced by ones that show their arguments, and its own sizes.
+
+    So many nodes are listed that a reader of the first one alone would break the pipe.
+    """
+    script = EXAMPLES / "slurm/transfer.sbatch"
+    (num_nodes,) = re.findall(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.MULTILINE)
+    (num_gpus,) = re.findall(r"^#SBATCH --gpus-per-node=(\d+)$", script.read_text(), re.MULTILINE)
+    printed = _run_with_stubs(
+        tmp_path,
+        f"bash {script} resume.keep=2",
+        {"srun": SHOW, "scontrol": "#!/bin/sh\nseq -f node%g 0 19999\n"},
+        SLURM_JOB_NUM_NODES=num_nodes,
+        SLURM_JOB_NODELIST="node[0-1]",
+        SLURM_JOB_ID="7",
+    )
+    lines = [line for line in printed if line.startswith("srun ")]
+    launches = [Launch.read(line) for line in lines]
+    assert [launch.config for launch in launches] == sorted(EXAMPLES.glob("qwen3_1p7b/stage*.yaml"))
+    for line, launch in zip(lines, launches, strict=True):
+        assert launch.num_ranks == int(num_nodes) * int(num_gpus) == 16
+        assert "--rdzv-endpoint=node0:" in line
+        assert line.endswith("resume.keep=2 ")
+        _check(launch)
+    assert len(set(re.findall(r"--rdzv-id=\S+", " ".join(lines)))) == 3
+
+
+def test_the_script_for_several_machines_starts_what_its_head_shows(tmp_path: Path) -> None:
+    text = (EXAMPLES / "multinode/torchrun.sh").read_text()
+    line = re.search(r"HEAD_NODE=.*\\\n.*--config \S+", text)
+    assert line is not None
+    command = line[0].replace("\\\n#", "")
+    (printed,) = _run_with_stubs(tmp_path, command, {"torchrun": SHOW})
+    launch = Launch.read(printed)
+    assert launch.num_ranks == 16
+    for stage in sorted(launch.config.parent.glob("stage*.yaml")):
+        _check(Launch(launch.num_ranks, stage))
+
+
+def test_the_quickstart_shows_lines_that_can_be_pasted() -> None:
+    """A model's name has spaces and a comma: pasted unquoted, the line would mean another thing."""
+    text = (EXAMPLES / "quickstart/run.sh").read_text()
+    step = re.search(r"^step\(\) \{.*?^\}", text, re.MULTILINE | re.DOTALL)
+    assert step is not None
+    words = ["printf", "[%s]", "--model", "hybrid, untrained=a folder", "$HOME", "it's", "*", ""]
+    script = f'started=0; {step[0]}; step title nowhere/output "$@"'
+    run = subprocess.run(
+        ["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True
+    )
+    title, shown, output = run.stdout.splitlines()
+    assert title.startswith("== title (")
+    assert shlex.split(shown) == words
+    assert output == "".join(f"[{word}]" for word in words[2:])
+
+
+def test_the_quickstart_trains_on_as_many_ranks_as_its_layout_has() -> None:
+    text = (EXAMPLES / "quickstart/run.sh").read_text()
+    (num_ranks,) = re.findall(r"--nproc-per-node (\d+)", text)
+    for path in EXAMPLES.glob("quickstart/stage*.yaml"):
+        _check(Launch(int(num_ranks), path))
+
+
+def test_the_readmes_lines_for_plain_megatron_build_the_hybrid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    write_tiny_qwen3(tmp_path / "DIR")
+    HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(tmp_path / "plan.json")
+    monkeypatch.chdir(tmp_path)
+    initialize_model_parallel()
+    names: dict[str, Any] = {}
+    exec(code, names)
+    model = names["model"]
+    attentions = [layer.self_attention for layer in model.decoder.layers]
+    assert [type(attention) for attention in attentions] == [HydraAttention] * 2
+    assert [attention.placement.fa_heads(0) for attention in attentions] == [(1,), (2, 3)]
+    assert "output_layer.weight" not in dict(model.named_parameters()), "tied, as the teacher's"

@@ -1,0 +1,283 @@
+"""Tests that hold the architecture: who may import whom, and the shape of the source tree."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
+
+# What each part of megatron_hydra imports of the others, and nothing else: nothing points up, and a
+# line that no import uses any more is taken out.
+ALLOWED_PARTS: dict[str, set[str]] = {
+    "errors": set(),
+    "disk": {"errors"},
+    "files": {"disk", "errors"},
+    "head_plan": {"errors", "files"},
+    "schema": {"errors", "files"},
+    "cpu": set(),
+    "parallel": set(),
+    "model": {"errors", "head_plan"},
+    "teachers": {"errors", "files", "head_plan", "model"},
+    "tasks": {"errors"},
+    "transfer": {"errors", "model"},
+    "selection": {"errors", "files", "head_plan", "schema", "model", "tasks"},
+    "training": {
+        "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "selection",
+    },
+    "nemo": {
+        "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "training",
+    },
+    "evaluation": {"errors", "files", "head_plan", "tasks", "transfer", "selection"},
+    "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
+    "report": {"errors", "files", "head_plan", "selection", "evaluation"},
+}  # fmt: skip
+STANDARD_LIBRARY_ONLY = (
+    "errors.py",
+    "disk.py",
+    "files.py",
+    "head_plan.py",
+    "model/__init__.py",
+    "model/placement.py",
+    "model/parallel_sizes.py",
+)
+# Scores and plans are read, combined, planned and compared where PyTorch is not installed: these
+# files of selection import one another, the foundation and numerics, and nothing else.
+PLANNING = (
+    "combination",
+    "scores",
+    "uncertainty",
+    "cost",
+    "budget",
+    "optimiser",
+    "explanation",
+    "policy",
+    "pareto",
+    "comparison",
+)
+NUMERICS = {"numpy", "scipy"}
+# Third-party packages and the only places that may import them.
+CONFINED = {
+    "nemo": (
+        "megatron_hydra/nemo/",
+        "tools/benchmarks/training_step.py",  # as a peer
+    ),
+    "lightning": ("megatron_hydra/nemo/",),
+    "pytorch_lightning": ("megatron_hydra/nemo/",),
+    "transformers": (
+        "megatron_hydra/teachers/",
+        "tools/",
+        "examples/quickstart/make_teacher.py",
+    ),
+}
+NEVER_AT_MODULE_LEVEL = {"flash_attn", "apex", "transformer_engine", "fla", "flash_qla"}
+MAX_LINES = 400
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module."""
+
+    module: str  # dotted, absolute
+    line: int
+    at_module_level: bool
+
+    @property
+    def package(self) -> str:
+        return self.module.split(".")[0]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A Python file of the repository and what it imports."""
+
+    path: str  # relative to the root, with forward slashes
+    imports: tuple[Import, ...]
+
+    @property
+    def is_test(self) -> bool:
+        return self.path.startswith("tests/")
+
+    @property
+    def part(self) -> str | None:
+        """The part of megatron_hydra that the file belongs to."""
+        parts = Path(self.path).parts
+        is_part = parts[0] == "megatron_hydra" and parts[1] != "__init__.py"
+        return parts[1].removesuffix(".py") if is_part else None
+
+
+def find_imports(tree: ast.AST, package: str, top: bool = True) -> Iterator[Import]:
+    """Imports of a file in ``package``; those for type checkers alone are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base]).rstrip(".")
+            for alias in node.names:  # the name may be a module: megatron_hydra import cpu
+                yield Import(f"{base}.{alias.name}", node.lineno, top)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from find_imports(ast.Module(node.orelse, []), package, top)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from find_imports(node, package, top and not inside)
+
+
+def read(path: Path) -> SourceFile:
+    relative = path.relative_to(ROOT)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return SourceFile(relative.as_posix(), tuple(find_imports(tree, ".".join(relative.parts[:-1]))))
+
+
+@pytest.fixture(scope="module")
+def files() -> list[SourceFile]:
+    found = [read(p) for folder in SOURCE_FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(found) > 20, "the walk must see the repository"
+    return found
+
+
+def library(files: list[SourceFile]) -> list[SourceFile]:
+    return [file for file in files if not file.is_test]
+
+
+def test_the_walk_sees_every_kind_of_import() -> None:
+    source = """
+import a.b
+from c import d
+from . import e
+from ..f import g
+if TYPE_CHECKING:
+    import hidden
+else:
+    import h
+try:
+    import i
+except ImportError:
+    pass
+class K:
+    import j
+def function():
+    import k
+"""
+    found = list(find_imports(ast.parse(source), "pack.sub"))
+    modules = ["a.b", "c.d", "pack.sub.e", "pack.f.g", "h", "i", "j", "k"]
+    assert [item.module for item in found] == modules
+    assert [item.module for item in found if not item.at_module_level] == ["k"]
+
+
+def test_parts_import_what_stands_below_them_alone(files: list[SourceFile]) -> None:
+    wrong, unused = [], {part: set(allowed) for part, allowed in ALLOWED_PARTS.items()}
+    for file in library(files):
+        if file.part is None:
+            continue
+        assert file.part in ALLOWED_PARTS, f"{file.path}: say here what {file.part} may import"
+        for item in file.imports:
+            if item.package in ("hydra_tools", "tests"):
+                wrong.append(f"{file.path}:{item.line} {item.module}")
+            if item.module in ("megatron_hydra", "megatron_hydra.__version__"):
+                continue
+            part = item.module.split(".")[1] if item.package == "megatron_hydra" else file.part
+            unused[file.part].discard(part)
+            if part not in ALLOWED_PARTS[file.part] | {file.part}:
+                wrong.append(f"{file.path}:{item.line} {item.module}")
+    assert not wrong, wrong
+    assert not any(unused.values()), unused
+
+
+def test_foundation_needs_the_standard_library_only(files: list[SourceFile]) -> None:
+    allowed = sys.stdlib_module_names | {"megatron_hydra"}
+    by_path = {file.path: file for file in files}
+    for name in STANDARD_LIBRARY_ONLY:
+        packages = {item.package for item in by_path[f"megatron_hydra/{name}"].imports}
+        assert packages <= allowed, f"{name} imports {packages - allowed}"
+
+
+def test_planning_needs_no_pytorch(files: list[SourceFile]) -> None:
+    own = [f"megatron_hydra.{name[:-3].replace('/', '.')}" for name in STANDARD_LIBRARY_ONLY]
+    own += [f"megatron_hydra.selection.{name}" for name in PLANNING]
+    paths = {f"megatron_hydra/selection/{name}.py" for name in PLANNING}
+    assert paths <= {file.path for file in files}
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in files
+        if file.path in paths
+        for item in file.imports
+        if item.package not in sys.stdlib_module_names | NUMERICS
+        and not {item.module, item.module.rpartition(".")[0]} & set(own)
+    ]
+    assert not wrong, wrong
+
+
+def test_confined_packages_stay_where_they_belong(files: list[SourceFile]) -> None:
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in library(files)
+        for item in file.imports
+        if item.package in CONFINED and not file.path.startswith(CONFINED[item.package])
+    ]
+    assert not wrong, wrong
+
+
+def test_kernels_know_nothing_of_megatron(files: list[SourceFile]) -> None:
+    forbidden = {"megatron", "megatron_hydra", "hydra_tools", "nemo", "lightning", "transformers"}
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in files
+        if file.path.startswith("kernels/hydra_kernels/")
+        for item in file.imports
+        if item.package in forbidden
+    ]
+    assert not wrong, wrong
+
+
+def test_optional_gpu_packages_are_imported_where_they_are_used(files: list[SourceFile]) -> None:
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in files
+        for item in file.imports
+        if item.package in NEVER_AT_MODULE_LEVEL and item.at_module_level
+    ]
+    assert not wrong, wrong
+
+
+def test_fixtures_and_benchmarks_stay_out_of_the_library(files: list[SourceFile]) -> None:
+    benchmarks = {Path(file.path).stem for file in files if "/benchmarks/" in file.path}
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in library(files)
+        if "/benchmarks/" not in file.path
+        for item in file.imports
+        if item.package in {"kit", *benchmarks}
+    ]
+    assert not wrong, wrong
+
+
+def test_importing_the_package_does_not_import_megatron(files: list[SourceFile]) -> None:
+    """The CPU module must be installed before megatron is imported."""
+    (init,) = (file for file in files if file.path == "megatron_hydra/__init__.py")
+    assert init.imports == ()
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tools", "tests", "examples"])
+def test_folders_of_packages_are_no_packages(folder: str) -> None:
+    """A top-level package named ``kernels`` would shadow Hugging Face's."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_files_are_short_and_say_what_they_own(files: list[SourceFile]) -> None:
+    wrong = []
+    for file in files:
+        text = (ROOT / file.path).read_text(encoding="utf-8")
+        if len(text.splitlines()) >= MAX_LINES:
+            wrong.append(f"{file.path}: {len(text.splitlines())} lines")
+        if text and not text.startswith('"""'):
+            wrong.append(f"{file.path}: the first line must say what the file owns")
+    assert not wrong, wrong
