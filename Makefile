@@ -56,8 +56,9 @@ STEP := tools/benchmarks/training_step.py
 WHOLE := distill long_context full "full distill"
 bench-gpu:
 	mkdir -p $(BENCH_OUT)
-	for name in layer training_step head_fusion linear_kl la_preparation; do \
-		$(PYTHON) kernels/benchmarks/$$name.py --out $(BENCH_OUT)/$$name.json || exit; \
+	for name in tools/benchmarks/layer tools/benchmarks/training_step kernels/benchmarks/head_fusion \
+			kernels/benchmarks/linear_kl kernels/benchmarks/la_preparation; do \
+		$(PYTHON) $$name.py --out $(BENCH_OUT)/$$(basename $$name).json || exit; \
 	done
 	$(PYTHON) $(STEP) --cuda-graphs --lengths 4096 8192 --stages $(WHOLE) \
 		--out $(BENCH_OUT)/cuda_graphs.json
