@@ -40,12 +40,16 @@ class LayerHeadPlan:
     @property
     def fa_heads(self) -> tuple[int, ...]:
         """Indices of the heads with full attention, ascending."""
-        return tuple(head for head, kind in enumerate(self.kinds) if kind == "fa")
+        return self.heads_of("fa")
 
     @property
     def la_heads(self) -> tuple[int, ...]:
         """Indices of the heads with linear attention, ascending."""
-        return tuple(head for head, kind in enumerate(self.kinds) if kind == "la")
+        return self.heads_of("la")
+
+    def heads_of(self, kind: HeadKind) -> tuple[int, ...]:
+        """Indices of the heads of a kind, ascending."""
+        return tuple(head for head, name in enumerate(self.kinds) if name == kind)
 
 
 @dataclass(frozen=True)

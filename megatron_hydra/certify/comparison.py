@@ -12,6 +12,8 @@ from torch import Tensor
 
 from megatron_hydra.certify.training import Record
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.mixers.kinds import KINDS
 
 QUANTITIES = ("logits", "loss", "gradient norm", "gradients", "parameters")
 # A head's values are measured against the head's largest, but not below this part of its tensor's
@@ -72,17 +74,15 @@ def heads_of(key: str, plan: HeadPlan) -> tuple[int, list[str]] | None:
         return 1, [f"head {head}" for head in every]
     if name.startswith("fusion.head_scale"):
         return 0, [f"head {head}" for head in every]
-    if name in ("in_proj.weight.fa_key", "in_proj.weight.fa_value"):
-        per_group = layer.num_heads // plan.num_query_groups
-        groups = sorted({head // per_group for head in layer.fa_heads})
-        return 0, [f"query group {group}" for group in groups]
-    if name.startswith("in_proj.weight.fa_"):
-        return 0, [f"head {head}" for head in layer.fa_heads]
-    if name.startswith(("in_proj.weight.la_", "linear_attention.conv_weight.")) or name in (
-        "linear_attention.A_log",
-        "linear_attention.dt_bias",
-    ):
-        return 0, [f"head {head}" for head in layer.la_heads]
+    groups = plan.fa_groups(int(match[1]))
+    for kind_name, kind in KINDS.items():
+        heads = layer.heads_of(kind_name)
+        for section in kind.sections(HydraFields(), 1, (heads, heads), (groups, groups)):
+            if name == f"in_proj.weight.{section.name}":
+                return 0, [f"{section.unit_noun} {unit}" for unit in section.units]
+        tensors = [f"{kind.module_name}.{tensor}" for tensor in kind.head_tensors]
+        if any(name == tensor or name.startswith(f"{tensor}.") for tensor in tensors):
+            return 0, [f"head {head}" for head in heads]
     return None
 
 

@@ -1,11 +1,12 @@
-"""Fusion of the two branches: gates, per-head norm and scale, the teacher's head order.
+"""Fusion of the kinds' outputs: gates, per-head norm and scale, the teacher's head order.
 
-Legend: s = sequence, b = batch, n = heads on the rank (FA and LA), d = head dimension.
+Legend: s = sequence, b = batch, n = heads on the rank, of all kinds, d = head dimension.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.kernel_choice import choose_fused_kernels
+from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections
 from megatron_hydra.model.sharding import HeadModule, head_parameter, initial_device
@@ -33,8 +35,8 @@ class HeadFusion(HeadModule):
     """Scale-normalised fusion (arXiv 2606.20097, Eq 13-14) and its ablations by `config.fusion`.
 
     `scale`: RMSNorm of each head times a learnable scalar of the head; `norm`: no scalar;
-    `none`: neither; `gate`: as `scale`, and each branch weighted by a softmax over the two that
-    depends on the token (twice its weight, so that both start at 1).
+    `none`: neither; `gate`: as `scale`, and the first kind, full attention, and the others weighted
+    by a softmax over the two that depends on the token (twice its weight, so that both start at 1).
 
     The RMSNorm's weight by channel stays at one: the output projection's columns absorb it. So
     where `config.fused_kernels` comes to `triton`, one kernel computes all of it and leaves that
@@ -48,6 +50,8 @@ class HeadFusion(HeadModule):
         pg_collection: Process groups, of which `tp` is used.
     """
 
+    own_parameters = ("norm.weight", "head_scale", "gate_weight")
+    """No teacher has them."""
     float32_parameters = ("head_scale", "gate_weight")
 
     def __init__(
@@ -63,7 +67,7 @@ class HeadFusion(HeadModule):
         heads = placement.heads_per_rank[rank]
         all_heads = tuple(range(placement.layer_plan.num_heads))
         self.head_section = Section("", heads, all_heads, 1)
-        by_kind = placement.fa_heads(rank) + placement.la_heads(rank)
+        by_kind = [head for kind in KINDS for head in placement.heads_of(rank, kind)]
         order = [by_kind.index(head) for head in heads]
         device = initial_device(config)
         self.register_buffer("order", torch.tensor(order, device=device), persistent=False)
@@ -89,13 +93,14 @@ class HeadFusion(HeadModule):
             self.gate_weight = torch.nn.Parameter(torch.zeros(2, config.hidden_size, device=device))
             self.gate_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, fa: Tensor, la: Tensor, sections: Sections, hidden_states: Tensor) -> Tensor:
-        """Fuse the branches.
+    def forward(
+        self, outputs: Sequence[Tensor], sections: Sections, hidden_states: Tensor
+    ) -> Tensor:
+        """Fuse the kinds.
 
         Args:
-            fa: FA heads' outputs `[s, b, n_fa, d]`.
-            la: LA heads' outputs `[s, b, n_la, d]`.
-            sections: The in-projection's parts, for the gates `fa_gate` and `la_gate`.
+            outputs: Of each of `KINDS`, `[s, b, its heads, d]`.
+            sections: The in-projection's parts, for the gates.
             hidden_states: The layer's input `[s, b, h]` (`[s / tp, b, h]` under sequence
                 parallelism), for the dynamic gate.
 
@@ -103,34 +108,35 @@ class HeadFusion(HeadModule):
             `[s, b, n * d]`, heads in the teacher's order.
         """
         if self.impl == "triton":
-            return self._fuse_in_one(fa, la, sections)
-        branches = [self._norm(fa), self._norm(la)]
-        if "fa_gate" in sections:
-            branches[0] = branches[0] * _identity_gate(sections["fa_gate"])
-        if "la_gate" in sections:
-            gate = F.silu if self.config.la_output_gate == "silu" else _identity_gate
-            branches[1] = branches[1] * gate(sections["la_gate"])
+            return self._fuse_in_one(*outputs, sections)
+        fused = [self._norm(output) for output in outputs]
+        for index, kind in enumerate(KINDS.values()):
+            if kind.gate_name in sections:
+                is_silu = kind.gate_activation(self.config) == "silu"
+                gate = F.silu if is_silu else _identity_gate
+                fused[index] = fused[index] * gate(sections[kind.gate_name])
         if self.config.fusion == "gate":
-            weights = self._branch_weights(hidden_states)
-            branches = [x * w for x, w in zip(branches, weights, strict=True)]
-        heads = torch.cat(branches, dim=2).index_select(2, self.order)
+            first, others = self._branch_weights(hidden_states)
+            fused = [fused[0] * first, *(x * others for x in fused[1:])]
+        heads = torch.cat(fused, dim=2).index_select(2, self.order)
         if self.config.fusion in ("scale", "gate"):
             heads = heads * self.head_scale.to(heads.dtype).view(1, 1, -1, 1)
         return heads.flatten(2)
 
     def _fuse_in_one(self, fa: Tensor, la: Tensor, sections: Sections) -> Tensor:
-        """All of `forward` in one kernel, for every fusion but `gate`."""
+        """All of `forward` in one kernel, of full attention's heads and those of another kind."""
         config, gradients = self.config, sections.gradients
-        gates = [name for name in ("fa_gate", "la_gate") if name in sections]
+        _, other = KINDS.values()
+        names = [kind.gate_name for kind in KINDS.values()]
+        gates = [name for name in names if name in sections]
         return head_fusion(
             fa,
             la,
-            sections.get("fa_gate"),
-            sections.get("la_gate"),
+            *(sections.get(name) for name in names),
             self.head_scale if config.fusion == "scale" else None,
             self.positions,
             eps=None if config.fusion == "none" else config.layernorm_epsilon,
-            la_activation="silu" if config.la_output_gate == "silu" else "sigmoid2",
+            la_activation=other.gate_activation(config),
             empty_gradients=lambda: gradients.empty(*gates),
             impl="triton",
         )
@@ -139,7 +145,7 @@ class HeadFusion(HeadModule):
         return self.norm(x) if self.norm is not None and x.shape[2] else x
 
     def _branch_weights(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Twice the softmax over FA and LA for each token, two tensors `[s, b, 1, 1]`."""
+        """Twice the softmax over the first kind and the others, two tensors `[s, b, 1, 1]`."""
         weights = 2.0 * F.linear(hidden_states.float(), self.gate_weight).softmax(dim=-1)
         # Each rank weighs its own heads, so the gradient is a sum over ranks either way.
         if self.config.sequence_parallel:

@@ -1,11 +1,11 @@
-"""The layer: one in-projection, an FA and an LA branch, their fusion, one output projection.
+"""The layer: one in-projection, heads of several kinds, their fusion, one output projection.
 
 Legend: s = sequence, b = batch, h = hidden size, n = heads on the tensor-parallel rank,
 d = head dimension.
 
-    hidden [s, b, h] -> in_proj -> sections by head (`projection_layout.py`)
-        fa_* -> FullAttentionBranch   [s, b, n_fa, d] -\\
-        la_* -> LinearAttentionBranch [s, b, n_la, d] --> HeadFusion [s, b, n d] -> linear_proj
+    hidden [s, b, h] -> in_proj -> sections by kind and head (`projection.py`)
+        fa_* -> FullAttention [s, b, n_fa, d] -\\
+        la_* -> GatedDeltaNet [s, b, n_la, d] --> HeadFusion [s, b, n d] -> linear_proj
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from megatron_hydra.head_plan import LayerHeadPlan
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.fusion import HeadFusion
-from megatron_hydra.model.kernel_choice import choose_fused_kernels
-from megatron_hydra.model.mixers.full_attention import FullAttentionBranch
-from megatron_hydra.model.mixers.gated_delta_net import LinearAttentionBranch
+from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
+from megatron_hydra.model.mixers.base import Mixer, Stream
+from megatron_hydra.model.mixers.kinds import KINDS, lay_out
 from megatron_hydra.model.placement import CostModel, place_heads
-from megatron_hydra.model.projection import ProjectionLayout, Section
+from megatron_hydra.model.projection import Section
 from megatron_hydra.model.sharding import init_heads, sharded_heads
 
 logger = logging.getLogger(__name__)
 
-# Measured on an H100, see kernels/benchmarks/RESULTS.md: beyond it either branch fills the GPU.
+# Measured on an H100, see kernels/benchmarks/RESULTS.md: beyond it either kind fills the GPU.
 _OVERLAP_TOKENS = 32768
 
 
@@ -58,7 +58,7 @@ class HydraAttentionSubmodules:
 
 
 class HydraAttention(MegatronModule):
-    """Attention with FA and LA heads side by side; takes the place of Megatron's SelfAttention.
+    """Attention with heads of several kinds; takes the place of Megatron's SelfAttention.
 
     Args:
         config: The model's configuration.
@@ -67,7 +67,7 @@ class HydraAttention(MegatronModule):
         layer_number: Counts from 1.
         pg_collection: Process groups, of which `tp`, `cp` and `dp_cp` are used; None takes
             Megatron's global groups.
-        cp_comm_type: As :class:`FullAttentionBranch`.
+        cp_comm_type: As :class:`~megatron_hydra.model.mixers.base.Mixer`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class HydraAttention(MegatronModule):
             CostModel(config.hidden_size, config.kv_channels),
         )
         self._log_placement()
-        self.layout = ProjectionLayout.build(config, config.kv_channels, self.placement, tp_rank)
+        self.layout = lay_out(config, config.kv_channels, self.placement, tp_rank)
         heads = self.placement.heads_per_rank[tp_rank]
         self.proj_section = Section(
             "", heads, tuple(range(config.num_attention_heads)), config.kv_channels
@@ -116,14 +116,14 @@ class HydraAttention(MegatronModule):
             tp_comm_buffer_name="qkv",
             tp_group=pg_collection.tp,
         )
-        branch = (config, submodules, self.placement, layer_number, pg_collection)
-        self.full_attention = FullAttentionBranch(*branch, cp_comm_type)
-        self.linear_attention = LinearAttentionBranch(*branch)
+        shared = (config, submodules, self.placement, layer_number, pg_collection, cp_comm_type)
+        for kind in KINDS.values():
+            self.add_module(kind.module_name, kind(*shared))
         if tp_rank == 0:
             core = submodules.core_attention
             name = getattr(core, "__name__", str(core))
             fused = choose_fused_kernels(config.fused_kernels)
-            _log_choice(name, self.linear_attention.impl, fused)
+            _log_choice(name, choose_la_kernel(config.la_kernel), fused)
         self.fusion = HeadFusion(config, submodules, self.placement, pg_collection)
         self.linear_proj = build_module(
             submodules.linear_proj,
@@ -172,7 +172,7 @@ class HydraAttention(MegatronModule):
 
         Raises:
             NotImplementedError: With an inference context.
-            ValueError: Without rotary angles where a branch needs them.
+            ValueError: Without rotary angles where a kind needs them.
         """
         if inference_context is not None:
             raise NotImplementedError("HydraAttention has no inference state yet")
@@ -201,29 +201,28 @@ class HydraAttention(MegatronModule):
         """What lies between the projections: `[s, b, rows]` to `[s, b, n d]`."""
         sections = self.layout.split(projected)
         pieces = Pieces.of(projected.shape[0], packed_seq_params, self.pg_collection.cp)
-        tokens = pieces.layout
-        fa_angles = la_angles = rotary_pos_emb
-        if packed_seq_params is not None and rotary_pos_emb is not None:
-            fa_angles = rotary_pos_emb[tokens.positions]
-            la_angles = rotary_pos_emb[pieces.positions]
-        fa_inputs = (sections, fa_angles, tokens, packed_seq_params)
+        stream = Stream.of(pieces, packed_seq_params, rotary_pos_emb)
+        first, *others = self._mixers()
         if self._overlaps(projected):
             main, side = torch.cuda.current_stream(), _side_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
-                la = self.linear_attention(sections, la_angles, pieces)
-            fa = self.full_attention(*fa_inputs)
+                beside = [mixer(sections, stream) for mixer in others]
+            outputs = [first(sections, stream), *beside]
             main.wait_stream(side)
             # Both passes read these on the stream that did not make them: their memory must not
             # be given to others as soon as the stream that did is through with them.
-            for shared in (projected, la_angles):
+            for shared in (projected, stream.angles, stream.piece_angles):
                 if shared is not None:
                     shared.record_stream(side)
-            la.record_stream(main)
+            for output in beside:
+                output.record_stream(main)
         else:
-            fa = self.full_attention(*fa_inputs)
-            la = self.linear_attention(sections, la_angles, pieces)
-        return self.fusion(fa, la, sections, hidden_states)
+            outputs = [mixer(sections, stream) for mixer in (first, *others)]
+        return self.fusion(outputs, sections, hidden_states)
+
+    def _mixers(self) -> list[Mixer]:
+        return [getattr(self, kind.module_name) for kind in KINDS.values()]
 
     def _overlaps(self, projected: Tensor) -> bool:
         if not projected.is_cuda:
@@ -241,14 +240,16 @@ class HydraAttention(MegatronModule):
             The in-projection's padding comes after them. A name without a parameter on this rank
             may be among them.
         """
-        la, fusion = self.linear_attention, self.fusion
+        of_kinds = {
+            f"{mixer.module_name}.{name}": (sections, 0)
+            for mixer in self._mixers()
+            for name, sections in mixer.parameter_sections().items()
+        }
         return {
             "in_proj.weight": (self.layout.sections, 0),
             "linear_proj.weight": ([self.proj_section], 1),
-            "linear_attention.conv_weight": (la.conv_sections, 0),
-            "linear_attention.A_log": ([la.head_section], 0),
-            "linear_attention.dt_bias": ([la.head_section], 0),
-            "fusion.head_scale": ([fusion.head_section], 0),
+            **of_kinds,
+            "fusion.head_scale": ([self.fusion.head_section], 0),
         }
 
     def sharded_state_dict(
@@ -295,11 +296,7 @@ class HydraAttention(MegatronModule):
 
         parts = []
         for section in self.layout.sections:
-            # A zero gate row is the identity, where the gate is the identity at zero.
-            identity = section.name == "fa_gate" or (
-                section.name == "la_gate" and config.la_output_gate == "sigmoid"
-            )
-            init = _zero if identity else normal
+            init = _zero if section.starts_at_zero else normal
             parts.append(init_heads(section, init, num_columns=config.hidden_size, **fill))
         parts.append(torch.zeros(self.layout.num_padding_rows, config.hidden_size))
         columns = init_heads(self.proj_section, normal, num_columns=config.hidden_size, **fill)

@@ -12,7 +12,7 @@ from operator import mul, sub
 from typing import Literal
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.head_plan import LayerHeadPlan
+from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
 
 PlacementPolicy = Literal["by_type", "balanced"]
 
@@ -93,11 +93,11 @@ class LayerPlacement:
 
     def fa_heads(self, rank: int) -> tuple[int, ...]:
         """FA heads of ``rank``, ascending."""
-        return self._of_kind(rank, "fa")
+        return self.heads_of(rank, "fa")
 
     def la_heads(self, rank: int) -> tuple[int, ...]:
         """LA heads of ``rank``, ascending."""
-        return self._of_kind(rank, "la")
+        return self.heads_of(rank, "la")
 
     def used_groups(self, rank: int) -> tuple[int, ...]:
         """Query groups that the FA heads of ``rank`` read, ascending."""
@@ -125,7 +125,8 @@ class LayerPlacement:
             self.used_groups(rank) != self.owned_groups(rank) for rank in range(self.tp_size)
         )
 
-    def _of_kind(self, rank: int, kind: str) -> tuple[int, ...]:
+    def heads_of(self, rank: int, kind: HeadKind) -> tuple[int, ...]:
+        """Heads of a kind on ``rank``, ascending."""
         return tuple(h for h in self.heads_per_rank[rank] if self.layer_plan.kinds[h] == kind)
 
     def _group(self, head: int) -> int:

@@ -1,7 +1,8 @@
 """Rows of the fused in-projection of one tensor-parallel rank, section by section, head by head.
 
-Legend: d = head dimension, n_fa and n_la = FA and LA heads on the rank, g = query groups whose
-keys and values the rank projects (it owns them, see `LayerPlacement.group_owner`).
+Each kind of head brings its sections (`mixers`), one kind after the other. With d = head dimension,
+n_fa and n_la = full-attention and Gated DeltaNet heads on the rank, g = query groups whose keys and
+values the rank projects (it owns them, see `LayerPlacement.group_owner`), these are
 
     fa_query [n_fa d] | fa_gate [n_fa d] | fa_key [g d] | fa_value [g d] |
     la_query [n_la d] | la_key [n_la d] | la_value [n_la d] | la_gate [n_la d] |
@@ -10,8 +11,6 @@ keys and values the rank projects (it owns them, see `LayerPlacement.group_owner
 The rows are filled up to a multiple of `ROW_MULTIPLE`, or the odd widths of decay and beta would
 leave every row of the output misaligned: FP8 products refuse that, the others grow slower. Padding
 rows are zero, get no gradient and are no part of a checkpoint.
-
-What all LA heads take from one token, la_query | la_key | la_value, is read as one: "la_qkv".
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_hydra.model.config import HydraFields
-from megatron_hydra.model.placement import LayerPlacement
-
 ROW_MULTIPLE = 16
+
+
+Units = tuple[tuple[int, ...], tuple[int, ...]]
+"""Heads or query groups: those of this rank, and those of all ranks, both ascending."""
 
 
 @dataclass(frozen=True)
@@ -37,48 +37,34 @@ class Section:
 
     name: str
     units: tuple[int, ...]
-    """Teacher's indices of the units here: heads, or query groups for FA keys and values."""
+    """Teacher's indices of the units here: heads, or query groups for shared keys and values."""
     all_units: tuple[int, ...]
     """The same over all ranks, ascending."""
     width: int
+    teacher: str | None = None
+    """Which rows of the teacher's start them: `query`, or `key` or `value` of the query group."""
+    is_by_group: bool = False
+    """Whether the units are query groups."""
+    starts_at_zero: bool = False
+    """Rows of a gate that is the identity there; others start at random where no teacher's do."""
+    part: str = ""
+    """Under which name a split hands them over, joined with neighbours of the same; "": its own."""
+
+    @property
+    def unit_noun(self) -> str:
+        """What a unit is called."""
+        return "query group" if self.is_by_group else "head"
 
 
 @dataclass(frozen=True)
 class ProjectionLayout:
-    """Which rows of a rank's in-projection belong to which head."""
+    """Which rows of a rank's in-projection belong to which head.
+
+    Args:
+        sections: All kinds' in order, see `mixers.base.Mixer.sections`.
+    """
 
     sections: tuple[Section, ...]
-
-    @classmethod
-    def build(
-        cls, config: HydraFields, head_dim: int, placement: LayerPlacement, rank: int
-    ) -> ProjectionLayout:
-        """Lay out the rows for `rank`.
-
-        Args:
-            config: Decides which gates exist.
-            head_dim: d.
-            placement: The layer's heads on all ranks.
-            rank: Tensor-parallel rank.
-        """
-        fa, la = placement.fa_heads(rank), placement.la_heads(rank)
-        groups = placement.owned_groups(rank)
-        tp_size = len(placement.heads_per_rank)
-        all_fa, all_la = placement.layer_plan.fa_heads, placement.layer_plan.la_heads
-        all_groups = tuple(sorted(g for r in range(tp_size) for g in placement.owned_groups(r)))
-        d = head_dim
-        sections = [Section("fa_query", fa, all_fa, d)]
-        if config.fa_output_gate:
-            sections.append(Section("fa_gate", fa, all_fa, d))
-        sections += [Section(name, groups, all_groups, d) for name in ("fa_key", "fa_value")]
-        sections += [Section(name, la, all_la, d) for name in ("la_query", "la_key", "la_value")]
-        if config.la_output_gate != "none":
-            sections.append(Section("la_gate", la, all_la, d))
-        if config.la_decay:
-            sections.append(Section("la_decay", la, all_la, 1))
-        if config.la_beta:
-            sections.append(Section("la_beta", la, all_la, 1))
-        return cls(tuple(sections))
 
     @property
     def num_rows(self) -> int:
@@ -117,8 +103,8 @@ class ProjectionLayout:
         """Cut `[s, b, rows]` into views.
 
         Returns:
-            `{section: [s, b, units, width]}`; width 1 is dropped. The LA heads' queries, keys and
-            values, which lie side by side, come as one: `la_qkv` `[s, b, 3 n_la d]`.
+            `{section: [s, b, units, width]}`; width 1 is dropped. Sections of one part come as
+            one, `{part: [s, b, rows]}`, such as `la_qkv` `[s, b, 3 n_la d]`.
         """
         gradients = SectionGradients(self, projected)
         *parts, _ = _Split.apply(projected, gradients)
@@ -141,8 +127,8 @@ class ProjectionLayout:
         shapes: dict[str, list[int]] = {}
         for section in self.sections:
             units = len(section.units)
-            if section.name in ("la_query", "la_key", "la_value"):
-                shapes["la_qkv"] = [shapes.get("la_qkv", [0])[0] + units * section.width]
+            if section.part:
+                shapes[section.part] = [shapes.get(section.part, [0])[0] + units * section.width]
             else:
                 shapes[section.name] = [units] if section.width == 1 else [units, section.width]
         return shapes

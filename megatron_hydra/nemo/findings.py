@@ -184,7 +184,7 @@ def _cut(sections: Sequence[Section], tensor: Tensor, axis: int) -> Iterator[Ten
 
 
 def _unit_words(section: Section, unit: int) -> str:
-    noun = "query group" if section.name in ("fa_key", "fa_value") else "head"
+    noun = section.unit_noun
     return f"{section.name} of {noun} {unit}" if section.name else f"{noun} {unit}"
 
 

@@ -21,11 +21,17 @@ from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from nemo.core.optim import McoreDistributedOptimizer
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
+from megatron_hydra.model.fusion import HeadFusion
+from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.training.config import OptimSection
 
 # Tensors of one small vector a head: two-dimensional, but no matrices of the model.
-_PER_HEAD_SUFFIXES = (".conv_weight", ".A_log", ".dt_bias", ".head_scale", ".gate_weight")
+_PER_HEAD_SUFFIXES = tuple(
+    f".{name}"
+    for names in (*(kind.head_tensors for kind in KINDS.values()), HeadFusion.own_parameters)
+    for name in names
+)
 
 
 def skips_weight_decay(parameter: torch.nn.Parameter, name: str) -> bool:

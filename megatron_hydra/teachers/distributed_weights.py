@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.mixers.gated_delta_net import MAX_A_LOG, LinearAttentionBranch
+from megatron_hydra.model.mixers.base import Mixer
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -90,27 +90,23 @@ def load_weights(folder: str | Path, model: GPTModel) -> None:
     with damage_named(weights):
         state = dist_checkpointing.load(sharded_weights(model), str(weights), strict=strict)
     set_weights(model, state)
-    _check_decays(weights, model)
+    _check_values(weights, model)
 
 
-def _check_decays(weights: Path, model: GPTModel) -> None:
-    """Check the LA heads' A_log on all ranks; every rank hears of the first that is too large."""
+def _check_values(weights: Path, model: GPTModel) -> None:
+    """Ask all heads on all ranks; every rank hears of the first value that cannot be."""
     own = [
-        f"A_log of head {head} (LA) of layer {layer.layer_number - 1} is {value:g}"
+        fault
         for layer in model.decoder.layers
-        for branch in layer.modules()
-        if isinstance(branch, LinearAttentionBranch) and hasattr(branch, "A_log")
-        for head, value in zip(branch.heads, branch.A_log.tolist(), strict=True)
-        if not value <= MAX_A_LOG  # nor NaN
+        for mixer in layer.modules()
+        if isinstance(mixer, Mixer)
+        for fault in mixer.faults_of_weights()
     ]
     of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(of_ranks, own)
     found = [sentence for sentences in of_ranks for sentence in sentences]
     if found:
-        raise UserError(
-            f"cannot use the weights {weights}: {found[0]}, and a decay by exp(A_log) gives NaN; "
-            f"allowed: {MAX_A_LOG:g} at most"
-        )
+        raise UserError(f"cannot use the weights {weights}: {found[0]}")
 
 
 def set_weights(model: GPTModel, state: dict[str, Any]) -> None:

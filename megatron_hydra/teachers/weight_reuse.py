@@ -10,25 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.hydra_attention import HydraAttention
+from megatron_hydra.model.mixers.kinds import KINDS
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-# Parameters and rows of the in-projection that no teacher has: they keep the layer's own start.
-_NEW_PARAMETERS = (
-    "linear_attention.conv_weight",
-    "linear_attention.A_log",
-    "linear_attention.dt_bias",
-    "fusion.norm.weight",
-    "fusion.head_scale",
-    "fusion.gate_weight",
-)
-_NEW_ROWS = ("fa_gate", "la_gate", "la_decay", "la_beta")
+# Parameters that no teacher has: they keep the layer's own start.
+_NEW_PARAMETERS = {
+    *(f"{kind.module_name}.{name}" for kind in KINDS.values() for name in kind.head_tensors),
+    *(f"fusion.{name}" for name in HeadFusion.own_parameters),
+}
 _NORMS = {
-    f"{branch}.{norm}.weight": f"{norm}.weight"
-    for branch in ("full_attention", "linear_attention")
-    for norm in ("q_layernorm", "k_layernorm")
+    f"{kind.module_name}.{norm}.weight": f"{norm}.weight"
+    for kind in KINDS.values()
+    for norm in kind.teacher_norms
 }
 
 
@@ -50,8 +47,8 @@ def reuse_teacher_weights(
     """Write the teacher's weights into a hybrid that one rank holds whole (TP=1, PP=1).
 
     Embeddings, norms and MLPs are copied. A head's query, and the output projection's columns,
-    keep their place; an LA head gets a copy of its query group's key and value of its own. The
-    FA output gate starts at identity (zero rows). Every parameter of the hybrid is either written
+    keep their place; a head that shares no keys and values gets a copy of its query group's. Rows
+    that no teacher has keep the layer's own start. Every parameter of the hybrid is either written
     or new by name, and every tensor of the teacher is used, else an assertion fails.
 
     Args:
@@ -123,24 +120,17 @@ def _write_projection(
     blocks = linear_qkv.view(groups, per_group + 2, -1, weight.shape[1])
     query = blocks[:, :per_group].flatten(0, 1)  # [heads, d, h]
     key, value = blocks[:, per_group], blocks[:, per_group + 1]  # [groups, d, h]
-    sources = {
-        "fa_query": query,
-        "fa_key": key,
-        "fa_value": value,
-        "la_query": query,
-        # Head by head: head h has its own copy of group h // per_group.
-        "la_key": key.repeat_interleave(per_group, dim=0),
-        "la_value": value.repeat_interleave(per_group, dim=0),
-    }
+    sources = {"query": query, "key": key, "value": value}
     for section in attention.layout.sections:
-        assert section.name in sources or section.name in _NEW_ROWS, section.name
+        # Head h has its own copy of what group h // per_group has.
+        is_copy = section.teacher in ("key", "value") and not section.is_by_group
         for unit in section.units:
             rows = weight[attention.layout.rows(section.name, unit)]
-            if section.name in sources:
-                rows.copy_(sources[section.name][unit])
-            elif section.name == "fa_gate":
+            if section.teacher:
+                rows.copy_(sources[section.teacher][unit // per_group if is_copy else unit])
+            elif section.starts_at_zero:
                 rows.zero_()
-            counts = summary.reused if section.name in sources else summary.new
+            counts = summary.reused if section.teacher else summary.new
             counts[section.name] += rows.numel()
     weight[attention.layout.padding_rows] = 0
 

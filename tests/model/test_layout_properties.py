@@ -22,6 +22,7 @@ from megatron_hydra.model import projection
 from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.mixers.kinds import lay_out
 from megatron_hydra.model.placement import CostModel, LayerPlacement, PlacementPolicy, place_heads
 from megatron_hydra.model.projection import ProjectionLayout, SectionGradients
 from megatron_hydra.model.sequence import (
@@ -200,7 +201,7 @@ class _Square(torch.autograd.Function):
 def _layouts(case: Case, index: int, fields: HydraFields) -> list[ProjectionLayout]:
     placement = case.place(index)
     ranks = range(case.layouts[index][0])
-    return [ProjectionLayout.build(fields, HEAD_DIM, placement, rank) for rank in ranks]
+    return [lay_out(fields, HEAD_DIM, placement, rank) for rank in ranks]
 
 
 def _rows(layout: ProjectionLayout) -> Tensor:

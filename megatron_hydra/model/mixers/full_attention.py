@@ -1,4 +1,4 @@
-"""The FA branch: softmax attention of a rank's FA heads, with shared query groups.
+"""Full attention: softmax over all that came before, keys and values shared by query groups.
 
 Legend: s = sequence, b = batch, n = FA heads on the rank, d = head dimension, g = query groups.
 """
@@ -11,39 +11,45 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.placement import LayerPlacement
+from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
 from megatron_hydra.model.sharding import initial_device
 
 
-class FullAttentionBranch(MegatronModule):
+class FullAttention(Mixer):
     """Softmax attention of the FA heads that one tensor-parallel rank owns.
 
-    The q and k norms exist on every rank, also where it owns no FA head: Megatron flattens the
-    gradients of replicated parameters into one all-reduce, which must match on all ranks.
-
-    Args:
-        config: The model's configuration.
-        submodules: A `HydraAttentionSubmodules`.
-        placement: The layer's heads on all ranks.
-        layer_number: Counts from 1, as Megatron's.
-        pg_collection: Process groups, of which `tp` and `cp` are used.
-        cp_comm_type: How Transformer Engine passes keys and values between context-parallel
-            ranks, see Megatron's field of that name.
-
     Raises:
-        UserError: With `a2a`, if the rank's FA heads do not divide by the context-parallel size.
+        UserError: With `cp_comm_type` `a2a`, if the number of the rank's FA heads is not divisible
+            by the context-parallel size.
     """
+
+    kind = "fa"
+    module_name = "full_attention"
+    gate_name = "fa_gate"
+
+    @classmethod
+    def sections(
+        cls, config: HydraFields, head_dim: int, heads: Units, groups: Units
+    ) -> list[Section]:
+        """Query and gate of each head, key and value of each query group that some head uses."""
+        sections = [Section("fa_query", *heads, head_dim, teacher="query")]
+        if config.fa_output_gate:
+            sections.append(Section("fa_gate", *heads, head_dim, starts_at_zero=True))
+        for name in ("key", "value"):
+            shared = dict(teacher=name, is_by_group=True)
+            sections.append(Section(f"fa_{name}", *groups, head_dim, **shared))
+        return sections
 
     def __init__(
         self,
@@ -54,13 +60,9 @@ class FullAttentionBranch(MegatronModule):
         pg_collection: ProcessGroupCollection,
         cp_comm_type: str | None = None,
     ) -> None:
-        super().__init__(config=config)
-        self.placement, self.tp_group = placement, pg_collection.tp
+        super().__init__(config, submodules, placement, layer_number, pg_collection, cp_comm_type)
         rank = self.tp_group.rank()
-        self.heads = placement.fa_heads(rank)
-        norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
-        self.q_layernorm = build_module(submodules.q_layernorm, **norm)
-        self.k_layernorm = build_module(submodules.k_layernorm, **norm)
+        self._build_norms(submodules)
         places, num_groups = self._key_index()
         self.has_key_each = places == list(range(num_groups))
         index = torch.tensor(places, dtype=torch.long, device=initial_device(config))
@@ -69,8 +71,8 @@ class FullAttentionBranch(MegatronModule):
         if cp_comm_type == "a2a" and len(self.heads) % pg_collection.cp.size():
             raise UserError(
                 f"cp_comm_type is a2a, but the {len(self.heads)} FA heads of layer "
-                f"{layer_number - 1} on tensor-parallel rank {rank} do not divide by the "
-                f"context-parallel size {pg_collection.cp.size()}; p2p and all_gather need not"
+                f"{layer_number - 1} on tensor-parallel rank {rank} are not divisible by "
+                f"the context-parallel size {pg_collection.cp.size()}; p2p and all_gather need not"
             )
         if self.heads:
             self.core_attention = build_module(
@@ -83,21 +85,12 @@ class FullAttentionBranch(MegatronModule):
                 pg_collection=pg_collection,
             )
 
-    def forward(
-        self,
-        sections: dict[str, Tensor],
-        rotary_pos_emb: Tensor | None,
-        layout: SequenceLayout,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
+    def forward(self, sections: Sections, stream: Stream) -> Tensor:
         """Attend.
 
         Args:
             sections: `fa_query` [s, b, n, d], `fa_key` and `fa_value` [s, b, owned groups, d].
-            rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `layout.positions`, used if
-                `config.fa_rope`.
-            layout: The rank's tokens.
-            packed_seq_params: Megatron's description of a packed row, b = 1.
+            stream: The rank's tokens; the angles are used if `config.fa_rope`.
 
         Returns:
             `[s, b, n, d]`.
@@ -106,21 +99,18 @@ class FullAttentionBranch(MegatronModule):
         if self.placement.shares_groups:
             key, value = self._exchange_groups(key, value)
         if self.core_attention is None:
-            # A rank without FA heads stays in the graph: its norms get their (zero) gradient and
-            # the exchange's backward collective runs on every rank.
-            return query + 0.0 * (
-                self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum() + key.sum()
-            )
-        query = self._scale_query(self.q_layernorm(query), layout)
+            # The exchange's backward collective runs on every rank.
+            return self._stay_in_graph(query, key)
+        query = self._scale_query(self.q_layernorm(query), stream.pieces.layout)
         if not self.has_key_each:
             key, value = key[:, :, self.key_index], value[:, :, self.key_index]
         key = self.k_layernorm(key)
         if self.config.fa_rope:
             query, key = (
-                apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
+                apply_rotary_pos_emb(t, stream.angles, config=self.config) for t in (query, key)
             )
         shape, mask_type = query.shape, AttnMaskType.causal
-        if packed_seq_params is not None:  # [t, n, d], as Megatron's thd format has it
+        if stream.packed_seq_params is not None:  # [t, n, d], as Megatron's thd format has it
             query, key, value = (t.squeeze(1) for t in (query, key, value))
             mask_type = AttnMaskType.padding_causal
         output = self.core_attention(
@@ -129,7 +119,7 @@ class FullAttentionBranch(MegatronModule):
             value,
             None,
             attn_mask_type=mask_type,
-            packed_seq_params=packed_seq_params,
+            packed_seq_params=stream.packed_seq_params,
         )
         return output.view(shape)
 

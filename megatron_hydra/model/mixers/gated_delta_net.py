@@ -1,4 +1,4 @@
-"""The LA branch: Gated DeltaNet over a rank's LA heads, each with its own key and value.
+"""Gated DeltaNet: a gated linear recurrence over heads that have their own key and value.
 
 Legend: s = sequence, b = batch, n = LA heads on the rank, d = head dimension, m = the rank's
 pieces of the stream (`context_parallel.py`).
@@ -6,9 +6,8 @@ pieces of the stream (`context_parallel.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +16,20 @@ from hydra_kernels.la_preparation import la_preparation
 from hydra_kernels.short_conv import short_conv
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.kernel_choice import (
     check_la_heads,
     choose_fused_kernels,
     choose_la_kernel,
 )
+from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.placement import LayerPlacement
-from megatron_hydra.model.projection import Section, Sections
+from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import (
-    HeadModule,
     InitHead,
     head_parameter,
     init_heads,
@@ -43,22 +41,41 @@ MAX_A_LOG = 80.0
 """Above it a chunk's sum of log decays can leave float32, whose largest number is exp(88.7)."""
 
 
-class LinearAttentionBranch(HeadModule):
+class GatedDeltaNet(Mixer):
     """Gated DeltaNet (arXiv 2412.06464) over the LA heads that one tensor-parallel rank owns.
 
     q, k and v pass a short causal convolution with SiLU; q and k then the teacher's norm, RoPE
-    and the L2 norm. Decay exp(-exp(A_log) softplus(a + dt_bias)) is computed in float32. The
-    norms exist on every rank, as in the FA branch.
-
-    Args:
-        config: The model's configuration.
-        submodules: A `HydraAttentionSubmodules`.
-        placement: The layer's heads on all ranks.
-        layer_number: Counts from 1; seeds the heads' initialisation.
-        pg_collection: Process groups, of which `tp` is used.
+    and the L2 norm. Decay exp(-exp(A_log) softplus(a + dt_bias)) is computed in float32.
     """
 
+    kind = "la"
+    module_name = "linear_attention"
+    gate_name = "la_gate"
+    head_tensors = ("conv_weight", "A_log", "dt_bias")
     float32_parameters = ("A_log", "dt_bias")
+
+    @classmethod
+    def sections(
+        cls, config: HydraFields, head_dim: int, heads: Units, groups: Units
+    ) -> list[Section]:
+        """Query, key and value of each head's own, read as one, `la_qkv`; gate, decay and beta."""
+        sections = [
+            Section(f"la_{name}", *heads, head_dim, teacher=name, part="la_qkv")
+            for name in ("query", "key", "value")
+        ]
+        if config.la_output_gate != "none":
+            is_identity = config.la_output_gate == "sigmoid"
+            sections.append(Section("la_gate", *heads, head_dim, starts_at_zero=is_identity))
+        if config.la_decay:
+            sections.append(Section("la_decay", *heads, 1))
+        if config.la_beta:
+            sections.append(Section("la_beta", *heads, 1))
+        return sections
+
+    @classmethod
+    def gate_activation(cls, config: HydraFields) -> Literal["silu", "sigmoid2"]:
+        """`silu` is Gated DeltaNet's own."""
+        return "silu" if config.la_output_gate == "silu" else "sigmoid2"
 
     def __init__(
         self,
@@ -67,9 +84,9 @@ class LinearAttentionBranch(HeadModule):
         placement: LayerPlacement,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
+        cp_comm_type: str | None = None,
     ) -> None:
-        super().__init__(config=config)
-        self.heads = placement.la_heads(pg_collection.tp.rank())
+        super().__init__(config, submodules, placement, layer_number, pg_collection, cp_comm_type)
         self.impl = choose_la_kernel(config.la_kernel)
         check_la_heads(config, self.impl, layer_number, len(self.heads))
         self.is_fused = choose_fused_kernels(config.fused_kernels) == "triton"
@@ -79,14 +96,7 @@ class LinearAttentionBranch(HeadModule):
                 "set fused_kernels to 'reference'"
             )
         if config.la_qk_norm:
-            norm = dict(hidden_size=config.kv_channels, config=config, eps=config.layernorm_epsilon)
-            self.q_layernorm = build_module(submodules.q_layernorm, **norm)
-            self.k_layernorm = build_module(submodules.k_layernorm, **norm)
-        all_heads, d = placement.layer_plan.la_heads, config.kv_channels
-        self.head_section = Section("", self.heads, all_heads, 1)
-        self.conv_sections = [
-            Section(name, self.heads, all_heads, d) for name in ("query", "key", "value")
-        ]
+            self._build_norms(submodules)
         # A rank without LA heads has none of their parameters.
         if config.la_short_conv and self.heads:
             self.conv_weight = head_parameter(config, self._identity_convolution())
@@ -94,23 +104,41 @@ class LinearAttentionBranch(HeadModule):
             self.A_log = self._per_head("A_log", layer_number, _init_a_log)
             self.dt_bias = self._per_head("dt_bias", layer_number, _init_dt_bias)
 
-    def forward(self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces) -> Tensor:
+    def parameter_sections(self) -> dict[str, list[Section]]:
+        """The taps of query, key and value; one number for each head of the others."""
+        heads, d = (self.heads, self.all_heads), self.config.kv_channels
+        taps = [Section(name, *heads, d) for name in ("query", "key", "value")]
+        one = [Section("", *heads, 1)]
+        return {"conv_weight": taps, "A_log": one, "dt_bias": one}
+
+    def faults_of_weights(self) -> list[str]:
+        """Decays that are NaN in the chunked kernels."""
+        if not hasattr(self, "A_log"):
+            return []
+        return [
+            f"A_log of head {head} (LA) of layer {self.layer_number - 1} is {value:g}, and a decay "
+            f"by exp(A_log) gives NaN; allowed: {MAX_A_LOG:g} at most"
+            for head, value in zip(self.heads, self.A_log.tolist(), strict=True)
+            if not value <= MAX_A_LOG  # nor NaN
+        ]
+
+    def forward(self, sections: Sections, stream: Stream) -> Tensor:
         """Run the recurrence over every sequence, of which other ranks may hold parts.
 
         Args:
             sections: `la_qkv` [s, b, 3 n d]; `la_decay`, `la_beta` [s, b, n].
-            rotary_pos_emb: Rotary angles `[s, 1, 1, d]` at `pieces.positions`, used if
-                `config.la_rope`.
-            pieces: Where the tokens belong.
+            stream: The rank's tokens; `piece_angles` are used if `config.la_rope`.
 
         Returns:
             `[s, b, n, d]`.
         """
+        pieces = stream.pieces
         if not self.heads:
-            return self._no_heads(sections["la_qkv"])
+            empty = sections["la_qkv"].unflatten(-1, (0, self.config.kv_channels))
+            return self._stay_in_graph(empty)
         sections = self._to_contiguous(sections, pieces)
         prepare = self._prepare_fused if self.is_fused else self._prepare
-        output = self._recur(*prepare(sections, rotary_pos_emb, pieces), pieces)
+        output = self._recur(*prepare(sections, stream.piece_angles, pieces), pieces)
         return pieces.from_contiguous(pieces.sequence_first(output))
 
     def _prepare_fused(
@@ -252,15 +280,6 @@ class LinearAttentionBranch(HeadModule):
             return _every_head(like, 1.0)
         return sections["la_beta"].float().sigmoid()
 
-    def _no_heads(self, like: Tensor) -> Tensor:
-        """An empty output `[s, b, 0, d]`."""
-        output = like.unflatten(-1, (0, self.config.kv_channels))
-        if not self.config.la_qk_norm:
-            return output
-        # Keeps the shared norms in the graph on a rank without LA heads, so that they get their
-        # (zero) gradient there and Megatron's flattened all-reduce matches on all ranks.
-        return output + 0.0 * (self.q_layernorm.weight.sum() + self.k_layernorm.weight.sum())
-
     def _identity_convolution(self) -> Tensor:
         """Depthwise taps `[3 n d, kernel]` that pass each token on unchanged at the start."""
         config = self.config
@@ -271,7 +290,7 @@ class LinearAttentionBranch(HeadModule):
 
     def _per_head(self, name: str, layer_number: int, init: InitHead) -> torch.nn.Parameter:
         """One float32 number a head."""
-        config, section = self.config, dataclasses.replace(self.head_section, name=name)
+        config, section = self.config, Section(name, self.heads, self.all_heads, 1)
         if not config.perform_initialization:
             return head_parameter(config, torch.empty(len(self.heads)))
         values = init_heads(section, init, seed=config.head_init_seed, layer_number=layer_number)

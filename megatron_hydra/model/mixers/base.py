@@ -1,0 +1,141 @@
+"""What a kind of head is: its rows of the in-projection, its parameters, its part of the layer.
+
+The layer, checkpoints, weight reuse, the optimizer and the certificate ask each kind for what they
+need of it, and know none by name; `megatron_hydra.model.mixers.kinds` lists them.
+
+Legend: s = sequence, b = batch, n = heads of the kind on the rank, d = head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from megatron_hydra.head_plan import HeadKind
+from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.placement import LayerPlacement
+from megatron_hydra.model.projection import Section, Sections, Units
+from megatron_hydra.model.sharding import HeadModule
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A rank's tokens: where they belong, and their rotary angles.
+
+    Attributes:
+        pieces: Of the stream of all context-parallel ranks; `pieces.layout` is how they lie.
+        packed_seq_params: Megatron's description of a packed row, b = 1; None for whole rows.
+        angles: `[s, 1, 1, d]` at `pieces.layout.positions`; None without RoPE.
+        piece_angles: The same at `pieces.positions`, where a recurrence runs.
+    """
+
+    pieces: Pieces
+    packed_seq_params: PackedSeqParams | None
+    angles: Tensor | None
+    piece_angles: Tensor | None
+
+    @classmethod
+    def of(
+        cls, pieces: Pieces, packed_seq_params: PackedSeqParams | None, angles: Tensor | None
+    ) -> Stream:
+        """Arguments as the layer's; `angles` of a packed row are those of positions 0 and up."""
+        if packed_seq_params is None or angles is None:
+            return cls(pieces, packed_seq_params, angles, angles)
+        at = (pieces.layout.positions, pieces.positions)
+        return cls(pieces, packed_seq_params, *(angles[positions] for positions in at))
+
+
+class Mixer(HeadModule):
+    """The heads of one kind that one tensor-parallel rank owns, from their rows to their outputs.
+
+    A rank without a head of the kind has none of `head_tensors`, but all norms: Megatron flattens
+    the gradients of replicated parameters into one all-reduce, which must match on all ranks.
+
+    Args:
+        config: The model's configuration.
+        submodules: A `HydraAttentionSubmodules`.
+        placement: The layer's heads on all ranks.
+        layer_number: Counts from 1; seeds the heads' initialisation.
+        pg_collection: Process groups, of which `tp` and `cp` are used.
+        cp_comm_type: How keys and values pass between context-parallel ranks, see Megatron's field.
+    """
+
+    kind: ClassVar[HeadKind]
+    """As plans name it."""
+    module_name: ClassVar[str]
+    """The layer's attribute, and so part of its parameters' names in checkpoints."""
+    gate_name: ClassVar[str]
+    """The section whose rows gate the outputs, see :meth:`gate_activation`."""
+    teacher_norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")
+    """Norms per head dimension that start as the teacher's of the same names."""
+    head_tensors: ClassVar[tuple[str, ...]] = ()
+    """Parameters of its own, each head's values side by side along dimension 0. No teacher has
+    them, and no weight decay shrinks them."""
+
+    def __init__(
+        self,
+        config: HydraConfig,
+        submodules: Any,
+        placement: LayerPlacement,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        cp_comm_type: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.placement, self.tp_group = placement, pg_collection.tp
+        self.layer_number = layer_number
+        self.heads = placement.heads_of(self.tp_group.rank(), self.kind)
+        self.all_heads = placement.layer_plan.heads_of(self.kind)
+
+    @classmethod
+    def sections(
+        cls, config: HydraFields, head_dim: int, heads: Units, groups: Units
+    ) -> list[Section]:
+        """The kind's rows of the in-projection, in order.
+
+        Args:
+            config: Decides which of them exist.
+            head_dim: d.
+            heads: Its heads, here and on all ranks.
+            groups: The query groups whose keys and values are shared by heads of kinds that share
+                them, here and on all ranks.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def gate_activation(cls, config: HydraFields) -> Literal["silu", "sigmoid2"]:
+        """What the fusion makes of the gate's rows; `sigmoid2` is 2 sigmoid, 1 at zero."""
+        return "sigmoid2"
+
+    def parameter_sections(self) -> Mapping[str, Sequence[Section]]:
+        """By each of `head_tensors`, where a head's values lie along dimension 0."""
+        return {}
+
+    def forward(self, sections: Sections, stream: Stream) -> Tensor:
+        """The heads' outputs `[s, b, n, d]`, of all the in-projection's parts by name."""
+        raise NotImplementedError
+
+    def faults_of_weights(self) -> list[str]:
+        """For each loaded value that the forward pass cannot take, what it is and what may be."""
+        return []
+
+    def _build_norms(self, submodules: Any) -> None:
+        config = self.config
+        for name in self.teacher_norms:
+            spec = getattr(submodules, name)
+            options = dict(hidden_size=config.kv_channels, eps=config.layernorm_epsilon)
+            setattr(self, name, build_module(spec, config=config, **options))
+
+    def _stay_in_graph(self, output: Tensor, *others: Tensor) -> Tensor:
+        """The output of a rank without a head: norms (and others) get their gradient, zero."""
+        norms = [getattr(self, name, None) for name in self.teacher_norms]
+        sums = [norm.weight.sum() for norm in norms if norm is not None]
+        sums += [other.sum() for other in others]
+        return output + 0.0 * sum(sums) if sums else output
