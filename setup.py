@@ -28,7 +28,8 @@ setup(
     package_data={"megatron_hydra.report": ["*.html"]},
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16.1,<0.20",
+        # Tested with 0.16.1: from 0.17 on it needs Python 3.12, and NeMo 2.7.3 cannot import it.
+        "megatron-core>=0.16.1,<0.17",
         "numpy<3",
         "scipy>=1.9",
         "safetensors",

@@ -36,6 +36,10 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     },
     "evaluation": {"errors", "files", "head_plan", "tasks", "transfer", "selection"},
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
+    "api": {
+        "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
+        "selection",
+    },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = (

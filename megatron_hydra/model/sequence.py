@@ -189,7 +189,8 @@ def shard_batch(
                 f"2 x context_parallel_size = {2 * size}"
             )
     if packed_seq_params is None:
-        return get_batch_on_this_cp_rank(dict(batch), group)
+        # By name: megatron-core 0.18 has another argument in second place.
+        return get_batch_on_this_cp_rank(dict(batch), cp_group=group)
     num_tokens = next(iter(batch.values())).shape[1] // size
     index = SequenceLayout.of(num_tokens, packed_seq_params, group).stream_index()
     return {name: tensor.index_select(1, index) for name, tensor in batch.items()}

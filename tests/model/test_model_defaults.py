@@ -173,7 +173,7 @@ def test_a_calibration_length_of_nothing_is_no_default(
     command = ["convert", "--teacher", models["teacher"], "--plan", tmp_path / "plan.json"]
     options = ["--calibration-length", "0", "--out", tmp_path / "out"]
     assert main([str(word) for word in (*command, *options)]) == 2
-    assert "--calibration-length is 0; allowed: 1 to" in capsys.readouterr().err
+    assert "the calibration length is 0 tokens; allowed: 1 to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("rank", "num_warnings"), [("0", 1), ("3", 0)])

@@ -103,9 +103,9 @@ VERBS = {"convert": CONVERT, "score": SCORE, "plan": PLAN, "pareto": PARETO,
         (f"{EVALUATE} --text IN/lines.txt --text-format jsonl --text-key no", 'has no "no", but'),
         (
             f"{CONVERT} --calibration-text IN/text.txt --calibration-tokens 99999",
-            "has 45000 tokens, fewer than --calibration-tokens, 99999",
+            "has 45000 tokens, fewer than the calibration tokens, 99999",
         ),
-        (f"{CONVERT} --calibration-length 9999", "allowed: 1 to --calibration-tokens, 8192"),
+        (f"{CONVERT} --calibration-length 9999", "allowed: 1 to the calibration tokens, 8192"),
         (
             f"{PREPROCESS} --retrieval-fraction 0 --seq-length 99999 --num-documents 1",
             "but 99999 are needed",

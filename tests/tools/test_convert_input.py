@@ -128,7 +128,7 @@ BAD_INPUTS = {
     "plan": (_remove("plan.json"), "cannot read IN/plan.json: No such file"),
     "kind": (
         _to_checkpoint,
-        "--teacher IN/teacher is a checkpoint folder: it is converted already",
+        "the teacher IN/teacher is a checkpoint folder: it is converted already",
     ),
 }
 

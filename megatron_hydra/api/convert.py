@@ -1,0 +1,259 @@
+"""`convert`: a pretrained model's folder and a head plan become a checkpoint of the hybrid."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_hydra.disk import check_space
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
+from megatron_hydra.tasks.text_files import TextOptions, find_texts
+from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
+from megatron_hydra.teachers.qwen3_config import config_hash, read_qwen3_config
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from torch import Tensor
+
+    from megatron_hydra.model.config import HydraConfig
+    from megatron_hydra.teachers.weight_reuse import ReuseSummary
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[Any], str, str], Iterable[Any]]
+"""Wraps an iteration: over what, its title, and what one of it is called."""
+
+LONGEST_CALIBRATION = 2048
+_BATCH_TOKENS = 2048
+_FORMATS: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that each teacher head's scale is measured on.
+
+    Attributes:
+        text: A file, a folder or a pattern; None for Python's documentation, which stands in for
+            text like what the model is for.
+        options: How text files are read.
+        num_tokens: Of the text.
+        length_tokens: Of a sequence; None for what the teacher is built for,
+            `LONGEST_CALIBRATION` at most.
+        how_to_name: What names a text, for the warning where none is.
+    """
+
+    text: str | None = None
+    options: TextOptions = field(default_factory=TextOptions)
+    num_tokens: int = 8192
+    length_tokens: int | None = None
+    how_to_name: str = "calibration.text"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written.
+
+    Attributes:
+        folder: The checkpoint.
+        plan: None for a teacher.
+        reuse: Which values came from the teacher and which are new; None for a teacher.
+        num_tokens: That the heads' scales were measured on.
+        length_tokens: Of their sequences.
+        parallel_sizes: That can train it.
+    """
+
+    folder: Path
+    plan: HeadPlan | None
+    reuse: ReuseSummary | None
+    num_tokens: int
+    length_tokens: int
+    parallel_sizes: ParallelSizes
+
+
+def convert(
+    teacher: Path,
+    out: Path,
+    plan: Path | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    calibration: Calibration = Calibration(),
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress = lambda items, title, unit: items,
+) -> Conversion:
+    """Write a checkpoint of a hybrid, started from its teacher's weights, or of the teacher itself.
+
+    Args:
+        teacher: Hugging Face folder.
+        out: The checkpoint folder.
+        plan: What :meth:`HeadPlan.save` wrote; None converts the teacher.
+        options: Fields of :class:`~megatron_hydra.model.config.HydraConfig`, such as `fa_rope`.
+        dtype: Of the weights.
+        calibration: For a hybrid whose fusion has a scale for each head.
+        overwrite: Replace an earlier checkpoint.
+        command: For provenance; None takes the process's own.
+        progress: Shows how far it is.
+
+    Raises:
+        UserError: For a folder, plan, option or text that cannot be used, or an output that is in
+            the way; nothing is written then.
+    """
+    texts = find_texts(filter(None, [calibration.text]), calibration.options)
+    check_outputs([out], (teacher, plan, calibration.text, *texts))
+    check_output(out, overwrite, "folder", marker="model.json")
+    _check_calibration(calibration)
+    if check_model_folder(teacher):
+        raise UserError(f"the teacher {teacher} is a checkpoint folder: it is converted already")
+    hash_of_weights = weights_hash(teacher)
+    head_plan = None if plan is None else _load_plan(plan, teacher, hash_of_weights)
+    from megatron_hydra import cpu
+
+    cpu.install_if_needed()
+    import torch
+
+    from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.teachers import checkpoint, qwen3
+    from megatron_hydra.teachers.tokenizer import check_tokenizer
+
+    fields = dict(options or {})
+    checkpoint.check_stored("hybrid" if head_plan else "teacher", fields)
+    config = qwen3.hydra_config(teacher, **fields, params_dtype=getattr(torch, dtype))
+    # At the least: vectors and what the format adds come on top.
+    check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
+    check_tokenizer(teacher, config.vocab_size)
+    batches: list[Tensor] = []
+    if head_plan and config.fusion in ("scale", "gate"):
+        batches = _batches(calibration, teacher, config.seq_length)
+    tensors = qwen3.read_weights(teacher)
+    initialize_model_parallel()
+    if head_plan is None:
+        model, reuse = _build_teacher(config, tensors), None
+    else:
+        model, reuse = _build_hybrid(config, head_plan, tensors, batches, progress)
+    provenance = {
+        "command": command or shlex.join(sys.argv),
+        "versions": versions(),
+        **_record(calibration, batches),
+    }
+    checkpoint.save_checkpoint(
+        out, model, config, head_plan, teacher, provenance, overwrite,
+        teacher_weights_hash=hash_of_weights,
+    )  # fmt: skip
+    return Conversion(
+        folder=out,
+        plan=head_plan,
+        reuse=reuse,
+        num_tokens=sum(batch.numel() for batch in batches),
+        length_tokens=batches[0].shape[1] if batches else 0,
+        parallel_sizes=ParallelSizes.of(vars(config)),
+    )
+
+
+def _load_plan(path: Path, teacher: Path, hash_of_weights: str) -> HeadPlan:
+    """Read a plan for this teacher; warn if it was made for another training of its shape."""
+    plan, config = HeadPlan.load(path), read_qwen3_config(teacher)
+    plan.check_teacher(
+        config["num_hidden_layers"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config_hash(teacher),
+    )
+    measured = plan.provenance.get("teacher_weights_hash")
+    if measured and measured != hash_of_weights:
+        logger.warning(
+            "%s was made from scores of other weights than those in %s: the heads that mattered "
+            "there need not be those that matter here, which a new `score` would tell",
+            path,
+            teacher,
+        )
+    return plan
+
+
+def _check_calibration(calibration: Calibration) -> None:
+    length, wanted = calibration.length_tokens, calibration.num_tokens
+    if length is not None and not 0 < length <= wanted:
+        raise UserError(
+            f"the calibration length is {length} tokens; allowed: 1 to the calibration tokens, "
+            f"{wanted}"
+        )
+
+
+def _record(calibration: Calibration, batches: Sequence[Tensor]) -> dict[str, Any]:
+    """What the heads' scales were measured on, for provenance."""
+    from megatron_hydra.tasks.text import STAND_IN
+
+    record: dict[str, Any] = {"calibration_tokens": sum(batch.numel() for batch in batches)}
+    if batches:
+        record["calibration_length"] = batches[0].shape[1]
+        record["calibration_text"] = str(calibration.text or STAND_IN)
+    return record
+
+
+def _batches(calibration: Calibration, teacher: Path, built_for: int) -> list[Tensor]:
+    """The calibration text in token batches `[b, s]`, int64, for a teacher that takes so many."""
+    import torch
+
+    from megatron_hydra.tasks.text import read_text, stand_in_text
+    from megatron_hydra.teachers.qwen3 import load_tokenizer
+
+    wanted = calibration.num_tokens
+    length = calibration.length_tokens or min(built_for, LONGEST_CALIBRATION, wanted)
+    enough = 16 * wanted  # characters, for any language and tokenizer
+    if calibration.text is None:
+        text = stand_in_text(calibration.how_to_name)
+    else:
+        text = read_text(calibration.text, calibration.options, enough)
+    tokenizer = load_tokenizer(teacher)
+    tokens = tokenizer(text[:enough], add_special_tokens=False, verbose=False)["input_ids"]
+    if len(tokens) < wanted:
+        raise UserError(
+            f"the calibration text has {len(tokens)} tokens, fewer than the calibration tokens, "
+            f"{wanted}"
+        )
+    sequences = torch.tensor(tokens[: wanted // length * length]).view(-1, length)
+    return list(sequences.split(max(1, _BATCH_TOKENS // length)))
+
+
+def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
+    from megatron_hydra.model.build import build_model
+    from megatron_hydra.teachers.qwen3 import load_weights_into
+
+    model = build_model(config, None)
+    load_weights_into(model, tensors)
+    return model
+
+
+def _build_hybrid(
+    config: HydraConfig,
+    plan: HeadPlan,
+    tensors: Mapping[str, Tensor],
+    batches: Sequence[Tensor],
+    progress: Progress,
+) -> tuple[GPTModel, ReuseSummary]:
+    from megatron_hydra.model.build import build_model
+    from megatron_hydra.teachers.qwen3 import megatron_tensors
+    from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights
+
+    head_rms = None
+    if batches:
+        teacher = _build_teacher(config, tensors)
+        head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
+        del teacher
+    model = build_model(config, plan)
+    reuse = reuse_teacher_weights(
+        model,
+        megatron_tensors(config, tensors),
+        head_rms,
+        progress=lambda layers: progress(layers, "weights", "layer"),
+    )
+    return model, reuse
