@@ -1,14 +1,26 @@
-"""Tests of reading YAML: what is given twice, what is no number, and paths as people write them."""
+"""Tests of the reader: YAML as people write it, JSON as programs do, and what fields may hold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.schema import PathText, read_config
+from megatron_hydra.schema import (
+    MAY_LACK,
+    Limits,
+    PathText,
+    ReadBy,
+    check_fields,
+    from_json,
+    load_json,
+    read_config,
+)
 
 
 @dataclass
@@ -102,9 +114,114 @@ def test_a_date_is_text(file: Path) -> None:
         ("a: {? [x] : 1}\n", "not valid YAML: braces or brackets stand where a key belongs"),
         (f"a: {{rate: 1{'0' * 5000}}}\n", "not valid YAML: Exceeds the limit"),
         ("a: {place: ''}\n", r"a\.place is empty: name a path; the current folder is \."),
-        ("a: {places: [x, ' ']}\n", r"a\.places is empty: name a path"),
+        ("a: {places: [x, ' ']}\n", r"a\.places\[1\] is empty: name a path"),
     ],
 )
 def test_what_cannot_be_meant_is_one_sentence(file: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(file, text)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Of a file that a program writes."""
+
+    FORMER_KEYS: ClassVar = ("old",)
+    kind: Literal["a", "b"]
+    size: Annotated[int, Limits(least=1)]
+    share: Annotated[float, Limits(above=0, most=1)] | None
+
+
+@dataclass(frozen=True)
+class File:
+    items: tuple[Item, ...]
+    pair: tuple[float, int]
+    by_length: Mapping[int, float]
+    seeds: list[Annotated[int, Limits(least=0, below=2**32)]]
+    names: Mapping[str, Annotated[str, Limits(choices=("x", "y"))]]
+    even: Annotated[int, ReadBy(lambda value, name: 2 * value)]
+    anything: Any = None
+    later: bool = field(default=True, metadata=MAY_LACK)
+
+
+FILE = {
+    "items": [{"kind": "a", "size": 1, "share": None}, {"kind": "b", "size": 2, "share": 1}],
+    "pair": [0.5, 3],
+    "by_length": {"512": 1.5},
+    "seeds": [0, 2**32 - 1],
+    "names": {"first": "x"},
+    "even": 4,
+    "anything": {"a": [1]},
+    "later": False,
+}
+
+
+def test_json_is_read_by_type() -> None:
+    found = from_json(File, FILE, "file")
+    assert found.items == (Item("a", 1, None), Item("b", 2, 1.0))
+    assert (found.pair, found.by_length, found.even) == ((0.5, 3), {512: 1.5}, 8)
+    assert from_json(Item, asdict(found.items[1]), "item") == found.items[1]
+
+
+def test_keys_of_earlier_releases_may_be_there_or_not() -> None:
+    item = {"kind": "a", "size": 1, "share": None, "old": 3}
+    assert from_json(Item, item, "item") == Item("a", 1, None)
+    assert from_json(File, {key: FILE[key] for key in FILE if key != "later"}, "file").later
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "sentence"),
+    [
+        (("item",), [], "unknown key item: did you mean items?"),
+        (("items", 1, "colour"), 1, "unknown key items[1].colour; known here: kind, size, share"),
+        (("items", 0), None, "items[0] is None; a JSON object is needed"),
+        (("items", 0), {"kind": "a", "size": 1}, "key items[0].share is missing"),
+        (("items",), {}, "items is {}; a list is needed"),
+        (("items", 0, "kind"), "c", "items[0].kind is 'c'; allowed: a, b"),
+        (("items", 0, "kind"), ["a"], "items[0].kind is ['a']; allowed: a, b"),
+        (("items", 0, "size"), True, "items[0].size is True; an integer is needed"),
+        (("items", 0, "size"), 1.0, "items[0].size is 1.0; an integer is needed"),
+        (("items", 0, "size"), 0, "items[0].size is 0; it must be 1 or more"),
+        (("items", 1, "share"), 0, "items[1].share is 0; it must be above 0, and at most 1"),
+        (("items", 1, "share"), "0.5", "items[1].share is '0.5'; a number is needed"),
+        (("items", 1, "share"), 10**400, f"items[1].share is 1{'0' * 78}…; a number is needed"),
+        (("pair",), [1], "pair is [1]; a list of 2 is needed"),
+        (("pair", 1), None, "pair[1] is None; an integer is needed"),
+        (("by_length",), [1], "by_length is [1]; a JSON object is needed"),
+        (("by_length", "-3"), 1, "by_length has the key '-3'; its keys must be whole numbers"),
+        (("by_length", "512"), "x", "by_length.512 is 'x'; a number is needed"),
+        (("seeds", 1), 2**32, "seeds[1] is 4294967296; it must be 0 or more, and below 2^32"),
+        (("names", "first"), "z", "names.first is 'z'; allowed: x, y"),
+        (("later",), 0, "later is 0; true or false is needed"),
+    ],
+)
+def test_each_fault_of_a_file_is_one_sentence(
+    tmp_path: Path, keys: tuple[Any, ...], value: object, sentence: str
+) -> None:
+    data = json.loads(json.dumps({"kind": "thing", "schema_version": 3, **FILE}))
+    place = data
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    path = tmp_path / "thing.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError) as caught:
+        load_json(File, path, "thing", 3)
+    assert str(caught.value) == f"{path}: {sentence}"
+
+
+def test_defaults_do_not_stand_in_for_what_a_file_lacks() -> None:
+    with pytest.raises(UserError, match=r"^the file: key anything is missing$"):
+        from_json(File, {key: FILE[key] for key in FILE if key != "anything"}, "the file")
+    with pytest.raises(UserError, match=r"^the file: key extra is missing$"):
+        from_json(File, FILE, "the file", unread=("extra",))
+    with pytest.raises(UserError, match=r"^the file is 3; a JSON object is needed$"):
+        from_json(File, 3, "the file")
+
+
+def test_what_was_made_in_python_is_held_to_the_same_types() -> None:
+    check_fields(Item("a", 1, 0.5))
+    with pytest.raises(UserError, match=r"^size is -1; it must be 1 or more$"):
+        check_fields(Item("a", -1, 0.5))
+    with pytest.raises(UserError, match=r"^share is nan; a number is needed$"):
+        check_fields(Item("a", 1, float("nan")))
