@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
+from megatron_hydra.schema import Limits, from_json, named
 
 HeadKind = Literal["fa", "la"]
 
-SCHEMA_VERSION = 1
-_FILE_KIND = "head_plan"
-_FILE_KEYS = (
-    "schema_version",
-    "kind",
-    "num_layers",
-    "num_heads",
-    "num_query_groups",
-    "teacher_config_hash",
-    "layers",
-    "provenance",
-)
+_Count = Annotated[int, Limits(least=1)]
+
+
+@dataclass(frozen=True)
+class _FileLayer:
+    layer: int
+    fa_heads: list[int]
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys of a plan's file, in their order."""
+
+    schema_version: Literal[1]
+    kind: Literal["head_plan"]
+    num_layers: _Count
+    num_heads: _Count
+    num_query_groups: _Count
+    teacher_config_hash: str
+    layers: list[_FileLayer]
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,60 +151,49 @@ class HeadPlan:
         return cls(layers, num_query_groups, teacher_config_hash, dict(provenance or {}))
 
     @classmethod
-    def all_fa(
-        cls, num_layers: int, num_heads: int, num_query_groups: int, teacher_config_hash: str = ""
-    ) -> HeadPlan:
-        """Build the plan that keeps every head: the teacher's own attention."""
-        kinds: list[HeadKind] = ["fa"] * num_heads
-        return cls(
-            (LayerHeadPlan(tuple(kinds)),) * num_layers, num_query_groups, teacher_config_hash
-        )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> HeadPlan:
+    def from_dict(cls, data: Any, where: str = "the head plan") -> HeadPlan:
         """Read what :meth:`to_dict` wrote.
+
+        Args:
+            data: JSON values.
+            where: What they are, for messages.
 
         Raises:
             UserError: If a key is unknown or missing, a value has the wrong type, the version is
                 another, or a layer is missing, unknown or named twice.
         """
-        _check_keys(data, _FILE_KEYS, "the head plan")
-        if data["kind"] != _FILE_KIND or data["schema_version"] != SCHEMA_VERSION:
-            raise UserError(
-                f"the head plan says kind {data['kind']!r}, schema version "
-                f"{data['schema_version']!r}; this release reads kind {_FILE_KIND!r}, "
-                f"version {SCHEMA_VERSION}"
+        file = from_json(_File, data, where)
+        fa_heads: dict[int, list[int]] = {}
+        with named(where):
+            for entry in file.layers:
+                if entry.layer in fa_heads:
+                    raise UserError(f"layer {entry.layer} is named twice in the head plan")
+                fa_heads[entry.layer] = entry.fa_heads
+            for layer in range(file.num_layers):
+                if layer not in fa_heads:
+                    raise UserError(f"layer {layer} is missing in the head plan")
+            return cls.from_fa_heads(
+                fa_heads,
+                file.num_layers,
+                file.num_heads,
+                file.num_query_groups,
+                file.teacher_config_hash,
+                file.provenance,
             )
-        sizes = {
-            key: _positive(data[key], key)
-            for key in ("num_layers", "num_heads", "num_query_groups")
-        }
-        if not isinstance(data["teacher_config_hash"], str):
-            raise UserError("teacher_config_hash of the head plan must be a string")
-        if not isinstance(data["provenance"], Mapping):
-            raise UserError("provenance of the head plan must be a JSON object")
-        return cls.from_fa_heads(
-            _read_layers(data["layers"], sizes["num_layers"]),
-            **sizes,
-            teacher_config_hash=data["teacher_config_hash"],
-            provenance=data["provenance"],
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, every layer named."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": _FILE_KIND,
-            "num_layers": self.num_layers,
-            "num_heads": self.num_heads,
-            "num_query_groups": self.num_query_groups,
-            "teacher_config_hash": self.teacher_config_hash,
-            "layers": [
-                {"layer": index, "fa_heads": list(layer.fa_heads)}
-                for index, layer in enumerate(self.layers)
-            ],
-            "provenance": dict(self.provenance),
-        }
+        file = _File(
+            1,
+            "head_plan",
+            self.num_layers,
+            self.num_heads,
+            self.num_query_groups,
+            self.teacher_config_hash,
+            [_FileLayer(index, list(layer.fa_heads)) for index, layer in enumerate(self.layers)],
+            self.provenance,
+        )
+        return asdict(file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadPlan:
@@ -203,11 +202,7 @@ class HeadPlan:
         Raises:
             UserError: As :meth:`from_dict`, or if the file cannot be read; names the file.
         """
-        data = read_json(path, _FILE_KIND, SCHEMA_VERSION)
-        try:
-            return cls.from_dict(data)
-        except UserError as error:
-            raise UserError(f"{os.fspath(path)}: {error}") from error
+        return cls.from_dict(read_json(path, "head_plan", 1), os.fspath(path))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the plan as JSON.
@@ -216,19 +211,6 @@ class HeadPlan:
             UserError: If ``path`` exists and ``overwrite`` is False, or cannot be written.
         """
         write_json(path, self.to_dict(), overwrite)
-
-    def check(self, min_fa_per_layer: int = 0) -> None:
-        """Check that every layer keeps at least ``min_fa_per_layer`` FA heads.
-
-        Raises:
-            UserError: Naming the first layer that has too few.
-        """
-        for index, layer in enumerate(self.layers):
-            if len(layer.fa_heads) < min_fa_per_layer:
-                raise UserError(
-                    f"layer {index} of the head plan has {len(layer.fa_heads)} FA heads, "
-                    f"but each layer needs at least {min_fa_per_layer}"
-                )
 
     def check_teacher(
         self, num_layers: int, num_heads: int, num_query_groups: int, config_hash: str
@@ -270,40 +252,3 @@ def _kinds(fa_heads: Iterable[int], num_heads: int, layer: int) -> tuple[HeadKin
 def _check_index(index: object, size: int, what: str, where: str) -> None:
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
         raise UserError(f"unknown {what} {index!r} in {where}: use 0 to {size - 1}")
-
-
-def _check_keys(data: Mapping[str, Any], expected: Sequence[str], where: str) -> None:
-    for key in data:
-        if key not in expected:
-            raise UserError(f"unknown key {key!r} in {where}: use {', '.join(expected)}")
-    for key in expected:
-        if key not in data:
-            raise UserError(f"key {key!r} is missing in {where}")
-
-
-def _positive(value: object, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key} of the head plan must be a positive integer, not {value!r}")
-    return value
-
-
-def _read_layers(entries: object, num_layers: int) -> dict[int, list[int]]:
-    if not isinstance(entries, list):
-        raise UserError("layers of the head plan must be a list")
-    fa_heads: dict[int, list[int]] = {}
-    for position, entry in enumerate(entries):
-        where = f"entry {position} of the head plan's layers"
-        if not isinstance(entry, Mapping):
-            raise UserError(f"{where} must be a JSON object")
-        _check_keys(entry, ("layer", "fa_heads"), where)
-        layer = entry["layer"]
-        _check_index(layer, num_layers, "layer", where)
-        if layer in fa_heads:
-            raise UserError(f"layer {layer} is named twice in the head plan")
-        if not isinstance(entry["fa_heads"], list):
-            raise UserError(f"fa_heads in {where} must be a list of head indices")
-        fa_heads[layer] = entry["fa_heads"]
-    for layer in range(num_layers):
-        if layer not in fa_heads:
-            raise UserError(f"layer {layer} is missing in the head plan")
-    return fa_heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,12 @@ def test_a_group_is_kept_when_any_of_its_heads_is_fa(plan: HeadPlan) -> None:
     assert plan.fa_groups(2) == (3,)
 
 
-def test_all_fa_keeps_every_head() -> None:
-    plan = HeadPlan.all_fa(2, 4, 2)
-    assert plan.num_fa_heads == 8
-    assert all(not layer.la_heads for layer in plan.layers)
-
-
 def test_file_round_trip_keeps_everything(plan: HeadPlan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert HeadPlan.load(tmp_path / "plan.json") == plan
     with pytest.raises(UserError, match="exists"):
         plan.save(tmp_path / "plan.json")
-    HeadPlan.all_fa(1, 2, 1).save(tmp_path / "plan.json", overwrite=True)
+    HeadPlan.from_fa_heads({0: [0, 1]}, 1, 2, 1).save(tmp_path / "plan.json", overwrite=True)
     assert HeadPlan.load(tmp_path / "plan.json").num_layers == 1
 
 
@@ -88,23 +83,25 @@ def test_bad_heads_are_named(fa_heads: dict[int, Any], sentence: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "sentence"),
     [
-        (["schema_version"], 2, "version 1"),
-        (["kind"], "head_scores", "kind 'head_plan'"),
-        (["surprise"], 1, "unknown key 'surprise' in the head plan"),
-        (["provenance"], None, "key 'provenance' is missing"),
-        (["provenance"], [1], "provenance of the head plan must be a JSON object"),
-        (["teacher_config_hash"], 7, "teacher_config_hash of the head plan must be a string"),
-        (["num_heads"], "8", "num_heads of the head plan must be a positive integer, not '8'"),
-        (["num_layers"], 0, "num_layers of the head plan must be a positive integer, not 0"),
+        (["schema_version"], 2, "schema_version is 2; allowed: 1"),
+        (["kind"], "head_scores", "kind is 'head_scores'; allowed: head_plan"),
+        (["surprise"], 1, "unknown key surprise; known here: schema_version, kind, num_layers, "),
+        (["num_layer"], 1, "unknown key num_layer: did you mean num_layers?"),
+        (["provenance"], None, "key provenance is missing"),
+        (["provenance"], [1], "provenance is [1]; a JSON object is needed"),
+        (["teacher_config_hash"], 7, "teacher_config_hash is 7; text is needed"),
+        (["num_heads"], "8", "num_heads is '8'; an integer is needed"),
+        (["num_layers"], 0, "num_layers is 0; it must be 1 or more"),
         (["num_query_groups"], 3, "8 heads do not divide into 3 query groups"),
-        (["layers"], {}, "layers of the head plan must be a list"),
+        (["layers"], {}, "layers is {}; a list is needed"),
         (["layers", 1], None, "layer 1 is missing"),
-        (["layers", 1], 4, "entry 1 of the head plan's layers must be a JSON object"),
+        (["layers", 1], 4, "layers[1] is 4; a JSON object is needed"),
         (["layers", 1, "layer"], 0, "layer 0 is named twice"),
-        (["layers", 1, "layer"], 3, "unknown layer 3 in entry 1"),
-        (["layers", 1, "layer"], True, "unknown layer True in entry 1"),
-        (["layers", 1, "la_heads"], [], "unknown key 'la_heads' in entry 1"),
-        (["layers", 1, "fa_heads"], 3, "fa_heads in entry 1 of .* must be a list"),
+        (["layers", 1, "layer"], 3, "layer 1 is missing"),
+        (["layers", 3], {"layer": 3, "fa_heads": []}, "unknown layer 3 in the head plan: use 0 to"),
+        (["layers", 1, "layer"], True, "layers[1].layer is True; an integer is needed"),
+        (["layers", 1, "la_heads"], [], "unknown key layers[1].la_heads: did you mean layers[1].f"),
+        (["layers", 1, "fa_heads"], 3, "layers[1].fa_heads is 3; a list is needed"),
         (["layers", 1, "fa_heads"], [0, 8], "unknown head 8 in layer 1"),
         (["layers", 1, "fa_heads"], [0, 0], "head 0 of layer 1 is named twice"),
     ],
@@ -119,16 +116,18 @@ def test_bad_json_is_explained(
         place = place[key]
     if value is None:
         del place[path[-1]]
+    elif isinstance(place, list) and path[-1] == len(place):
+        place.append(value)
     else:
         place[path[-1]] = value
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=f"^the head plan: {re.escape(sentence)}"):
         HeadPlan.from_dict(data)
 
 
 def test_a_bad_file_is_named(plan: HeadPlan, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_dict() | {"surprise": 1}))
-    with pytest.raises(UserError, match=r"plan\.json: unknown key 'surprise'"):
+    with pytest.raises(UserError, match=r"plan\.json: unknown key surprise"):
         HeadPlan.load(path)
 
 
@@ -139,13 +138,6 @@ def test_layers_must_agree() -> None:
         HeadPlan((), 1)
     with pytest.raises(UserError, match="kind 'swa': use 'fa' or 'la'"):
         HeadPlan((LayerHeadPlan(("swa",)),), 1)  # type: ignore[arg-type]
-
-
-def test_a_layer_without_fa_head_is_refused_when_it_needs_one(plan: HeadPlan) -> None:
-    plan.check()
-    with pytest.raises(UserError, match="layer 1 of the head plan has 0 FA heads"):
-        plan.check(min_fa_per_layer=1)
-    HeadPlan.from_fa_heads({0: [0], 1: [1], 2: [2]}, 3, 8, 4).check(min_fa_per_layer=1)
 
 
 def test_plan_for_another_teacher_is_refused(plan: HeadPlan) -> None:

@@ -13,6 +13,7 @@ import torch
 from hydra_tools import certify as tool
 from hydra_tools import cli
 from kit.distributed import run_distributed
+from kit.plans import all_fa
 from kit.tiny import tiny_fields, tiny_plan
 from megatron.core.utils import get_batch_on_this_cp_rank
 
@@ -29,7 +30,6 @@ from megatron_hydra.certify.tables import (
 )
 from megatron_hydra.certify.training import Record
 from megatron_hydra.errors import UserError
-from megatron_hydra.head_plan import HeadPlan
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(ROOT.glob("examples/*/certify.yaml"))
@@ -244,6 +244,6 @@ def _one_hangs() -> None:
 
 def test_the_tool_is_where_the_library_says(tmp_path):
     assert tool.__doc__ is not None and "certify" in cli.VERBS
-    plan = HeadPlan.all_fa(2, 8, 4)
+    plan = all_fa(2, 8, 4)
     checks, _ = plan_checks(tiny_fields(), plan, 2, Limits(tp=2))
     assert not any("one kind" in check.name for check in checks), "there is one kind only"

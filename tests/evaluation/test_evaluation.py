@@ -19,6 +19,7 @@ cpu.install_if_needed()
 
 from hydra_tools import evaluate  # noqa: E402
 from hydra_tools.cli import main  # noqa: E402
+from kit.plans import all_fa  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
@@ -199,7 +200,7 @@ def test_a_teacher_caches_every_group_and_has_no_state() -> None:
     cache = cache_bytes_per_token(shape)
     assert cache.of(None) == 2 * 2 * 2 * 8 * 2  # layers, groups, k and v
     assert state_bytes(shape).of(None) == 0
-    assert cache.of(HeadPlan.all_fa(2, 4, 2)) == cache.of(None)
+    assert cache.of(all_fa(2, 4, 2)) == cache.of(None)
     fewer = replace(PLAN, layers=(PLAN.layers[1],) * 2)  # one head, so one group a layer
     assert cache.of(fewer) == cache.of(None) / 2
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from kit.plans import all_fa
 from kit.scores import make_scores
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
@@ -106,6 +107,6 @@ def test_a_large_map_shows_every_cell_without_numbers_at_a_size_a_page_can_show(
 
 def test_a_plan_for_another_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="the teacher has 2 layers of 4 heads"):
-        draw(HeadPlan.all_fa(2, 4, 1))
+        draw(all_fa(2, 4, 1))
     with pytest.raises(UserError, match="made for another teacher"):
-        draw(HeadPlan.all_fa(2, 4, 2, "other"))
+        draw(all_fa(2, 4, 2, "other"))

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
+from kit.plans import all_fa
 from kit.scores import make_scores
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PatchCollection
@@ -151,7 +152,7 @@ def test_odd_plans_can_be_drawn(fa_heads: dict[int, list[int]], num_lines: int) 
 
 def test_a_plan_of_another_teacher_is_refused() -> None:
     with pytest.raises(UserError, match="the teacher has 3 layers"):
-        rank_heads(noisy_scores(), HeadPlan.all_fa(2, 4, 2))
+        rank_heads(noisy_scores(), all_fa(2, 4, 2))
 
 
 def panels(figure: Figure) -> list[tuple[Axes, PatchCollection]]:

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from kit.plans import all_fa
 from kit.scores import make_scores
 
 from megatron_hydra.errors import UserError
@@ -68,7 +69,7 @@ def test_costs_of_a_plan_by_hand_follow_the_others_shape() -> None:
 
 def test_plans_of_different_teachers_are_not_compared() -> None:
     with pytest.raises(UserError, match="2 layers of 4 heads .* has 1 layers"):
-        compare_plans(FIRST, HeadPlan.all_fa(1, 4, 2), 100, "h100")
+        compare_plans(FIRST, all_fa(1, 4, 2), 100, "h100")
     a, b = (HeadPlan(FIRST.layers, 2, name) for name in ("aaaa", "bbbb"))
     with pytest.raises(UserError, match="made for another teacher"):
         compare_plans(a, b, 100, "h100")

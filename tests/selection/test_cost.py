@@ -15,6 +15,7 @@ from megatron_hydra.errors import UserError
 
 cpu.install_if_needed()
 
+from kit.plans import all_fa  # noqa: E402
 from kit.tiny import FA_HEADS, tiny_config, tiny_plan  # noqa: E402
 from kit.tiny_qwen3 import TINY_SHAPE  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
@@ -167,7 +168,7 @@ def test_a_hybrid_with_fa_heads_alone_has_the_teachers_flops_and_gates() -> None
     shape = ModelShape.from_config(tiny_config())
     gates = 64 * 2 * 32 * 8 * 16
     flops = flops_of_sequence(shape, 64)
-    assert flops.of(HeadPlan.all_fa(2, 8, 4)) == flops.of(None) + gates
+    assert flops.of(all_fa(2, 8, 4)) == flops.of(None) + gates
 
 
 @pytest.mark.parametrize("batch", [1, 16])

@@ -325,7 +325,7 @@ def test_random_plans_keep_to_every_kind_of_budget(seed: int) -> None:
     ]
     for budget in budgets:
         summary = random_plan(scores, budget, constraints, seed=seed)
-        summary.plan.check(min_fa_per_layer=1)
+        assert all(layer.fa_heads for layer in summary.plan.layers)
         counts = summary.plan.num_fa_heads, sum(len(summary.plan.fa_groups(i)) for i in range(3))
         assert budget.problem(scores.shape, constraints).allows(*counts)
         assert {head.reason for head in summary.explanation.heads} == {"random"}

@@ -14,6 +14,7 @@ from megatron_hydra import cpu
 
 cpu.install_if_needed()
 
+from kit.plans import all_fa  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
@@ -79,7 +80,7 @@ def _megatrons_own_model(folder: Path) -> GPTModel:
 
 def test_hybrid_of_fa_heads_alone_is_the_teacher(folder: Path) -> None:
     """Held to Megatron's own modules, to our teacher and to transformers."""
-    hybrid, summary = _hybrid(folder, HeadPlan.all_fa(2, 4, 2), **PLAIN)
+    hybrid, summary = _hybrid(folder, all_fa(2, 4, 2), **PLAIN)
     reference = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = _logits(hybrid)
     for model in (_megatrons_own_model(folder), qwen3.load_teacher(folder)):
@@ -90,7 +91,7 @@ def test_hybrid_of_fa_heads_alone_is_the_teacher(folder: Path) -> None:
 
 
 def test_output_gate_starts_at_identity(folder: Path) -> None:
-    plan = HeadPlan.all_fa(2, 4, 2)
+    plan = all_fa(2, 4, 2)
     plain, _ = _hybrid(folder, plan, **PLAIN)
     gated, summary = _hybrid(folder, plan, **{**PLAIN, "fa_output_gate": True})
     torch.testing.assert_close(_logits(gated), _logits(plain), atol=1e-6, rtol=0)
@@ -151,7 +152,7 @@ def test_every_value_is_counted_once(folder: Path, fusion: str) -> None:
 
 def test_unknown_or_missing_teacher_tensors_do_not_pass(folder: Path) -> None:
     config = qwen3.hydra_config(folder)
-    model = build_model(config, HeadPlan.all_fa(2, 4, 2))
+    model = build_model(config, all_fa(2, 4, 2))
     tensors = qwen3.megatron_tensors(config, qwen3.read_weights(folder))
     with pytest.raises(AssertionError, match="without a place"):
         reuse_teacher_weights(model, {**tensors, "extra": torch.ones(1)})

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hydra_tools import cli
+from kit.plans import all_fa
 from kit.scores import make_scores
 from kit.tiny_qwen3 import write_tiny_qwen3
 from safetensors.torch import load_file, save_file
@@ -199,9 +200,9 @@ def test_bad_teacher(
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (HeadPlan.all_fa(3, 4, 2), "3 layers of 4 heads in 2 query groups, but the teacher has 2"),
-        (HeadPlan.all_fa(2, 4, 4), "in 4 query groups, but the teacher has"),
-        (HeadPlan.all_fa(2, 4, 2, "feed" * 16), "made for another teacher"),
+        (all_fa(3, 4, 2), "3 layers of 4 heads in 2 query groups, but the teacher has 2"),
+        (all_fa(2, 4, 4), "in 4 query groups, but the teacher has"),
+        (all_fa(2, 4, 2, "feed" * 16), "made for another teacher"),
     ],
     ids=["layers", "groups", "hash"],
 )

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from kit.plans import all_fa
 from kit.tiny import tiny_config, tiny_plan, token_batch
 
 from megatron_hydra.errors import UserError
@@ -31,7 +32,7 @@ def _pair(plan: HeadPlan, **overrides):
 
 
 def test_identity_student_has_no_loss():
-    teacher, student = _pair(HeadPlan.all_fa(2, 8, 4), **IDENTITY)
+    teacher, student = _pair(all_fa(2, 8, 4), **IDENTITY)
     losses = Alignment(student, teacher).forward(*token_batch(student.config))
     assert list(losses) == ["layer_00", "layer_01"]
     assert max(losses.values()) < 1e-12
