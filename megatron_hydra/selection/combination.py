@@ -6,15 +6,15 @@ Legend: l = layers, n = heads of a layer, r = resamples or any other leading dim
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.schema import Limits, check_fields
 
 logger = logging.getLogger(__name__)
 Array = NDArray[np.float64]
@@ -38,42 +38,19 @@ class Combination:
         weights: Weight of a capability in the mean; 1 where it is not named.
 
     Raises:
-        UserError: If a weight is negative or no number.
+        UserError: If no scorer is named, a weight is negative, or a value of the wrong type.
     """
 
     scorers: tuple[str, ...]
     consistency: bool = True
     normalise: bool = True
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Annotated[float, Limits(least=0)]] = field(default_factory=dict)
     weigh_by_gap: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.scorers:
             raise UserError("the combination names no scorer")
-        for name, weight in self.weights.items():
-            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not is_number or not 0 <= weight < math.inf:
-                raise UserError(
-                    f"the weight of capability {name!r} is {weight!r}; 0 or more needed"
-                )
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Combination:
-        """Read what :func:`dataclasses.asdict`, and JSON after it, made of a combination.
-
-        Raises:
-            UserError: If a key is missing or unknown, or a value of the wrong kind.
-        """
-        names = [item.name for item in fields(cls)]
-        if not isinstance(values, Mapping) or sorted(values) != sorted(names):
-            raise UserError(f"the combination of the head scores must have {', '.join(names)}")
-        scorers, weights = values["scorers"], values["weights"]
-        if not isinstance(weights, Mapping) or not isinstance(scorers, list | tuple):
-            raise UserError("the combination needs a list of scorers and a mapping of weights")
-        for name in ("consistency", "normalise", "weigh_by_gap"):
-            if not isinstance(values[name], bool):
-                raise UserError(f"{name} of the combination is {values[name]!r}; true or false")
-        return cls(**{**values, "scorers": tuple(map(str, scorers)), "weights": dict(weights)})
 
 
 def combine(

@@ -12,13 +12,13 @@ Legend: T = tokens of context, h = hidden size, d = head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.placement import CostModel
+from megatron_hydra.schema import Limits, check_fields
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
@@ -31,6 +31,7 @@ _STATE_BYTES_PER_VALUE = 4  # the recurrent state is float32
 ServeDtype = Literal["bf16", "fp16", "fp32"]
 """Number format of weights and caches when the model serves."""
 SERVE_DTYPES: dict[ServeDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of one value
+_Count = Annotated[int, Limits(least=1)]
 
 
 @dataclass(frozen=True)
@@ -52,27 +53,20 @@ class ModelShape:
         UserError: If a size is no positive whole number, or the heads do not divide into groups.
     """
 
-    num_layers: int
-    num_heads: int
-    num_query_groups: int
-    head_dim: int
-    hidden_size: int
-    ffn_hidden_size: int
-    vocab_size: int
+    FORMER_KEYS: ClassVar = ("value_bytes",)  # the number format that the weights had
+
+    num_layers: _Count
+    num_heads: _Count
+    num_query_groups: _Count
+    head_dim: _Count
+    hidden_size: _Count
+    ffn_hidden_size: _Count
+    vocab_size: _Count
     tied_embeddings: bool
-    conv_kernel_size: int = 4
+    conv_kernel_size: Annotated[int, Limits(least=0)] = 4
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "tied_embeddings":
-                if not isinstance(value, bool):
-                    raise UserError(f"{name} of the model's shape is {value!r}; true or false")
-                continue
-            least = 0 if name == "conv_kernel_size" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(
-                    f"{name} of the model's shape is {value!r}; a whole number from {least} needed"
-                )
+        check_fields(self)
         if self.num_heads % self.num_query_groups:
             raise UserError(
                 f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
@@ -92,12 +86,6 @@ class ModelShape:
             tied_embeddings=config.share_embeddings_and_output_weights,
             conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> ModelShape:
-        """Read what ``asdict`` gave; ValueError or TypeError if it is something else."""
-        # Earlier releases kept a number format there, too.
-        return cls(**{name: value for name, value in data.items() if name != "value_bytes"})
 
     @property
     def total_heads(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints, Problem
 from megatron_hydra.selection.combination import Array, Combination
 from megatron_hydra.selection.cost import SERVE_DTYPES, ModelShape, costs_of
@@ -159,10 +160,7 @@ def read_shape(plan: HeadPlan) -> ModelShape | None:
     found = plan.provenance.get("shape")
     if found is None:
         return None
-    try:
-        shape = ModelShape.from_dict(found)
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"the shape in the head plan is malformed: {error}") from error
+    shape = from_json(ModelShape, found, "the shape in the head plan")
     plan.check_teacher(shape.num_layers, shape.num_heads, shape.num_query_groups, "")
     return shape
 
@@ -323,4 +321,5 @@ def scores_as_planned(scores: HeadScores, plan: HeadPlan) -> HeadScores:
     combination = plan.provenance.get("combination")
     if combination is None:  # a plan written by hand
         return scores
-    return scores.with_combination(Combination.from_dict(combination))
+    where = "the combination in the head plan"
+    return scores.with_combination(from_json(Combination, combination, where))

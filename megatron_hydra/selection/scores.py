@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import read_json, write_json
+from megatron_hydra.files import write_json
+from megatron_hydra.schema import MAY_LACK, ReadBy, load_json
 from megatron_hydra.selection.combination import (
     Array,
     Combination,
@@ -95,10 +96,10 @@ class HeadScores:
     shape: ModelShape
     teacher_config_hash: str
     probes: tuple[ProbeRecord, ...]
-    effects: Mapping[str, Mapping[str, Array]]
+    effects: Mapping[str, Mapping[str, Annotated[Array, ReadBy(_to_array)]]]
     combination: Combination
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    teacher_weights_hash: str = ""
+    teacher_weights_hash: str = field(default="", metadata=MAY_LACK)
 
     def __post_init__(self) -> None:
         records = {probe.name: probe for probe in self.probes}
@@ -214,62 +215,13 @@ class HeadScores:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> HeadScores:
-        """Read what :meth:`to_dict` gave.
-
-        Raises:
-            UserError: If a key is missing or unknown, or a value has another type or shape.
-        """
-        data = {"teacher_weights_hash": "", **data} if isinstance(data, Mapping) else data
-        _check_keys(data, [*(item.name for item in fields(cls)), "scores"], "the head scores")
-        if not all(isinstance(data[k], Mapping) for k in ("shape", "effects", "provenance")):
-            raise UserError("shape, effects and provenance of the head scores must be JSON objects")
-        sizes = {name: size for name, size in data["shape"].items() if name != "value_bytes"}
-        _check_keys(sizes, [item.name for item in fields(ModelShape)], "shape")
-        if not isinstance(data["probes"], list):
-            raise UserError("probes of the head scores must be a list")
-        for key in ("teacher_config_hash", "teacher_weights_hash"):
-            if not isinstance(data[key], str):
-                raise UserError(f"{key} of the head scores must be a string")
-        for record in data["probes"]:
-            _check_keys(record, [item.name for item in fields(ProbeRecord)], "a probe's record")
-        try:
-            probes = tuple(
-                ProbeRecord(
-                    **{**record, "kept": tuple(record["kept"]), "gaps": tuple(record["gaps"])}
-                )
-                for record in data["probes"]
-            )
-            effects = {
-                scorer: {name: _to_array(rows) for name, rows in by_probe.items()}
-                for scorer, by_probe in data["effects"].items()
-            }
-        except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"probes or effects of the head scores are malformed: {error}"
-            ) from error
-        return cls(
-            ModelShape.from_dict(data["shape"]),
-            data["teacher_config_hash"],
-            probes,
-            effects,
-            Combination.from_dict(data["combination"]),
-            data["provenance"],
-            data["teacher_weights_hash"],
-        )
-
-    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadScores:
         """Read scores from a JSON file.
 
         Raises:
             UserError: If the file cannot be read or is no such file; names the file.
         """
-        data = read_json(path, _FILE_KIND, SCHEMA_VERSION)
-        try:
-            return cls.from_dict(data)
-        except UserError as error:
-            raise UserError(f"{os.fspath(path)}: {error}") from error
+        return load_json(cls, path, _FILE_KIND, SCHEMA_VERSION, unread=("scores",))
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the scores as JSON.
@@ -280,22 +232,13 @@ class HeadScores:
         write_json(path, self.to_dict(), overwrite)
 
 
-def _check_keys(data: Any, names: Sequence[str], what: str) -> None:
-    if not isinstance(data, Mapping):
-        raise UserError(f"{what} must be a JSON object")
-    extra = ("schema_version", "kind")
-    for key in data:
-        if key not in (*names, *extra):
-            raise UserError(f"unknown key {key!r} in {what}: use {', '.join(names)}")
-    for name in names:
-        if name not in data:
-            raise UserError(f"key {name!r} is missing in {what}")
-
-
-def _to_array(rows: Any) -> Array:
-    values = np.asarray(rows)
+def _to_array(rows: Any, name: str) -> Array:
+    try:
+        values = np.asarray(rows)
+    except ValueError as error:  # rows of unequal length
+        raise UserError(f"{name} is no array of numbers: {error}") from error
     if values.dtype.kind not in "if":  # NumPy would read "0.5" and true as numbers
-        raise ValueError("effects must be numbers")
+        raise UserError(f"{name} is no array of numbers")
     return values.astype(np.float64)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.schema import from_json
 from megatron_hydra.selection.combination import (
     NOTABLE_EFFECT,
     Combination,
@@ -119,11 +120,11 @@ def test_a_constant_map_scores_0_and_is_said(caplog: pytest.LogCaptureFixture) -
         ({"scorers": ("receiver", "zero")}, "names scorer 'zero', but the effects are of receiver"),
         ({"scorers": ()}, "the combination names no scorer"),
         ({"weights": {"coding": 1.0}}, "capability 'coding'; the scores have: copy, retrieval"),
-        ({"weights": {"copy": -1.0}}, "weight of capability 'copy' is -1.0; 0 or more needed"),
-        ({"weights": {"copy": float("nan")}}, "weight of capability 'copy' is nan"),
-        ({"weights": {"copy": float("inf")}}, "weight of capability 'copy' is inf"),
-        ({"weights": {"copy": True}}, "weight of capability 'copy' is True"),
-        ({"weights": {"copy": "1"}}, "weight of capability 'copy' is '1'"),
+        ({"weights": {"copy": -1.0}}, r"weights\.copy is -1.0; it must be 0 or more"),
+        ({"weights": {"copy": float("nan")}}, r"weights\.copy is nan; a number is needed"),
+        ({"weights": {"copy": float("inf")}}, r"weights\.copy is inf; a number is needed"),
+        ({"weights": {"copy": True}}, r"weights\.copy is True; a number is needed"),
+        ({"weights": {"copy": "1"}}, r"weights\.copy is '1'; a number is needed"),
         ({"weights": {"copy": 0, "retrieval": 0.0}}, "weights of all capabilities are 0"),
     ],
 )
@@ -135,20 +136,20 @@ def test_bad_switches_are_explained(switches: dict[str, Any], sentence: str) -> 
 def test_a_combination_survives_json() -> None:
     switches = Combination(("a", "b"), False, True, {"copy": 0.5})
     values = dataclasses.asdict(switches)
-    assert Combination.from_dict(values) == switches
-    assert Combination.from_dict(json.loads(json.dumps(values))) == switches
+    assert from_json(Combination, values, "it") == switches
+    assert from_json(Combination, json.loads(json.dumps(values)), "it") == switches
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"surprise": 1}, "must have scorers, consistency, normalise, weights"),
-        ({"scorers": "receiver"}, "needs a list of scorers"),
-        ({"weights": [1.0]}, "a mapping of weights"),
-        ({"consistency": "false"}, "consistency of the combination is 'false'; true or false"),
-        ({"normalise": 1}, "normalise of the combination is 1; true or false"),
+        ({"surprise": 1}, "unknown key surprise; known here: scorers, consistency"),
+        ({"scorers": "receiver"}, "scorers is 'receiver'; a list is needed"),
+        ({"weights": [1.0]}, r"weights is \[1.0\]; a JSON object is needed"),
+        ({"consistency": "false"}, "consistency is 'false'; true or false is needed"),
+        ({"normalise": 1}, "normalise is 1; true or false is needed"),
     ],
 )
 def test_a_malformed_combination_is_explained(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        Combination.from_dict(dataclasses.asdict(PAPER) | change)
+        from_json(Combination, dataclasses.asdict(PAPER) | change, "it")

@@ -24,6 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
+from megatron_hydra.schema import from_json  # noqa: E402
 from megatron_hydra.selection.cost import (  # noqa: E402
     DEVICES,
     GIB,
@@ -67,8 +68,9 @@ def test_the_shape_follows_the_configuration() -> None:
     shape = ModelShape.from_config(config)
     assert shape == ModelShape(2, 8, 2, 8, 32, 48, 64, True, 3)
     data = json.loads(json.dumps(dataclasses.asdict(shape)))
-    assert ModelShape.from_dict(data) == shape
-    assert ModelShape.from_dict({**data, "value_bytes": 4}) == shape  # of earlier releases
+    assert from_json(ModelShape, data, "shape") == shape
+    earlier = {**data, "value_bytes": 4}
+    assert from_json(ModelShape, earlier, "shape") == shape
     assert ModelShape.from_config(tiny_config(la_short_conv=False)).conv_kernel_size == 0
     half = tiny_config(params_dtype=torch.bfloat16, bf16=True, pipeline_dtype=torch.bfloat16)
     assert ModelShape.from_config(half) == ModelShape.from_config(tiny_config())
@@ -78,10 +80,10 @@ def test_the_shape_follows_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("num_layers", 0, "num_layers of the model's shape is 0; a whole number from 1"),
-        ("head_dim", 2.0, "head_dim of the model's shape is 2.0"),
-        ("conv_kernel_size", -1, "conv_kernel_size of the model's shape is -1; .* from 0"),
-        ("tied_embeddings", 1, "tied_embeddings of the model's shape is 1; true or false"),
+        ("num_layers", 0, "num_layers is 0; it must be 1 or more"),
+        ("head_dim", 2.0, "head_dim is 2.0; an integer is needed"),
+        ("conv_kernel_size", -1, "conv_kernel_size is -1; it must be 0 or more"),
+        ("tied_embeddings", 1, "tied_embeddings is 1; true or false is needed"),
         ("num_query_groups", 3, "16 heads do not divide into 3 query groups"),
     ],
 )

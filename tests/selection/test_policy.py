@@ -16,6 +16,7 @@ from kit.scores import make_scores
 from megatron_hydra import cpu
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.explanation import Explanation
@@ -189,7 +190,7 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
     assert Budget.from_dict(made_by["budget"]) == budget
     assert Constraints(**made_by["constraints"]) == constraints
     assert made_by["costs"]["plan"]["context_tokens"] == 128
-    assert Combination.from_dict(made_by["combination"]) == scores.combination
+    assert from_json(Combination, made_by["combination"], "it") == scores.combination
     head = summary.explanation.heads[0]
     mean = scores.mean_effects("scorer", "probe")[head.layer, head.head]
     assert head.effects == {"scorer": [pytest.approx(mean, rel=1e-3)]}
@@ -218,7 +219,9 @@ def test_a_shape_that_contradicts_the_plan_is_refused() -> None:
     shape: Mapping[str, Any] = plan.provenance["shape"]
     with pytest.raises(UserError, match="the teacher has 2 layers"):
         read_shape(spoiled(plan, "shape", {**shape, "num_layers": 2}))
-    with pytest.raises(UserError, match="shape in the head plan is malformed"):
+    with pytest.raises(
+        UserError, match="shape in the head plan: unknown key layers: did you mean num_layers"
+    ):
         read_shape(spoiled(plan, "shape", {"layers": 2}))
 
 
