@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -130,36 +130,6 @@ class Explanation:
         ]
         return sorted(found, key=lambda item: -abs(item[0]))
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        split_half = None if self.split_half is None else self.split_half._asdict()
-        return {**asdict(self), "split_half": split_half}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Explanation:
-        """Read what :meth:`to_dict` gave.
-
-        Raises:
-            UserError: If it is something else.
-        """
-        try:
-            heads = tuple(
-                ChosenHead(**{**row, "interval": _pair(row["interval"])}) for row in data["heads"]
-            )
-            split_half = data["split_half"]
-            return cls(
-                **{
-                    **data,
-                    "heads": heads,
-                    "probes": tuple(data["probes"]),
-                    "scores": tuple(tuple(map(float, row)) for row in data["scores"]),
-                    "kept_interval": _pair(data["kept_interval"]),
-                    "split_half": None if split_half is None else SplitHalf(**split_half),
-                }
-            )
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"the explanation in the head plan is malformed: {error}") from error
-
 
 def explain(
     scores: HeadScores,
@@ -205,7 +175,9 @@ def explain(
                 *head,
                 rank=int(ranks[head[0] * scores.num_heads + head[1]]),
                 score=float(scores.scores[head]),
-                interval=None if intervals is None else _pair(intervals[head].tolist()),
+                interval=None
+                if intervals is None
+                else (float(intervals[head][0]), float(intervals[head][1])),
                 chosen_again=None if again is None else float(again[head]),
                 above_noise_floor=bool(above[head]),
                 reason=reasons[head],
@@ -347,10 +319,3 @@ def _split_half(scores: HeadScores, seed: int) -> tuple[SplitHalf | None, str]:
         return split_half_correlation(scores, seed=seed), ""
     except UserError as error:  # not the user's fault: the plan stands, and its file says so
         return None, str(error)
-
-
-def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
-    if values is None:
-        return None
-    lower, upper = values
-    return float(lower), float(upper)

@@ -148,7 +148,8 @@ def read_explanation(plan: HeadPlan) -> Explanation | None:
         UserError: If it is malformed.
     """
     found = plan.provenance.get("explanation")
-    return None if found is None else Explanation.from_dict(found)
+    where = "the explanation in the head plan"
+    return None if found is None else from_json(Explanation, found, where)
 
 
 def read_shape(plan: HeadPlan) -> ModelShape | None:
@@ -268,7 +269,7 @@ def _summary(
             for name, of in (("plan", plan), ("teacher", None))
         },
         "combination": asdict(scores.combination),
-        "explanation": explanation.to_dict(),
+        "explanation": asdict(explanation),
         "scores": dict(scores.provenance),
         "teacher_weights_hash": scores.teacher_weights_hash,
         "versions": versions(),

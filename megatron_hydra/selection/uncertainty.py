@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ class Intervals(NamedTuple):
     upper: Array
 
 
-class SplitHalf(NamedTuple):
+@dataclass(frozen=True)
+class SplitHalf:
     """Spearman's rank correlation of the scores of two disjoint halves of the pairs.
 
     Lower and upper hold 95% of the splits. They tell how much the split matters and are no

@@ -207,10 +207,17 @@ def spoiled(plan: HeadPlan, key: str, value: object) -> HeadPlan:
     return HeadPlan(plan.layers, plan.num_query_groups, "", {**provenance, key: value})
 
 
-@pytest.mark.parametrize("value", [3, {}, {"heads": [{"layer": 1}]}])
-def test_malformed_explanations_are_refused(value: object) -> None:
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (3, " is 3; a JSON object is needed"),
+        ({}, ": key heads is missing"),
+        ({"heads": [{"layer": 1}]}, r": key heads\[0\]\.head is missing"),
+    ],
+)
+def test_malformed_explanations_are_refused(value: object, sentence: str) -> None:
     plan = spoiled(plan_heads([[0.1, 0.2]], 1).plan, "explanation", value)
-    with pytest.raises(UserError, match="explanation in the head plan is malformed"):
+    with pytest.raises(UserError, match=f"^the explanation in the head plan{sentence}$"):
         read_explanation(plan)
 
 

@@ -176,8 +176,13 @@ def test_malformed_provenance_is_one_sentence(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good = HeadPlan.load(folder / "plan.json")
-    for key, value in (("budget", 3), ("constraints", {"most": 1}), ("explanation", [])):
+    for key, value, sentence in (
+        ("budget", 3, " is 3; a JSON object is needed"),
+        ("constraints", {"most": 1}, ": unknown key most; known here: min_fa_per_layer, "),
+        ("explanation", [], " is []; a JSON object is needed"),
+    ):
         provenance = {**good.provenance, key: value}
         bad = HeadPlan(good.layers, good.num_query_groups, "abc", provenance)
         bad.save(folder / "bad.json", overwrite=True)
-        assert "is malformed" in inspect(capsys, folder / "bad.json", code=2)
+        found = inspect(capsys, folder / "bad.json", code=2)
+        assert f"the {key} in the head plan{sentence}" in found
