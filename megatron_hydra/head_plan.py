@@ -169,10 +169,7 @@ class HeadPlan:
                 if entry.layer in fa_heads:
                     raise UserError(f"layer {entry.layer} is named twice in the head plan")
                 fa_heads[entry.layer] = entry.fa_heads
-            for layer in range(file.num_layers):
-                if layer not in fa_heads:
-                    raise UserError(f"layer {layer} is missing in the head plan")
-            return cls.from_fa_heads(
+            plan = cls.from_fa_heads(
                 fa_heads,
                 file.num_layers,
                 file.num_heads,
@@ -180,6 +177,10 @@ class HeadPlan:
                 file.teacher_config_hash,
                 file.provenance,
             )
+            for layer in range(file.num_layers):
+                if layer not in fa_heads:
+                    raise UserError(f"layer {layer} is missing in the head plan")
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values, every layer named."""

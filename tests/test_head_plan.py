@@ -97,8 +97,7 @@ def test_bad_heads_are_named(fa_heads: dict[int, Any], sentence: str) -> None:
         (["layers", 1], None, "layer 1 is missing"),
         (["layers", 1], 4, "layers[1] is 4; a JSON object is needed"),
         (["layers", 1, "layer"], 0, "layer 0 is named twice"),
-        (["layers", 1, "layer"], 3, "layer 1 is missing"),
-        (["layers", 3], {"layer": 3, "fa_heads": []}, "unknown layer 3 in the head plan: use 0 to"),
+        (["layers", 1, "layer"], 3, "unknown layer 3 in the head plan: use 0 to 2"),
         (["layers", 1, "layer"], True, "layers[1].layer is True; an integer is needed"),
         (["layers", 1, "la_heads"], [], "unknown key layers[1].la_heads: did you mean layers[1].f"),
         (["layers", 1, "fa_heads"], 3, "layers[1].fa_heads is 3; a list is needed"),
@@ -116,8 +115,6 @@ def test_bad_json_is_explained(
         place = place[key]
     if value is None:
         del place[path[-1]]
-    elif isinstance(place, list) and path[-1] == len(place):
-        place.append(value)
     else:
         place[path[-1]] = value
     with pytest.raises(UserError, match=f"^the head plan: {re.escape(sentence)}"):
