@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
+from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.cost import Costs, ServeDtype, costs_of
 from megatron_hydra.selection.explanation import NUM_RESAMPLES, kept_shares
@@ -76,11 +77,7 @@ class ParetoTable:
                 f"{os.fspath(path)} does not name the number format of its costs, as tables of "
                 "earlier releases do not: write it anew with megatron-hydra pareto"
             )
-        try:
-            rows = tuple(_read_row(row) for row in data["rows"])
-            return cls(rows, Costs(**data["teacher"]))
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{os.fspath(path)} holds no Pareto table: {error}") from error
+        return from_json(cls, data, os.fspath(path), ("schema_version", "kind", "provenance"))
 
 
 def pareto_table(
@@ -147,11 +144,3 @@ def _figures(row: ParetoRow) -> list[float]:
     """What a row is judged by; less is better."""
     costs = row.costs
     return [-row.kept_share, costs.cache_gib, costs.flops_per_token, costs.decode_ms]
-
-
-def _read_row(data: dict[str, Any]) -> ParetoRow:
-    interval = data["kept_interval"]
-    if interval is not None:
-        low, high = map(float, interval)
-        interval = (low, high)
-    return ParetoRow(**{**data, "kept_interval": interval, "costs": Costs(**data["costs"])})

@@ -97,9 +97,13 @@ def test_the_file_keeps_the_table(scores: HeadScores, tmp_path: Path) -> None:
     assert data["provenance"] == {"command": "x"}
     with pytest.raises(UserError, match="exists"):
         table.save(path, {})
-    for broken in ({"rows": [{}]}, {"teacher": {}}, {"rows": 3}):
+    for broken, sentence in (
+        ({"rows": [{}]}, r"key rows\[0\]\.budget is missing"),
+        ({"teacher": {}}, r"key teacher\.context_tokens is missing"),
+        ({"rows": 3}, "rows is 3; a list is needed"),
+    ):
         path.write_text(json.dumps({**data, **broken}))
-        with pytest.raises(UserError, match=r"pareto.json holds no Pareto table"):
+        with pytest.raises(UserError, match=rf"pareto\.json: {sentence}$"):
             ParetoTable.load(path)
 
 
