@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.schema import MAY_LACK, Limits, ReadBy, check_fields
 from megatron_hydra.selection.cost import (
     GIB,
     ModelShape,
@@ -37,20 +37,13 @@ class Constraints:
         UserError: If a number is negative or, for ``multiple_of``, below 1.
     """
 
-    min_fa_per_layer: int = 0
-    per_layer: int | None = None
+    min_fa_per_layer: Annotated[int, Limits(least=0)] = 0
+    per_layer: Annotated[int, Limits(least=0)] | None = None
     whole_groups: bool = False
-    multiple_of: int = 1
+    multiple_of: Annotated[int, Limits(least=1)] = 1
 
     def __post_init__(self) -> None:
-        if self.min_fa_per_layer < 0:
-            raise UserError(
-                f"at least {self.min_fa_per_layer} FA heads a layer asked for; 0 or more needed"
-            )
-        if self.per_layer is not None and self.per_layer < 0:
-            raise UserError(f"{self.per_layer} FA heads a layer asked for; 0 or more needed")
-        if self.multiple_of < 1:
-            raise UserError(f"a multiple of {self.multiple_of} FA heads a layer: 1 or more needed")
+        check_fields(self)
 
     @property
     def words(self) -> str:
@@ -122,6 +115,16 @@ class Problem:
         )
 
 
+def _read_amount(value: Any, name: str) -> Fraction | float:
+    """A number, or the text of a ratio, such as 1/4."""
+    if isinstance(value, int | float | Fraction) and not isinstance(value, bool):
+        return value
+    try:
+        return Fraction(value if isinstance(value, str) else "")
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{name} is {value!r}; a number, or a ratio such as 1/4") from error
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a plan may keep, by one figure.
@@ -141,17 +144,14 @@ class Budget:
     """
 
     kind: BudgetKind
-    amount: Fraction | float
+    amount: Annotated[Fraction | float, ReadBy(_read_amount)]
     context_tokens: int | None = None
     device: str = "h100"
-    serve_dtype: ServeDtype = "bf16"
+    serve_dtype: ServeDtype = field(default="bf16", metadata=MAY_LACK)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         kind, amount = self.kind, self.amount
-        if kind not in get_args(BudgetKind):
-            raise UserError(
-                f"unknown budget {kind!r}: use one of {', '.join(get_args(BudgetKind))}"
-            )
         if kind == "fa_heads":
             if amount != int(amount) or amount < 0:
                 raise UserError(f"{amount} FA heads asked for; a whole number from 0 is needed")
@@ -182,12 +182,6 @@ class Budget:
         """JSON values; a ratio is text, such as 1/4."""
         amount = str(self.amount) if isinstance(self.amount, Fraction) else self.amount
         return {**asdict(self), "amount": amount}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Budget:
-        """Read what :meth:`to_dict` gave; ValueError or TypeError if it is something else."""
-        amount = data["amount"]
-        return cls(**{**data, "amount": Fraction(amount) if isinstance(amount, str) else amount})
 
     def problem(self, shape: ModelShape, constraints: Constraints) -> Problem:
         """The budget for one model.

@@ -175,16 +175,17 @@ def read_budget(plan: HeadPlan) -> Budget | None:
     found = plan.provenance.get("budget")
     if found is None:
         return None
-    try:
-        budget = Budget.from_dict(found)
-        if "serve_dtype" not in found and budget.kind in ("cache_gib", "decode_ms"):
-            # Earlier releases counted in the format that the weights had while they were scored.
-            num_bytes = plan.provenance["shape"]["value_bytes"]
-            (dtype, *_) = (name for name, size in SERVE_DTYPES.items() if size == num_bytes)
-            budget = replace(budget, serve_dtype=dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the budget in the head plan is malformed: {error}") from error
-    return budget
+    where = "the budget in the head plan"
+    budget = from_json(Budget, found, where)
+    if "serve_dtype" in found or budget.kind not in ("cache_gib", "decode_ms"):
+        return budget
+    # Earlier releases counted in the format that the weights had while they were scored.
+    shape = plan.provenance.get("shape")
+    num_bytes = shape.get("value_bytes") if isinstance(shape, Mapping) else None
+    for dtype, size in SERVE_DTYPES.items():
+        if size == num_bytes:
+            return replace(budget, serve_dtype=dtype)
+    raise UserError(f"{where} names no serve_dtype, and its shape no value_bytes: 2 or 4 is needed")
 
 
 def no_fa_heads(

@@ -187,7 +187,7 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
     assert read_shape(plan) == scores.shape
     made_by = plan.provenance
     assert made_by["teacher_weights_hash"] == "feed"
-    assert Budget.from_dict(made_by["budget"]) == budget
+    assert from_json(Budget, made_by["budget"], "it") == budget
     assert Constraints(**made_by["constraints"]) == constraints
     assert made_by["costs"]["plan"]["context_tokens"] == 128
     assert from_json(Combination, made_by["combination"], "it") == scores.combination
@@ -272,15 +272,19 @@ def test_ratio_is_rounded_to_heads_that_are_possible_and_says_so(
         (("fa_heads", -1), {}, "-1 FA heads asked for"),
         (("fa_heads", 2), {"min_fa_per_layer": 1}, "cannot give 1 to each of 3 layers: .* 3"),
         (("fa_heads", 12), {"min_fa_per_layer": 5}, "but a layer has 4"),
-        (("fa_heads", 12), {"min_fa_per_layer": -1}, "at least -1 FA heads a layer"),
+        (
+            ("fa_heads", 12),
+            {"min_fa_per_layer": -1},
+            "min_fa_per_layer is -1; it must be 0 or more",
+        ),
         (("fa_heads", 7), {"per_layer": 2}, "too large for 2 in each of 3 layers: that makes 6"),
         (("fa_heads", 5), {"per_layer": 2}, "cannot give 2 to each of 3 layers"),
-        (("fa_heads", 4), {"per_layer": -1}, "-1 FA heads a layer asked for"),
+        (("fa_heads", 4), {"per_layer": -1}, "per_layer is -1; it must be 0 or more"),
         (("fa_heads", 6), {"per_layer": 2, "min_fa_per_layer": 3}, "contradict at least 3"),
         (("fa_heads", 3), {"per_layer": 1, "whole_groups": True}, "a multiple of 2 can be FA"),
         (("fa_heads", 7), {"whole_groups": True}, "2 at a time .* ask for 6 or 8"),
         (("fa_heads", 10), {"multiple_of": 3}, "too large for 3 in each of 3 layers"),
-        (("fa_heads", 4), {"multiple_of": 0}, "multiple of 0 FA heads a layer: 1 or more"),
+        (("fa_heads", 4), {"multiple_of": 0}, "multiple_of is 0; it must be 1 or more"),
         (("kv_cache_ratio", Fraction(2)), {}, "ratio of the KV cache 2 must be above 0"),
         (("kv_cache_ratio", Fraction(1, 10)), {}, "less than one group: 1/6 is the least"),
         (("kv_cache_ratio", Fraction(1, 3)), {"per_layer": 1}, "the least possible is 1/2"),
@@ -293,7 +297,7 @@ def test_ratio_is_rounded_to_heads_that_are_possible_and_says_so(
         (("cache_gib", 1e-6, 100), {}, "no plan keeps to 1e-06 GiB .*: the least .* [0-9.e-]+ GiB"),
         (("decode_ms", 1e-9, 100), {}, "no plan keeps to 1e-09 ms .*: the least possible is"),
         (("decode_ms", float("nan"), 100), {}, "nan ms a decoded token"),
-        (("layers", 3), {}, "unknown budget 'layers': use one of fa_heads"),
+        (("layers", 3), {}, "kind is 'layers'; allowed: fa_heads, fa_ratio"),
     ],
 )
 def test_budgets_that_cannot_be_met_are_explained(

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.comparison import PlanComparison, compare_plans
 from megatron_hydra.selection.cost import (
@@ -253,9 +254,10 @@ def _origin(plan: HeadPlan, shape: ModelShape | None) -> list[str]:
     if budget is None:
         empty = no_fa_heads(plan, shape, None, Constraints())
         return [] if empty is None else [f"WARNING: {empty}"]
+    where = "the constraints in the head plan"
+    constraints = from_json(Constraints, made_by.get("constraints"), where)
+    asked = constraints.words
     try:
-        constraints = Constraints(**made_by["constraints"])
-        asked = constraints.words
         if made_by["policy"] == "random":
             how = f"at random, seed {made_by['seed']}"
         else:
