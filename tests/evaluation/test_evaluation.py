@@ -17,12 +17,12 @@ from megatron_hydra.errors import UserError
 
 cpu.install_if_needed()
 
-from hydra_tools import evaluate  # noqa: E402
 from hydra_tools.cli import main  # noqa: E402
 from kit.plans import all_fa  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
+from megatron_hydra.api import evaluate  # noqa: E402
 from megatron_hydra.evaluation import ruler  # noqa: E402
 from megatron_hydra.evaluation.reading import read_evaluation  # noqa: E402
 from megatron_hydra.evaluation.results import (  # noqa: E402
@@ -228,8 +228,8 @@ def test_command_writes_what_the_report_reads(
     printed = capsys.readouterr().out
     assert "multi_key_2 300" in printed
     assert "cache B/token (bf16)" in printed and "state B (fp32, past inputs bf16)" in printed
-    assert "lengths: 200, 300 tokens (by --lengths)" in printed
-    assert "training length: 200 tokens, by --training-length" in printed
+    assert "lengths: 200, 300 tokens (as asked for)" in printed
+    assert "training length: 200 tokens, as asked for" in printed
     # The tiny teacher's config.json says 128 positions.
     assert "teacher is built for 128 tokens: its results at 200, 300 tokens are beyond" in printed
 
@@ -254,13 +254,13 @@ def test_command_writes_what_the_report_reads(
         (["--tasks", "single,double"], "unknown needle task 'double'"),
         (["--tasks", "single:3"], "'single:3' is not understood; write multi_key:N"),
         (["--tasks", "multi_key:1"], "'multi_key:1' is not understood; write multi_key:N"),
-        (["--tasks", "multi_key:2,multi_key:02"], "--tasks names 'multi_key:02' twice"),
+        (["--tasks", "multi_key:2,multi_key:02"], "the tasks name 'multi_key:02' twice"),
         (["--lengths", "40"], "no room for text"),
         (["--lengths", "9000"], r"9000 tokens needs 9001 .* ask for --lengths up to \d+, or give"),
         (["--perplexity-tokens", "99"], "ask for 200 or more, or for --lengths up to 99"),
-        (["--perplexity-tokens", "0"], "--perplexity-tokens is 0"),
+        (["--perplexity-tokens", "0"], "the number of perplexity tokens is 0"),
         (["--text", "nowhere.txt"], "cannot read the text file nowhere.txt"),
-        (["--training-length", "0"], "--training-length is 0"),
+        (["--training-length", "0"], "the training length is 0"),
         (["--overwrite", "--out", "TEXT"], "text.txt would replace the input"),
     ],
 )
