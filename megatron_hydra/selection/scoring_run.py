@@ -168,9 +168,12 @@ class ScoringRun:
             the same on every rank.
 
         Raises:
-            UserError: If a forward gives NaN or infinity, the model answers no pair of a probe,
-                or the unfinished folder is of another run.
+            UserError: If a scorer can read no probe, a forward gives NaN or infinity, the model
+                answers no pair of a probe, or the unfinished folder is of another run.
         """
+        for scorer in self.scorers:
+            if not any(scorer.accepts(probe) for probe in self.probes):
+                raise UserError(f"no probe of probes.names can be read by scorer {scorer.name}")
         self._open()
         records = self._measure_gaps()
         effects: dict[str, dict[str, Tensor]] = {}
@@ -245,8 +248,6 @@ class ScoringRun:
             return values
 
         probes = [probe for probe in self.probes if scorer.accepts(probe)]
-        if not probes:
-            raise UserError(f"no probe of probes.names can be read by scorer {scorer.name}")
         units = {probe.name: self._units(probe, records[probe.name].kept) for probe in probes}
         return self._run_units(f"{scorer.name}.{round_number}", units, effects)
 

@@ -21,7 +21,7 @@ from megatron_hydra.errors import UserError
 
 cpu.install_if_needed()
 
-from hydra_tools import score  # noqa: E402
+from hydra_tools import score as verb  # noqa: E402
 from hydra_tools.cli import main  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
@@ -82,8 +82,8 @@ def on_a_rank(words: list[str]) -> None:
     """What torchrun starts on each rank."""
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     parser = argparse.ArgumentParser()
-    score.add_arguments(parser)
-    assert score.run(parser.parse_args(words[1:])) == 0
+    verb.add_arguments(parser)
+    assert verb.run(parser.parse_args(words[1:])) == 0
 
 
 @pytest.mark.dist
