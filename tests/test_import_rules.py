@@ -35,7 +35,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "nemo": {
         "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "training",
     },
-    "evaluation": {"errors", "files", "head_plan", "tasks", "transfer", "selection"},
+    "evaluation": {"errors", "files", "head_plan", "schema", "tasks", "transfer", "selection"},
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",

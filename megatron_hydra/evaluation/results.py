@@ -9,9 +9,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from megatron_hydra.files import write_json
+from megatron_hydra.schema import Limits
 from megatron_hydra.selection.cost import ServeDtype, state_format
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ Cell = tuple[str, int]
 FAHeads = tuple[tuple[int, ...], ...]
 """The FA heads of each layer, ascending: what decides which plan a hybrid has."""
 Key = TypeVar("Key")
+_Share = Annotated[float, Limits(least=0, most=1)]
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class NeedleGrid:
     """Accuracy by length in tokens and depth of the needle, ``accuracy[length][depth]``."""
 
     task: str
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    accuracy: tuple[tuple[float, ...], ...]
+    lengths: tuple[Annotated[int, Limits(least=0)], ...]
+    depths: tuple[_Share, ...]
+    accuracy: tuple[tuple[_Share, ...], ...]
 
     @classmethod
     def count(cls, task: str, samples: Sequence[TaskSample], right: Sequence[bool]) -> NeedleGrid:
