@@ -24,7 +24,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "head_plan": {"errors", "files", "schema"},
     "cpu": set(),
     "parallel": set(),
-    "model": {"errors", "head_plan"},
+    "model": {"errors", "head_plan", "schema"},
     "teachers": {"errors", "files", "head_plan", "model"},
     "tasks": {"errors"},
     "transfer": {"errors", "model"},

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.schema import Limits, check_fields
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "backend": ("local", "transformer_engine"),
-    "placement": ("balanced", "by_type"),
-    "la_kernel": ("auto", "reference", "fla"),
-    "fused_kernels": ("auto", "reference", "triton"),
-    "la_output_gate": ("silu", "sigmoid", "none"),
-    "fa_query_scale": ("none", "inference", "always"),
-    "fusion": ("scale", "norm", "none", "gate"),
-}
-_LEAST_WHOLE = {
-    "vocab_size": 1,
-    "seq_length": 1,
-    "la_conv_kernel_size": 1,
-    "fa_query_scale_start": 0,
-}
-_ABOVE = {"fa_query_scale_base": 1.0, "rotary_base": 0.0, "layernorm_epsilon": 0.0}
+CHOSEN_AT_LOAD = {"chosen_at_load": True}
+"""Metadata of a field that no checkpoint stores: where and how a model runs."""
+_Count = Annotated[int, Limits(least=1)]
 # Megatron's fields whose other values teacher and hybrid would not honour on every backend: what
 # the layer specs fix, and what the FA and LA branches have no part for.
 _MEGATRON_FIELDS: dict[str, Any] = {
@@ -60,27 +48,32 @@ _UNEVEN_STAGES = (
 class HydraFields:
     """What a hybrid has beside Megatron's fields; a mixin, so that NeMo's config can carry it too.
 
-    Defaults follow the paper (arXiv 2606.20097) where it is known, see the comments.
+    A field's type holds its choices and range. Defaults follow the paper (arXiv 2606.20097) where
+    it is known, see the comments.
     """
 
-    vocab_size: int = 0
+    vocab_size: _Count = 0
     """Tokens of the vocabulary; padded where tensor-parallel ranks cannot share them equally."""
-    seq_length: int = 2048
+    seq_length: _Count = 2048
     """Longest sequence the model is built for, in tokens."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Limits(above=0)] = 10000.0
     share_embeddings_and_output_weights: bool = False
 
-    backend: str = "local"
+    backend: Literal["local", "transformer_engine"] = field(
+        default="local", metadata=CHOSEN_AT_LOAD
+    )
     """`local` (PyTorch) or `transformer_engine`: linears, norms and core attention."""
-    placement: str = "balanced"
+    placement: Literal["balanced", "by_type"] = field(default="balanced", metadata=CHOSEN_AT_LOAD)
     """How a layer's heads are dealt to tensor-parallel ranks: `balanced` or `by_type`."""
-    la_kernel: str = "auto"
+    la_kernel: Literal["auto", "reference", "fla"] = field(default="auto", metadata=CHOSEN_AT_LOAD)
     """`reference` (PyTorch), `fla` (Triton) or `auto`: fla on a GPU, the reference on a CPU."""
-    fused_kernels: str = "auto"
+    fused_kernels: Literal["auto", "reference", "triton"] = field(
+        default="auto", metadata=CHOSEN_AT_LOAD
+    )
     """What surrounds the LA kernel, the fusion, and distillation's loss: `triton` (our kernels),
     `reference` (PyTorch and the backend's norms) or `auto`: triton on a GPU, the reference on a
     CPU. The fusion `gate` always runs as the reference."""
-    overlap_branches: bool | None = None
+    overlap_branches: bool | None = field(default=None, metadata=CHOSEN_AT_LOAD)
     """On a GPU, run the LA heads on a stream of their own beside the FA heads. None: up to 32,768
     tokens a micro-batch on one context-parallel rank, where that measured faster."""
     head_init_seed: int = 1234
@@ -88,27 +81,27 @@ class HydraFields:
 
     # FA heads: no position encoding, query scaled by log position, output gate at identity.
     fa_rope: bool = False
-    fa_query_scale: str = "inference"
+    fa_query_scale: Literal["none", "inference", "always"] = "inference"
     """When queries are scaled by log_a(max(t - start, 0) + a): `none`, `inference` or `always`."""
-    fa_query_scale_base: float = 500.0
+    fa_query_scale_base: Annotated[float, Limits(above=1)] = 500.0
     """a in the scale above (HALO, arXiv 2601.22156)."""
-    fa_query_scale_start: int = 0
+    fa_query_scale_start: Annotated[int, Limits(least=0)] = 0
     """Positions up to this one, in tokens, keep scale 1; the training length is a good choice."""
     fa_output_gate: bool = True
 
     # LA heads: Gated DeltaNet (arXiv 2412.06464) with its native parts, plus RoPE on q and k.
     la_short_conv: bool = True
-    la_conv_kernel_size: int = 4
+    la_conv_kernel_size: _Count = 4
     la_decay: bool = True
     la_beta: bool = True
-    la_output_gate: str = "silu"
+    la_output_gate: Literal["silu", "sigmoid", "none"] = "silu"
     """`silu` (native), `sigmoid` (twice the sigmoid: identity at the start) or `none`."""
     la_rope: bool = True
     la_qk_norm: bool = True
     """Keep the teacher's q and k norms before the L2 norm."""
 
     # Fusion, the paper's Eq 13-14 and its Table 5.
-    fusion: str = "scale"
+    fusion: Literal["scale", "norm", "none", "gate"] = "scale"
     """`scale` (per-head RMSNorm and scale), `norm` (no scale), `none`, `gate` (dynamic)."""
 
     def check_hydra_fields(self: Any) -> None:
@@ -117,18 +110,9 @@ class HydraFields:
         Raises:
             UserError: On the first value that is not allowed.
         """
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(choices)}")
-        for name, least in _LEAST_WHOLE.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(f"{name} is {value!r}; it must be a whole number from {least} on")
-        for name, low in _ABOVE.items():
-            value = getattr(self, name)
-            # A NaN is above nothing.
-            if type(value) not in (int, float) or not low < value < math.inf:
-                raise UserError(f"{name} is {value!r}; it must be a finite number above {low:g}")
+        check_fields(self, HydraFields)
+        if not 0 < self.layernorm_epsilon < math.inf:  # Megatron's; a NaN is above nothing
+            raise UserError(f"layernorm_epsilon is {self.layernorm_epsilon}; it must be above 0")
         for name, only in _MEGATRON_FIELDS.items():
             value = getattr(self, name, only)  # not every Megatron has every field
             if value != only:
@@ -159,6 +143,11 @@ class HydraFields:
             self.tensor_model_parallel_size,
             1 if uneven else self.pipeline_model_parallel_size,
         )
+
+
+def stored_fields() -> tuple[str, ...]:
+    """Names of the fields that a hybrid's checkpoint stores."""
+    return tuple(item.name for item in fields(HydraFields) if "chosen_at_load" not in item.metadata)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import release_cuda_graphs
-from megatron_hydra.model.config import recompute_fields
+from megatron_hydra.model.config import HydraFields, recompute_fields
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
@@ -40,14 +40,16 @@ from megatron_hydra.teachers.checkpoint import (
 )
 from megatron_hydra.teachers.distributed_weights import check_weights
 from megatron_hydra.teachers.qwen3 import load_tokenizer, megatron_fields
-from megatron_hydra.training.config import RunConfig
+from megatron_hydra.training.config import ModelSection, RunConfig
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present
 
 logger = logging.getLogger(__name__)
 
-# Of ModelSection, what stands for itself: no `auto` to resolve, no default by device.
-_SWITCHES = ("overlap_branches", "placement", "fa_query_scale", "fa_query_scale_start")
+# What a training's YAML may change of the model's own configuration.
+_MODEL_OPTIONS = sorted(
+    {item.name for item in fields(ModelSection)} & {item.name for item in fields(HydraFields)}
+)
 
 
 class TrainingRun:
@@ -306,7 +308,7 @@ class TrainingRun:
         config, model = self.config, self.config.model
         chosen = {
             name: getattr(model, name)
-            for name in ("la_kernel", "fused_kernels", *_SWITCHES)
+            for name in _MODEL_OPTIONS
             if getattr(model, name) is not None
         }
         if model.cuda_graphs:
@@ -327,13 +329,10 @@ class TrainingRun:
 
     def _resolved(self) -> RunConfig:
         """The configuration as the run takes it, for its folder."""
-        names = ("backend", *_SWITCHES)
-        model = replace(
-            self.config.model,
-            la_kernel=choose_la_kernel(self.model_config.la_kernel),
-            fused_kernels=choose_fused_kernels(self.model_config.fused_kernels),
-            **{name: getattr(self.model_config, name) for name in names},
-        )
+        options = {name: getattr(self.model_config, name) for name in _MODEL_OPTIONS}
+        options["la_kernel"] = choose_la_kernel(self.model_config.la_kernel)
+        options["fused_kernels"] = choose_fused_kernels(self.model_config.fused_kernels)
+        model = replace(self.config.model, **options)
         trainer = replace(self.config.trainer, accelerator="gpu" if self.on_gpu else "cpu")
         data = replace(self.config.data, end_of_document=self._document_end)
         return replace(self.config, model=model, trainer=trainer, data=data)

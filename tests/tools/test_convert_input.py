@@ -193,10 +193,10 @@ MORE = ["--overwrite", "--calibration-tokens", "256"]
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("la_conv_kernel_size=0", "la_conv_kernel_size is 0; it must be a whole number from 1 on"),
+        ("la_conv_kernel_size=0", "la_conv_kernel_size is 0; it must be 1 or more"),
         ("la_conv_kernel_size=-1", "la_conv_kernel_size is -1"),
-        ("fa_query_scale_base=0.5", "fa_query_scale_base is 0.5; it must be a finite number above"),
-        ("seq_length=-3", "seq_length is -3; it must be a whole number from 1 on"),
+        ("fa_query_scale_base=0.5", "fa_query_scale_base is 0.5; it must be above 1"),
+        ("seq_length=-3", "seq_length is -3; it must be 1 or more"),
         ("seq_length=0", "seq_length is 0"),
         ("fa_query_scale_start=-600", "fa_query_scale_start is -600"),
     ],

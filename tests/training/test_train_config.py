@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.model.config import HydraFields
 from megatron_hydra.training.config import (
     MAY_CHANGE,
+    ModelSection,
     OptimSection,
     RunConfig,
     differences,
@@ -74,6 +76,15 @@ def _numbers(section: type) -> Iterator[str]:
         kinds = {kind, *typing.get_args(kind)}
         if kinds & {int, float} and bool not in kinds:
             yield name
+
+
+def test_the_models_options_are_those_of_its_configuration() -> None:
+    """Else a YAML could not choose what the model knows, or chose what it does not."""
+    own, models = typing.get_type_hints(ModelSection), typing.get_type_hints(HydraFields)
+    shared = own.keys() & models.keys()
+    assert {"backend", "placement", "la_kernel", "fused_kernels", "fa_query_scale"} <= shared
+    for name in shared:
+        assert own[name] == models[name] | None, name
 
 
 def test_every_number_has_a_range(config_file: Path) -> None:
