@@ -221,8 +221,10 @@ def write_json(path: str | os.PathLike[str], data: Any, overwrite: bool = False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str], kind: str, schema_version: int) -> dict[str, Any]:
-    """Read a JSON object that says it is ``kind`` of ``schema_version``.
+def read_json(
+    path: str | os.PathLike[str], kind: str | tuple[str, ...], schema_version: int
+) -> dict[str, Any]:
+    """Read a JSON object that says it is ``kind``, or one of several, of ``schema_version``.
 
     Raises:
         UserError: If the file is missing, no JSON object, of another kind or version.
@@ -236,8 +238,10 @@ def read_json(path: str | os.PathLike[str], kind: str, schema_version: int) -> d
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is not valid JSON: {error}") from error
     found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-    if not isinstance(data, dict) or found != kind:
-        raise UserError(f"{source} holds {found!r}, but a file of kind {kind!r} is needed")
+    kinds = (kind,) if isinstance(kind, str) else kind
+    if not isinstance(data, dict) or found not in kinds:
+        needed = " or ".join(map(repr, kinds))
+        raise UserError(f"{source} holds {found!r}, but a file of kind {needed} is needed")
     if data.get("schema_version") != schema_version:
         raise UserError(
             f"{source} has schema version {data.get('schema_version')!r}; "

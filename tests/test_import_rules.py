@@ -25,7 +25,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "cpu": set(),
     "parallel": set(),
     "model": {"errors", "head_plan", "schema"},
-    "teachers": {"errors", "files", "head_plan", "model"},
+    "teachers": {"errors", "files", "head_plan", "schema", "model"},
     "tasks": {"errors"},
     "transfer": {"errors", "model"},
     "selection": {"errors", "files", "head_plan", "schema", "model", "tasks"},

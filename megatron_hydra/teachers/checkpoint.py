@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,8 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
-from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.config import HydraConfig, stored_fields
+from megatron_hydra.schema import MAY_LACK, from_json
 from megatron_hydra.teachers.distributed_weights import (
     InProcessSave,
     load_weights,
@@ -42,31 +42,34 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _TEACHER_FIELDS = (*SHAPE_FIELDS, "seq_length", "params_dtype")
-# Where and how a model runs is chosen anew at every load.
-_RUNTIME_FIELDS = ("backend", "placement", "la_kernel", "fused_kernels", "overlap_branches")
 _STORED_FIELDS = {
     "teacher": _TEACHER_FIELDS,
-    "hybrid": (
-        *_TEACHER_FIELDS,
-        *(
-            field.name
-            for field in dataclass_fields(HydraFields)
-            if field.name not in (*_TEACHER_FIELDS, *_RUNTIME_FIELDS)
-        ),
-    ),
+    "hybrid": tuple(dict.fromkeys((*_TEACHER_FIELDS, *stored_fields()))),
 }
-_META_FIELDS = {
-    "config": dict,
-    "teacher_config_hash": str,
-    "teacher_weights_hash": str,
-    "provenance": dict,
-}
-# A field without a default is a number of heads, channels or the like.
-_FIELD_TYPES = {
-    field.name: int if field.default is None else type(field.default)
-    for field in dataclass_fields(HydraConfig)
-} | {"params_dtype": str}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _File:
+    """The keys of model.json beside its kind and version."""
+
+    config: Mapping[str, Any]
+    teacher_config_hash: str
+    provenance: Mapping[str, Any]
+    teacher_weights_hash: str = field(default="", metadata=MAY_LACK)
+
+
+@functools.cache
+def _config_type(kind: str) -> type:
+    """A dataclass of the fields that a checkpoint of this kind stores, all of them known."""
+    hints = get_type_hints(HydraConfig, include_extras=True)
+    hints["params_dtype"] = Literal[tuple(_DTYPES)]
+    stored = {name: hints[name] for name in _STORED_FIELDS[kind]}
+    # Where Megatron would derive a size, `int | None`, a checkpoint has it.
+    known = {
+        name: int if type(None) in get_args(found) else found for name, found in stored.items()
+    }
+    return make_dataclass(f"{kind}_config", known.items())
 
 
 @dataclass(frozen=True)
@@ -148,18 +151,12 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "model.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint folder: it has no model.json")
-    kind = _peek_kind(path)
-    meta = {"teacher_weights_hash": "", **read_json(path, kind, SCHEMA_VERSION)}
-    for name, wanted in _META_FIELDS.items():
-        if not isinstance(meta.get(name), wanted):
-            raise UserError(f"{path} has no {name}, or one that is no {wanted.__name__}")
-    _check_config(path, meta["config"], _STORED_FIELDS[kind])
-    if (
-        teacher_hash(cast(HydraConfig, SimpleNamespace(**meta["config"])))
-        != (meta["teacher_config_hash"])
-    ):
+    data = read_json(path, tuple(_STORED_FIELDS), SCHEMA_VERSION)
+    file = from_json(_File, data, str(path), ("schema_version", "kind"))
+    config = from_json(_config_type(data["kind"]), file.config, f"the config in {path}")
+    if teacher_hash(config) != file.teacher_config_hash:
         raise UserError(f"{path}: the config does not match its teacher_config_hash")
-    return meta
+    return {**data, "teacher_weights_hash": file.teacher_weights_hash}
 
 
 def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:
@@ -292,28 +289,3 @@ def _parallel_fields() -> dict[str, int]:
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
     }
-
-
-def _peek_kind(path: Path) -> str:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(kind, str) or kind not in _STORED_FIELDS:
-        raise UserError(f"{path} has kind {kind!r}; allowed: {', '.join(_STORED_FIELDS)}")
-    return kind
-
-
-def _check_config(path: Path, config: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    odd = set(config) ^ set(names)
-    if odd:
-        raise UserError(f"the config in {path} has missing or unknown fields: {sorted(odd)}")
-    for name, value in config.items():
-        wanted = _FIELD_TYPES[name]
-        if type(value) not in ((int, float) if wanted is float else (wanted,)):
-            raise UserError(f"{path} has {name} {value!r}; it must be a {wanted.__name__}")
-    if config["params_dtype"] not in _DTYPES:
-        raise UserError(
-            f"{path} has params_dtype {config['params_dtype']!r}; allowed: {', '.join(_DTYPES)}"
-        )

@@ -240,7 +240,7 @@ def _other_heads(folder: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: (folder / "model.json").unlink(), "neither a checkpoint"),
-        (lambda folder: (folder / "model.json").write_text("{"), "cannot read .*model.json"),
+        (lambda folder: (folder / "model.json").write_text("{"), "model.json is not valid JSON"),
         (lambda folder: (folder / "plan.json").unlink(), "plan.json"),
         (lambda folder: shutil.rmtree(folder / "weights"), "no complete weights"),
         (
@@ -251,10 +251,13 @@ def _other_heads(folder: Path) -> None:
         (_other_plan, "another teacher"),
         (_other_heads, "another model or head plan"),
         (_edit_meta(schema_version=2), "schema version 2"),
-        (_edit_meta(kind="student"), "kind 'student'; allowed"),
-        (_edit_config(new_field=1), r"unknown fields: \['new_field'\]"),
+        (_edit_meta(kind="student"), "'student', but a file of kind 'teacher' or 'hybrid' is"),
+        (_edit_config(new_field=1), r"the config in .*model.json: unknown key new_field"),
         (_edit_config(num_layers=1), "does not match its teacher_config_hash"),
-        (_edit_config(params_dtype="int8"), "params_dtype 'int8'; allowed: float32"),
+        (_edit_config(params_dtype="int8"), "params_dtype is 'int8'; allowed: float32"),
+        (_edit_config(kv_channels=None), "kv_channels is None; an integer is needed"),
+        (_edit_config(fusion="mean"), "fusion is 'mean'; allowed: scale, norm, none, gate"),
+        (_edit_meta(teacher_config_hash=1), "teacher_config_hash is 1; text is needed"),
     ],
 )
 def test_broken_folders_are_named(
