@@ -6,14 +6,22 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from megatron_hydra.schema import PathText, read_config
+from megatron_hydra.schema import Limits, PathText, read_config
 from megatron_hydra.training.config_checks import check
 
 Stage = Literal["align", "distill", "long_context"]
+_Count = Annotated[int, Limits(least=1, below=2**31)]
+_CountOr0 = Annotated[int, Limits(least=0, below=2**31)]
+_Seed = Annotated[int, Limits(least=0, below=2**32)]
+_Workers = Annotated[int, Limits(least=0, most=1024)]
+# Far below float32's largest number, which PyTorch's optimizer must be able to hold.
+_Positive = Annotated[float, Limits(above=0, below=1e30)]
+_PositiveOr0 = Annotated[float, Limits(least=0, below=1e30)]
+_Below1 = Annotated[float, Limits(least=0, below=1)]
 
 MAY_CHANGE = (
     "model.overlap_branches",
@@ -53,11 +61,11 @@ class ModelSection:
     """None: by the tokens of each micro-batch, as `HydraConfig` says; the run folder keeps None."""
     placement: Literal["balanced", "by_type"] | None = None
     fa_query_scale: Literal["none", "inference", "always"] | None = None
-    fa_query_scale_start: int | None = None
+    fa_query_scale_start: _CountOr0 | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those between an
     attention's two projections, or each layer's."""
-    recompute_layers: int | None = None
+    recompute_layers: _Count | None = None
     """With `recompute: full`, the first so many layers of each pipeline stage alone; None: all.
     As few as the memory allows are the fastest (`megatron_hydra.training.memory`)."""
     cuda_graphs: bool = False
@@ -74,10 +82,10 @@ class DataSection:
 
     paths: list[PathText]
     """Prefixes: `PREFIX.bin` and `PREFIX.idx` exist for each."""
-    seq_length: int
-    micro_batch_size: int
-    global_batch_size: int
-    weights: list[float] = field(default_factory=list)
+    seq_length: _Count
+    micro_batch_size: _Count
+    global_batch_size: _Count
+    weights: list[_Positive] = field(default_factory=list)
     """Share of each path in the blend; empty: by size."""
     mask_end_of_document: bool = False
     """Leave the prediction that follows an end-of-document token out of the loss."""
@@ -89,32 +97,32 @@ class DataSection:
     end_of_document: str | None = None
     """Text of the token that ends documents; None: the one noted beside the datasets, else
     `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
-    num_workers: int = 0
-    seed: int = 1234
+    num_workers: _Workers = 0
+    seed: _Seed = 1234
 
 
 @dataclass
 class TrainerSection:
     """Length of the run and the device it runs on."""
 
-    max_steps: int
+    max_steps: _Count
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """`bf16` computes in bfloat16; the optimizer's weights are float32 either way. `fp8` is bf16
     with the layers' matrix products in FP8 (Transformer Engine's, on a GPU alone): E4M3 forward,
     E5M2 backward, each tensor scaled by its own largest value."""
-    num_threads: int = 0
+    num_threads: _Workers = 0
     """CPU threads a rank; 0 leaves PyTorch's default."""
-    seed: int = 1234
+    seed: _Seed = 1234
 
 
 @dataclass
 class StrategySection:
     """Megatron's parallel layout; the data-parallel size is what is left of the world size."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
+    tensor_model_parallel_size: _Count = 1
+    pipeline_model_parallel_size: _Count = 1
+    context_parallel_size: _Count = 1
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] | None = None
     """How Transformer Engine brings keys and values to the queries of other context-parallel ranks:
     around a ring, by exchanging heads for tokens, or gathered. None is Megatron's own choice, the
@@ -136,15 +144,15 @@ class StrategySection:
 class OptimSection:
     """AdamW and its learning-rate schedule."""
 
-    lr: float
-    min_lr: float = 0.0
+    lr: _PositiveOr0
+    min_lr: _PositiveOr0 = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_grad: float = 1.0
+    warmup_steps: _CountOr0 = 0
+    weight_decay: _PositiveOr0 = 0.0
+    beta1: _Below1 = 0.9
+    beta2: _Below1 = 0.95
+    eps: _Positive = 1e-8
+    clip_grad: _PositiveOr0 = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
 
     def learning_rate(self, step: int, max_steps: int) -> float:
@@ -167,22 +175,22 @@ class TransferSection:
     """Hybrid checkpoint folder that gives configuration, plan and first weights."""
     teacher: PathText | None = None
     """Teacher checkpoint folder (`megatron-hydra convert` without `--plan`)."""
-    kl_weight: float | None = None
+    kl_weight: _PositiveOr0 | None = None
     """Weight of the Kullback-Leibler loss; default 1 to distill, 0 for long context.
 
     None to align, where neither loss exists.
     """
-    ce_weight: float | None = None
+    ce_weight: _PositiveOr0 | None = None
     """Weight of the next-token loss; default 1; None to align."""
     kl: Literal["forward", "reverse", "jsd"] = "forward"
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence:
     `jsd_beta` times the teacher's KL to the mixture, plus the rest times the student's."""
-    jsd_beta: float = 0.5
+    jsd_beta: Annotated[float, Limits(above=0, below=1)] = 0.5
     """Share of the teacher in the mixture of `kl: jsd`."""
     float32_logits: bool = False
     """Do not round the loss's logits to bfloat16, as Megatron's output layer does: late in the
     distillation, rounding is what the divergence's gradient mostly shows."""
-    chunk_tokens: int = 1024
+    chunk_tokens: _Count = 1024
     """Tokens whose logits exist at one time in the loss."""
 
 
@@ -191,7 +199,7 @@ class LogSection:
     """The run folder and what is written there."""
 
     folder: PathText
-    every_n_steps: int = 1
+    every_n_steps: _Count = 1
     """Steps between two points in TensorBoard."""
 
 
@@ -199,8 +207,8 @@ class LogSection:
 class ResumeSection:
     """Checkpoints of the run; the same command again goes on from the newest finished one."""
 
-    save_every_n_steps: int = 500
-    keep: int = 2
+    save_every_n_steps: _Count = 500
+    keep: _Count = 2
     """Checkpoints kept at a time; of two, one is left to go on from if the newest is damaged."""
     async_save: bool = False
     """Write checkpoints while the training goes on; needs the memory of one more copy of the
@@ -217,9 +225,9 @@ class BadNumbersSection:
     A skipped step changes neither weights nor optimizer. It counts as a step all the same: the
     schedule goes on, and its samples are not fed again.
     """
-    max_skipped_in_a_row: int = 10
+    max_skipped_in_a_row: _CountOr0 = 10
     """The run ends at the next bad step after so many skipped ones without a good one between."""
-    spike_factor: float = 2.0
+    spike_factor: Annotated[float, Limits(above=1, below=1e30)] = 2.0
     """A loss above so many times the median of the last 100 steps is logged with its samples."""
 
 

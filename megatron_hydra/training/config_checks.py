@@ -1,8 +1,7 @@
-"""What a training configuration may hold: each number's range, and what does not go together."""
+"""What does not go together in a training configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_hydra.errors import UserError
@@ -20,60 +19,13 @@ if TYPE_CHECKING:
 FP8_TOKEN_MULTIPLE = 16
 """Of a rank's tokens: cuBLAS takes no other sizes in FP8."""
 
-_Range = tuple[Callable[[float], bool], str]
-_COUNT: _Range = (lambda value: 1 <= value < 2**31, "1 or more, and below 2^31")
-_COUNT_OR_0: _Range = (lambda value: 0 <= value < 2**31, "0 or more, and below 2^31")
-_SEED: _Range = (lambda value: 0 <= value < 2**32, "0 or more, and below 2^32")
-_WORKERS: _Range = (lambda value: 0 <= value <= 1024, "0 to 1024")
-# Far below float32's largest number, which PyTorch's optimizer must be able to hold.
-_POSITIVE: _Range = (lambda value: 0 < value < 1e30, "above 0, and below 1e30")
-_POSITIVE_OR_0: _Range = (lambda value: 0 <= value < 1e30, "0 or more, and below 1e30")
-_ABOVE_1: _Range = (lambda value: 1 < value < 1e30, "above 1, and below 1e30")
-_SHARE: _Range = (lambda value: 0 < value < 1, "above 0, and below 1")
-_BELOW_1: _Range = (lambda value: 0 <= value < 1, "0 or more, and below 1")
-# What each number may be; not-a-number is in no range.
-_RANGES: dict[str, _Range] = {
-    "model.fa_query_scale_start": _COUNT_OR_0,
-    "model.recompute_layers": _COUNT,
-    "data.seq_length": _COUNT,
-    "data.micro_batch_size": _COUNT,
-    "data.global_batch_size": _COUNT,
-    "data.weights": _POSITIVE,
-    "data.num_workers": _WORKERS,
-    "data.seed": _SEED,
-    "trainer.max_steps": _COUNT,
-    "trainer.num_threads": _WORKERS,
-    "trainer.seed": _SEED,
-    "strategy.tensor_model_parallel_size": _COUNT,
-    "strategy.pipeline_model_parallel_size": _COUNT,
-    "strategy.context_parallel_size": _COUNT,
-    "optim.lr": _POSITIVE_OR_0,
-    "optim.min_lr": _POSITIVE_OR_0,
-    "optim.warmup_steps": _COUNT_OR_0,
-    "optim.weight_decay": _POSITIVE_OR_0,
-    "optim.beta1": _BELOW_1,
-    "optim.beta2": _BELOW_1,
-    "optim.eps": _POSITIVE,
-    "optim.clip_grad": _POSITIVE_OR_0,
-    "transfer.kl_weight": _POSITIVE_OR_0,
-    "transfer.ce_weight": _POSITIVE_OR_0,
-    "transfer.jsd_beta": _SHARE,
-    "transfer.chunk_tokens": _COUNT,
-    "log.every_n_steps": _COUNT,
-    "resume.save_every_n_steps": _COUNT,
-    "resume.keep": _COUNT,
-    "bad_numbers.max_skipped_in_a_row": _COUNT_OR_0,
-    "bad_numbers.spike_factor": _ABOVE_1,
-}
-
 
 def check(config: RunConfig) -> None:
-    """Check values alone and against each other, and fill in what depends on the stage.
+    """Check values against each other, and fill in what depends on the stage.
 
     Raises:
         UserError: On the first value that is not allowed.
     """
-    _check_ranges(config)
     transfer, data, optim = config.transfer, config.data, config.optim
     if not data.paths:
         raise UserError("data.paths is empty: name one indexed dataset or more")
@@ -196,13 +148,3 @@ def _check_loss_weights(transfer: TransferSection) -> None:
         transfer.ce_weight = 1.0
     if transfer.kl_weight == 0 and transfer.ce_weight == 0:
         raise UserError("transfer.kl_weight and transfer.ce_weight are both 0: nothing to train")
-
-
-def _check_ranges(config: RunConfig) -> None:
-    """Check each number alone."""
-    for key, (is_allowed, words) in _RANGES.items():
-        section, name = key.split(".")
-        values = getattr(getattr(config, section), name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not is_allowed(value):
-                raise UserError(f"{key} is {value}; it must be {words}")

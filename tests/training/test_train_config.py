@@ -119,7 +119,7 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("transfer.stage=align1", "transfer.stage is 'align1'; allowed: align, distill, long_c"),
         ("optim.beta1=1.5", "optim.beta1 is 1.5; it must be 0 or more, and below 1"),
         ("optim.eps=0", "optim.eps is 0.0; it must be above 0, and below 1e30"),
-        ("data.weights=[0]", "data.weights is 0.0; it must be above 0, and below 1e30"),
+        ("data.weights=[0]", "data.weights[0] is 0.0; it must be above 0, and below 1e30"),
         ("data.seed=4294967296", "data.seed is 4294967296; it must be 0 or more, and below 2^32"),
         ("transfer.teacher=null", "transfer.teacher is needed for stage distill"),
         (
