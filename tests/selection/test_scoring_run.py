@@ -301,6 +301,10 @@ def test_bad_runs_end_in_a_sentence(
     assert "did you mean scorers.names" in refused("scorers.name=[random]")
     assert "name both" in refused("scorers.names=[path_patching]")
     assert "does not run" in refused("combine.scorers=[zero_ablation]")
+    assert "no probe of probes.names can be read by scorer attention_score" in refused(
+        "probes.names=[text]", "scorers.names=[activation_patching,attention_score]"
+    )
+    assert not (folder / "bad.json.partial").exists()  # said before anything is measured
     assert "does not divide the 1 ranks" in refused("model.tensor_model_parallel_size=2")
 
     def not_finite(model: Any, tokens: Any, num: int) -> Any:
