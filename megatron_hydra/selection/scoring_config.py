@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.schema import PathText, read_config
+from megatron_hydra.schema import Limits, PathText, read_config
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.scorers.controls import CONTROLS
 from megatron_hydra.tasks.probes import find_sub_probe
@@ -25,6 +23,9 @@ SCORERS = (
     "attention_score",
 )
 _PAPER = ("activation_patching", "path_patching")  # receivers and senders
+_Count = Annotated[int, Limits(least=1)]
+_AboveZero = Annotated[float, Limits(above=0)]
+_Scorer = Annotated[str, Limits(choices=(*SCORERS, *CONTROLS))]
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ModelSection:
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """None: that of a checkpoint folder; float32 for a Hugging Face folder, whatever it stores.
     Costs are told in the format that serves, which this is not: see `plan --serve-dtype`."""
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: _Count = 1
 
 
 @dataclass
@@ -54,11 +55,11 @@ class ProbesSection:
             "niah_multikey_2",
         ]
     )
-    pairs: int = 12
+    pairs: _Count = 12
     """Counterfactual pairs a sub-probe."""
-    pairs_of: dict[str, int] = field(default_factory=dict)
+    pairs_of: dict[str, _Count] = field(default_factory=dict)
     """Other numbers for some sub-probes: noisy ones, such as `text`, need more."""
-    length: int | None = None
+    length: _Count | None = None
     """Tokens of a sample with its answer. None: 4,096 as in the paper, or as many as the teacher is
     built for."""
     seed: int = 0
@@ -69,10 +70,10 @@ class ProbesSection:
     """Field or column of the text in JSON lines and parquet."""
     text_format: TextFormat = "auto"
     """What the text's files hold; `auto` goes by their names."""
-    min_gap_logits: float = 1.0
+    min_gap_logits: _AboveZero = 1.0
     """Pairs whose clean and corrupt run differ by less are dropped: the model hardly tells the
     two answers apart, and the effect is a quotient of noise."""
-    min_gap_nats: float = 0.05
+    min_gap_nats: _AboveZero = 0.05
     """The same for sub-probes read by log-probability, in nats a token."""
 
     @property
@@ -93,7 +94,7 @@ class PathPatchingSection:
 class ScorersSection:
     """Who measures."""
 
-    names: list[str] = field(default_factory=lambda: list(_PAPER))
+    names: list[_Scorer] = field(default_factory=lambda: list(_PAPER))
     path_patching: PathPatchingSection = field(default_factory=PathPatchingSection)
     num_rechecked: int = 16
     """Heads that attribution patching measures exactly."""
@@ -111,7 +112,7 @@ class CombineSection:
     """Empty: activation and path patching where they ran, else the only scorer there is."""
     consistency: bool = True
     normalise: bool = True
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Annotated[float, Limits(least=0)]] = field(default_factory=dict)
     """Weight of a capability; 1 where it is not named."""
     weigh_by_gap: bool = True
 
@@ -122,7 +123,7 @@ class RunSection:
 
     out: PathText
     """Scores file; `OUT.partial/` beside it holds what is finished while the run lasts."""
-    batch_tokens: int = 8192
+    batch_tokens: _Count = 8192
     """Tokens of one forward, unless a single sample is longer."""
 
 
@@ -162,46 +163,24 @@ class ScoringConfig:
         """The resolved configuration, every default spelled out."""
         return asdict(self)
 
-    def to_yaml(self) -> str:
-        """:meth:`to_dict` as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
-
 
 def load_scoring_config(
     path: str | Path | None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> ScoringConfig:
-    """Read and check a scoring configuration; arguments as ``yaml_config.read_config``.
+    """Read and check a scoring configuration; arguments as ``schema.read_config``.
 
     Raises:
         UserError: If the file cannot be read, or a key or value is not allowed.
     """
     config = read_config(ScoringConfig, path, overrides, values)
-    at_least_one = {
-        "model": ("tensor_model_parallel_size",),
-        "probes": ("pairs", "length"),
-        "run": ("batch_tokens",),
-    }
-    for section, names in at_least_one.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            if value is not None and value < 1:
-                raise UserError(f"{section}.{name} is {value}; it must be 1 or more")
-    for name in ("min_gap_logits", "min_gap_nats"):
-        if not getattr(config.probes, name) > 0:
-            raise UserError(f"probes.{name} is {getattr(config.probes, name)}; must be above 0")
     names = config.scorers.names
-    for name in names:
-        if name not in (*SCORERS, *CONTROLS):
-            known = ", ".join((*SCORERS, *CONTROLS))
-            raise UserError(f"scorers.names has {name!r}; known scorers: {known}")
     probes = [find_sub_probe(name).name for name in config.probes.names]
     for name, num_pairs in config.probes.pairs_of.items():
-        if name not in probes or num_pairs < 1:
+        if name not in probes:
             raise UserError(
-                f"probes.pairs_of has {name}: {num_pairs}; it takes a sub-probe of probes.names "
-                "and 1 or more"
+                f"probes.pairs_of has {name}: {num_pairs}; it takes a sub-probe of probes.names"
             )
     for what, listed in (("scorers.names", names), ("probes.names", probes)):
         if not listed or len(set(listed)) < len(listed):

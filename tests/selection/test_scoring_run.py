@@ -299,6 +299,8 @@ def test_bad_runs_end_in_a_sentence(
         "probes.names=[niah_singel_2]"
     )
     assert "did you mean scorers.names" in refused("scorers.name=[random]")
+    assert "scorers.names[0] is 'rondom'; allowed: act" in refused("scorers.names=[rondom]")
+    assert "pairs_of.x is 0; it must be 1 or more" in refused("probes.pairs_of={x: 0}")
     assert "name both" in refused("scorers.names=[path_patching]")
     assert "does not run" in refused("combine.scorers=[zero_ablation]")
     assert "no probe of probes.names can be read by scorer attention_score" in refused(
