@@ -39,7 +39,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
-        "selection", "evaluation",
+        "selection", "evaluation", "report", "schema",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
 }  # fmt: skip
@@ -250,6 +250,19 @@ def test_optional_gpu_packages_are_imported_where_they_are_used(files: list[Sour
         for file in files
         for item in file.imports
         if item.package in NEVER_AT_MODULE_LEVEL and item.at_module_level
+    ]
+    assert not wrong, wrong
+
+
+def test_verbs_import_no_verbs(files: list[SourceFile]) -> None:
+    from hydra_tools.cli import VERBS
+
+    wrong = [
+        f"{file.path}:{item.line} {item.module}"
+        for file in files
+        if file.path.startswith("tools/hydra_tools/") and Path(file.path).stem != "cli"
+        for item in file.imports
+        if item.package == "hydra_tools" and set(item.module.split(".")) & {*VERBS}
     ]
     assert not wrong, wrong
 

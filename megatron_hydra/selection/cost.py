@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.model.placement import CostModel
 from megatron_hydra.schema import Limits, check_fields
 
@@ -101,6 +102,18 @@ class ModelShape:
     def heads_per_group(self) -> int:
         """Query heads that share one key and value."""
         return self.num_heads // self.num_query_groups
+
+    @property
+    def parallel_sizes(self) -> ParallelSizes:
+        """The layouts that can hold such a model."""
+        return ParallelSizes(
+            num_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.head_dim,
+            ffn_hidden_size=self.ffn_hidden_size,
+            vocab_size=self.vocab_size,
+        )
 
 
 @dataclass(frozen=True)

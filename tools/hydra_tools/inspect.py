@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hydra_tools.on_plans import add_cost_arguments, align, cost_lines, how_sure
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.head_plan import HeadPlan
@@ -15,18 +16,11 @@ from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.comparison import PlanComparison, compare_plans
 from megatron_hydra.selection.cost import (
-    DEVICES,
-    GIB,
-    SERVE_DTYPES,
-    TRAINING_EFFICIENCY,
-    Costs,
     ModelShape,
     ServeDtype,
     costs_of,
-    find_device,
-    state_format,
 )
-from megatron_hydra.selection.explanation import SURE, ChosenHead, Explanation
+from megatron_hydra.selection.explanation import ChosenHead, Explanation
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
@@ -53,28 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pareto", type=Path, help="what `pareto` wrote, for one more picture")
     add_cost_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace existing pictures")
-
-
-def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what costs are told for: ``--context``, ``--device`` and ``--serve-dtype``."""
-    parser.add_argument(
-        "--context",
-        type=_positive,
-        metavar="TOKENS",
-        help="length of a sequence at which costs are told (default: the plan's budget's, else "
-        f"{DEFAULT_CONTEXT_TOKENS})",
-    )
-    parser.add_argument(
-        "--device",
-        choices=sorted(DEVICES),
-        help="predict times for it (default: the plan's budget's, else h100)",
-    )
-    parser.add_argument(
-        "--serve-dtype",
-        choices=tuple(SERVE_DTYPES),
-        help="number format of weights and caches when the model serves, in which bytes and times "
-        "are told (default: the plan's budget's, else bf16)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,60 +109,6 @@ def describe_plan(
     return [*lines, "", *_left_out(plan, explanation)]
 
 
-def how_sure(explanation: Explanation) -> list[str]:
-    """Sentences on what the plan keeps of the scores, and whether other pairs would agree."""
-    kept = f"{explanation.kept_share:.0%} of the sum of scores is kept"
-    if explanation.kept_interval is None:
-        return [
-            kept,
-            "how sure: unknown, since the scores stand on one pair a sub-probe",
-        ]
-    low, high = explanation.kept_interval
-    lines = [f"{kept} (95% of resamples: {low:.0%} to {high:.0%})"]
-    num, below = len(explanation.heads), explanation.num_below_noise_floor
-    if explanation.num_sure is None:
-        lines.append(f"drawn at random; {below} of {num} FA heads are below the noise floor")
-    else:
-        lines.append(
-            f"{explanation.num_sure} of {num} FA heads are chosen in {SURE:.0%} of resamples; "
-            f"{below} were filled below the noise floor"
-        )
-    half = explanation.split_half
-    if half is None:
-        return [*lines, f"rank correlation of split halves: {explanation.no_split_half}"]
-    return [
-        *lines,
-        f"rank correlation (Spearman) of split halves: {half.median:.2f} (95% of splits: "
-        f"{half.lower:.2f} to {half.upper:.2f}), {half.num_pairs_per_half} pairs a sub-probe in "
-        "each half",
-    ]
-
-
-def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
-    """A table of a plan's costs beside its teacher's."""
-    device, dtype = find_device(plan.device).name, plan.serve_dtype
-    figures = [
-        (f"KV cache, GiB ({dtype})", plan.kv_cache_bytes / GIB, teacher.kv_cache_bytes / GIB),
-        (
-            f"LA state, GiB ({state_format(dtype)})",
-            plan.state_bytes / GIB,
-            teacher.state_bytes / GIB,
-        ),
-        ("forward FLOPs a token, G", plan.flops_per_token / 1e9, teacher.flops_per_token / 1e9),
-        (f"predicted decode, ms a token ({device}, {dtype})", plan.decode_ms, teacher.decode_ms),
-        (
-            f"predicted training step, s ({device} at {TRAINING_EFFICIENCY:.0%} of its bf16 peak)",
-            plan.training_step_s,
-            teacher.training_step_s,
-        ),
-    ]
-    rows = [[f"one sequence of {plan.context_tokens:,} tokens", "teacher", "plan", "share"]]
-    for name, of_plan, of_teacher in figures:
-        share = f"{of_plan / of_teacher:.0%}" if of_teacher else ""
-        rows.append([name, f"{of_teacher:.4g}", f"{of_plan:.4g}", share])
-    return align(rows, num_left=1)
-
-
 def describe_comparison(comparison: PlanComparison, first: str, second: str) -> list[str]:
     """Sentences on two plans: heads that differ, overlap, rank correlation, cost difference."""
     lines = [
@@ -216,24 +134,6 @@ def describe_comparison(comparison: PlanComparison, first: str, second: str) -> 
         f"{ours.serve_dtype}: cache and state {gib:+.4g} GiB, FLOPs a token {share:+.1%}, "
         f"predicted decode {ms:+.3g} ms",
     ]
-
-
-def align(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Lines of a text table: the first columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < num_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: write 32768")
-    return int(text)
 
 
 def _where_costs_are_told(

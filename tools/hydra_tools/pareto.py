@@ -5,18 +5,21 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
-from hydra_tools.inspect import add_cost_arguments, align
-from hydra_tools.plan import add_choice_arguments, read_constraints, read_ratio, recombine
-from megatron_hydra.files import check_output, check_outputs, versions
+from hydra_tools.on_plans import (
+    add_choice_arguments,
+    add_cost_arguments,
+    align,
+    read_constraints,
+    read_ratio,
+)
+from megatron_hydra.api.pareto import pareto
 from megatron_hydra.selection.budget import Budget, BudgetKind
 from megatron_hydra.selection.cost import Costs, find_device
-from megatron_hydra.selection.pareto import ParetoTable, pareto_table
+from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import DEFAULT_CONTEXT_TOKENS
-from megatron_hydra.selection.scores import HeadScores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,29 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan every budget; write the table; print it."""
-    check_outputs([args.out], [args.scores])
-    check_output(args.out, args.overwrite, "file")
-    scores = recombine(HeadScores.load(args.scores), args.combine)
     kind: BudgetKind = "fa_ratio" if args.by == "fa-ratio" else "kv_cache_ratio"
-    constraints = read_constraints(args)
-    table = pareto_table(
-        scores,
+    table = pareto(
+        args.scores,
+        args.out,
         [Budget(kind, ratio) for ratio in args.budgets],
-        constraints,
-        args.context or DEFAULT_CONTEXT_TOKENS,
-        args.device or "h100",
-        args.serve_dtype or "bf16",
+        read_constraints(args),
+        context_tokens=args.context or DEFAULT_CONTEXT_TOKENS,
+        device=args.device or "h100",
+        serve_dtype=args.serve_dtype or "bf16",
+        combine=args.combine,
         solver=args.solver,
+        overwrite=args.overwrite,
+        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
     )
-    provenance = {
-        "command": shlex.join(["megatron-hydra", *sys.argv[1:]]),
-        "constraints": asdict(constraints),
-        "solver": args.solver,
-        "combination": asdict(scores.combination),
-        "scores": dict(scores.provenance),
-        "versions": versions(),
-    }
-    table.save(args.out, provenance, args.overwrite)
     print("\n".join(format_table(table)))
     print(f"\ntable: {args.out}")
     return 0

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 
-from hydra_tools.inspect import add_cost_arguments, cost_lines, how_sure
-from megatron_hydra.files import check_output, check_outputs
-from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.schema import read_config
-from megatron_hydra.selection.budget import Budget, BudgetKind, Constraints
-from megatron_hydra.selection.combination import Combination
-from megatron_hydra.selection.cost import ModelShape, ServeDtype, costs_of, num_stored_groups
-from megatron_hydra.selection.policy import (
-    DEFAULT_CONTEXT_TOKENS,
-    PlanSummary,
-    no_fa_heads,
-    plan_from_scores,
-    random_plan,
+from hydra_tools.on_plans import (
+    add_choice_arguments,
+    add_cost_arguments,
+    cost_lines,
+    how_sure,
+    read_constraints,
+    read_ratio,
 )
+from megatron_hydra.api.plan import plan
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.budget import Budget, BudgetKind
+from megatron_hydra.selection.cost import ServeDtype, costs_of, num_stored_groups
+from megatron_hydra.selection.policy import DEFAULT_CONTEXT_TOKENS, PlanSummary, no_fa_heads
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.selection.scoring_config import CombineSection
 
 # Of the terminal's 256 colours: backgrounds from light to dark, and the mark of an FA head.
 _SHADES = (255, 195, 153, 117, 75, 33, 26, 19)
@@ -81,124 +74,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing outputs")
 
 
-def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add constraints, solver and recombination."""
-    parser.add_argument(
-        "--min-fa-per-layer",
-        type=int,
-        default=0,
-        metavar="N",
-        help="heads that keep full attention in every layer at least (default: 0)",
-    )
-    parser.add_argument(
-        "--per-layer", type=int, metavar="K", help="exactly K such heads in every layer"
-    )
-    parser.add_argument(
-        "--whole-groups",
-        action="store_true",
-        help="a query group's heads are all of one kind, so that the cache really shrinks",
-    )
-    parser.add_argument(
-        "--multiple-of",
-        type=int,
-        default=1,
-        metavar="N",
-        help="a layer's number of such heads is a multiple of N, such as the TP size",
-    )
-    parser.add_argument(
-        "--solver",
-        choices=("exact", "greedy"),
-        default="exact",
-        help="greedy takes the best head that fits, to compare (default: exact)",
-    )
-    parser.add_argument(
-        "combine",
-        nargs="*",
-        metavar="combine.KEY=VALUE",
-        help="combine the effects in another way, as combine.consistency=false, "
-        "combine.weights.language=0.5, combine.scorers=path_patching",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Choose the heads; write plan and picture; print the head map and a summary."""
-    png = args.png or args.out.with_suffix(".png")
-    check_outputs([args.out, png], [args.scores])
-    check_output(args.out, args.overwrite, "file")
-    # Written before the plan: beside none it is left over from a command that was cut off.
-    overwrite_png = args.overwrite or (args.png is None and not args.out.exists())
-    check_output(png, overwrite_png, "file")
-    scores = recombine(HeadScores.load(args.scores), args.combine)
-    summary = _choose(args, scores)
-    command = shlex.join(["megatron-hydra", *sys.argv[1:]])
-    plan = dataclasses.replace(
-        summary.plan, provenance={**summary.plan.provenance, "command": command}
+    done = plan(
+        args.scores,
+        args.out,
+        _budget(args),
+        read_constraints(args),
+        combine=args.combine,
+        solver=args.solver,
+        random_seed=args.random_seed,
+        picture=args.png,
+        overwrite=args.overwrite,
+        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
     )
-    # matplotlib takes a while to import: bad input is reported first.
-    from megatron_hydra.report.heatmap import save_head_map
-
-    kind = "the plan" if args.random_seed is None else "a random plan"
-    scorers = ", ".join(scores.combination.scorers).replace("_", " ")
-    save_head_map(png, scores, plan, f"Head scores by {scorers}, with {kind}", overwrite_png)
-    plan.save(args.out, args.overwrite)
+    summary, shape = done.summary, done.scores.shape
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(format_head_map(scores, plan, colour))
+    print(format_head_map(done.scores, summary.plan, colour))
     print()
     print("\n".join(describe(summary, args.random_seed)))
     context, budget = args.context or DEFAULT_CONTEXT_TOKENS, summary.budget
     where = context, budget.device, budget.serve_dtype
-    print(
-        "\n" + "\n".join(cost_lines(*(costs_of(scores.shape, of, *where) for of in (plan, None))))
-    )
+    print("\n" + "\n".join(cost_lines(*(costs_of(shape, x, *where) for x in (summary.plan, None)))))
     if args.context is None:
         counted = "budget and costs are" if budget.context_tokens else "costs are"
         print(f"{counted} told at {context:,} tokens, the default: --context names another length")
-    print(_parallel_sizes(scores.shape).describe())
-    print(f"\nplan:    {args.out}\npicture: {png}")
+    print(shape.parallel_sizes.describe())
+    print(f"\nplan:    {args.out}\npicture: {done.picture}")
     return 0
-
-
-def _parallel_sizes(shape: ModelShape) -> ParallelSizes:
-    return ParallelSizes(
-        num_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_query_groups,
-        kv_channels=shape.head_dim,
-        ffn_hidden_size=shape.ffn_hidden_size,
-        vocab_size=shape.vocab_size,
-    )
-
-
-@dataclass
-class _Overrides:
-    """What ``combine.KEY=VALUE`` may change."""
-
-    combine: CombineSection = field(default_factory=CombineSection)
-
-
-def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
-    """The same effects under another combination, without a new run.
-
-    Args:
-        scores: Their own combination holds where nothing else is said.
-        overrides: ``combine.KEY=VALUE``; scorers may be separated by commas.
-
-    Raises:
-        UserError: For an unknown key, scorer or capability, or a value of the wrong kind.
-    """
-    if not overrides:
-        return scores
-    old = dataclasses.asdict(scores.combination)
-    values = {f"combine.{name}": value for name, value in old.items()}
-    values["combine.scorers"] = list(old["scorers"])
-    words = [_as_list(word) for word in overrides]
-    new = dataclasses.asdict(read_config(_Overrides, None, words, values).combine)
-    return scores.with_combination(Combination(**{**new, "scorers": tuple(new["scorers"])}))
-
-
-def read_constraints(args: argparse.Namespace) -> Constraints:
-    """The constraints of :func:`add_choice_arguments`."""
-    return Constraints(args.min_fa_per_layer, args.per_layer, args.whole_groups, args.multiple_of)
 
 
 def format_head_map(scores: HeadScores, plan: HeadPlan, colour: bool) -> str:
@@ -234,13 +137,13 @@ def format_head_map(scores: HeadScores, plan: HeadPlan, colour: bool) -> str:
 
 def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
     """Sentences on a plan: counts, KV cache, why heads are there, how sure the choice is."""
-    plan, shape, explanation = summary.plan, summary.shape, summary.explanation
-    stored, counts = num_stored_groups(plan), summary.fa_heads_per_layer
-    empty = no_fa_heads(plan, shape, summary.budget, summary.constraints)
+    chosen, shape, explanation = summary.plan, summary.shape, summary.explanation
+    stored, counts = num_stored_groups(chosen), summary.fa_heads_per_layer
+    empty = no_fa_heads(chosen, shape, summary.budget, summary.constraints)
     lines = [] if empty is None else [f"WARNING: {empty}"]
     lines += [
         f"budget: {summary.budget.words}",
-        f"{plan.num_fa_heads} of {shape.total_heads} heads keep full attention (FA), "
+        f"{chosen.num_fa_heads} of {shape.total_heads} heads keep full attention (FA), "
         f"{summary.num_la_heads} become linear (LA); {min(counts)} to {max(counts)} FA a layer",
         f"KV cache: {stored / shape.total_groups:.0%} of the teacher's "
         f"({stored} of {shape.total_groups} query groups are stored)",
@@ -248,7 +151,7 @@ def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
     if summary.asked_for is not None:
         lines.append(
             f"the ratio asks for {float(summary.asked_for):.4g} heads: rounded to "
-            f"{plan.num_fa_heads}"
+            f"{chosen.num_fa_heads}"
         )
     if random_seed is not None:
         lines.append(f"drawn at random with seed {random_seed}: the scores decided nothing")
@@ -295,23 +198,7 @@ def _other_reasons(summary: PlanSummary) -> list[str]:
     return lines
 
 
-def read_ratio(text: str) -> Fraction:
-    """A ratio on the command line, as 1/4 or 0.25."""
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no ratio: write 1/4 or 0.25") from None
-
-
-def _as_list(override: str) -> str:
-    """``combine.scorers=a,b`` as YAML's ``combine.scorers=[a,b]``."""
-    key, equals, value = override.partition("=")
-    if key == "combine.scorers" and not value.startswith("["):
-        value = f"[{value}]"
-    return key + equals + value
-
-
-def _choose(args: argparse.Namespace, scores: HeadScores) -> PlanSummary:
+def _budget(args: argparse.Namespace) -> Budget:
     kinds: tuple[BudgetKind, ...] = (
         "fa_heads",
         "fa_ratio",
@@ -324,11 +211,7 @@ def _choose(args: argparse.Namespace, scores: HeadScores) -> PlanSummary:
     if kind in ("cache_gib", "decode_ms"):  # what these allow depends on the length
         context = context or DEFAULT_CONTEXT_TOKENS
     dtype: ServeDtype = args.serve_dtype or "bf16"
-    budget = Budget(kind, getattr(args, kind), context, args.device or "h100", dtype)
-    constraints = read_constraints(args)
-    if args.random_seed is None:
-        return plan_from_scores(scores, budget, constraints, solver=args.solver)
-    return random_plan(scores, budget, constraints, seed=args.random_seed)
+    return Budget(kind, getattr(args, kind), context, args.device or "h100", dtype)
 
 
 def _group_title(plan: HeadPlan, group: int) -> str:

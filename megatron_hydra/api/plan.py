@@ -1,0 +1,124 @@
+"""`plan` and `recombine`: head scores and a budget become a head plan, with a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_hydra.files import check_output, check_outputs
+from megatron_hydra.schema import read_config
+from megatron_hydra.selection.budget import Budget, Constraints
+from megatron_hydra.selection.combination import Combination
+from megatron_hydra.selection.policy import PlanSummary, plan_from_scores, random_plan
+from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.scoring_config import CombineSection
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What was written.
+
+    Attributes:
+        scores: As combined for this plan.
+        summary: The plan, and why its heads are there.
+        picture: Of the scores, with the plan's heads outlined.
+    """
+
+    scores: HeadScores
+    summary: PlanSummary
+    picture: Path
+
+
+def plan(
+    scores: Path,
+    out: Path,
+    budget: Budget,
+    constraints: Constraints = Constraints(),
+    *,
+    combine: Sequence[str] = (),
+    solver: Literal["exact", "greedy"] = "exact",
+    random_seed: int | None = None,
+    picture: Path | None = None,
+    overwrite: bool = False,
+    command: str | None = None,
+) -> Planning:
+    """Choose the heads that keep full attention; write the plan and its picture.
+
+    Args:
+        scores: What :func:`~megatron_hydra.api.score.score` wrote.
+        out: The plan's JSON file.
+        budget: What the plan may keep.
+        constraints: What it must keep to.
+        combine: As :func:`recombine`.
+        solver: `greedy` takes the best head that fits, to compare.
+        random_seed: Draw the heads at random, as a control; the scores decide nothing then.
+        picture: PNG file; None for one beside the plan.
+        overwrite: Replace existing outputs.
+        command: For provenance; None takes the process's own.
+
+    Raises:
+        UserError: For scores, a budget or constraints that cannot be met, or an output that is in
+            the way; nothing is written then.
+    """
+    png = picture or out.with_suffix(".png")
+    check_outputs([out, png], [scores])
+    check_output(out, overwrite, "file")
+    # Written before the plan: beside none it is left over from a call that was cut off.
+    overwrite_png = overwrite or (picture is None and not out.exists())
+    check_output(png, overwrite_png, "file")
+    combined = recombine(HeadScores.load(scores), combine)
+    if random_seed is None:
+        summary = plan_from_scores(combined, budget, constraints, solver=solver)
+    else:
+        summary = random_plan(combined, budget, constraints, seed=random_seed)
+    provenance = {**summary.plan.provenance, "command": command or shlex.join(sys.argv)}
+    head_plan = dataclasses.replace(summary.plan, provenance=provenance)
+    # matplotlib takes a while to import: bad input is reported first.
+    from megatron_hydra.report.heatmap import save_head_map
+
+    kind = "the plan" if random_seed is None else "a random plan"
+    scorers = ", ".join(combined.combination.scorers).replace("_", " ")
+    title = f"Head scores by {scorers}, with {kind}"
+    save_head_map(png, combined, head_plan, title, overwrite_png)
+    head_plan.save(out, overwrite)
+    return Planning(combined, dataclasses.replace(summary, plan=head_plan), png)
+
+
+@dataclass
+class _Overrides:
+    """What ``combine.KEY=VALUE`` may change."""
+
+    combine: CombineSection = field(default_factory=CombineSection)
+
+
+def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
+    """The same effects under another combination, without a new run.
+
+    Args:
+        scores: Their own combination holds where nothing else is said.
+        overrides: ``combine.KEY=VALUE``; scorers may be separated by commas.
+
+    Raises:
+        UserError: For an unknown key, scorer or capability, or a value of the wrong kind.
+    """
+    if not overrides:
+        return scores
+    old = dataclasses.asdict(scores.combination)
+    values = {f"combine.{name}": value for name, value in old.items()}
+    values["combine.scorers"] = list(old["scorers"])
+    words = [_as_list(word) for word in overrides]
+    new = dataclasses.asdict(read_config(_Overrides, None, words, values).combine)
+    return scores.with_combination(Combination(**{**new, "scorers": tuple(new["scorers"])}))
+
+
+def _as_list(override: str) -> str:
+    """``combine.scorers=a,b`` as YAML's ``combine.scorers=[a,b]``."""
+    key, equals, value = override.partition("=")
+    if key == "combine.scorers" and not value.startswith("["):
+        value = f"[{value}]"
+    return key + equals + value
