@@ -229,6 +229,8 @@ class TrainingRun:
             "inputs": dict(self.identity.inputs),
             "command": list(command),
             "versions": versions(),
+            "hardware": f"{self.world_size} x "
+            + (torch.cuda.get_device_name() if self.on_gpu else "CPU"),
         }
         # The run is placed for its own length; the model still reaches as far as it did before.
         model_config = copy.copy(self.model_config)

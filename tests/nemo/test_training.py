@@ -189,6 +189,7 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
     hybrid = load_checkpoint(folder / "hybrid")
     found = dict(hybrid.model.named_parameters())
     torch.testing.assert_close(found, trained, rtol=1e-4, atol=1e-6)
+    assert hybrid.meta["provenance"]["hardware"] == "1 x CPU"
     assert hybrid.meta["provenance"]["seq_length"] == LENGTH  # where it is to be evaluated
     # Heads are placed for the run's length; the stored model reaches as far as it did before.
     assert (run.model_config.seq_length, hybrid.config.seq_length) == (LENGTH, 128)
