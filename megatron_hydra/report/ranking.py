@@ -31,6 +31,7 @@ from megatron_hydra.selection.uncertainty import (
 
 _RANK_TICKS = (1, 5, 10, 20, 50, 100, 200, 400, 800, 1600, 3200)
 _SAME_SCORE = 1e-6
+_DASHES = (0, (4, 3))
 # Why a head that stands behind the budget by its score is FA: words, marker.
 _REASONS = {
     "layer minimum": ("for its layer's minimum", "D"),
@@ -123,7 +124,7 @@ def draw_ranking(ranking: Ranking, ax: Axes) -> None:
     ax.set_xlabel("rank of the head by its score (square-root scale)")
     ax.set_ylabel("score (square-root scale)")
     ax.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, handletextpad=0.2, borderpad=0.2
+        loc="lower left", bbox_to_anchor=(0.0, 1.06), ncols=2, handletextpad=0.4, borderpad=0.2
     )
 
 
@@ -199,12 +200,13 @@ def _set_root_scales(ranking: Ranking, ax: Axes) -> None:
 def _draw_budget(ranking: Ranking, ax: Axes) -> None:
     line: dict[str, Any] = {"color": MUTED, "linewidth": 1.0}
     ax.axvline(ranking.num_fa_heads + 0.5, **line)
-    ax.axhline(ranking.threshold, linestyle=(0, (4, 3)), **line)
-    # Beside the line, on the side with more room.
-    is_left = ranking.num_fa_heads > 0.5 * len(ranking.scores)
+    ax.axhline(ranking.threshold, linestyle=_DASHES, label="lowest score within the budget", **line)
+    place: dict[str, Any] = {"textcoords": "offset points", "va": "bottom", "color": MUTED}
     ax.annotate(
-        f"budget: {ranking.num_fa_heads} heads\ncut at score {ranking.threshold:.3g}",
-        (ranking.num_fa_heads + 0.5, 1.0), xycoords=("data", "axes fraction"),
-        xytext=(-5 if is_left else 5, -2), textcoords="offset points", va="top",
-        ha="right" if is_left else "left",
+        f"budget: {ranking.num_fa_heads} heads", (ranking.num_fa_heads + 0.5, 1.0),
+        xycoords=("data", "axes fraction"), xytext=(0, 3), ha="center", **place,
+    )  # fmt: skip
+    ax.annotate(
+        f"cut at score {ranking.threshold:.3g}", (1.0, ranking.threshold),
+        xycoords=("axes fraction", "data"), xytext=(0, 2), ha="right", **place,
     )  # fmt: skip

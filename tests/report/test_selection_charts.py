@@ -129,8 +129,11 @@ def test_budget_and_threshold_stand_where_the_scores_alone_would_cut() -> None:
     assert list(upright.get_xdata()) == [3.5, 3.5]
     third = scores.scores[STRONG[2]]
     assert list(level.get_ydata()) == [third, third]
-    (note,) = ax.texts
-    assert note.get_text() == f"budget: 3 heads\ncut at score {third:.3g}"
+    assert {text.get_text() for text in ax.texts} == {
+        "budget: 3 heads",
+        f"cut at score {third:.3g}",
+    }
+    assert level.get_label() in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_scores_of_one_pair_have_neither_intervals_nor_noise_floor() -> None:
