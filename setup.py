@@ -25,7 +25,7 @@ setup(
     ],
     # No package is named `kernels` or `tools`: the first would shadow Hugging Face's.
     package_dir={"hydra_kernels": "kernels/hydra_kernels", "hydra_tools": "tools/hydra_tools"},
-    package_data={"megatron_hydra.report": ["*.html"]},
+    package_data={"megatron_hydra.report": ["templates/*"]},
     install_requires=[
         "torch>=2.6",
         # Tested with 0.16.1: from 0.17 on it needs Python 3.12, and NeMo 2.7.3 cannot import it.
@@ -38,6 +38,7 @@ setup(
         "pyyaml",
         "tqdm",
         "matplotlib",
+        "jinja2>=3.1",
     ],
     extras_require={
         # What its language-model parts import beside its own requirements. nemo-toolkit's extras

@@ -173,13 +173,6 @@ class Evaluation:
         """Tasks and lengths, in the order of the file."""
         return tuple(self.models[0].accuracy)
 
-    @property
-    def headline_cell(self) -> Cell:
-        """The first task, at the training length if it was measured there."""
-        task = self.cells[0][0]
-        lengths = [length for name, length in self.cells if name == task]
-        return task, self.training_length if self.training_length in lengths else lengths[0]
-
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the evaluation as JSON.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -46,6 +46,20 @@ _STYLE: Any = {
 }
 
 
+class Picture(NamedTuple):
+    """A chart in a page.
+
+    Attributes:
+        svg: An SVG element.
+        label: What screen readers call it; plain text.
+        caption: Stands below; plain text, empty for none.
+    """
+
+    svg: Markup
+    label: str
+    caption: str
+
+
 @contextmanager
 def chart_style() -> Iterator[None]:
     """matplotlib's settings for every chart, while it is drawn and while it is written."""
@@ -53,9 +67,8 @@ def chart_style() -> Iterator[None]:
         yield
 
 
-def to_svg(figure: Figure, name: str, label: str) -> str:
-    """``figure`` as an SVG element whose ids start with ``name`` and that screen readers call
-    ``label``."""
+def to_picture(figure: Figure, name: str, label: str, caption: str = "") -> Picture:
+    """``figure`` as it stands in a page; the ids inside start with ``name``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.04, transparent=True)
     svg = buffer.getvalue()
@@ -65,7 +78,7 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return Picture(Markup(svg), label, caption)  # matplotlib escapes the texts that it writes
 
 
 def save_png(path: str | os.PathLike[str], figure: Figure, overwrite: bool = False) -> None:
@@ -85,16 +98,3 @@ def plain_text(name: str) -> str:
     that a space of no width stands before one.
     """
     return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
-
-
-def byte_unit(value: float) -> tuple[str, int]:
-    """The largest binary unit that ``value`` bytes fill, and its bytes."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = max(0, min(len(units) - 1, int(math.log2(max(value, 1.0)) // 10)))
-    return units[power], 1 << (10 * power)
-
-
-def format_bytes(value: float) -> str:
-    """Bytes with a binary unit, as ``1.5 KiB``."""
-    unit, size = byte_unit(value)
-    return f"{value / size:,.3g} {unit}"

@@ -9,10 +9,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from megatron_hydra.report.chart_style import INK, MUTED, PALETTE, format_bytes, plain_text
+from megatron_hydra.report.chart_style import INK, MUTED, PALETTE, plain_text
 from megatron_hydra.report.training_runs import Curve, TrainingRun
+from megatron_hydra.report.units import format_bytes, format_length, format_plain
 
 _MAX_POINTS = 600
 
@@ -32,7 +33,7 @@ def draw_losses(run: TrainingRun) -> Figure:
     values = np.concatenate([curve.values for curve in (*layers, *parts.values())])
     values = values[np.isfinite(values)]
     if values.min() > 0 and values.max() > 10 * values.min():
-        ax.set_yscale("log")
+        _set_log_scale(ax, values.max() / values.min())
     ax.set_ylabel("mean squared error" if list(parts) == ["alignment"] else "nats per token")
     ax.legend(
         loc="lower right", bbox_to_anchor=(1.03, 1.01), ncols=3, handlelength=1.0,
@@ -48,7 +49,6 @@ def draw_curve(curve: Curve, title: str, unit: str, from_zero: bool = False) -> 
     ax.set_ylabel(unit)
     if from_zero:
         ax.set_ylim(0, 1.08 * float(np.nanmax(curve.values)) or 1.0)
-        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
 
 
@@ -81,20 +81,12 @@ def draw_cache(
     )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda value, _: format_count(value))
+    ax.xaxis.set_major_formatter(lambda value, _: format_length(value))
     ax.yaxis.set_major_formatter(lambda value, _: format_bytes(value))
     ax.set_xlabel("sequence length (tokens)")
     ax.set_ylabel(f"cache ({dtype}) and state of one sequence")
     ax.legend(loc="lower right")
     return figure
-
-
-def format_count(value: float) -> str:
-    """A length in tokens, as ``512``, ``4K`` or ``1M`` where that is exact."""
-    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
-        if value >= size and value % size == 0:
-            return f"{value / size:,.0f}{unit}"
-    return f"{value:,.0f}"
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:
@@ -103,7 +95,19 @@ def _panel(title: str) -> tuple[Figure, Axes]:
     ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
     ax.set_xlabel("step")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda value, _: format_plain(value))
     return figure, ax
+
+
+def _set_log_scale(ax: Axes, ratio: float) -> None:
+    """A logarithmic loss, with 2 and 5 numbered too where it spans few powers of ten."""
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_major_formatter(lambda value, _: format_plain(value))
+    ax.yaxis.set_minor_formatter(
+        NullFormatter() if ratio > 1e3 else lambda value, _: format_plain(value)
+    )
 
 
 def _plot_noisy(ax: Axes, curve: Curve, colour: str, label: str | None) -> None:

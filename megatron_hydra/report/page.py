@@ -1,28 +1,32 @@
-"""The report's page: its inputs held against each other, its headline, its parts put together."""
+"""The report's page: its inputs held against each other, and its parts put together."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime, timezone
 from pathlib import Path
-from string import Template
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.reading import in_one_format, read_evaluation
-from megatron_hydra.evaluation.results import Evaluation, ModelResult
+from megatron_hydra.evaluation.results import Evaluation
 from megatron_hydra.files import check_output, write_beside
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.report import sections
-from megatron_hydra.report.chart_style import chart_style, to_svg
+from megatron_hydra.report.chart_style import Picture, chart_style, to_picture
+from megatron_hydra.report.headline import headline, hybrids_of
 from megatron_hydra.report.heatmap import head_map_figure, scorer_names
+from megatron_hydra.report.rendering import render
+from megatron_hydra.report.sections import (
+    evaluation_section,
+    memory_section,
+    provenance_section,
+    training_section,
+)
 from megatron_hydra.report.selection_section import selection_section
 from megatron_hydra.report.training_runs import TrainingRun, read_run
-from megatron_hydra.selection.cost import num_stored_groups
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import scores_as_planned
 from megatron_hydra.selection.scores import HeadScores
-
-_TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def write_report(
@@ -35,6 +39,7 @@ def write_report(
     pareto: str | os.PathLike[str] | None = None,
     command: str = "",
     teacher_config_hash: str = "",
+    teacher_name: str = "",
     overwrite: bool = False,
 ) -> Path:
     """Read the outputs of a transfer and write one self-contained HTML page.
@@ -48,6 +53,7 @@ def write_report(
         pareto: What ``megatron-hydra pareto`` wrote; None leaves it out.
         command: The command that makes the page, for its provenance.
         teacher_config_hash: Hash of the teacher that plan and scores must be of; empty: unchecked.
+        teacher_name: What the page calls the teacher; empty: as the scores' file records it.
         overwrite: Replace an existing page.
 
     Raises:
@@ -64,6 +70,8 @@ def write_report(
         pareto=None if pareto is None else ParetoTable.load(pareto),
         command=command,
         teacher_config_hash=teacher_config_hash,
+        teacher_name=teacher_name,
+        written=datetime.now(timezone.utc).date(),
     )
     with write_beside(target, overwrite) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -79,8 +87,10 @@ def render_report(
     pareto: ParetoTable | None = None,
     command: str = "",
     teacher_config_hash: str = "",
+    teacher_name: str = "",
+    written: date | None = None,
 ) -> str:
-    """The page as HTML; see :func:`write_report`.
+    """The page as HTML; see :func:`write_report`. ``written`` is the page's own date, if any.
 
     Raises:
         UserError: If the inputs do not belong together.
@@ -94,22 +104,20 @@ def render_report(
         "plan": {k: v for k, v in plan.provenance.items() if k != "explanation"},
         "evaluation": evaluation.provenance,
     }
+    records = provenance_section(sources, runs, command)
+    versions = records["versions"]
     with chart_style():
-        parts = [
-            sections.section("Heads", _heads(scores, plan)),
-            sections.section("Head selection", selection_section(scores, plan, pareto)),
-            sections.section("Evaluation", sections.evaluation_table(evaluation)),
-            sections.section("Needle grid", sections.needle_grids(evaluation)),
-            sections.section("Memory", sections.cache_section(evaluation)),
-            sections.section("Training", sections.training_section(runs)),
-            sections.section("Provenance", sections.provenance_section(sources, runs, command)),
-        ]
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=sections.escape(_title(plan)),
-        summary=sections.escape(_summary(plan, evaluation)),
-        tiles=sections.tiles(evaluation),
-        sections="".join(parts),
-    )
+        values = {
+            "plan": plan,
+            "head_map": _head_map(scores, plan),
+            **headline(scores, plan, evaluation, versions, teacher_name, written),
+            **selection_section(scores, plan, pareto),
+            **evaluation_section(evaluation),
+            **memory_section(evaluation),
+            **training_section(runs),
+            **records,
+        }
+    return render("page.html", values)
 
 
 def _check_together(
@@ -133,44 +141,17 @@ def _check_together(
                 f"model {model.name!r} of the evaluation has {model.num_heads} heads, "
                 f"but the plan has {num_heads}: was it made for another teacher?"
             )
-    if not _hybrids_of(plan, evaluation):
+    if not hybrids_of(plan, evaluation):
         raise UserError(
             f"the evaluation has no hybrid with exactly the plan's {plan.num_fa_heads} FA heads: "
             "it is not an evaluation of this plan"
         )
 
 
-def _hybrids_of(plan: HeadPlan, evaluation: Evaluation) -> list[ModelResult]:
-    """Hybrids of this very plan: a control has as many FA heads, but others."""
-    fa_heads = tuple(layer.fa_heads for layer in plan.layers)
-    return [model for model in evaluation.models if model.plan == fa_heads]
-
-
-def _title(plan: HeadPlan) -> str:
-    return f"{plan.num_fa_heads} of {plan.num_layers * plan.num_heads} heads on full attention"
-
-
-def _summary(plan: HeadPlan, evaluation: Evaluation) -> str:
-    task, length = evaluation.headline_cell
-    teacher = evaluation.teacher
-    # Of groups, not bytes: the same in every number format.
-    cache = num_stored_groups(plan) / (plan.num_layers * plan.num_query_groups)
-
-    def accuracy(model: ModelResult) -> float:
-        return model.accuracy[task, length].value
-
-    best = max(_hybrids_of(plan, evaluation), key=accuracy)
-    share = plan.num_fa_heads / (plan.num_layers * plan.num_heads)
-    return (
-        f"With {share:.0%} of the heads on full attention and the rest on linear attention, "
-        f"“{best.name}” stores {cache:.0%} of the teacher's cache a token and answers "
-        f"{accuracy(best):.1%} of {sections.task_name(task).lower()} samples at {length:,} tokens; "
-        f"the teacher answers {accuracy(teacher):.1%}."
+def _head_map(scores: HeadScores, plan: HeadPlan) -> Picture:
+    return to_picture(
+        head_map_figure(scores, plan),
+        "heads",
+        "score of each head, with the plan",
+        f"Score of each head by {scorer_names(scores)}; layers and heads count from 0.",
     )
-
-
-def _heads(scores: HeadScores, plan: HeadPlan) -> str:
-    svg = to_svg(head_map_figure(scores, plan), "heads", "score of each head, with the plan")
-    scorer = sections.escape(scorer_names(scores))
-    caption = f"Score of each head by {scorer}; layers and heads count from 0."
-    return sections.figure(svg, caption) + sections.plan_table(plan)

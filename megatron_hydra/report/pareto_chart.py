@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.report.chart_style import FA_COLOUR, LA_COLOUR, MUTED, byte_unit
+from megatron_hydra.report.chart_style import FA_COLOUR, LA_COLOUR, MUTED
+from megatron_hydra.report.units import byte_unit
 from megatron_hydra.selection.cost import GIB, Costs, costs_of
 from megatron_hydra.selection.explanation import kept_shares
 from megatron_hydra.selection.pareto import ParetoRow, ParetoTable

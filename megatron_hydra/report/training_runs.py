@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -25,6 +26,21 @@ LOSS_PARTS = {
 """Tags of the losses and what the page calls them."""
 CONFIG_FILES = ("run_config.yaml", "config.yaml")
 """Where a run's configuration may stand; the latter is where earlier releases wrote it."""
+STAGES = {
+    "align": (
+        "stage 1, alignment",
+        "each hybrid attention learns its teacher attention's output",
+    ),
+    "distill": (
+        "stage 2, distillation",
+        "the whole hybrid learns the teacher's next-token distribution",
+    ),
+    "long_context": (
+        "stage 3, long context",
+        "the whole hybrid learns to predict the next token of long samples",
+    ),
+}
+"""A stage by its word in a configuration: its name, and what it does."""
 _LAYER_PREFIX = "train/alignment/layer_"
 _REQUIRED = ("train/grad_norm", "train/tokens_per_s")
 _SKIPPED = "train/skipped_steps"
@@ -41,13 +57,28 @@ class Curve:
     values: np.ndarray
 
 
+class Life(NamedTuple):
+    """What one start of a run has left in its event file.
+
+    Attributes:
+        start: When training started, Unix time in seconds.
+        end: When the last scalar was written, likewise.
+        scalars: TensorBoard's events by tag.
+    """
+
+    start: float
+    end: float
+    scalars: Mapping[str, list[Any]]
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """A run of one stage.
 
     Attributes:
         name: What the user calls it.
-        curves: By TensorBoard tag.
+        lives: One for each start of the run, the earliest first.
+        curves: By TensorBoard tag, of all lives.
         config_yaml: The resolved configuration, as written to the run folder.
         config: The same, parsed.
         provenance: Of the trained hybrid.
@@ -56,11 +87,59 @@ class TrainingRun:
 
     name: str
     folder: Path
+    lives: Sequence[Life]
     curves: dict[str, Curve]
     config_yaml: str
     config: Mapping[str, Any]
     provenance: Mapping[str, Any]
     plan: HeadPlan
+
+    @property
+    def _stage(self) -> tuple[str, str]:
+        stage = self.provenance.get("stage") or recorded(self.config, "transfer", "stage")
+        return STAGES.get(str(stage), ("", ""))
+
+    @property
+    def title(self) -> str:
+        """The user's name of the run and, where it is recorded, that of its stage."""
+        return f"{self.name} ({self._stage[0]})" if self._stage[0] else self.name
+
+    @property
+    def purpose(self) -> str:
+        """What the stage does; empty where no stage is recorded."""
+        return self._stage[1]
+
+    @property
+    def hardware(self) -> str:
+        """What the run was trained on; empty where it is not recorded."""
+        kind = str(recorded(self.config, "trainer", "accelerator"))
+        return str(self.provenance.get("hardware") or {"cpu": "CPU", "gpu": "GPU"}.get(kind, ""))
+
+    @property
+    def days(self) -> str:
+        """First and last day of training in UTC, as ``2026-11-28 to 2026-11-30``."""
+        ends = (self.lives[0].start, max(life.end for life in self.lives))
+        days = (datetime.fromtimestamp(end, timezone.utc).date().isoformat() for end in ends)
+        return " to ".join(dict.fromkeys(days))
+
+    @property
+    def seconds(self) -> float:
+        """From the start of training to its last scalar, summed over the lives."""
+        return sum(life.end - life.start for life in self.lives)
+
+    @property
+    def num_steps(self) -> int:
+        """The last step that has a loss."""
+        return int(next(iter(self.loss_parts.values())).steps[-1])
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens of all steps; None where the configuration does not give those of a step."""
+        batch = recorded(self.config, "data", "global_batch_size")
+        length = recorded(self.config, "data", "seq_length")
+        if not isinstance(batch, int) or not isinstance(length, int):
+            return None
+        return self.num_steps * batch * length
 
     @property
     def loss_parts(self) -> dict[str, Curve]:
@@ -110,9 +189,19 @@ def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
         raise UserError(f"run {name}: {folder} has no hybrid/model.json: it has not finished")
     provenance = read_json(meta, "hybrid", 1).get("provenance", {})
     plan = HeadPlan.load(meta.with_name("plan.json"))
-    run = TrainingRun(name, folder, _read_curves(files), config_yaml, config, provenance, plan)
+    lives = _read_lives(files)
+    run = TrainingRun(
+        name, folder, lives, _join_curves(lives), config_yaml, config, provenance, plan
+    )
     _check_curves(run)
     return run
+
+
+def recorded(record: Any, *keys: str) -> Any:
+    """What stands in a nested record behind ``keys``; None if it is not there."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, Mapping) else None
+    return record
 
 
 def _read_config(name: str, folder: Path) -> tuple[str, Mapping[str, Any]]:
@@ -129,14 +218,29 @@ def _read_config(name: str, folder: Path) -> tuple[str, Mapping[str, Any]]:
     return text, config
 
 
-def _read_curves(files: list[Path]) -> dict[str, Curve]:
+def _read_lives(files: list[Path]) -> list[Life]:
+    """The lives that wrote a scalar, the earliest first."""
+    # Imported here: TensorBoard takes seconds to load, and only this function needs it.
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lives = []
+    for file in files:
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
+        scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+        if scalars:
+            end = max(found[-1].wall_time for found in scalars.values())
+            lives.append(Life(events.FirstEventTimestamp(), end, scalars))
+    return sorted(lives, key=lambda life: life.start)
+
+
+def _join_curves(lives: list[Life]) -> dict[str, Curve]:
     points: dict[str, dict[int, float]] = {}
-    for events in sorted(map(_scalars, files), key=_start_time):
-        first = min((event.step for found in events.values() for event in found), default=0)
+    for life in lives:
+        first = min(event.step for found in life.scalars.values() for event in found)
         for earlier in points.values():
             for step in [step for step in earlier if step >= first]:
                 del earlier[step]
-        for tag, found in events.items():
+        for tag, found in life.scalars.items():
             points.setdefault(tag, {}).update({event.step: event.value for event in found})
     skipped = points.get(_SKIPPED, {})
     return {
@@ -144,19 +248,6 @@ def _read_curves(files: list[Path]) -> dict[str, Curve]:
         for tag, found in points.items()
         if found
     }
-
-
-def _scalars(file: Path) -> dict[str, list[Any]]:
-    """The events of one file, by tag."""
-    # Imported here: TensorBoard takes seconds to load, and only this function needs it.
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-
-
-def _start_time(events: Mapping[str, list[Any]]) -> float:
-    return min((event.wall_time for found in events.values() for event in found), default=0.0)
 
 
 def _values(points: Mapping[int, float], skipped: Collection[int]) -> np.ndarray:

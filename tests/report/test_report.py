@@ -182,8 +182,8 @@ def test_inputs_figures_stand_in_the_page(arguments, capsys):
     assert str(arguments.out) in capsys.readouterr().out
     page = Page(arguments.out)
     assert "2 of 8 heads on full attention" in page.text
-    assert "stores 50% of the teacher's cache a token" in page.text
-    assert "answers 94.0% of single needle samples at 64 tokens" in page.text
+    assert "stores 50% of the teacher's cache per token" in page.text
+    assert "answers 94.0% of the samples in its median cell (single needle at" in page.text
     # Perplexity, interval, samples, training lengths, losses, memory and crossover.
     for figure in ("10.64", "83.8–97.9", "n = 50", "2×", "KL 2 → 0.25", "512 50% 5,000 10"):
         assert figure in page.text

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from megatron_hydra.evaluation.reading import in_one_format, read_evaluation
 from megatron_hydra.evaluation.results import Accuracy, Evaluation, ModelResult, NeedleGrid
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.report.chart_style import plain_text
+from megatron_hydra.report.chart_style import chart_style, plain_text
 from megatron_hydra.report.charts import draw_cache
 from megatron_hydra.report.page import render_report
-from megatron_hydra.report.sections import cache_section
+from megatron_hydra.report.rendering import render
+from megatron_hydra.report.sections import memory_section
 from megatron_hydra.selection.cost import (
     ModelShape,
     ServeDtype,
@@ -84,22 +85,23 @@ def test_one_plan_has_one_share_whatever_its_weights_are(
     mixed: Evaluation, scores: HeadScores
 ) -> None:
     assert mixed.serve_dtype is None
-    html = cache_section(in_one_format(mixed, scores.shape))
+    with chart_style():
+        html = render("memory.html", memory_section(in_one_format(mixed, scores.shape)))
     found = rows(html)
     assert [cells[2] for cells in found.values()] == ["100%", "44%", "44%", "0%"]
     assert found["untrained"] == found["trained"]
     # Nine groups of key and value, 16 channels each, two bytes.
     assert found["teacher"][1] == f"{9 * 2 * 16 * 2:,}"
-    assert "Cache, bytes a token (bf16)" in html and "(fp32, past inputs bf16)" in html
+    assert "Cache, bytes per token (bf16)" in html and "(fp32, past inputs bf16)" in html
     assert "cache (bf16) and state of one sequence" in html
 
 
 def test_the_page_of_an_earlier_evaluation_is_in_one_format(
     mixed: Evaluation, scores: HeadScores
 ) -> None:
-    page = render_report(scores, head_plan(), mixed, [])
+    page = " ".join(render_report(scores, head_plan(), mixed, []).split())
     assert page.count("<td>44%</td>") == 2 and "<td>22%</td>" not in page
-    assert "stores 44% of the teacher&#x27;s cache a token" in page
+    assert "stores 44% of the teacher's cache per token" in page
 
 
 def test_what_cannot_be_counted_anew_is_said_and_not_shown(
@@ -108,10 +110,10 @@ def test_what_cannot_be_counted_anew_is_said_and_not_shown(
     odd = dataclasses.replace(mixed.models[1], state_bytes=12345)
     evaluation = dataclasses.replace(mixed, models=(mixed.models[0], odd, *mixed.models[2:]))
     assert in_one_format(evaluation, scores.shape) is evaluation
-    page = render_report(scores, head_plan(), evaluation, [])
+    page = " ".join(render_report(scores, head_plan(), evaluation, []).split())
     assert "megatron-hydra evaluate</code> counts all models in one format" in page
     assert "12,345" not in page and "<td>22%</td>" not in page
-    assert "stores 44% of the teacher&#x27;s cache a token" in page, "of groups, not of bytes"
+    assert "stores 44% of the teacher's cache per token" in page, "of groups, not of bytes"
 
 
 def test_a_named_format_is_left_as_it_is(mixed: Evaluation, scores: HeadScores) -> None:

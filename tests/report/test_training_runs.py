@@ -7,8 +7,15 @@ from pathlib import Path
 
 from test_report import write_events, write_run
 
+from megatron_hydra.report.chart_style import chart_style
+from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import training_section
-from megatron_hydra.report.training_runs import read_run
+from megatron_hydra.report.training_runs import TrainingRun, read_run
+
+
+def section_of(run: TrainingRun) -> str:
+    with chart_style():
+        return render("training.html", training_section([run]))
 
 
 def test_resumed_run_keeps_the_last_value_of_a_step(tmp_path: Path) -> None:
@@ -34,16 +41,16 @@ def test_skipped_steps_are_gaps_and_are_told(tmp_path: Path) -> None:
     write_run(tmp_path, curves)
     run = read_run("stage1", tmp_path)
     assert run.skipped_steps == [2, 3]
-    section = training_section([run])
+    section = section_of(run)
     assert "cross entropy 4 → 1; 2 steps skipped for NaN or Inf (2, 3), marked by br" in section
 
 
 def test_a_single_spike_is_no_reason_to_refuse_a_run(tmp_path: Path) -> None:
     losses = [4.0, 3.0, 9.0, 2.0]
     write_run(tmp_path, {"train/loss": losses, "train/loss_spike": [None, None, 3.0]})
-    assert "total 4 → 2" in training_section([read_run("stage1", tmp_path)])
+    assert "total 4 → 2" in section_of(read_run("stage1", tmp_path))
 
 
 def test_a_run_of_one_step_is_a_dot(tmp_path: Path) -> None:
     write_run(tmp_path, {"train/loss": [1.5]})
-    assert "total 1.5 → 1.5" in training_section([read_run("stage1", tmp_path)])
+    assert "total 1.5 → 1.5" in section_of(read_run("stage1", tmp_path))

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pareto", type=Path, metavar="FILE", help="what `pareto` wrote, to show it on the page"
     )
-    parser.add_argument("--teacher", type=Path, help="check that plan and scores are of this one")
+    parser.add_argument(
+        "--teacher", type=Path, help="check that plan and scores are of this folder, and name it"
+    )
     parser.add_argument("--out", required=True, type=Path, help="the HTML page to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
 
@@ -53,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         pareto=args.pareto,
         command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
         teacher_config_hash=config_hash(args.teacher) if args.teacher else "",
+        teacher_name=args.teacher.resolve().name if args.teacher else "",
         overwrite=args.overwrite,
     )
     print(f"report: {page}")
