@@ -19,6 +19,7 @@ from hydra_tools import evaluate  # noqa: E402
 from hydra_tools.cli import main  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
+from megatron_hydra.api import evaluate as step  # noqa: E402
 from megatron_hydra.evaluation.lengths import (  # noqa: E402
     Reach,
     default_lengths,
@@ -102,7 +103,7 @@ def test_evaluate_takes_its_lengths_from_the_models_and_says_so(
 ) -> None:
     short = "".join(f"Sentence {i} says that {i * i} is a square. " for i in range(2000))
     monkeypatch.setattr(text, "local_text", lambda: short)
-    monkeypatch.setattr(evaluate, "_PERPLEXITY_TOKENS", 600)
+    monkeypatch.setattr(step, "PERPLEXITY_TOKENS", 600)
     out = tmp_path / "out.json"
     with caplog.at_level(logging.WARNING):
         found = run_evaluate(models, ["teacher", "trained"], out)
