@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hydra.certify.checks import Check, Limits, NotRun, plan_checks, row_lengths
+from megatron_hydra.certify.checks import Check, Limits, plan_checks, row_lengths
 from megatron_hydra.certify.comparison import (
     QUANTITIES,
     Difference,
@@ -29,7 +29,7 @@ from megatron_hydra.certify.comparison import (
     differences,
 )
 from megatron_hydra.certify.layouts import Batch, Layout, random_batch
-from megatron_hydra.certify.tables import KIND, SCHEMA_VERSION
+from megatron_hydra.certify.tables import CertificateFile, NotRun, Row
 from megatron_hydra.certify.training import Record, Run, Trainer, save_first_weights, train
 from megatron_hydra.certify.worlds import Ranks
 from megatron_hydra.errors import UserError
@@ -69,26 +69,12 @@ _CAPS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One quantity of one check."""
-
-    check: str
-    layout: str
-    compared_with: str
-    quantity: str
-    difference: float
-    at: str
-    tolerance: float
-    passed: bool
-
-
 @dataclass
 class Certificate:
     """What was found, on rank 0; on other ranks the verdict alone."""
 
     passed: bool
-    data: dict[str, Any]
+    file: CertificateFile | None
 
 
 @dataclass
@@ -139,8 +125,8 @@ def certify(
         certifier.run_check(check)
     passed = certifier.share_verdict()
     ranks.leave()
-    data = certifier.certificate(limits, length, not_run) if rank == 0 else {}
-    return Certificate(passed, data)
+    file = certifier.certificate(limits, length, not_run) if rank == 0 else None
+    return Certificate(passed, file)
 
 
 class _Certifier:
@@ -272,32 +258,33 @@ class _Certifier:
         dist.broadcast_object_list(verdict, src=0)
         return verdict[0]
 
-    def certificate(self, limits: Limits, length: int, not_run: Sequence[NotRun]) -> dict[str, Any]:
-        """Everything that was found, as JSON values."""
+    def certificate(
+        self, limits: Limits, length: int, not_run: Sequence[NotRun]
+    ) -> CertificateFile:
+        """Everything that was found."""
         config = HydraConfig(**self.run.fields)
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "passed": bool(self.rows) and all(row.passed for row in self.rows),
-            "versions": versions(),
-            "device": device_name(),
-            "backend": config.backend,
-            "precision": str(config.params_dtype).removeprefix("torch."),
-            "num_ranks": self.world_size,
-            "limits": dataclasses.asdict(limits),
-            "length_tokens": length,
-            "num_steps": self.run.num_steps,
-            "config": {
-                field.name: getattr(config, field.name) for field in dataclasses.fields(HydraFields)
-            }
+        names = [field.name for field in dataclasses.fields(HydraFields)]
+        return CertificateFile(
+            schema_version=1,
+            kind="certificate",
+            passed=bool(self.rows) and all(row.passed for row in self.rows),
+            versions=versions(),
+            device=device_name(),
+            backend=config.backend,
+            precision=str(config.params_dtype).removeprefix("torch."),
+            num_ranks=self.world_size,
+            limits=dataclasses.asdict(limits),
+            length_tokens=length,
+            num_steps=self.run.num_steps,
+            config={name: getattr(config, name) for name in names}
             | {name: value for name, value in self.run.fields.items() if _is_plain(value)},
-            "changed_for_certification": WELL_CONDITIONED,
-            "plan_hash": plan_hash(self.run.plan),
-            "fa_heads": {str(i): list(x.fa_heads) for i, x in enumerate(self.run.plan.layers)},
-            "rows": [dataclasses.asdict(row) for row in self.rows],
-            "peak_bytes": self.peak_bytes,
-            "not_run": [dataclasses.asdict(item) for item in not_run],
-        }
+            changed_for_certification=WELL_CONDITIONED,
+            plan_hash=plan_hash(self.run.plan),
+            fa_heads={str(i): list(x.fa_heads) for i, x in enumerate(self.run.plan.layers)},
+            rows=self.rows,
+            peak_bytes=self.peak_bytes,
+            not_run=list(not_run),
+        )
 
 
 def _is_plain(value: Any) -> bool:

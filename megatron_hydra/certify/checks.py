@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_hydra.certify.layouts import Layout
+from megatron_hydra.certify.tables import NotRun
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.model.placement import place_heads
@@ -47,14 +48,6 @@ class Check:
         if self.other == self.layout:
             return "itself again"
         return self.other.name
-
-
-@dataclass(frozen=True)
-class NotRun:
-    """A check that does not fit, and why."""
-
-    name: str
-    reason: str
 
 
 def plan_checks(

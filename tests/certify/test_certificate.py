@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,11 @@ from megatron_hydra.certify.layouts import Layout, local_index, micro_batches, r
 from megatron_hydra.certify.tables import (
     BEGIN,
     END,
+    CertificateFile,
+    NotRun,
+    Row,
     layouts_table,
+    read_certificate,
     text_table,
     with_table,
 )
@@ -182,17 +188,31 @@ def test_the_tool_certifies_one_rank(tmp_path):
     assert list(tmp_path.iterdir()) == [out], "nothing is left beside it"
 
 
-def _certificate(**changes: object) -> dict:
-    row = dict(
+def _certificate(**changes: Any) -> CertificateFile:
+    row = Row(
         check="tensor parallel", layout="tp2 by_type", compared_with="one rank",
         quantity="logits", difference=1e-6, at="document 1", tolerance=1e-5, passed=True,
     )  # fmt: skip
-    rows = [row, {**row, "quantity": "gradients", "difference": 9e-6, "at": "x, head 3", **changes}]
-    return dict(
-        passed=all(row["passed"] for row in rows), rows=rows, peak_bytes={"tp2 by_type": [2**20]},
-        not_run=[dict(name="pipeline", reason="--pp is 1")], num_ranks=2, device="CPU",
-        precision="float32", backend="local",
+    worse = replace(row, quantity="gradients", difference=9e-6, at="x, head 3")
+    rows = [row, replace(worse, **changes)]
+    return CertificateFile(
+        schema_version=1, kind="certificate", passed=all(row.passed for row in rows), versions={},
+        device="CPU", backend="local", precision="float32", num_ranks=2, limits={"tp": 2},
+        length_tokens=24, num_steps=2, config={}, changed_for_certification={}, plan_hash="",
+        fa_heads={}, rows=rows, peak_bytes={"tp2 by_type": [2**20]},
+        not_run=[NotRun("pipeline", "--pp is 1")],
     )  # fmt: skip
+
+
+def test_a_certificate_is_read_as_it_was_written_and_a_bad_one_refused(tmp_path):
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(asdict(_certificate())))
+    assert read_certificate(path) == _certificate()
+    data = json.loads(path.read_text())
+    del data["rows"][1]["tolerance"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"certificate\.json: key rows\[1\]\.tolerance is missing"):
+        read_certificate(path)
 
 
 def test_the_table_shows_the_worst_and_all_that_failed():
@@ -219,7 +239,7 @@ def test_layouts_are_written_between_the_readmes_markers(tmp_path):
 def test_the_readmes_layouts_are_those_of_the_certificates():
     paths = sorted((ROOT / "tests/certificates").glob("*.json"))
     readme = ROOT / "README.md"
-    table = layouts_table([json.loads(path.read_text()) for path in paths])
+    table = layouts_table([read_certificate(path) for path in paths])
     assert paths and with_table(readme, table) == readme.read_text(encoding="utf-8")
 
 

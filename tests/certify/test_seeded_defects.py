@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def _certify_all(folder: Path) -> None:
                 ),
             )
         if rank == 0:
-            (folder / f"{defect}.json").write_text(json.dumps(certificate.data["rows"]))
+            (folder / f"{defect}.json").write_text(json.dumps(asdict(certificate.file)["rows"]))
 
 
 def _put_in(defect: str, patch: pytest.MonkeyPatch) -> None:

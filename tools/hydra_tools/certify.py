@@ -11,12 +11,13 @@ import shutil
 import sys
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools import launch
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, read_json, write_json
+from megatron_hydra.files import check_output, check_outputs, write_json
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if launch.rank() == 0:
         from megatron_hydra.certify.tables import text_table
 
-        write_json(out, certificate.data, args.overwrite)
-        print(text_table(certificate.data))
+        assert certificate.file is not None
+        write_json(out, asdict(certificate.file), args.overwrite)
+        print(text_table(certificate.file))
         verdict = "every check passed" if certificate.passed else "a check FAILED"
         print(f"{verdict}: {out}")
     return 0 if certificate.passed else 1
@@ -163,14 +165,9 @@ def _tabulate(args: argparse.Namespace) -> int:
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
-    from megatron_hydra.certify.tables import (
-        KIND,
-        SCHEMA_VERSION,
-        layouts_table,
-        write_between_markers,
-    )
+    from megatron_hydra.certify.tables import layouts_table, read_certificate, write_between_markers
 
-    table = layouts_table([read_json(path, KIND, SCHEMA_VERSION) for path in args.table])
+    table = layouts_table([read_certificate(path) for path in args.table])
     if args.into is None:
         print(table)
     else:
