@@ -101,7 +101,7 @@ def make_positions(n: int) -> torch.Tensor:
 
 
 def options(setting: str) -> dict[str, Any]:
-    defaults = {"eps": 1e-3, "fa_activation": "sigmoid2", "la_activation": "silu"}
+    defaults = {"eps": 1e-3, "la_activation": "silu"}
     return defaults | SETTINGS[setting][0]
 
 
@@ -123,8 +123,8 @@ def by_definition(leaves: Tensors, setting: str) -> torch.Tensor:
             if chosen["eps"] is not None:
                 out = out / (out.square().mean(-1, keepdim=True) + chosen["eps"]).sqrt()
             if gates is not None:
-                z, activation = gates[:, :, i], chosen[f"{kind}_activation"]
-                out = out * (F.silu(z) if activation == "silu" else 2 / (1 + torch.exp(-z)))
+                z, is_silu = gates[:, :, i], kind == "la" and chosen["la_activation"] == "silu"
+                out = out * (F.silu(z) if is_silu else 2 / (1 + torch.exp(-z)))
             position = positions.pop(0)
             if head_scale is not None:
                 out = out * head_scale[position]
@@ -321,7 +321,6 @@ BAD = {
     r"head_scale must be \[5\]": {"head_scale": torch.zeros(4)},
     r"positions must be \[5\] int32 or int64": {"positions": torch.zeros(5)},
     "eps must be above 0": {"eps": 0.0},
-    "fa_activation must be one of": {"fa_activation": "relu"},
     "la_activation must be one of": {"la_activation": None},
     "impl must be one of": {"impl": "fused"},
     "needs stride 1 in d": {"impl": "triton", "fa": torch.zeros(5, 2, 2, 16)[..., ::2]},

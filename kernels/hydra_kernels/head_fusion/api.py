@@ -26,7 +26,6 @@ def head_fusion(
     positions: Tensor,
     *,
     eps: float | None,
-    fa_activation: Activation = "sigmoid2",
     la_activation: Activation = "silu",
     empty_gradients: Callable[[], list[Tensor]] | None = None,
     impl: Impl,
@@ -42,15 +41,14 @@ def head_fusion(
     Args:
         fa: [s, b, n_fa, d]; n_fa may be 0.
         la: [s, b, n_la, d] in fa's dtype; n_la may be 0, n = n_fa + n_la may not.
-        fa_gate: z of the FA heads, shape and dtype as fa; None for no gate.
+        fa_gate: z of the FA heads, shape and dtype as fa; its gate is 2 sigmoid(z), 1 at zero.
+            None for no gate.
         la_gate: z of the LA heads, shape and dtype as la; None for no gate.
         head_scale: [n], float32 recommended, in the order of the output; None for 1.
         positions: [n] integer, the place of each head in the output, FA heads first: each of
             0 to n - 1 once. Its values are the caller's: reading them would stop a GPU.
         eps: added to the mean square; None for no norm.
-        fa_activation: the FA heads' gate: "sigmoid2" is 2 sigmoid(z), 1 at zero; "silu" is
-            z sigmoid(z).
-        la_activation: the LA heads' gate.
+        la_activation: the LA heads' gate: "silu" is z sigmoid(z), "sigmoid2" as the FA heads'.
         empty_gradients: called once in each backward pass, makes the tensors that the gradients of
             fa_gate and la_gate (of those given) are written to, so that a caller who joins them
             with others need not copy them; shaped and typed as these, stride 1 in d.
@@ -68,22 +66,22 @@ def head_fusion(
             "triton" CPU tensors outside the interpreter, float64, a stride of d other than 1.
     """
     _check(fa, la, fa_gate, la_gate, head_scale, positions)
-    for name, activation in (("fa_activation", fa_activation), ("la_activation", la_activation)):
-        if activation not in get_args(Activation):
-            raise ValueError(f"{name} must be one of {get_args(Activation)}, got {activation!r}")
+    if la_activation not in get_args(Activation):
+        raise ValueError(
+            f"la_activation must be one of {get_args(Activation)}, got {la_activation!r}"
+        )
     if eps is not None and not eps > 0:
         raise ValueError(f"eps must be above 0, or None for no norm, got {eps}")
-    activations = (fa_activation, la_activation)
     if impl == "reference":
         return reference.head_fusion(
-            fa, la, fa_gate, la_gate, head_scale, positions, eps, *activations
+            fa, la, fa_gate, la_gate, head_scale, positions, eps, la_activation
         )
     if impl == "triton":
         _check_for_triton(fa, la, fa_gate, la_gate)
         from hydra_kernels.head_fusion import triton_head_fusion
 
         return triton_head_fusion.head_fusion(
-            fa, la, fa_gate, la_gate, head_scale, positions, eps, *activations, empty_gradients
+            fa, la, fa_gate, la_gate, head_scale, positions, eps, la_activation, empty_gradients
         )
     raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
 

@@ -19,12 +19,11 @@ def head_fusion(
     head_scale: Tensor | None,
     positions: Tensor,
     eps: float | None,
-    fa_activation: str,
     la_activation: str,
 ) -> Tensor:
     """As `api.head_fusion`; in float32, in float64 for float64 input."""
     branches = (
-        _norm_and_gate(fa, fa_gate, eps, fa_activation),
+        _norm_and_gate(fa, fa_gate, eps, "sigmoid2"),
         _norm_and_gate(la, la_gate, eps, la_activation),
     )
     heads = torch.cat(branches, dim=2).index_select(2, positions.argsort())

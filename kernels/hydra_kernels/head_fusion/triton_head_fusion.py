@@ -111,7 +111,7 @@ def _forward_kernel(
     fa_gate_s, fa_gate_b, fa_gate_n, la_gate_s, la_gate_b, la_gate_n,
     num_tokens, num_fa, num_heads, eps,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
-    FA_ACTIVATION: tl.constexpr, LA_ACTIVATION: tl.constexpr,
+    LA_ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Grid [token blocks * heads, b]; heads run fastest."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
@@ -126,7 +126,7 @@ def _forward_kernel(
             fa + batch * fa_b + head * fa_n, fa_s,
             fa_gate, batch * fa_gate_b + head * fa_gate_n, fa_gate_s,
             out, out_stride, rms_inverse, rms_start,
-            position, head_scale, first_token, num_tokens, eps, D, PAD, BLOCK, FA_ACTIVATION,
+            position, head_scale, first_token, num_tokens, eps, D, PAD, BLOCK, "sigmoid2",
         )  # fmt: skip
     else:
         head -= num_fa
@@ -183,7 +183,7 @@ def _backward_kernel(
     dfa_gate_s, dfa_gate_b, dfa_gate_n, dla_gate_s, dla_gate_b, dla_gate_n,
     num_tokens, num_fa, num_heads,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
-    FA_ACTIVATION: tl.constexpr, LA_ACTIVATION: tl.constexpr,
+    LA_ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Grid as `_forward_kernel`."""
     head = (tl.program_id(0) % num_heads).to(tl.int64)
@@ -201,7 +201,7 @@ def _backward_kernel(
             dfa + batch * dfa_b + head * dfa_n, dfa_s,
             dfa_gate, batch * dfa_gate_b + head * dfa_gate_n, dfa_gate_s,
             rms_inverse, rms_start, scale_parts, part, part_stride,
-            position, head_scale, first_token, num_tokens, D, PAD, BLOCK, FA_ACTIVATION,
+            position, head_scale, first_token, num_tokens, D, PAD, BLOCK, "sigmoid2",
         )  # fmt: skip
     else:
         head -= num_fa
@@ -226,7 +226,7 @@ class _HeadFusion(torch.autograd.Function):
         head_scale: Tensor | None,
         positions: Tensor,
         eps: float | None,
-        activations: tuple[str, str],
+        la_activation: str,
         empty_gradients: Callable[[], list[Tensor]] | None,
     ) -> Tensor:
         s, b, n_fa, d = fa.shape
@@ -241,10 +241,10 @@ class _HeadFusion(torch.autograd.Function):
             *inputs, head_scale, positions, out, rms_inverse,
             *(stride for x in inputs for stride in _strides(x)),
             s, n_fa, n, eps, **sizes,
-            FA_ACTIVATION=activations[0], LA_ACTIVATION=activations[1],
+            LA_ACTIVATION=la_activation,
         )  # fmt: skip
         ctx.save_for_backward(*inputs, head_scale, positions, rms_inverse)
-        ctx.activations, ctx.empty_gradients = activations, empty_gradients
+        ctx.la_activation, ctx.empty_gradients = la_activation, empty_gradients
         return out
 
     @staticmethod
@@ -278,7 +278,7 @@ class _HeadFusion(torch.autograd.Function):
                 for stride in _strides(x)
             ),
             s, n_fa, n, **sizes,
-            FA_ACTIVATION=ctx.activations[0], LA_ACTIVATION=ctx.activations[1],
+            LA_ACTIVATION=ctx.la_activation,
         )  # fmt: skip
         dscale = None if scale_parts is None else scale_parts.sum(1).to(head_scale.dtype)
         return dfa, dla, dfa_gate, dla_gate, dscale, None, None, None, None
@@ -292,14 +292,12 @@ def head_fusion(
     head_scale: Tensor | None,
     positions: Tensor,
     eps: float | None,
-    fa_activation: str,
     la_activation: str,
     empty_gradients: Callable[[], list[Tensor]] | None = None,
 ) -> Tensor:
     """As `api.head_fusion`, whose checks have passed."""
-    activations = (fa_activation, la_activation)
     return _HeadFusion.apply(
-        fa, la, fa_gate, la_gate, head_scale, positions, eps, activations, empty_gradients
+        fa, la, fa_gate, la_gate, head_scale, positions, eps, la_activation, empty_gradients
     )
 
 
