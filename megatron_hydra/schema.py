@@ -209,7 +209,7 @@ class _Reader:
         return "may_lack" in item.metadata
 
     def _unknown_key(self, known: list[str], key: str, where: str) -> str:
-        above = f"{where}." if where else ""
+        above, key = f"{where}." if where else "", key if key.isprintable() else repr(key)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         if near:
             return f"unknown {self.key} {above}{key}: did you mean {above}{near[0]}?"
