@@ -111,8 +111,9 @@ class HydraFields:
             UserError: On the first value that is not allowed.
         """
         check_fields(self, HydraFields)
-        if not 0 < self.layernorm_epsilon < math.inf:  # Megatron's; a NaN is above nothing
-            raise UserError(f"layernorm_epsilon is {self.layernorm_epsilon}; it must be above 0")
+        epsilon = self.layernorm_epsilon  # Megatron's field; a NaN is above nothing
+        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+            raise UserError(f"layernorm_epsilon is {epsilon!r}; it must be a finite number above 0")
         for name, only in _MEGATRON_FIELDS.items():
             value = getattr(self, name, only)  # not every Megatron has every field
             if value != only:

@@ -285,7 +285,7 @@ def test_decay_rates_stay_float32_in_a_bfloat16_model():
         ("fa_query_scale_base", 1.0, "it must be above 1"),
         ("rotary_base", math.nan, "a number is needed"),
         ("rotary_base", 0.0, "it must be above 0"),
-        ("layernorm_epsilon", math.nan, "it must be above 0"),
+        ("layernorm_epsilon", math.nan, "it must be a finite number above 0"),
         ("fa_rope", 1, "true or false is needed"),
     ],
 )
