@@ -39,7 +39,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
-        "selection", "evaluation", "report", "schema",
+        "selection", "evaluation", "report", "schema", "training", "nemo",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
 }  # fmt: skip

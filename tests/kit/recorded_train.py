@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from hydra_tools import launch, train
+from hydra_tools import launch
+
+from megatron_hydra.api import train
 
 SAMPLE_BASE = 200  # the first two tokens of a sample are the digits of its number
 _prepare = train._prepare

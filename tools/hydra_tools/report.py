@@ -8,13 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hydra.api.report import report
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_outputs
-from megatron_hydra.report import write_report
-from megatron_hydra.report.training_runs import CONFIG_FILES
-from megatron_hydra.teachers.qwen3_config import config_hash
-
-_READ_OF_RUN = (*CONFIG_FILES, "tensorboard", "hybrid")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,22 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page and print its path."""
-    runs = _parse_runs(args.run)
-    # The page may stand in a run's folder, beside what is read there.
-    read = [folder / part for folder in runs.values() for part in _READ_OF_RUN]
-    files = (args.scores, args.plan, args.evaluation, args.pareto)
-    check_outputs([args.out], (*files, args.teacher, *read))
-    page = write_report(
+    page = report(
         args.out,
         scores=args.scores,
         plan=args.plan,
         evaluation=args.evaluation,
-        runs=runs,
+        runs=_parse_runs(args.run),
         pareto=args.pareto,
-        command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
-        teacher_config_hash=config_hash(args.teacher) if args.teacher else "",
-        teacher_name=args.teacher.resolve().name if args.teacher else "",
+        teacher=args.teacher,
         overwrite=args.overwrite,
+        command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
     )
     print(f"report: {page}")
     return 0

@@ -1,24 +1,14 @@
-"""`megatron-hydra train`, or `torchrun -m hydra_tools.train`: one stage of the transfer from YAML.
-
-Imports stay inside functions where they are heavy: a config with a typo is answered at once.
-"""
+"""`megatron-hydra train`, or `torchrun -m hydra_tools.train`: one stage from YAML."""
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
-import gc
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from hydra_tools import launch, stops
+from megatron_hydra.api.train import Training, train
 from megatron_hydra.training.config import RunConfig, load_config
-from megatron_hydra.training.run_folder import RunFolder
-from megatron_hydra.training.run_inputs import check_present
 
 _SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 
@@ -43,70 +33,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or go on with, one stage; return the exit code."""
-    with stops.listening(_say) as asked, ExitStack() as stack:
+    with stops.listening(_say) as asked:
         config = load_config(args.config, args.overrides)
-        folder = RunFolder(config, args.config)
-        is_first_rank = launch.rank() == 0
-        _check_folder(folder, args.overwrite)
-        if not args.overwrite and folder.is_complete():
-            folder.check_trained()
-            return _whole(folder)
-        check_present(config)
         launch.check_launcher("train")
-        is_held = is_first_rank and folder.lock_file.is_file()
-        if is_held:  # or another run does: said now, not after the imports
-            stack.enter_context(folder.lock())
-        training = _prepare(config)
-        folder = RunFolder(training.config, args.config)  # with nothing left open
-        if is_first_rank:
-            if not is_held:
-                stack.enter_context(folder.lock())
-            _check_folder(folder, args.overwrite)
-            if args.overwrite:
-                folder.remove()
-            else:
-                training.check_goes_on()
-            folder.check_room()
-            folder.write_config()
-        num_steps = _train(training, args, asked)
-        if num_steps == config.trainer.max_steps:
-            return _whole(folder)
-        asked.end()
-        command = "the same command without --overwrite" if args.overwrite else "the same command"
-        _say(
-            f"{asked.name or 'a signal to another rank'}: stopped after step {num_steps} of "
-            f"{config.trainer.max_steps}, which is saved in {folder.checkpoints}; {command} "
-            "goes on from there"
-        )
-        training.wait_for_ranks()  # torchrun ends the others at once when one has ended
-        return stops.EXIT_CODE
+        shown = _Progress(config)
+
+        def tell_of_the_stop(stopped: Training) -> None:
+            shown.close()  # what is said next starts on a line of its own
+            asked.end()
+            _say(_words_on_a_stop(stopped, asked.name, args.overwrite))
+
+        try:
+            done = train(
+                config,
+                config_file=args.config,
+                overwrite=args.overwrite,
+                command=_command(args),
+                on_step=shown.show,
+                asks_to_stop=asked.is_asked,
+                on_stop=tell_of_the_stop,
+            )
+        finally:
+            shown.close()
+        if not done.is_complete:
+            return stops.EXIT_CODE
+        if launch.rank() == 0:
+            folder = done.folder
+            print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
+        return 0
 
 
-def _check_folder(folder: RunFolder, overwrite: bool) -> None:
-    if not overwrite:
-        folder.check()
-    elif launch.rank() == 0:  # which may be removing it at this moment
-        folder.check_removable()
-
-
-def _train(training: Any, args: argparse.Namespace, asked: stops.Stops) -> int:
-    progress = _Progress(training.config)
-    try:
-        steps: int = training.run(
-            progress.show,
-            start_anew=args.overwrite,
-            command=_command(args),
-            asks_to_stop=asked.is_asked,
-        )
-    finally:
-        progress.close()  # what is said next starts on a line of its own
-    return steps
-
-
-def _whole(folder: RunFolder) -> int:
-    if launch.rank() == 0:
-        print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
-    return 0
+def _words_on_a_stop(stopped: Training, signal_name: str, overwrite: bool) -> str:
+    folder = stopped.folder
+    command = "the same command without --overwrite" if overwrite else "the same command"
+    return (
+        f"{signal_name or 'a signal to another rank'}: stopped after step {stopped.num_steps} of "
+        f"{folder.config.trainer.max_steps}, which is saved in {folder.checkpoints}; {command} "
+        "goes on from there"
+    )
 
 
 def _say(sentence: str) -> None:
@@ -116,35 +80,6 @@ def _say(sentence: str) -> None:
     if launch.rank() == 0:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
-
-
-def _prepare(config: RunConfig) -> Any:
-    """Import the heavy parts and check the run."""
-    gc.disable()  # a tenth of the import time goes to collecting nothing
-    from megatron_hydra import cpu
-
-    cpu.install_if_needed()
-    with _quiet_imports():
-        from megatron_hydra.nemo.training import TrainingRun
-    gc.enable()
-    return TrainingRun(config)
-
-
-@contextmanager
-def _quiet_imports() -> Iterator[None]:
-    """Without NeMo's warnings of every optional package, and without its stack dumps.
-
-    NeMo registers a dump on SIGTERM, which torchrun sends to the other ranks once one failed.
-    """
-    register, faulthandler.register = faulthandler.register, lambda *args, **kwargs: None
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        faulthandler.register = register
 
 
 def _command(args: argparse.Namespace) -> list[str]:
