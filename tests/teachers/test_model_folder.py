@@ -93,7 +93,7 @@ def test_folders_of_earlier_releases_still_load(tmp_path: Path) -> None:
     path.write_text(json.dumps(meta))
     assert load_any_model(tmp_path / "teacher").meta["teacher_weights_hash"] == ""
     path.write_text(json.dumps({**meta, "teacher_weights_hash": 5}))
-    with pytest.raises(UserError, match="has no teacher_weights_hash, or one that is no str"):
+    with pytest.raises(UserError, match="teacher_weights_hash is 5; text is needed"):
         read_metadata(tmp_path / "teacher")
 
 

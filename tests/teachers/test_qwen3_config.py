@@ -323,7 +323,7 @@ def test_missing_folder_and_config(tmp_path: Path) -> None:
 def test_a_folder_is_checked_without_pytorch(folder: Path) -> None:
     """So that a bad one is said before the imports that take seconds."""
     program = (
-        "import sys; from megatron_hydra.conversion import model_folder, qwen3_config, tokenizer\n"
+        "import sys; from megatron_hydra.teachers import model_folder, qwen3_config, tokenizer\n"
         f"folder = {str(folder)!r}\n"
         "assert not model_folder.is_checkpoint_folder(folder)\n"
         "print(qwen3_config.config_hash(folder), model_folder.weights_hash(folder))\n"
