@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,31 @@ def test_the_readmes_lines_for_plain_megatron_build_the_hybrid(
     assert [type(attention) for attention in attentions] == [HydraAttention] * 2
     assert [attention.placement.fa_heads(0) for attention in attentions] == [(1,), (2, 3)]
     assert "output_layer.weight" not in dict(model.named_parameters()), "tied, as the teacher's"
+
+
+@pytest.mark.slow
+def test_the_main_job_in_python(tmp_path: Path) -> None:
+    """In a process of its own, as three trainings follow one another there, of unequal batches."""
+    program = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, "examples/api")
+from transfer import transfer
+transfer(
+    out=Path({str(tmp_path / "run")!r}), documents=32, samples=5, lengths=(256, 384, 512),
+    scoring=["probes.pairs=2", "probes.pairs_of={{}}", "probes.names=[niah_single_1,text]",
+             "scorers.path_patching.max_rounds=1"],
+    training=["strategy.tensor_model_parallel_size=1", "trainer.max_steps=2"],
+)
+"""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "tools"))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert all(stage in page for stage in ("stage1_align", "stage2_distill", "stage3_long_context"))
+    results = json.loads((tmp_path / "run/evaluation.json").read_text())["models"]
+    losses = {model["name"]: model["loss_nats"]["256"] for model in results}
+    assert losses["teacher"] < losses["trained"]

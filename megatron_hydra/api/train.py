@@ -91,12 +91,17 @@ def train(
                 run.check_goes_on()
             folder.check_room()
             folder.write_config()
-        num_steps = run.run(
-            on_step,
-            start_anew=overwrite,
-            command=list(sys.argv if command is None else command),
-            asks_to_stop=asks_to_stop,
-        )
+        from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+        try:
+            num_steps = run.run(
+                on_step,
+                start_anew=overwrite,
+                command=list(sys.argv if command is None else command),
+                asks_to_stop=asks_to_stop,
+            )
+        finally:
+            unset_num_microbatches_calculator()  # a next run in this process has its own batches
         training = Training(folder, num_steps, num_steps == config.trainer.max_steps)
         if not training.is_complete:
             on_stop(training)

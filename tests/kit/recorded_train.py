@@ -176,8 +176,6 @@ def run_stages(stages: list[tuple[list[str], dict[str, str], Path]]) -> None:
     Args:
         stages: Of each the arguments, the environment and where to print.
     """
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-
     train._prepare = _prepare_and_patch
     for arguments, environment, log in stages:
         os.environ.update(environment)
@@ -187,7 +185,6 @@ def run_stages(stages: list[tuple[list[str], dict[str, str], Path]]) -> None:
             os.dup2(stream.fileno(), 2)
         assert launch.main("train") == 0, log.read_text()[-4000:]
         train._prepare = _prepare  # all is patched
-        unset_num_microbatches_calculator()  # NeMo keeps the first run's
 
 
 if __name__ == "__main__":

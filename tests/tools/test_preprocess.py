@@ -179,7 +179,7 @@ def test_mistakes_are_said_before_the_slow_imports(tmp_path: Path, option: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--processes", "0"], "--processes is 0; it must be 1 or more"),
+        (["--processes", "0"], "the number of processes is 0; it must be 1 or more"),
         (["--end-of-document", "<end>"], "no token '<end>' to end documents with"),
         (["--text-key", "txt", "--input", "IN"], 'line 1 of .* has no "txt", but text'),
         (["--retrieval-fraction", "0", "--seq-length", "9" * 9, "--num-documents", "9" * 9],
@@ -205,7 +205,7 @@ def test_bad_options(
 ENDLESS = """
 import os
 from itertools import repeat
-from hydra_tools.encoding import encode_pieces
+from megatron_hydra.teachers.encoding import encode_pieces
 
 class Tokenizer:
     def __call__(self, texts, **options):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from megatron_hydra.processes import end_with_parent
 
 EXIT_CODE = os.EX_TEMPFAIL  # 75: try again later
 """Of a training that was stopped and goes on when its command is given again."""
@@ -18,7 +18,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A scheduler, `timeout` and torchrun each hand on the same signal.
 _SECONDS_OF_ONE_STOP = 2.0
 _SECONDS_FOR_AN_ORPHAN = 300.0
-_PR_SET_PDEATHSIG = 1
 
 
 class Stops:
@@ -106,23 +105,9 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
 
 
 def end_with_launcher() -> None:
-    """End with torchrun, if that has started this process; see :func:`end_with_parent`."""
+    """End with torchrun, if that has started this process; see `processes.end_with_parent`."""
     if "LOCAL_RANK" in os.environ:
         end_with_parent(os.getppid())
-
-
-def end_with_parent(parent: int) -> None:
-    """Ask Linux for SIGTERM when the process that started this one ends, however that ends.
-
-    Elsewhere an orphan lives on.
-
-    Args:
-        parent: The process that started this one; it may have ended by now.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # it ended just before
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave_to_the_thread(*_: object) -> None: ...

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from hydra_tools import stops
 from megatron_hydra.errors import UserError
+from megatron_hydra.processes import end_with_parent
 from megatron_hydra.teachers.token_ids import cut_pieces, encode
 
 _BATCH_CHARACTERS = 2**18
@@ -82,7 +82,7 @@ def _start_worker(tokenizer: Any, special_as_text: bool, parent: int) -> None:
     global _worker
     _worker = (tokenizer, special_as_text)
     # Each holds the others' pipes open: none would hear that the first process was killed.
-    stops.end_with_parent(parent)
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -111,7 +111,7 @@ def _in_processes(
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {num_processes} --processes was killed, most likely for want of memory: ask "
+            f"one of {num_processes} processes was killed, most likely for want of memory: ask "
             "for fewer"
         ) from error
     finally:
