@@ -2,7 +2,7 @@
 #   make quickstart   the main job, from the shipped teacher to a report (about 11 minutes)
 #   make test         all tests that need no GPU, but for the long matrix
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
-#   make certificates certify the quickstart's model anew, and the README's table from it
+#   make certificates certify the quickstart's model anew, and the table of docs/layouts.md from it
 #   make checks       formatter, linter, types
 #   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)
 #   make bench-2-gpus on a machine with two: the certificate, and training steps over both
@@ -43,7 +43,7 @@ certificates: $(INSTALLED)
 		--out tests/certificates/cpu_4_ranks.json
 	$(CERTIFY) 8 $(CERTIFIED) --tp 8 --cp 2 --pp 2 --layers 2 --length 32 --steps 2 --only parallel \
 		--out tests/certificates/cpu_8_ranks.json
-	$(VENV)/bin/python -m hydra_tools.certify --table tests/certificates/*.json --into README.md
+	$(VENV)/bin/python -m hydra_tools.certify --table tests/certificates/*.json --into docs/layouts.md
 
 # On a GPU machine, in an environment that has Transformer Engine, fla and NeMo; -m "gpu and exhaustive"
 # trains all of Qwen3-1.7B's shape, for which it writes 120 GB.

@@ -177,7 +177,7 @@ def shard_batch(
         packed_seq_params: Of :func:`pad_documents`; None for rows of one sequence.
 
     Raises:
-        UserError: If the sequence length does not divide by 2 cp.
+        UserError: If the sequence length is not divisible by 2 cp.
     """
     size = group.size()
     if size == 1:
@@ -185,7 +185,7 @@ def shard_batch(
     for tensor in batch.values():
         if packed_seq_params is None and tensor.shape[1] % (2 * size):
             raise UserError(
-                f"the sequence length {tensor.shape[1]} does not divide by "
+                f"the sequence length {tensor.shape[1]} is not divisible by "
                 f"2 x context_parallel_size = {2 * size}"
             )
     if packed_seq_params is None:

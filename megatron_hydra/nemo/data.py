@@ -80,8 +80,8 @@ def pack_documents(
         batch: `tokens` and `labels` `[b, s]` int64, `loss_mask` `[b, s]` floating point.
         end_of_document: The token that ends a document.
         cp_size: Context-parallel ranks, for which every document is padded.
-        multiple_of: What each context-parallel rank's number of tokens must divide by; what it
-            lacks is a document of padding.
+        multiple_of: What each context-parallel rank's number of tokens must be divisible by; what
+            it lacks is a document of padding.
 
     Returns:
         `tokens`, `position_ids`, `labels`, `loss_mask` and `token_weights`, which is 0 where a

@@ -80,7 +80,7 @@ def training_memory(
         seq_length: Tokens of a sequence, for which heads are placed; None for T.
 
     Raises:
-        UserError: If the heads do not divide by `tp_size`.
+        UserError: If the number of heads is not divisible by `tp_size`.
     """
     step = _Step(
         shape, stage, num_tokens, recompute, chunk_tokens, dp_size, recompute_layers,

@@ -236,11 +236,11 @@ def test_layouts_are_written_between_the_readmes_markers(tmp_path):
         layouts_table([_certificate(passed=False)])
 
 
-def test_the_readmes_layouts_are_those_of_the_certificates():
+def test_the_documented_layouts_are_those_of_the_certificates():
     paths = sorted((ROOT / "tests/certificates").glob("*.json"))
-    readme = ROOT / "README.md"
+    page = ROOT / "docs/layouts.md"
     table = layouts_table([read_certificate(path) for path in paths])
-    assert paths and with_table(readme, table) == readme.read_text(encoding="utf-8")
+    assert paths and with_table(page, table) == page.read_text(encoding="utf-8")
 
 
 @pytest.mark.dist

@@ -93,7 +93,9 @@ def test_lengths_that_do_not_divide_are_an_error() -> None:
     from megatron_hydra.model.sequence import shard_batch
 
     group = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    with pytest.raises(UserError, match="^the sequence length 6 does not divide by 2 x context_pa"):
+    with pytest.raises(
+        UserError, match="^the sequence length 6 is not divisible by 2 x context_pa"
+    ):
         shard_batch({"tokens": torch.zeros(1, 6)}, group)
 
 

@@ -162,7 +162,7 @@ def test_sequence_length_divides_by_ranks_that_share_it(config_file: Path) -> No
     shared = ["strategy.tensor_model_parallel_size=4", "strategy.sequence_parallel=true",
               "strategy.context_parallel_size=2"]  # fmt: skip
     load_config(config_file, shared)
-    shared.append("data.seq_length=12")  # divides by 2 x 2, but not by 4 x 2
+    shared.append("data.seq_length=12")  # divisible by 2 x 2, but not by 4 x 2
     with pytest.raises(UserError, match=r"data\.seq_length 12 is not divisible by tensor_.* = 8$"):
         load_config(config_file, shared)
     load_config(config_file, [*shared, "data.reset_at_document_end=true"])  # padded to fit

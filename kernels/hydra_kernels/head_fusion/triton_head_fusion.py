@@ -313,7 +313,7 @@ def _launch(fa: Tensor, num_heads: int) -> tuple[tuple[int, int], dict[str, int]
 def _strides(x: Tensor | None) -> list[int]:
     """Strides of s, b and n; 0 where there is nothing to step to.
 
-    PyTorch leaves the stride of a dimension of size 1 open; one that does not divide by 16 would
+    PyTorch leaves the stride of a dimension of size 1 open; one that is not divisible by 16 would
     cost the kernel its wide loads, and a compilation.
     """
     if x is None:
