@@ -32,7 +32,7 @@ Choose = Callable[[Problem, Array, Array], frozenset[Head] | None]
 """A policy: problem, scores and effect sizes [layers, heads] to FA heads."""
 
 NUM_RESAMPLES = 1000
-_NUM_SOLVED = 200  # resamples under limits: each takes the solver 10 to 300 ms
+_NUM_SOLVED = 200  # resamples under limits: each takes 10 to 50 ms
 _DIGITS = 4
 SURE = 0.95
 """A head is surely chosen if this share of resamples chooses it again."""

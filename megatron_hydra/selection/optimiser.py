@@ -1,32 +1,25 @@
 """Which heads keep full attention: the highest score that a budget and constraints allow.
 
-Legend: l = layers, n = heads of a layer, t = l * n heads, g = query groups of all layers.
+Legend: l = layers, n = heads of a layer, c = choices in a table.
 """
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
-from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from megatron_hydra.selection.budget import Constraints, Limit, Problem
 from megatron_hydra.selection.combination import Array
-from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.cost import ModelShape, PlanCost
 
 Head = tuple[int, int]
 """Layer and head, from 0."""
 Solver = Literal["exact", "greedy"]
-
-# The solver stops within 1e-6 of the best objective: with this for the highest score, that is
-# 1e-9 of it, the precision of the scores file.
-_HIGHEST = 1e3
-_INFEASIBLE = 2  # scipy.optimize.milp's status
+_Whole = NDArray[np.int64]
 
 
 def choose_heads(
@@ -35,8 +28,8 @@ def choose_heads(
     """The FA heads that keep most of the sum of scores.
 
     ``exact`` is exact: for a plain number of heads by taking the best (see :func:`_greedy`),
-    under limits by mixed-integer programming (HiGHS, through SciPy). ``greedy`` takes under
-    limits, too, whatever head of the highest score still fits, as one would without a solver.
+    under limits by a dynamic programme over the layers (see :func:`_solve`). ``greedy`` takes
+    under limits, too, whatever head of the highest score still fits, as one would without a solver.
 
     Scores at or below 0 count as 0: they say that no effect was found. Among choices of equal
     score the one with fewer heads of score 0 wins under limits (where a group is stored anyway
@@ -70,19 +63,191 @@ def least_excess(problem: Problem, num_fa_heads: int = 0) -> float:
     Returns:
         The excess; infinite if the constraints allow no such plan.
     """
-    rows = _Rows(problem)
-    rows.add_counts(1.0, 0.0, 0.0, num_fa_heads, np.inf)
-    for cost, most in problem.limits:
-        # fixed + a x + b y <= most * excess
-        per_head, per_group = cost.per_fa_head / most, cost.per_group / most
-        rows.add_counts(per_head, per_group, -1.0, -np.inf, -cost.fixed / most)
-    objective = np.zeros(rows.num_columns)
-    objective[-1] = 1.0
-    heads = rows.solve(objective, most_excess=np.inf)
-    if heads is None:  # not for the limits: the excess may be as large as it takes
-        return math.inf
-    num_groups = heads.reshape(-1, problem.shape.heads_per_group).any(axis=1).sum()
-    return max(cost.at(int(heads.sum()), int(num_groups)) / most for cost, most in problem.limits)
+    shape = problem.shape
+    counts = np.array(problem.constraints.layer_counts(shape))
+    fewest = counts // -shape.heads_per_group  # groups, negated: the fewest are the cheapest
+    totals = _Table.empty()
+    for _ in range(shape.num_layers):
+        totals = totals.join(0 * counts, counts, fewest[:, None], 0 * fewest[:, None])
+    excess = [
+        max(cost.at(heads, -score) / most for cost, most in problem.limits)
+        for heads, score in zip(totals.heads.tolist(), totals.score.tolist())
+        if heads >= num_fa_heads and problem.num_fa_heads in (None, heads)
+    ]
+    return min(excess, default=math.inf)
+
+
+# --- dynamic programme ------------------------------------------------------------------------
+
+
+class _Table(NamedTuple):
+    """The best choice for each number of stored groups and of FA heads, of several layers at once.
+
+    Scores are whole numbers, whose sums do not depend on the order: equal ones tie.
+    """
+
+    layer: _Whole  # [c]; 0 where the choices are for the model
+    groups: _Whole  # [c]
+    heads: _Whole  # [c]
+    score: _Whole  # [c]
+    tie: _Whole  # [c], the larger of equal scores is the better
+    rows: _Whole  # [c, parts], which row of each part that was joined
+
+    @classmethod
+    def empty(cls, num_layers: int = 1) -> _Table:
+        """No heads, of no parts."""
+        none = np.zeros(num_layers, dtype=np.int64)
+        return cls(np.arange(num_layers), none, none, none, none, none[:, None][:, :0])
+
+    def where(self, good: NDArray[np.bool_]) -> _Table:
+        """Some of the choices."""
+        return _Table._make(column[good] for column in self)
+
+    def join(self, groups: _Whole, heads: _Whole, score: _Whole, tie: _Whole) -> _Table:
+        """The best of all choices here with all rows of one part more.
+
+        Groups and heads of the part's rows are [rows], scores and ties [rows, layers].
+        """
+        width = int(self.heads.max(initial=0) + heads.max(initial=0)) + 1
+        height = int(self.groups.max(initial=0) + groups.max(initial=0)) + 1
+        lowest = np.iinfo(np.int64).min
+        best, best_tie, source, taken = np.full((4, score.shape[1] * height * width), lowest)
+        own = (self.layer * height + self.groups) * width + self.heads
+        for row, step in enumerate((groups * width + heads).tolist()):
+            cells = own + step
+            sums, ties = self.score + score[row][self.layer], self.tie + tie[row][self.layer]
+            known = best[cells]
+            better = (sums > known) | ((sums == known) & (ties > best_tie[cells]))
+            cells = cells[better]
+            best[cells], best_tie[cells] = sums[better], ties[better]
+            source[cells], taken[cells] = np.flatnonzero(better), row
+        found = np.flatnonzero(best > lowest)
+        layer, cell = np.divmod(found, height * width)
+        rows = np.column_stack([self.rows[source[found]], taken[found]])
+        return _Table(layer, cell // width, cell % width, best[found], best_tie[found], rows)
+
+    def added(self, cost: PlanCost) -> Array:
+        """What the choices add to a cost, [c]."""
+        return np.asarray(cost.per_fa_head * self.heads + cost.per_group * self.groups)
+
+
+def _solve(problem: Problem, evidence: Array, effect: Array) -> frozenset[Head] | None:
+    """The best choice within limits, exactly.
+
+    Constraints bind within a layer, and costs know only the model's numbers of stored groups and
+    of FA heads. So of all choices for the first layers that agree in both numbers the best can
+    take the place of the others, whatever is chosen for the layers that follow.
+    """
+    number, model = problem.num_fa_heads, problem.shape
+    limits = list(problem.limits)
+    if number is not None:
+        limits += [Limit(PlanCost(0, sign, 0, 0), sign * number) for sign in (1, -1)]
+    ranked, sizes, layers = _layer_tables(problem, limits, evidence, effect)
+    costs = [[layer.added(cost) for cost, _ in limits] for layer in layers]
+    least = np.array([[cost.min() for cost in of_layer] for of_layer in costs])
+    most = np.array([[cost.max() for cost in of_layer] for of_layer in costs])
+    table = _Table.empty()
+    for i, layer in enumerate(layers):
+        layer = _prune(layer, model, limits, least.sum(0) - least[i], most.sum(0) - most[i])
+        layers[i] = layer
+        table = table.join(layer.groups, layer.heads, layer.score[:, None], layer.tie[:, None])
+        table = _prune(table, model, limits, least[i + 1 :].sum(0), most[i + 1 :].sum(0))
+    for best in np.lexsort((table.tie, table.score))[::-1]:
+        if _keeps_to(limits, int(table.heads[best]), int(table.groups[best])):
+            return frozenset(
+                (i, head)
+                for i, row in enumerate(table.rows[best])
+                for group, size in enumerate(layers[i].rows[row])
+                for head in ranked[i, group, : sizes[size]].tolist()
+            )
+    return None
+
+
+def _keeps_to(limits: list[Limit], num_heads: int, num_groups: int) -> bool:
+    """Whether so many FA heads and groups keep to all limits, without rounding."""
+    return all(
+        Fraction(cost.fixed)
+        + Fraction(cost.per_fa_head) * num_heads
+        + Fraction(cost.per_group) * num_groups
+        <= Fraction(most)
+        for cost, most in limits
+    )
+
+
+def _prune(
+    table: _Table, model: ModelShape, limits: list[Limit], least: Array, most: Array
+) -> _Table:
+    """Leave out what breaks a limit, or another choice can replace, whatever other layers add.
+
+    Args:
+        table: Choices for some layers.
+        model: Of all layers.
+        limits: Of the model.
+        least: What the other layers add at least to the cost of each limit.
+        most: The same at most.
+    """
+    fits = np.ones(len(table.score), dtype=bool)
+    binding = []
+    for (cost, limit), low, high in zip(limits, least, most):
+        terms = (
+            cost.fixed,
+            cost.per_fa_head * model.total_heads,
+            cost.per_group * model.total_groups,
+        )
+        slack = 1e-9 * sum(map(abs, (limit, *terms)))  # rounding is far below
+        costs, room = table.added(cost), limit - cost.fixed
+        fits &= costs + low <= room + slack
+        free = room - slack - high  # up to here nothing that is added breaks the limit
+        if (costs > free).any():
+            binding.append((costs, np.maximum(costs - slack, free)))
+    if len(binding) < 2:  # costs have an order: a choice must be cheaper than all better ones
+        costs, enough = binding[0] if binding else np.zeros((2, len(fits)))
+        best_first = np.lexsort((-table.tie, -table.score))
+        cheapest = np.minimum.accumulate(costs[best_first])[:-1]
+        fits[best_first[1:]] &= cheapest > enough[best_first[1:]]
+    return table.where(fits)
+
+
+def _layer_tables(
+    problem: Problem, limits: list[Limit], evidence: Array, effect: Array
+) -> tuple[_Whole, _Whole, list[_Table]]:
+    """The table of each layer, whose rows say of each group which number of heads is FA.
+
+    Returns:
+        Heads of each group, the best first, [l, groups, n / groups]; the numbers; the tables.
+    """
+    shape, size = problem.shape, problem.shape.heads_per_group
+    sizes = np.arange(0, size + 1, size if problem.constraints.whole_groups else 1)
+    by_group = (shape.num_layers, shape.num_query_groups, size)
+    score, tie = (x.reshape(by_group) for x in _in_whole_numbers(evidence, effect))
+    order = np.lexsort((-tie, -score))
+    score, tie = (np.take_along_axis(x, order, axis=2) for x in (score, tie))
+    score, tie = (np.array([x[..., :k].sum(axis=2) for k in sizes]) for x in (score, tie))
+    table = _Table.empty(shape.num_layers)
+    for group in range(shape.num_query_groups):
+        table = table.join(np.sign(sizes), sizes, score[..., group], tie[..., group])
+    table = table.where(np.isin(table.heads, problem.constraints.layer_counts(shape)))
+    # A number that costs nothing would only keep choices apart.
+    table = table._replace(
+        groups=table.groups * any(cost.per_group for cost, _ in limits),
+        heads=table.heads * any(cost.per_fa_head for cost, _ in limits),
+    )
+    layers = [table.where(table.layer == layer) for layer in range(shape.num_layers)]
+    return order + size * np.arange(shape.num_query_groups)[:, None], sizes, layers
+
+
+def _in_whole_numbers(score: Array, effect: Array) -> tuple[_Whole, _Whole]:
+    """Scores, and what decides among equal sums: fewer heads of score 0, then the effects' order.
+
+    A score keeps 62 bits below the largest, less those that the sum of all may need: of 448 heads
+    53, float64's own.
+    """
+    bits = 62 - score.size.bit_length() - math.frexp(score.max())[1]
+    whole = np.rint(np.ldexp(score, bits)).astype(np.int64)
+    tie = np.empty(score.size, dtype=np.int64)
+    tie[np.lexsort((np.arange(score.size), -effect.ravel()))] = np.arange(score.size, 0, -1)
+    # One head of score 0 less outweighs the places of all others.
+    return whole, tie.reshape(score.shape) - (score == 0) * (tie.sum() + 1)
 
 
 # --- greedy -----------------------------------------------------------------------------------
@@ -148,169 +313,3 @@ def _heads_of(units: list[_Unit]) -> set[Head]:
 
 def _group_of(shape: ModelShape, head: Head) -> tuple[int, int]:
     return head[0], head[1] // shape.heads_per_group
-
-
-# --- mixed-integer programme ------------------------------------------------------------------
-
-
-def _solve(problem: Problem, evidence: Array, effect: Array) -> frozenset[Head] | None:
-    """Solve for the highest score, then once more for the best among the choices that tie."""
-    rows = _Rows(problem)
-    if not rows.add_limits():
-        return None
-    values = evidence.ravel()
-    highest = values.max()
-    objective = np.zeros(rows.num_columns)
-    objective[: values.size] = -values * (_HIGHEST / highest if highest > 0 else 0.0)
-    found = rows.solve(objective)
-    if found is None:
-        return None
-    chosen = found[: values.size]
-    if _has_ties(values, chosen):
-        chosen = _break_ties(rows, values, effect.ravel(), chosen)
-    layers, heads = np.unravel_index(np.flatnonzero(chosen), evidence.shape)
-    return frozenset(zip(layers.tolist(), heads.tolist()))
-
-
-def _has_ties(values: Array, chosen: NDArray[np.bool_]) -> bool:
-    """Whether another choice may have the same scores, or fewer heads of score 0."""
-    left_out = np.isin(values[chosen], values[~chosen])
-    return bool(left_out.any() or (values[chosen] == 0).any())
-
-
-def _break_ties(
-    rows: _Rows, values: Array, effect: Array, chosen: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """The best of the choices with as many heads of each score as ``chosen``, [t].
-
-    Whole numbers throughout, so nothing is lost to rounding: heads are preferred by their place
-    in the order of effects.
-    """
-    preference = np.empty(values.size)
-    preference[np.lexsort((np.arange(values.size), -effect))] = np.arange(values.size, 0, -1)
-    for value in np.unique(values[chosen]):
-        alike = (values == value).astype(float)
-        number = float(alike @ chosen)
-        rows.add(np.pad(alike, (0, rows.num_columns - alike.size)), number if value else 0, number)
-    objective = np.zeros(rows.num_columns)
-    # One head of score 0 less outweighs every preference.
-    objective[: values.size] = np.where(values == 0, preference.sum(), 0.0) - preference
-    found = rows.solve(objective)
-    assert found is not None  # ``chosen`` itself is a solution
-    return found[: values.size]
-
-
-class _Rows:
-    """The linear constraints; columns: head is FA [t], group is stored [g], units [l], excess."""
-
-    def __init__(self, problem: Problem) -> None:
-        shape, constraints = problem.shape, problem.constraints
-        self.problem = problem
-        self.t, self.g, num_layers = shape.total_heads, shape.total_groups, shape.num_layers
-        self.num_columns = self.t + self.g + num_layers + 1
-        group_of = sparse.kron(sparse.eye(self.g), np.ones((shape.heads_per_group, 1)))
-        in_layer = sparse.kron(sparse.eye(num_layers), np.ones((1, shape.num_heads)))
-        counts, step = constraints.layer_counts(shape), constraints.step(shape)
-        structure = sparse.bmat(
-            [
-                # An FA head's group is stored; of whole groups, all heads are FA then.
-                [sparse.eye(self.t), -group_of, None, sparse.csr_matrix((self.t, 1))],
-                [in_layer, None, -step * sparse.eye(num_layers), None],
-            ]
-        )
-        lower = np.zeros(structure.shape[0])
-        if not constraints.whole_groups:
-            lower[: self.t] = -np.inf
-        self.constraints = [LinearConstraint(structure.tocsr(), lower, 0.0)]
-        # A layer has a whole number of units, from its least to its largest.
-        self.first, self.last = np.zeros(self.num_columns), np.ones(self.num_columns)
-        units = slice(self.t + self.g, -1)
-        self.first[units], self.last[units] = counts[0] // step, counts[-1] // step
-        if problem.num_fa_heads is not None:
-            self.add_counts(1.0, 0.0, 0.0, problem.num_fa_heads, problem.num_fa_heads)
-
-    def add(self, row: Array, lower: float, upper: float) -> None:
-        """Ask for ``lower <= row @ columns <= upper``."""
-        self.constraints.append(LinearConstraint(row[None], lower, upper))
-
-    def add_counts(
-        self, per_head: float, per_group: float, per_excess: float, lower: float, upper: float
-    ) -> None:
-        """The same for the numbers of FA heads and stored groups in the model, and the excess."""
-        row = np.zeros(self.num_columns)
-        row[: self.t], row[self.t : self.t + self.g] = per_head, per_group
-        row[-1] = per_excess
-        self.add(row, lower, upper)
-
-    def add_limits(self) -> bool:
-        """Keep to the problem's limits; False if no numbers of heads and groups can.
-
-        What the limits allow is a set of points, number of groups by number of heads. Its convex
-        hull, with whole numbers as coefficients, takes the place of the costs: with bytes or
-        seconds the solver's tolerance would let a plan slip over its budget.
-        """
-        columns = {
-            groups: heads
-            for groups in range(self.g + 1)
-            if (heads := _allowed_heads(self.problem.limits, groups, self.t))
-        }
-        if not columns:
-            return False
-        fewest = _lower_hull([(groups, heads[0]) for groups, heads in columns.items()])
-        most = _lower_hull([(groups, -heads[-1]) for groups, heads in columns.items()])
-        self.add_counts(0.0, 1.0, 0.0, min(columns), max(columns))
-        self.add_counts(
-            1.0, 0.0, 0.0, min(heads for _, heads in fewest), -min(heads for _, heads in most)
-        )
-        for hull, sign in ((fewest, 1), (most, -1)):
-            for (g0, n0), (g1, n1) in pairwise(hull):
-                # sign * n lies on or above the line through both points.
-                upper = (n1 - n0) * g0 - (g1 - g0) * n0
-                self.add_counts(-sign * (g1 - g0), n1 - n0, 0.0, -np.inf, upper)
-        return True
-
-    def solve(self, objective: Array, most_excess: float = 0.0) -> NDArray[np.bool_] | None:
-        """Minimise; return the heads that are FA [t], or None if nothing is possible."""
-        self.last[-1] = most_excess
-        integrality = np.ones(self.num_columns)
-        integrality[-1] = 0
-        found = milp(
-            objective,
-            constraints=self.constraints,
-            bounds=Bounds(self.first, self.last),
-            integrality=integrality,
-            options={"mip_rel_gap": 0.0},
-        )
-        if found.status == _INFEASIBLE:
-            return None
-        if found.status != 0:
-            raise RuntimeError(f"the solver gave up: {found.message}")
-        return np.asarray(found.x[: self.t] > 0.5)
-
-
-def _allowed_heads(limits: tuple[Limit, ...], num_groups: int, num_heads: int) -> range:
-    """The numbers of FA heads with which so many stored groups keep to all limits, exactly."""
-    low, high = 0, num_heads
-    for cost, most in limits:
-        room = Fraction(most) - Fraction(cost.fixed) - Fraction(cost.per_group) * num_groups
-        per_head = Fraction(cost.per_fa_head)
-        if per_head > 0:
-            high = min(high, math.floor(room / per_head))
-        elif per_head < 0:
-            low = max(low, math.ceil(room / per_head))
-        elif room < 0:
-            return range(0)
-    return range(low, high + 1)
-
-
-def _lower_hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Corners of the lower convex hull of points with ascending x (Andrew's monotone chain)."""
-    hull: list[tuple[int, int]] = []
-    for x, y in points:
-        while len(hull) > 1:
-            (x0, y0), (x1, y1) = hull[-2:]
-            if (x1 - x0) * (y - y0) > (y1 - y0) * (x - x0):
-                break
-            hull.pop()
-        hull.append((x, y))
-    return hull

@@ -1,14 +1,19 @@
-"""Tests of the optimiser: against all subsets of heads of small models, and greedy beside it."""
+"""Tests of the optimiser: against all subsets of heads of small models, against mixed-integer
+programming, and greedy beside it."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit.exact_plans import least_excess_exactly, solve_exactly
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.selection.budget import Budget, Constraints, Limit, Problem
@@ -81,6 +86,11 @@ def cases() -> Iterator[tuple[ModelShape, Constraints, Budget]]:
 
 def total(values: np.ndarray, chosen: frozenset[Head]) -> float:
     return sum(float(values[head]) for head in chosen)
+
+
+def order_of(effects: np.ndarray) -> np.ndarray:
+    """Each head's place by effect from 1, the largest last."""
+    return np.argsort(np.argsort(effects.ravel())).reshape(effects.shape) + 1
 
 
 def solve(
@@ -205,6 +215,86 @@ def test_ties_fall_to_fewer_idle_heads_then_larger_effects(budget: Budget, seed:
     key = [mask.ravel() @ values.ravel(), -mask[values == 0].sum(), mask.ravel() @ preference]
     assert key == max(keys.tolist())
     assert choose_heads(problem, values, effects) == found, "the same again"
+
+
+@pytest.mark.parametrize("budget", BUDGETS[2:])
+@pytest.mark.parametrize("seed", range(6))
+def test_sums_that_tie_by_other_scores_fall_to_fewer_idle_heads_too(
+    budget: Budget, seed: int
+) -> None:
+    """1 and 3 are worth as much as 2 and 2, exactly; the effects' order decides last."""
+    shape, generator = SHAPES[seed % 2], np.random.default_rng(seed)
+    values = generator.choice([0.0, 1.0, 2.0, 3.0], size=(shape.num_layers, shape.num_heads)) / 4
+    effects = generator.random(values.shape)
+    heads = all_choices(shape, Constraints(), budget).heads
+    found = choose_heads(budget.problem(shape, Constraints()), values, effects)
+    if not len(heads):
+        assert found is None
+        return
+    assert found is not None
+    weights = np.stack([4 * values, -1.0 * (values == 0), order_of(effects)]).reshape(3, -1)
+    best = max((heads @ weights.T).round().tolist())
+    assert [round(sum(row[i * shape.num_heads + h] for i, h in found)) for row in weights] == best
+
+
+class Drawn(NamedTuple):
+    """A problem with limits, and scores with ties."""
+
+    problem: Problem
+    values: np.ndarray
+    effects: np.ndarray
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Drawn:
+    """Costs of bytes or of seconds that rise or fall with heads, one or two, loose or tight."""
+    layers, groups, size = (draw(st.integers(1, most)) for most in (4, 3, 4))
+    shape = ModelShape(layers, groups * size, groups, 8, 32, 64, 64, True)
+    constraints = Constraints(
+        draw(st.integers(0, 2)), None, draw(st.booleans()), draw(st.sampled_from([1, 1, 2, 3]))
+    )
+    unit = draw(st.sampled_from([1, 512, 1 / 3.35e12]))
+    limits = []
+    for _ in range(draw(st.integers(1, 2))):
+        fixed, head, group = draw(st.tuples(*map(st.integers, (0, -7, 0), (90, 8, 12))))
+        fixed += max(0, -head) * shape.total_heads  # no cost is below 0
+        cost = PlanCost(fixed * unit, head * unit, group * unit, 0)
+        heads = draw(st.integers(0, shape.total_heads))
+        limits.append(
+            Limit(cost, cost.at(heads, draw(st.integers(0, min(heads, layers * groups)))))
+        )
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    few = [0.0, 0.0, 0.1, 0.35, 1.0]  # no two sets of them have the same sum unless they are alike
+    values = generator.choice(few, size=(layers, shape.num_heads))
+    if draw(st.booleans()):
+        values = generator.random(values.shape) ** 4
+    return Drawn(
+        Problem(shape, constraints, None, tuple(limits)), values, generator.random(values.shape)
+    )
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(problems())
+def test_mixed_integer_programming_finds_no_other_plan(drawn: Drawn) -> None:
+    problem, values, effects = drawn
+    try:
+        expected = solve_exactly(*drawn)
+    except UserError as error:
+        with pytest.raises(UserError, match=re.escape(str(error))):
+            choose_heads(*drawn)
+        return
+    found = choose_heads(*drawn)
+    assert (found is None) == (expected is None)
+    if all(limit.most > 0 for limit in problem.limits):
+        for least in (0, 1):
+            excess = least_excess_exactly(problem, least)
+            assert least_excess(problem, least) == pytest.approx(excess, rel=1e-6)
+    if found is None or expected is None or found == expected:
+        return
+    # Equally good in every respect: both have as many heads of each score, of the same places.
+    assert sorted(values[head] for head in found) == sorted(values[head] for head in expected)
+    order = order_of(effects)
+    assert total(order, found) == total(order, expected)
 
 
 def test_a_plan_of_the_papers_size_is_solved_in_a_moment() -> None:
