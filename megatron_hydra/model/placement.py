@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, islice
+from itertools import accumulate, combinations, islice, product
 from math import inf
-from operator import mul, sub
 from typing import Literal
 
 from megatron_hydra.errors import UserError
@@ -144,10 +143,10 @@ def place_heads(
     """Deal the heads of one layer out to the tensor-parallel ranks.
 
     ``by_type`` puts the FA heads first, then the LA heads, both in order, and cuts equal parts.
-    ``balanced`` makes the dearest rank as cheap as possible for ``sequence_length``, exactly.
-    When ``tp_size <= num_query_groups`` it does so among the placements that keep the FA heads
-    of a query group on one rank; where no such placement has room (possible only if ``tp_size``
-    does not divide the groups), groups are split like for a larger ``tp_size``.
+    ``balanced`` makes the dearest rank cheap for ``sequence_length``. When ``tp_size <=
+    num_query_groups`` the FA heads of a query group lie on one rank, by a greedy rule (see
+    :func:`_whole_groups`); where that finds no room (possible only if ``tp_size`` does not divide
+    the groups), groups are split as for a larger ``tp_size``: as cheaply as possible, exactly.
 
     Raises:
         UserError: If the heads do not divide by the ranks or by the groups, or a value is not
@@ -206,8 +205,6 @@ class _Share:
 
 # A rank's cost by its number of FA heads and of owned groups.
 _RankCost = Callable[[int, int], float]
-# How many groups of each size each rank takes.
-_Taken = tuple[tuple[int, ...], ...]
 
 
 def _balance(
@@ -240,51 +237,44 @@ def _balance(
 def _whole_groups(
     sizes: Mapping[int, int], tp_size: int, capacity: int, rank_cost: _RankCost
 ) -> list[_Share] | None:
-    """The cheapest shares that keep each group whole, or None if the groups do not fit.
+    """Shares that keep each group on one rank, or None if a group finds no room.
 
-    Groups of one size are alike, so a dynamic programme over the ranks needs to know only how
-    many groups of each size are left.
+    Largest group first, each to the cheapest rank with room, known for jobs on machines as longest
+    processing time first (Graham, SIAM J. Appl. Math. 17(2), 1969). Then the dearest rank exchanges
+    up to two groups with another, as long as it gains.
     """
-    kinds = tuple(sorted(set(sizes.values()), reverse=True))
 
-    @cache
-    def solve(ranks_left: int, counts: tuple[int, ...]) -> tuple[float, _Taken] | None:
-        num_heads_left = sum(map(mul, kinds, counts))
-        if num_heads_left > ranks_left * capacity:
-            return None
-        if ranks_left == 0:
-            return -inf, ()
-        best: tuple[float, _Taken] | None = None
-        for taken in _takeable(kinds, counts, capacity):
-            cost = rank_cost(sum(map(mul, kinds, taken)), sum(taken))
-            if best is not None and cost >= best[0]:
-                continue
-            rest = solve(ranks_left - 1, tuple(map(sub, counts, taken)))
-            if rest is not None and (best is None or max(cost, rest[0]) < best[0]):
-                best = max(cost, rest[0]), (taken, *rest[1])
-        return best
+    def cost(groups: tuple[int, ...]) -> float:
+        heads = sum(sizes[group] for group in groups)
+        return rank_cost(heads, len(groups)) if heads <= capacity else inf
 
-    found = solve(tp_size, tuple(list(sizes.values()).count(kind) for kind in kinds))
-    if found is None:
+    def parts(groups: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+        """Up to two of the groups; of equal sizes some stand for all."""
+        found = (part for num in range(3) for part in combinations(groups, num))
+        return {tuple(sorted(sizes[group] for group in part)): part for part in found}.values()
+
+    ranks: list[tuple[int, ...]] = [()] * tp_size
+    for group in sorted(sizes, key=lambda group: (-sizes[group], group)):
+        # Away from a rank of LA heads the least: FA heads of short sequences are the cheaper ones.
+        rank = min(range(tp_size), key=lambda r: abs(cost((*ranks[r], group)) - cost(())))
+        ranks[rank] += (group,)
+    if max(map(cost, ranks)) == inf:
         return None
-    groups = {kind: [g for g in sorted(sizes) if sizes[g] == kind] for kind in kinds}
-    shares = []
-    for taken in found[1]:
-        opened = [groups[kind].pop(0) for kind, num in zip(kinds, taken) for _ in range(num)]
-        shares.append(_Share(tuple(opened), sum(sizes[group] for group in opened)))
-    return shares
-
-
-def _takeable(
-    kinds: tuple[int, ...], counts: tuple[int, ...], capacity: int
-) -> Iterator[tuple[int, ...]]:
-    """All ways to take groups, ``counts`` of each size in ``kinds``, into ``capacity`` heads."""
-    if not kinds:
-        yield ()
-        return
-    for num in range(min(counts[0], capacity // kinds[0]), -1, -1):
-        for rest in _takeable(kinds[1:], counts[1:], capacity - num * kinds[0]):
-            yield (num, *rest)
+    while True:
+        dearest = max(range(tp_size), key=lambda rank: cost(ranks[rank]))
+        exchanges = (
+            (tuple(set(ranks[dearest]) - set(give)) + take, tuple(set(x) - set(take)) + give, rank)
+            for rank, x in enumerate(ranks)
+            for give, take in product(parts(ranks[dearest]), parts(x) if rank != dearest else ())
+        )
+        gains = (x for x in exchanges if max(cost(x[0]), cost(x[1])) < cost(ranks[dearest]))
+        one, other, rank = next(gains, ((), (), -1))
+        if rank < 0:
+            break
+        ranks[dearest], ranks[rank] = one, other
+    # Of equal ranks the first was served first: in another layer let it be another.
+    first = sum(sizes) % tp_size
+    return [_Share(x, sum(sizes[group] for group in x)) for x in ranks[first:] + ranks[:first]]
 
 
 def _split_groups(

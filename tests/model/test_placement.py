@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 
 import pytest
+from kit.exact_placement import cheapest_dearest_rank
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
@@ -60,12 +61,55 @@ def brute_force_dearest(
 @pytest.mark.parametrize("length", [16, 256, 65536])
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_balanced_is_as_cheap_as_brute_force(seed: int, tp_size: int, length: int) -> None:
+def test_balanced_is_as_cheap_as_brute_force_in_a_small_layer(
+    seed: int, tp_size: int, length: int
+) -> None:
     layer = random_layer(8, seed)
     placement = place_heads(layer, 4, tp_size, "balanced", length, SMALL)
     expected = brute_force_dearest(layer, 4, tp_size, length, keep_groups=True)
     assert max(placement.predicted_costs) == pytest.approx(expected, rel=1e-12)
     assert not placement.shares_groups
+
+
+@pytest.mark.parametrize("length", [16, 512, 4096, 32768, 131072])
+@pytest.mark.parametrize(
+    ("num_heads", "num_groups"),
+    [(16, 8), (28, 4), (32, 8), (32, 32), (40, 8), (64, 8), (24, 6), (48, 16), (64, 16)],
+)
+def test_balanced_is_at_most_a_fortieth_dearer_than_the_cheapest(
+    num_heads: int, num_groups: int, length: int
+) -> None:
+    """And keeps groups whole wherever the cheapest does."""
+    models = (SMALL, CostModel(), CostModel(1024, 64), CostModel(8192, 128))
+    for tp_size in (n for n in (2, 3, 4, 8) if num_heads % n == 0 and n <= num_groups):
+        for seed in range(8):
+            layer, model = random_layer(num_heads, seed), models[seed % len(models)]
+            expected = cheapest_dearest_rank(layer, num_groups, tp_size, length, model)
+            placement = place_heads(layer, num_groups, tp_size, "balanced", length, model)
+            assert placement.shares_groups == (expected == float("inf")), (
+                "whole where there is room"
+            )
+            if not placement.shares_groups:
+                dearest = max(placement.predicted_costs) / expected
+                assert 1 - 1e-9 <= dearest <= 1.025
+
+
+def test_sizes_that_greed_deals_badly_are_exchanged() -> None:
+    """Two ranks get 6 and 6 FA heads of groups of 3, 3, 2, 2, 2, where greed gives 7 and 5."""
+    for num_heads, groups, sizes in ((32, 8, (3, 3, 2, 2, 2)), (48, 6, (5, 5, 4, 2, 2, 2))):
+        heads = [i * (num_heads // groups) + j for i, size in enumerate(sizes) for j in range(size)]
+        placement = place_heads(fa_layer(num_heads, heads), groups, 2, "balanced", 65536, SMALL)
+        assert [len(placement.fa_heads(rank)) for rank in (0, 1)] == [sum(sizes) // 2] * 2
+
+
+def test_what_cannot_be_equal_is_not_always_the_first_ranks() -> None:
+    """One group of FA heads a layer: its rank follows from the group."""
+    owners = {
+        next(r for r in range(4) if placement.fa_heads(r))
+        for group in range(8)
+        for placement in [place_heads(fa_layer(16, [2 * group]), 8, 4, "balanced", 4096, SMALL)]
+    }
+    assert owners == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
