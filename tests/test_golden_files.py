@@ -25,7 +25,10 @@ FILES = Path(__file__).parent / "golden" / "version_0_1.tar.xz"
 def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the files, which is the working directory: they name one another by it."""
     with tarfile.open(FILES) as archive:
-        archive.extractall(tmp_path, filter="data")
+        # Python before 3.11.4 has no filters.
+        archive.extractall(
+            tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+        )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -105,7 +105,7 @@ def test_all_to_all_needs_heads_that_divide() -> None:
 
 def _refuse_all_to_all() -> None:
     with pytest.raises(
-        UserError, match="the 3 FA heads of layer 0 on tensor-parallel rank 0 do not"
+        UserError, match="the 3 FA heads of layer 0 on tensor-parallel rank 0 are not"
     ):
         _model("some", cp_comm_type="a2a")
 

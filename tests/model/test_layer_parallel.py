@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -111,4 +112,4 @@ def _certify_rank(
         select=lambda check: wanted is None or f"{check.name}: {check.layout.name}" in wanted,
     )
     if os.environ["RANK"] == "0":
-        (folder / "certificate.json").write_text(json.dumps(certificate.data))
+        (folder / "certificate.json").write_text(json.dumps(asdict(certificate.file)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _certify(folder: Path, tied: bool) -> None:
         select=lambda check: f"{check.name}: {check.layout.name}" in WANTED,
     )
     if os.environ["RANK"] == "0":
-        (folder / "certificate.json").write_text(json.dumps(certificate.data))
+        (folder / "certificate.json").write_text(json.dumps(asdict(certificate.file)))
 
 
 def _run(folder: Path, tied: bool) -> Any:

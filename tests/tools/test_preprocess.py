@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hydra_tools import cli, encoding
+from hydra_tools import cli
 from kit.tiny_qwen3 import write_byte_tokenizer
+
+from megatron_hydra.teachers import encoding
 
 END = 256
 CHAT = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
