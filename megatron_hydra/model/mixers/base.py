@@ -89,10 +89,15 @@ class Mixer(HeadModule):
         cp_comm_type: str | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.placement, self.tp_group = placement, pg_collection.tp
-        self.layer_number = layer_number
+        self.placement, self.layer_number = placement, layer_number
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self.heads = placement.heads_of(self.tp_group.rank(), self.kind)
         self.all_heads = placement.layer_plan.heads_of(self.kind)
+        self._build(submodules, cp_comm_type)
+
+    def _build(self, submodules: Any, cp_comm_type: str | None) -> None:
+        """Make the kind's modules and parameters; arguments as the constructor's."""
+        raise NotImplementedError
 
     @classmethod
     def sections(

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
@@ -20,7 +19,6 @@ from torch import Tensor
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.mixers.base import Mixer, Stream
-from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
 from megatron_hydra.model.sharding import initial_device
@@ -51,38 +49,30 @@ class FullAttention(Mixer):
             sections.append(Section(f"fa_{name}", *groups, head_dim, **shared))
         return sections
 
-    def __init__(
-        self,
-        config: HydraConfig,
-        submodules: Any,
-        placement: LayerPlacement,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        cp_comm_type: str | None = None,
-    ) -> None:
-        super().__init__(config, submodules, placement, layer_number, pg_collection, cp_comm_type)
-        rank = self.tp_group.rank()
+    def _build(self, submodules: Any, cp_comm_type: str | None) -> None:
+        config, groups = self.config, self.pg_collection
         self._build_norms(submodules)
         places, num_groups = self._key_index()
         self.has_key_each = places == list(range(num_groups))
         index = torch.tensor(places, dtype=torch.long, device=initial_device(config))
         self.register_buffer("key_index", index, persistent=False)
         self.core_attention = None
-        if cp_comm_type == "a2a" and len(self.heads) % pg_collection.cp.size():
+        if cp_comm_type == "a2a" and len(self.heads) % groups.cp.size():
             raise UserError(
                 f"cp_comm_type is a2a, but the {len(self.heads)} FA heads of layer "
-                f"{layer_number - 1} on tensor-parallel rank {rank} are not divisible by "
-                f"the context-parallel size {pg_collection.cp.size()}; p2p and all_gather need not"
+                f"{self.layer_number - 1} on tensor-parallel rank {groups.tp.rank()} are not "
+                f"divisible by the context-parallel size {groups.cp.size()}; p2p and all_gather "
+                "need not"
             )
         if self.heads:
             self.core_attention = build_module(
                 submodules.core_attention,
                 config=_with_local_heads(config, len(self.heads), self.tp_group.size()),
-                layer_number=layer_number,
+                layer_number=self.layer_number,
                 attn_mask_type=AttnMaskType.causal,
                 attention_type="self",
                 cp_comm_type=cp_comm_type,
-                pg_collection=pg_collection,
+                pg_collection=groups,
             )
 
     def forward(self, sections: Sections, stream: Stream) -> Tensor:

@@ -15,11 +15,10 @@ from hydra_kernels.gated_delta_rule import gated_delta_rule
 from hydra_kernels.la_preparation import la_preparation
 from hydra_kernels.short_conv import short_conv
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.kernel_choice import (
     check_la_heads,
@@ -27,7 +26,6 @@ from megatron_hydra.model.kernel_choice import (
     choose_la_kernel,
 )
 from megatron_hydra.model.mixers.base import Mixer, Stream
-from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import (
     InitHead,
@@ -77,18 +75,10 @@ class GatedDeltaNet(Mixer):
         """`silu` is Gated DeltaNet's own."""
         return "silu" if config.la_output_gate == "silu" else "sigmoid2"
 
-    def __init__(
-        self,
-        config: HydraConfig,
-        submodules: Any,
-        placement: LayerPlacement,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        cp_comm_type: str | None = None,
-    ) -> None:
-        super().__init__(config, submodules, placement, layer_number, pg_collection, cp_comm_type)
+    def _build(self, submodules: Any, cp_comm_type: str | None) -> None:
+        config = self.config
         self.impl = choose_la_kernel(config.la_kernel)
-        check_la_heads(config, self.impl, layer_number, len(self.heads))
+        check_la_heads(config, self.impl, self.layer_number, len(self.heads))
         self.is_fused = choose_fused_kernels(config.fused_kernels) == "triton"
         if self.is_fused and config.la_rope and config.rotary_interleaved:
             raise UserError(
@@ -101,8 +91,8 @@ class GatedDeltaNet(Mixer):
         if config.la_short_conv and self.heads:
             self.conv_weight = head_parameter(config, self._identity_convolution())
         if config.la_decay and self.heads:
-            self.A_log = self._per_head("A_log", layer_number, _init_a_log)
-            self.dt_bias = self._per_head("dt_bias", layer_number, _init_dt_bias)
+            self.A_log = self._per_head("A_log", _init_a_log)
+            self.dt_bias = self._per_head("dt_bias", _init_dt_bias)
 
     def parameter_sections(self) -> dict[str, list[Section]]:
         """The taps of query, key and value; one number for each head of the others."""
@@ -288,12 +278,14 @@ class GatedDeltaNet(Mixer):
         taps[:, -1] = 1.0
         return taps
 
-    def _per_head(self, name: str, layer_number: int, init: InitHead) -> torch.nn.Parameter:
+    def _per_head(self, name: str, init: InitHead) -> torch.nn.Parameter:
         """One float32 number a head."""
         config, section = self.config, Section(name, self.heads, self.all_heads, 1)
         if not config.perform_initialization:
             return head_parameter(config, torch.empty(len(self.heads)))
-        values = init_heads(section, init, seed=config.head_init_seed, layer_number=layer_number)
+        values = init_heads(
+            section, init, seed=config.head_init_seed, layer_number=self.layer_number
+        )
         return head_parameter(config, values)
 
 
