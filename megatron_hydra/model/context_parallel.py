@@ -7,7 +7,7 @@ B, A are gathered, composed in order, and o + P S follows. What a rank sends is 
 and piece, and the convolution's last tokens: nothing that grows with the sequence, no rank waits
 for another's recurrence, and no number of heads or ranks needs to divide another.
 
-Legend: as `sequence_layout.py`; m = pieces on a rank, b = batch, n = LA heads on the rank.
+Legend: as `sequence.py`; m = pieces on a rank, b = batch, n = LA heads on the rank.
 """
 
 from __future__ import annotations

@@ -158,14 +158,14 @@ class HydraAttention(MegatronModule):
 
         Args:
             hidden_states: `[s, b, h]`; `[s / tp, b, h]` under sequence parallelism. s counts this
-                context-parallel rank's tokens, cut as `sequence_layout.py` says. Not normed yet
+                context-parallel rank's tokens, cut as `sequence.py` says. Not normed yet
                 where the in-projection brings the norm (`layer_specs.py`).
             attention_mask: Ignored: attention is causal.
             rotary_pos_emb: Megatron's rotary angles `[s, 1, 1, d]`, of this rank's tokens; for a
                 packed row of positions 0 and up instead, `[longest document, 1, 1, d]`.
             inference_context: Must be None.
             packed_seq_params: Where a packed row's documents lie (`thd`), with b = 1; see
-                `sequence_layout.packed_sequence`.
+                `sequence.packed_sequence`.
 
         Returns:
             The output, shaped as `hidden_states`, and no bias.

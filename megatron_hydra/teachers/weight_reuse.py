@@ -54,7 +54,7 @@ def reuse_teacher_weights(
     Args:
         model: The hybrid, of the `local` backend; its checkpoint loads into any backend.
         teacher_tensors: The teacher's parameters by the names of Megatron's GPTModel at TP=1,
-            such as ``conversion.qwen3.megatron_tensors`` returns.
+            such as ``teachers.qwen3.megatron_tensors`` returns.
         head_rms: `[layers, heads]`, see :func:`measure_head_rms`; becomes the fusion's scale per
             head, so that the copied output projection sees its old scale (after Eq 13-14 of arXiv
             2606.20097). None, or a fusion without scales, leaves the layer's own start.
