@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""What a process is to others: a rank of several, the child of one that may end first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+
+
+def is_first_rank() -> bool:
+    """Whether this is the rank that speaks and writes: torchrun's first, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def end_with_parent(parent: int) -> None:

@@ -24,23 +24,26 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "head_plan": {"errors", "files", "schema"},
     "cpu": set(),
     "processes": set(),
+    "progress": set(),
     "parallel": set(),
     "model": {"errors", "head_plan", "schema"},
     "teachers": {"errors", "files", "head_plan", "processes", "schema", "model"},
     "tasks": {"errors"},
     "transfer": {"errors", "model"},
-    "selection": {"errors", "files", "head_plan", "schema", "model", "tasks"},
+    "selection": {"errors", "files", "head_plan", "progress", "schema", "model", "tasks"},
     "training": {
         "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "selection",
     },
     "nemo": {
         "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "training",
     },
-    "evaluation": {"errors", "files", "head_plan", "schema", "tasks", "transfer", "selection"},
+    "evaluation": {
+        "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",
+    },
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
-        "selection", "evaluation", "report", "schema", "training", "nemo",
+        "selection", "evaluation", "report", "schema", "training", "nemo", "processes", "progress",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from megatron_hydra.teachers.weight_reuse import ReuseSummary
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[Iterable[Any], str, str], Iterable[Any]]
-"""Wraps an iteration: over what, its title, and what one of it is called."""
 
 LONGEST_CALIBRATION = 2048
 _BATCH_TOKENS = 2048
@@ -89,7 +87,7 @@ def convert(
     calibration: Calibration = Calibration(),
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress = lambda items, title, unit: items,
+    progress: Progress = no_progress,
 ) -> Conversion:
     """Write a checkpoint of a hybrid, started from its teacher's weights, or of the teacher itself.
 

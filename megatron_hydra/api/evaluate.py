@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hydra.api.convert import Progress
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
     Choice,
@@ -29,6 +28,7 @@ from megatron_hydra.evaluation.ruler import (
 )
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import (
     ModelShape,
     ServeDtype,
@@ -87,7 +87,7 @@ def evaluate(
     serve_dtype: ServeDtype = "bf16",
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress = lambda items, title, unit: items,
+    progress: Progress = no_progress,
     tell: Callable[[str], None] = logger.info,
 ) -> Evaluation:
     """Evaluate every model on the same samples, and write the results.

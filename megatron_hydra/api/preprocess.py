@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hydra.api.convert import Progress
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs, versions
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.tasks.text_files import TextOptions, find_texts, read_pieces
 from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer
 from megatron_hydra.training.indexed_dataset import check_dataset_output, dataset_files
@@ -88,7 +88,7 @@ def preprocess(
     num_processes: int = 1,
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress = lambda items, title, unit: items,
+    progress: Progress = no_progress,
     on_bytes: Callable[[int, int], object] = lambda num, total: None,
     tell: Callable[[str], None] = logger.info,
 ) -> Dataset:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_hydra.api.convert import Progress
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, versions
 from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.processes import is_first_rank
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects
@@ -60,7 +61,7 @@ def score(
     config_file: str | None = None,
     overwrite: bool = False,
     command: str | None = None,
-    progress: Progress = lambda items, title, unit: items,
+    progress: Progress = no_progress,
     tell: Callable[[str], None] = logger.info,
 ) -> Scoring:
     """Score every head and write the file; an unfinished run of the same is gone on with.
@@ -92,7 +93,7 @@ def score(
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.selection.scoring_run import PartialFolder, ScoringRun
 
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_rank():
         tell = logger.debug
     initialize_model_parallel(config.model.tensor_model_parallel_size)
     seconds, start = {}, time.perf_counter()
@@ -123,7 +124,7 @@ def score(
     records, effects = scoring.run()
     measured_s, start = time.perf_counter() - start, time.perf_counter()
     scores = None
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         if controls:
             nothing = ProbeRecord(CONTROL_PROBE, CONTROL_PROBE, "none", 1, (0,), (), 0, 0)
             records = (*records, nothing)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import faulthandler
 import gc
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_hydra.processes import is_first_rank
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present
@@ -70,18 +70,17 @@ def train(
     """
     with ExitStack() as stack:
         folder = RunFolder(config, config_file)
-        is_first_rank = _is_first_rank()
         _check_folder(folder, overwrite)
         if not overwrite and folder.is_complete():
             folder.check_trained()
             return Training(folder, config.trainer.max_steps, True)
         check_present(config)
-        is_held = is_first_rank and folder.lock_file.is_file()
+        is_held = is_first_rank() and folder.lock_file.is_file()
         if is_held:  # or another run does: said now, not after the imports
             stack.enter_context(folder.lock())
         run = _prepare(config)
         folder = RunFolder(run.config, config_file)  # with nothing left open
-        if is_first_rank:
+        if is_first_rank():
             if not is_held:
                 stack.enter_context(folder.lock())
             _check_folder(folder, overwrite)
@@ -91,17 +90,12 @@ def train(
                 run.check_goes_on()
             folder.check_room()
             folder.write_config()
-        from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-
-        try:
-            num_steps = run.run(
-                on_step,
-                start_anew=overwrite,
-                command=list(sys.argv if command is None else command),
-                asks_to_stop=asks_to_stop,
-            )
-        finally:
-            unset_num_microbatches_calculator()  # a next run in this process has its own batches
+        num_steps = run.run(
+            on_step,
+            start_anew=overwrite,
+            command=list(sys.argv if command is None else command),
+            asks_to_stop=asks_to_stop,
+        )
         training = Training(folder, num_steps, num_steps == config.trainer.max_steps)
         if not training.is_complete:
             on_stop(training)
@@ -109,14 +103,10 @@ def train(
         return training
 
 
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _check_folder(folder: RunFolder, overwrite: bool) -> None:
     if not overwrite:
         folder.check()
-    elif _is_first_rank():  # which may be removing it at this moment
+    elif is_first_rank():  # which may be removing it at this moment
         folder.check_removable()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import check_window
-from megatron_hydra.selection.scorers.base import Progress, no_progress
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.transfer.hidden_states import final_hidden_states
 
 if TYPE_CHECKING:

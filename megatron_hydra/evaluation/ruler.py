@@ -22,7 +22,7 @@ from megatron_hydra.tasks.needles import NeedleSample, NeedleTask, make_needle_s
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_hydra.selection.scorers.base import Progress
+    from megatron_hydra.progress import Progress
 
 MAX_TOKENS = 8192
 """Tokens of one forward, unless a single sample is longer."""

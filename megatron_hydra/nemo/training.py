@@ -13,6 +13,7 @@ from typing import Any
 
 import nemo.lightning as nl
 import torch
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from nemo.collections import llm
 
 from megatron_hydra.disk import disk_full_named
@@ -127,7 +128,11 @@ class TrainingRun:
         watch = NumberWatch(config, lambda: asks_to_stop())
         trainer = self._trainer(show, watch)
         with disk_full_named(self.folder.checkpoints):
-            self._fit(model, trainer, watch, end_of_document, checkpoint)
+            try:
+                self._fit(model, trainer, watch, end_of_document, checkpoint)
+            finally:
+                # NeMo keeps the first run's: a next one in this process has its own batches.
+                unset_num_microbatches_calculator()
             if trainer.global_step == config.trainer.max_steps:
                 self._write_hybrid(model, command)
         return int(trainer.global_step)

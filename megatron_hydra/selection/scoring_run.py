@@ -25,8 +25,9 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import lock, parse_json, write_beside, write_json
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.combination import Array
-from megatron_hydra.selection.scorers.base import Progress, Scorer, collate, no_progress
+from megatron_hydra.selection.scorers.base import Scorer, collate
 from megatron_hydra.selection.scores import ProbeRecord
 from megatron_hydra.tasks.probes import Probe
 from megatron_hydra.tasks.readout import answer_logits

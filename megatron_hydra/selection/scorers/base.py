@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Effects = Mapping[str, Mapping[str, Tensor]]
 """Scorer -> sub-probe -> float64 [kept pairs, l, n]."""
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -158,15 +157,3 @@ class SingleRound:
     def accepts(self, probe: Probe) -> bool:
         """Every probe."""
         return True
-
-
-class Progress(Protocol):
-    """Shows how far a loop is, as tqdm does; ``unit`` names one item."""
-
-    def __call__(self, items: Sequence[Item], description: str, unit: str) -> Any:
-        """Yield the items."""
-
-
-def no_progress(items: Sequence[Item], description: str, unit: str) -> Sequence[Item]:
-    """Yield the items and show nothing."""
-    return items
