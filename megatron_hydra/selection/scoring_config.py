@@ -36,7 +36,7 @@ class ModelSection:
     """Hugging Face Qwen3 folder (one rank), or a checkpoint folder (any layout)."""
     backend: Literal["local", "transformer_engine"] | None = None
     """None: Transformer Engine on a GPU, `local` on a CPU."""
-    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """None: that of a checkpoint folder; float32 for a Hugging Face folder, whatever it stores.
     Costs are told in the format that serves, which this is not: see `plan --serve-dtype`."""
     tensor_model_parallel_size: _Count = 1
