@@ -1,17 +1,22 @@
-"""The head plan: which attention heads keep full attention (FA) and which become linear (LA)."""
+"""The head plan: which attention heads keep full attention (FA) and which become linear (LA).
+
+A plan calls a head FA or LA. What an LA head is made of is the model's choice, its `la_kind`; a plan
+may also name the kind of single heads, one of `megatron_hydra.model.mixers.kinds.KINDS`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
-from megatron_hydra.schema import Limits, from_json, named
+from megatron_hydra.schema import MAY_LACK, Limits, from_json, named
 
-HeadKind = Literal["fa", "la"]
+HeadKind = str
+"""`fa`, `la` (of the model's `la_kind`) or the name of a kind."""
 
 _Count = Annotated[int, Limits(least=1)]
 
@@ -20,6 +25,8 @@ _Count = Annotated[int, Limits(least=1)]
 class _FileLayer:
     layer: int
     fa_heads: list[int]
+    kinds: dict[str, list[int]] = field(default_factory=dict, metadata=MAY_LACK)
+    """Heads that are neither FA nor LA of the model's kind, by the name of their kind."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +61,16 @@ class LayerHeadPlan:
 
     @property
     def la_heads(self) -> tuple[int, ...]:
-        """Indices of the heads with linear attention, ascending."""
-        return self.heads_of("la")
+        """Indices of all other heads, ascending."""
+        return tuple(head for head, name in enumerate(self.kinds) if name != "fa")
 
     def heads_of(self, kind: HeadKind) -> tuple[int, ...]:
         """Indices of the heads of a kind, ascending."""
         return tuple(head for head, name in enumerate(self.kinds) if name == kind)
+
+    def resolved(self, la_kind: HeadKind) -> LayerHeadPlan:
+        """The same with the name of a kind for each head: ``la`` means ``la_kind``."""
+        return LayerHeadPlan(tuple(la_kind if kind == "la" else kind for kind in self.kinds))
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,8 @@ class HeadPlan:
                     f"but layer 0 has {self.num_heads}"
                 )
             for kind in layer.kinds:
-                if kind not in ("fa", "la"):
-                    raise UserError(f"layer {index} has a head of kind {kind!r}: use 'fa' or 'la'")
+                if not isinstance(kind, str) or not kind:
+                    raise UserError(f"layer {index} has a head of kind {kind!r}: it must be a name")
         if self.num_query_groups < 1 or self.num_heads % self.num_query_groups:
             raise UserError(
                 f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
@@ -136,17 +147,28 @@ class HeadPlan:
         num_query_groups: int,
         teacher_config_hash: str = "",
         provenance: Mapping[str, Any] | None = None,
+        other_kinds: Mapping[int, Mapping[HeadKind, Sequence[int]]] | None = None,
     ) -> HeadPlan:
-        """Build a plan from the FA heads of each layer; layers not named get LA heads only.
+        """Build a plan from the FA heads of each layer; heads not named become LA.
+
+        Args:
+            fa_heads: By layer.
+            num_layers: Layers.
+            num_heads: Query heads per layer.
+            num_query_groups: Query groups per layer.
+            teacher_config_hash: As the attribute.
+            provenance: As the attribute.
+            other_kinds: By layer and name of a kind, heads that are of that kind.
 
         Raises:
             UserError: If a layer is unknown, or a head is out of range or named twice.
         """
-        for layer in fa_heads:
+        others = other_kinds or {}
+        for layer in (*fa_heads, *others):
             _check_index(layer, num_layers, "layer", "the head plan")
         layers = tuple(
-            LayerHeadPlan(_kinds(fa_heads.get(layer, ()), num_heads, layer))
-            for layer in range(num_layers)
+            LayerHeadPlan(_kinds({"fa": fa_heads.get(n, ()), **others.get(n, {})}, num_heads, n))
+            for n in range(num_layers)
         )
         return cls(layers, num_query_groups, teacher_config_hash, dict(provenance or {}))
 
@@ -176,6 +198,7 @@ class HeadPlan:
                 file.num_query_groups,
                 file.teacher_config_hash,
                 file.provenance,
+                {entry.layer: entry.kinds for entry in file.layers},
             )
             for layer in range(file.num_layers):
                 if layer not in fa_heads:
@@ -191,10 +214,29 @@ class HeadPlan:
             self.num_heads,
             self.num_query_groups,
             self.teacher_config_hash,
-            [_FileLayer(index, list(layer.fa_heads)) for index, layer in enumerate(self.layers)],
+            [
+                _FileLayer(
+                    index,
+                    list(layer.fa_heads),
+                    {
+                        kind: list(layer.heads_of(kind))
+                        for kind in dict.fromkeys(layer.kinds)
+                        if kind not in ("fa", "la")
+                    },
+                )
+                for index, layer in enumerate(self.layers)
+            ],
             self.provenance,
         )
-        return asdict(file)
+        data = asdict(file)
+        for entry in data["layers"]:
+            if not entry["kinds"]:  # as plans of FA and LA heads always were
+                del entry["kinds"]
+        return data
+
+    def resolved(self, la_kind: HeadKind) -> HeadPlan:
+        """The same with the name of a kind for each head: ``la`` means ``la_kind``."""
+        return replace(self, layers=tuple(layer.resolved(la_kind) for layer in self.layers))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadPlan:
@@ -240,14 +282,17 @@ def _describe(num_layers: int, num_heads: int, num_query_groups: int) -> str:
     return f"{num_layers} layers of {num_heads} heads in {num_query_groups} query groups"
 
 
-def _kinds(fa_heads: Iterable[int], num_heads: int, layer: int) -> tuple[HeadKind, ...]:
-    kinds: list[HeadKind] = ["la"] * num_heads
-    for head in fa_heads:
-        _check_index(head, num_heads, "head", f"layer {layer}")
-        if kinds[head] == "fa":
-            raise UserError(f"head {head} of layer {layer} is named twice in the head plan")
-        kinds[head] = "fa"
-    return tuple(kinds)
+def _kinds(
+    heads_of: Mapping[HeadKind, Iterable[int]], num_heads: int, layer: int
+) -> tuple[HeadKind, ...]:
+    kinds: dict[int, HeadKind] = {}
+    for kind, heads in heads_of.items():
+        for head in heads:
+            _check_index(head, num_heads, "head", f"layer {layer}")
+            if head in kinds:
+                raise UserError(f"head {head} of layer {layer} is named twice in the head plan")
+            kinds[head] = kind
+    return tuple(kinds.get(head, "la") for head in range(num_heads))
 
 
 def _check_index(index: object, size: int, what: str, where: str) -> None:

@@ -133,8 +133,27 @@ def test_layers_must_agree() -> None:
         HeadPlan((LayerHeadPlan(("fa", "la")), LayerHeadPlan(("fa",))), 1)
     with pytest.raises(UserError, match="at least one layer"):
         HeadPlan((), 1)
-    with pytest.raises(UserError, match="kind 'swa': use 'fa' or 'la'"):
-        HeadPlan((LayerHeadPlan(("swa",)),), 1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="layer 0 has a head of kind '': it must be a name"):
+        HeadPlan((LayerHeadPlan(("",)),), 1)
+
+
+def test_heads_may_have_a_kind_of_their_own(tmp_path: Path) -> None:
+    others = {1: {"kda": [2, 0], "sliding_window": [7]}}
+    plan = HeadPlan.from_fa_heads({1: [1]}, 2, 8, 4, other_kinds=others)
+    assert plan.layers[1].kinds == ("kda", "fa", "kda", *["la"] * 4, "sliding_window")
+    assert plan.layers[1].la_heads == (0, 2, 3, 4, 5, 6, 7)
+    plan.save(tmp_path / "plan.json")
+    assert HeadPlan.load(tmp_path / "plan.json") == plan
+    layers = json.loads((tmp_path / "plan.json").read_text())["layers"]
+    assert layers == [
+        {"layer": 0, "fa_heads": []},
+        {"layer": 1, "fa_heads": [1], "kinds": {"kda": [0, 2], "sliding_window": [7]}},
+    ]
+    resolved = plan.resolved("gated_delta_net")
+    assert resolved.layers[1].heads_of("gated_delta_net") == (3, 4, 5, 6)
+    assert resolved.fa_groups(1) == plan.fa_groups(1) == (0,)
+    with pytest.raises(UserError, match="head 1 of layer 1 is named twice in the head plan"):
+        HeadPlan.from_fa_heads({1: [1]}, 2, 8, 4, other_kinds={1: {"kda": [1]}})
 
 
 def test_plan_for_another_teacher_is_refused(plan: HeadPlan) -> None:

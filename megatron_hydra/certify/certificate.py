@@ -159,7 +159,7 @@ class _Certifier:
         least = dict.fromkeys(QUANTITIES, _LEAST_ROUNDOFFS * torch.finfo(dtype).eps)
         least["gradient norm"] += _TIMES_SUMMATION * _summation_error(record)
         tolerances = {}
-        for quantity, found in differences(nudged, record, self.run.plan).items():
+        for quantity, found in differences(nudged, record, self.run.resolved_plan).items():
             allowed = max(_TIMES_ROUNDING * found.value, least[quantity])
             tolerances[quantity] = min(allowed, _CAPS[dtype][quantity])
         return _Reference(record, tolerances)
@@ -187,7 +187,7 @@ class _Certifier:
         return record
 
     def _hold(self, check: Check, record: Record, reference: _Reference) -> None:
-        found = differences(record, reference.record, self.run.plan)
+        found = differences(record, reference.record, self.run.resolved_plan)
         for quantity in QUANTITIES:
             self._add(check, quantity, found[quantity], reference.tolerances[quantity])
         self._add(check, "replica drift", Difference(record.drift, record.drift_at), 0.0)
@@ -198,7 +198,7 @@ class _Certifier:
             self.kept[check.other] = self._train(check.other)
         record = self._train(check.layout)
         if self.rank == 0:
-            found = bit_differences(record, self.kept[check.other], self.run.plan)
+            found = bit_differences(record, self.kept[check.other], self.run.resolved_plan)
             self._add(check, "all bits", found, 0.0)
 
     def _checkpoint(self, check: Check) -> None:
@@ -298,9 +298,11 @@ def _summation_error(record: Record) -> float:
 
 
 def plan_hash(plan: HeadPlan) -> str:
-    """SHA-256 (hex) of which heads are FA; where a plan came from does not count."""
+    """SHA-256 (hex) of which heads are FA, and of kinds that are named; not of its provenance."""
     fa_heads = [list(layer.fa_heads) for layer in plan.layers]
     values = [plan.num_layers, plan.layers[0].num_heads, plan.num_query_groups, fa_heads]
+    if not {kind for layer in plan.layers for kind in layer.kinds} <= {"fa", "la"}:
+        values.append([layer.kinds for layer in plan.layers])
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 

@@ -64,7 +64,10 @@ def bit_differences_of_tensors(found: dict[str, Tensor], expected: dict[str, Ten
 
 
 def heads_of(key: str, plan: HeadPlan) -> tuple[int, list[str]] | None:
-    """The axis of a stored tensor that heads lie on, and their names; None if it has no heads."""
+    """The axis of a stored tensor that heads lie on, and their names; None if it has no heads.
+
+    Every head of the plan has the name of its kind (`HeadPlan.resolved`).
+    """
     match = _ATTENTION.fullmatch(key)
     if match is None:
         return None
@@ -75,8 +78,8 @@ def heads_of(key: str, plan: HeadPlan) -> tuple[int, list[str]] | None:
     if name.startswith("fusion.head_scale"):
         return 0, [f"head {head}" for head in every]
     groups = plan.fa_groups(int(match[1]))
-    for kind_name, kind in KINDS.items():
-        heads = layer.heads_of(kind_name)
+    for kind in KINDS.values():
+        heads = layer.heads_of(kind.kind)
         for section in kind.sections(HydraFields(), 1, (heads, heads), (groups, groups)):
             if name == f"in_proj.weight.{section.name}":
                 return 0, [f"{section.unit_noun} {unit}" for unit in section.units]

@@ -84,6 +84,11 @@ class Run:
     """A folder that all ranks see."""
     num_steps: int = 3
 
+    @property
+    def resolved_plan(self) -> HeadPlan:
+        """The plan with the name of a kind for each head."""
+        return self.plan.resolved(self.fields.get("la_kind", HydraConfig.la_kind))
+
 
 def save_first_weights(run: Run) -> None:
     """Save random weights of which no part is neutral, from one rank alone.

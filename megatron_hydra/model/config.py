@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.model.mixers.costs import LA_KINDS
 from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.schema import Limits, check_fields
+from megatron_hydra.schema import MAY_LACK, Limits, check_fields
 
 CHOSEN_AT_LOAD = {"chosen_at_load": True}
 """Metadata of a field that no checkpoint stores: where and how a model runs."""
@@ -89,7 +90,13 @@ class HydraFields:
     """Positions up to this one, in tokens, keep scale 1; the training length is a good choice."""
     fa_output_gate: bool = True
 
-    # LA heads: Gated DeltaNet (arXiv 2412.06464) with its native parts, plus RoPE on q and k.
+    # LA heads. What begins with la_ holds for all kinds that have a recurrence: their native parts,
+    # plus RoPE on q and k.
+    la_kind: Annotated[str, Limits(choices=LA_KINDS)] = field(
+        default="gated_delta_net", metadata=MAY_LACK
+    )
+    """What the heads are that are not FA, where the plan names no kind: `gated_delta_net` (arXiv
+    2412.06464), `kda` (Kimi Delta Attention, arXiv 2510.26692) or `sliding_window`."""
     la_short_conv: bool = True
     la_conv_kernel_size: _Count = 4
     la_decay: bool = True
@@ -99,6 +106,14 @@ class HydraFields:
     la_rope: bool = True
     la_qk_norm: bool = True
     """Keep the teacher's q and k norms before the L2 norm."""
+
+    # Heads of a sliding window, with the teacher's RoPE and an output gate at identity.
+    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
+    """Tokens that a head attends to, its own counted in."""
+    sliding_window_sink: bool = field(default=True, metadata=MAY_LACK)
+    """A learnable logit per head in each softmax's sum, for weight that goes to no token. It scales a
+    head's output, token by token; a fusion with a norm per head takes that off again, so there it
+    has next to no effect."""
 
     # Fusion, the paper's Eq 13-14 and its Table 5.
     fusion: Literal["scale", "norm", "none", "gate"] = "scale"

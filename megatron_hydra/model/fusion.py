@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.kernel_choice import choose_fused_kernels
-from megatron_hydra.model.mixers.kinds import KINDS
+from megatron_hydra.model.mixers.base import Mixer
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections
 from megatron_hydra.model.sharding import HeadModule, head_parameter, initial_device
@@ -40,12 +40,13 @@ class HeadFusion(HeadModule):
 
     The RMSNorm's weight by channel stays at one: the output projection's columns absorb it. So
     where `config.fused_kernels` comes to `triton`, one kernel computes all of it and leaves that
-    weight out; but for `gate`, which has no kernel and always runs on PyTorch and the backend's
-    norm.
+    weight out; but for `gate` and for layers of more than two kinds, which have no kernel and
+    always run on PyTorch and the backend's norm.
 
     Args:
         config: The model's configuration.
         submodules: A `HydraAttentionSubmodules`.
+        kinds: The layer's kinds in order, full attention first.
         placement: The layer's heads on all ranks.
         pg_collection: Process groups, of which `tp` is used.
     """
@@ -58,6 +59,7 @@ class HeadFusion(HeadModule):
         self,
         config: HydraConfig,
         submodules: Any,
+        kinds: Sequence[type[Mixer]],
         placement: LayerPlacement,
         pg_collection: ProcessGroupCollection,
     ) -> None:
@@ -67,17 +69,20 @@ class HeadFusion(HeadModule):
         heads = placement.heads_per_rank[rank]
         all_heads = tuple(range(placement.layer_plan.num_heads))
         self.head_section = Section("", heads, all_heads, 1)
-        by_kind = [head for kind in KINDS for head in placement.heads_of(rank, kind)]
+        self.kinds = tuple(kinds)
+        by_kind = [head for kind in kinds for head in placement.heads_of(rank, kind.kind)]
         order = [by_kind.index(head) for head in heads]
         device = initial_device(config)
         self.register_buffer("order", torch.tensor(order, device=device), persistent=False)
         positions = torch.tensor([heads.index(head) for head in by_kind], device=device)
         self.register_buffer("positions", positions, persistent=False)
         self.impl = choose_fused_kernels(config.fused_kernels)
-        if config.fusion == "gate" and self.impl == "triton":
+        if self.impl == "triton" and (config.fusion == "gate" or len(kinds) != 2):
             self.impl = "reference"
             if rank == 0:
-                _log_no_kernel()
+                _log_no_kernel(
+                    "fusion 'gate'" if config.fusion == "gate" else f"a layer of {len(kinds)} kinds"
+                )
         self.norm = None
         if config.fusion != "none":
             self.norm = build_module(
@@ -99,7 +104,7 @@ class HeadFusion(HeadModule):
         """Fuse the kinds.
 
         Args:
-            outputs: Of each of `KINDS`, `[s, b, its heads, d]`.
+            outputs: Of each of the kinds, `[s, b, its heads, d]`.
             sections: The in-projection's parts, for the gates.
             hidden_states: The layer's input `[s, b, h]` (`[s / tp, b, h]` under sequence
                 parallelism), for the dynamic gate.
@@ -110,7 +115,7 @@ class HeadFusion(HeadModule):
         if self.impl == "triton":
             return self._fuse_in_one(*outputs, sections)
         fused = [self._norm(output) for output in outputs]
-        for index, kind in enumerate(KINDS.values()):
+        for index, kind in enumerate(self.kinds):
             if kind.gate_name in sections:
                 is_silu = kind.gate_activation(self.config) == "silu"
                 gate = F.silu if is_silu else _identity_gate
@@ -126,8 +131,8 @@ class HeadFusion(HeadModule):
     def _fuse_in_one(self, fa: Tensor, la: Tensor, sections: Sections) -> Tensor:
         """All of `forward` in one kernel, of full attention's heads and those of another kind."""
         config, gradients = self.config, sections.gradients
-        _, other = KINDS.values()
-        names = [kind.gate_name for kind in KINDS.values()]
+        _, other = self.kinds
+        names = [kind.gate_name for kind in self.kinds]
         gates = [name for name in names if name in sections]
         return head_fusion(
             fa,
@@ -162,6 +167,6 @@ def _identity_gate(x: Tensor) -> Tensor:
 
 
 @cache
-def _log_no_kernel() -> None:
-    """Once a process: all layers of a model run alike."""
-    logger.info("fusion 'gate' has no Triton kernel: heads are fused by PyTorch")
+def _log_no_kernel(what: str) -> None:
+    """Once a process and reason."""
+    logger.info("%s has no Triton kernel: heads are fused by PyTorch", what)

@@ -6,6 +6,7 @@ d = head dimension.
     hidden [s, b, h] -> in_proj -> sections by kind and head (`projection.py`)
         fa_* -> FullAttention [s, b, n_fa, d] -\\
         la_* -> GatedDeltaNet [s, b, n_la, d] --> HeadFusion [s, b, n d] -> linear_proj
+        and so on for all kinds that the layer has
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.model.mixers.base import Mixer, Stream
-from megatron_hydra.model.mixers.kinds import KINDS, lay_out
+from megatron_hydra.model.mixers.kinds import kinds_of_layer, lay_out
 from megatron_hydra.model.placement import CostModel, place_heads
 from megatron_hydra.model.projection import Section
 from megatron_hydra.model.sharding import init_heads, sharded_heads
@@ -87,13 +88,19 @@ class HydraAttention(MegatronModule):
             )
         self.pg_collection, self.layer_number = pg_collection, layer_number
         tp_rank, tp_size = pg_collection.tp.rank(), pg_collection.tp.size()
+        self.kinds = kinds_of_layer(layer_plan, config.la_kind)
         self.placement = place_heads(
-            layer_plan,
+            layer_plan.resolved(config.la_kind),
             config.num_query_groups,
             tp_size,
             config.placement,
             config.seq_length,
-            CostModel(config.hidden_size, config.kv_channels),
+            CostModel(
+                config.hidden_size,
+                config.kv_channels,
+                la_conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
+                sliding_window_tokens=config.sliding_window_tokens,
+            ),
         )
         self._log_placement()
         self.layout = lay_out(config, config.kv_channels, self.placement, tp_rank)
@@ -117,14 +124,14 @@ class HydraAttention(MegatronModule):
             tp_group=pg_collection.tp,
         )
         shared = (config, submodules, self.placement, layer_number, pg_collection, cp_comm_type)
-        for kind in KINDS.values():
+        for kind in self.kinds:
             self.add_module(kind.module_name, kind(*shared))
         if tp_rank == 0:
             core = submodules.core_attention
             name = getattr(core, "__name__", str(core))
             fused = choose_fused_kernels(config.fused_kernels)
             _log_choice(name, choose_la_kernel(config.la_kernel), fused)
-        self.fusion = HeadFusion(config, submodules, self.placement, pg_collection)
+        self.fusion = HeadFusion(config, submodules, self.kinds, self.placement, pg_collection)
         self.linear_proj = build_module(
             submodules.linear_proj,
             len(heads) * config.kv_channels * tp_size,
@@ -222,7 +229,7 @@ class HydraAttention(MegatronModule):
         return self.fusion(outputs, sections, hidden_states)
 
     def _mixers(self) -> list[Mixer]:
-        return [getattr(self, kind.module_name) for kind in KINDS.values()]
+        return [getattr(self, kind.module_name) for kind in self.kinds]
 
     def _overlaps(self, projected: Tensor) -> bool:
         if not projected.is_cuda:

@@ -25,6 +25,7 @@ from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.hydra_attention import HydraAttention, HydraAttentionSubmodules
 from megatron_hydra.model.local_modules import LocalCoreAttention, LocalRMSNorm
+from megatron_hydra.model.mixers.kinds import check_kinds
 from megatron_hydra.model.padding import needs_padding, padded_mlp
 
 
@@ -82,9 +83,10 @@ def get_hydra_block_spec(
         pp_rank: Pipeline rank; None takes Megatron's.
 
     Raises:
-        UserError: If plan and config disagree.
+        UserError: If plan and config disagree, or a kind of head is unknown.
     """
     plan.check_teacher(config.num_layers, config.num_attention_heads, config.num_query_groups, "")
+    check_kinds(plan)
     # Layers that differ must not be stacked on one axis of a checkpoint's tensors.
     config.hetereogenous_dist_checkpoint = True
     backend = backend or config.backend

@@ -12,59 +12,9 @@ from typing import Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
+from megatron_hydra.model.mixers.costs import CostModel as CostModel
 
-PlacementPolicy = Literal["by_type", "balanced"]
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Floating-point operations (FLOPs) of the forward pass of one sequence, counted by hand.
-
-    One multiply-add is two FLOPs. Softmax, norms and activations are left out, and so are memory
-    traffic and communication: the numbers compare ranks, they do not predict milliseconds. LA
-    kernels reach a smaller share of a GPU's peak than attention does, so LA is underestimated.
-    The defaults are Qwen3-1.7B's sizes.
-
-    Attributes:
-        hidden_size: Width of the model.
-        head_dim: Width of one head.
-        la_chunk_tokens: Tokens a chunk of the chunked gated delta rule.
-        la_conv_kernel_size: Taps of the short convolution on LA's q, k and v.
-    """
-
-    hidden_size: int = 2048
-    head_dim: int = 128
-    la_chunk_tokens: int = 64
-    la_conv_kernel_size: int = 4
-
-    def _projection(self, sequence_length: int) -> float:
-        """One [h, d] matrix over the sequence."""
-        return 2.0 * sequence_length * self.hidden_size * self.head_dim
-
-    def fa_head(self, sequence_length: int) -> float:
-        """Query, gate and output projection, and causal QK^T and PV over half the square."""
-        attention = 2.0 * sequence_length**2 * self.head_dim
-        return 3 * self._projection(sequence_length) + attention
-
-    def fa_group(self, sequence_length: int) -> float:
-        """Key and value projection of one query group, paid by the rank that owns it."""
-        return 2 * self._projection(sequence_length)
-
-    def la_head(self, sequence_length: int) -> float:
-        """q, k, v, z and output projection, decay and beta, convolution, chunked delta rule.
-
-        The rule in its chunked form (arXiv 2412.06464, section 3.3) makes five chunk-wide and
-        three state-wide products a token, and solves one triangular system a chunk.
-        """
-        dim, chunk = self.head_dim, self.la_chunk_tokens
-        per_token = (
-            4 * self.hidden_size  # rows a and b
-            + 6 * self.la_conv_kernel_size * dim
-            + 5 * 2 * chunk * dim  # QK^T, KK^T, T K, T V, (QK^T) U
-            + 3 * 2 * dim * dim  # W S, Q S, K^T U
-            + chunk * chunk
-        )
-        return 5 * self._projection(sequence_length) + float(sequence_length * per_token)
+PlacementPolicy = Literal["balanced", "by_type"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +45,8 @@ class LayerPlacement:
         return self.heads_of(rank, "fa")
 
     def la_heads(self, rank: int) -> tuple[int, ...]:
-        """LA heads of ``rank``, ascending."""
-        return self.heads_of(rank, "la")
+        """Heads of ``rank`` that are not FA, ascending."""
+        return tuple(h for h in self.heads_per_rank[rank] if self.layer_plan.kinds[h] != "fa")
 
     def used_groups(self, rank: int) -> tuple[int, ...]:
         """Query groups that the FA heads of ``rank`` read, ascending."""
@@ -142,7 +92,7 @@ def place_heads(
 ) -> LayerPlacement:
     """Deal the heads of one layer out to the tensor-parallel ranks.
 
-    ``by_type`` puts the FA heads first, then the LA heads, both in order, and cuts equal parts.
+    ``by_type`` puts the FA heads first, then the others, both in order, and cuts equal parts.
     ``balanced`` makes the dearest rank cheap for ``sequence_length``. When ``tp_size <=
     num_query_groups`` the FA heads of a query group lie on one rank, by a greedy rule (see
     :func:`_whole_groups`); where that finds no room (possible only if ``tp_size`` does not divide
@@ -162,11 +112,11 @@ def place_heads(
         ranks = _balance(layer_plan, num_query_groups, tp_size, sequence_length, cost_model)
     heads_per_rank = tuple(tuple(sorted(heads)) for heads in ranks)
     uncosted = LayerPlacement(heads_per_rank, layer_plan, num_query_groups, ())
+    counts = [Counter(layer_plan.kinds[head] for head in heads) for heads in heads_per_rank]
     costs = tuple(
-        len(uncosted.fa_heads(rank)) * cost_model.fa_head(sequence_length)
+        sum(n * cost_model.head(kind, sequence_length) for kind, n in of_rank.items())
         + len(uncosted.owned_groups(rank)) * cost_model.fa_group(sequence_length)
-        + len(uncosted.la_heads(rank)) * cost_model.la_head(sequence_length)
-        for rank in range(tp_size)
+        for rank, of_rank in enumerate(counts)
     )
     return LayerPlacement(heads_per_rank, layer_plan, num_query_groups, costs)
 
@@ -218,11 +168,18 @@ def _balance(
     sizes = Counter(head // heads_per_group for head in layer_plan.fa_heads)
     capacity = layer_plan.num_heads // tp_size
 
+    # Heads of several LA kinds are dealt in order, so a rank's cost on the average.
+    others = Counter(layer_plan.kinds[head] for head in layer_plan.la_heads)
+    of_kinds = {kind: cost_model.head(kind, sequence_length) for kind in others}
+    fa_head, la_head = cost_model.head("fa", sequence_length), max(of_kinds.values(), default=0.0)
+    if len(others) > 1:
+        la_head = sum(of_kinds[kind] * n for kind, n in others.items()) / others.total()
+
     @cache
     def rank_cost(num_fa_heads: int, num_groups: int) -> float:
         return (
-            num_fa_heads * cost_model.fa_head(sequence_length)
-            + (capacity - num_fa_heads) * cost_model.la_head(sequence_length)
+            num_fa_heads * fa_head
+            + (capacity - num_fa_heads) * la_head
             + num_groups * cost_model.fa_group(sequence_length)
         )
 

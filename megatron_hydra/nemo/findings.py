@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.projection import Section
 from megatron_hydra.nemo.model import bare_model
@@ -109,7 +110,7 @@ def bad_heads(attentions: Sequence[HydraAttention], largest: Sequence[Tensor]) -
         kinds = attention.placement.layer_plan.kinds
         bad = [(h, v) for h, v in zip(heads, values.tolist(), strict=True) if not math.isfinite(v)]
         for head, value in bad:
-            words = f"{_kind(value)} in the output of head {head} ({kinds[head].upper()})"
+            words = f"{_kind(value)} in the output of head {head} ({KINDS[kinds[head]].label})"
             findings.append(Finding(layer, f"{words} of layer {layer}"))
     return findings
 

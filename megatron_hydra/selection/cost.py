@@ -1,8 +1,8 @@
 """What a head plan costs: cache, state, weights, FLOPs, and predicted decode and training times.
 
-Every cost here depends on a plan through two numbers alone, its FA heads and its stored query
-groups, and is linear in both. So a cost is a :class:`PlanCost`: it can be read off for a plan, and
-an optimiser can keep a budget of it. Free of PyTorch, so that planning starts quickly.
+Every cost here depends on a plan through its FA heads, its stored query groups and its heads of
+kinds that it names, and is linear in their numbers. So a cost is a :class:`PlanCost`: it can be read
+off for a plan, and an optimiser, whose plans name no kinds, can keep a budget of it. Free of PyTorch, so that planning starts quickly.
 
 Bytes and times are of one number format, that which serves, whatever format the weights have in a
 file or in memory: else a float32 teacher and its bf16 hybrid could not be compared.
@@ -12,14 +12,15 @@ Legend: T = tokens of context, h = hidden size, d = head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.head_plan import HeadKind, HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.model.placement import CostModel
-from megatron_hydra.schema import Limits, check_fields
+from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, CostModel, Costs
+from megatron_hydra.schema import MAY_LACK, Limits, check_fields
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
@@ -28,7 +29,6 @@ GIB = 2**30
 TRAINING_EFFICIENCY = 0.4
 """Share of a device's peak FLOP/s that training is taken to reach; Megatron-LM's README reports
 0.41 to 0.48 of an H100's for dense models of 2 to 462 billion parameters."""
-_STATE_BYTES_PER_VALUE = 4  # the recurrent state is float32
 ServeDtype = Literal["bf16", "fp16", "fp32"]
 """Number format of weights and caches when the model serves."""
 SERVE_DTYPES: dict[ServeDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of one value
@@ -49,6 +49,8 @@ class ModelShape:
         vocab_size: Rows of the embedding and of the output layer.
         tied_embeddings: Whether both are one matrix.
         conv_kernel_size: Taps of the LA heads' short convolution; 0 without.
+        la_kind: What the LA heads are.
+        sliding_window_tokens: What heads of a sliding window see.
 
     Raises:
         UserError: If a size is no positive whole number, or the heads do not divide into groups.
@@ -65,6 +67,10 @@ class ModelShape:
     vocab_size: _Count
     tied_embeddings: bool
     conv_kernel_size: Annotated[int, Limits(least=0)] = 4
+    la_kind: Annotated[str, Limits(choices=LA_KINDS)] = field(
+        default="gated_delta_net", metadata=MAY_LACK
+    )
+    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -86,6 +92,8 @@ class ModelShape:
             vocab_size=config.vocab_size,
             tied_embeddings=config.share_embeddings_and_output_weights,
             conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
+            la_kind=config.la_kind,
+            sliding_window_tokens=config.sliding_window_tokens,
         )
 
     @property
@@ -102,6 +110,16 @@ class ModelShape:
     def heads_per_group(self) -> int:
         """Query heads that share one key and value."""
         return self.num_heads // self.num_query_groups
+
+    @property
+    def cost_model(self) -> CostModel:
+        """The sizes that a head's costs depend on."""
+        return CostModel(
+            self.hidden_size,
+            self.head_dim,
+            la_conv_kernel_size=self.conv_kernel_size,
+            sliding_window_tokens=self.sliding_window_tokens,
+        )
 
     @property
     def parallel_sizes(self) -> ParallelSizes:
@@ -147,18 +165,33 @@ class PlanCost:
         per_fa_head: Change when an LA head becomes FA; below 0 where an LA head is dearer.
         per_group: Added for each query group that some FA head uses.
         teacher: The same cost of the teacher, which has neither LA heads nor gates.
+        per_kind: Change when an LA head becomes one of another kind, by the kind's name.
     """
 
     fixed: float
     per_fa_head: float
     per_group: float
     teacher: float
+    per_kind: Mapping[HeadKind, float] = field(default_factory=dict)
 
     def __add__(self, other: PlanCost) -> PlanCost:
-        return PlanCost(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+        kinds = {*self.per_kind, *other.per_kind}
+        return PlanCost(
+            self.fixed + other.fixed,
+            self.per_fa_head + other.per_fa_head,
+            self.per_group + other.per_group,
+            self.teacher + other.teacher,
+            {kind: self.per_kind.get(kind, 0) + other.per_kind.get(kind, 0) for kind in kinds},
+        )
 
     def __mul__(self, factor: float) -> PlanCost:
-        return PlanCost(*(factor * value for value in vars(self).values()))
+        return PlanCost(
+            factor * self.fixed,
+            factor * self.per_fa_head,
+            factor * self.per_group,
+            factor * self.teacher,
+            {kind: factor * value for kind, value in self.per_kind.items()},
+        )
 
     def at(self, num_fa_heads: int, num_groups: int) -> float:
         """The cost of hybrids with so many FA heads and stored groups in the whole model."""
@@ -166,7 +199,41 @@ class PlanCost:
 
     def of(self, plan: HeadPlan | None) -> float:
         """The cost of a plan's hybrid; None for the teacher."""
-        return self.teacher if plan is None else self.at(plan.num_fa_heads, num_stored_groups(plan))
+        if plan is None:
+            return self.teacher
+        cost = self.at(plan.num_fa_heads, num_stored_groups(plan))
+        return cost + self.of_named_kinds(kind for layer in plan.layers for kind in layer.kinds)
+
+    def of_named_kinds(self, kinds: Iterable[HeadKind]) -> float:
+        """What heads add by being of kinds that the plan names."""
+        return sum(self.per_kind.get(kind, 0) for kind in kinds)
+
+
+def cost_of_heads(
+    shape: ModelShape,
+    of_head: Callable[[Costs], float],
+    *,
+    shared: float = 0,
+    per_group: float = 0,
+    teacher: float = 0,
+) -> PlanCost:
+    """A cost that is a sum over heads.
+
+    Args:
+        shape: Whose.
+        of_head: A head's, by its kind's costs.
+        shared: Of the hybrid beside its heads.
+        per_group: Of a query group that some FA head uses.
+        teacher: Of the teacher, all in all.
+    """
+    la = of_head(COSTS[shape.la_kind])
+    return PlanCost(
+        shared + shape.total_heads * la,
+        of_head(COSTS["fa"]) - la,
+        per_group,
+        teacher,
+        {kind: of_head(COSTS[kind]) - la for kind in LA_KINDS if kind != shape.la_kind},
+    )
 
 
 def num_stored_groups(plan: HeadPlan) -> int:
@@ -183,13 +250,13 @@ def cache_bytes_per_token(shape: ModelShape, dtype: ServeDtype = "bf16") -> Plan
 def state_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of the LA heads' state of one sequence, whatever its length.
 
-    Each head has a matrix of head dimension squared, in float32 whatever the format, and, with the
-    short convolution, the last inputs of query, key and value in the format that serves.
+    A recurrence has a matrix of head dimension squared, in float32 whatever the format, and, with
+    the short convolution, the last inputs of query, key and value in the format that serves; a
+    sliding window has its tokens' keys and values.
     """
-    d = shape.head_dim
-    head = d * d * _STATE_BYTES_PER_VALUE
-    head += 3 * d * max(0, shape.conv_kernel_size - 1) * SERVE_DTYPES[dtype]
-    return PlanCost(shape.total_heads * head, -head, 0, 0)
+    return cost_of_heads(
+        shape, lambda kind: kind.state_bytes(shape.cost_model, SERVE_DTYPES[dtype])
+    )
 
 
 def state_format(dtype: ServeDtype) -> str:
@@ -207,15 +274,13 @@ def total_cache_bytes(
 
 def attention_weight_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
     """Bytes of the attentions' weight matrices; left out are vectors (norms, scales)."""
-    h, d = shape.hidden_size, shape.head_dim
-    matrix = h * d
-    fa_head, group = 3 * matrix, 2 * matrix  # query, gate, output; key, value
-    la_head = 5 * matrix + 2 * h + 3 * d * shape.conv_kernel_size  # q k v z output; a b; taps
-    weights = PlanCost(
-        shape.total_heads * la_head,
-        fa_head - la_head,
-        group,
-        shape.total_heads * 2 * matrix + shape.total_groups * group,
+    matrix = shape.cost_model.matrix
+    group = 2 * matrix  # key, value
+    weights = cost_of_heads(
+        shape,
+        lambda kind: kind.weights(shape.cost_model),
+        per_group=group,
+        teacher=shape.total_heads * 2 * matrix + shape.total_groups * group,
     )
     return weights * SERVE_DTYPES[dtype]
 
@@ -241,22 +306,22 @@ def weight_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
 def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
     """FLOPs of the forward pass of one sequence: attention, linears, gated MLP, output layer.
 
-    Attention by :class:`~megatron_hydra.model.placement.CostModel`, which names its sources and
+    Attention by :class:`~megatron_hydra.model.mixers.costs.CostModel`, which names its sources and
     what is left out; a matrix of n values costs 2 n a token (Kaplan et al., arXiv 2001.08361,
     table 1).
     """
     _check_positive("context", num_tokens)
-    model = CostModel(shape.hidden_size, shape.head_dim, la_conv_kernel_size=shape.conv_kernel_size)
-    fa, la = model.fa_head(num_tokens), model.la_head(num_tokens)
+    model = shape.cost_model
     group = model.fa_group(num_tokens)
-    teacher_head = fa - group / 2  # no gate; a group costs two projections of that size
+    # No gate; a group costs two projections of that size.
+    teacher_head = model.head("fa", num_tokens) - group / 2
     mlp = 2.0 * 3 * shape.hidden_size * shape.ffn_hidden_size * shape.num_layers
     shared = num_tokens * (mlp + 2.0 * shape.hidden_size * shape.vocab_size)
-    attention = PlanCost(
-        shape.total_heads * la,
-        fa - la,
-        group,
-        shape.total_heads * teacher_head + shape.total_groups * group,
+    attention = cost_of_heads(
+        shape,
+        lambda kind: kind.flops(model, num_tokens),
+        per_group=group,
+        teacher=shape.total_heads * teacher_head + shape.total_groups * group,
     )
     return attention + PlanCost(shared, 0, 0, shared)
 

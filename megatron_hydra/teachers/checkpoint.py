@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -69,7 +69,13 @@ def _config_type(kind: str) -> type:
     known = {
         name: int if type(None) in get_args(found) else found for name, found in stored.items()
     }
-    return make_dataclass(f"{kind}_config", known.items())
+    added = {
+        item.name: field(default=item.default, metadata=MAY_LACK)
+        for item in fields(HydraConfig)
+        if item.metadata == MAY_LACK
+    }
+    members = [(name, found, added.get(name, field())) for name, found in known.items()]
+    return make_dataclass(f"{kind}_config", members, kw_only=True)
 
 
 @dataclass(frozen=True)

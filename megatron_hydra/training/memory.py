@@ -15,17 +15,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.placement import CostModel, place_heads
+from megatron_hydra.head_plan import HeadKind, HeadPlan
+from megatron_hydra.model.placement import place_heads
 from megatron_hydra.selection.cost import (
     ModelShape,
     PlanCost,
     attention_weight_bytes,
+    cost_of_heads,
     weight_bytes,
 )
 
 _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter; float32 but for the weights
-_CHUNK = 64  # tokens of the LA kernel's triangular systems
 _MULTIPROCESSORS = 132  # of an H100 or H200: FlashQLA cuts sequences into as many parts times heads
 _TEACHER_SHARE = 3 / 8  # of a chunk of the loss, see `hydra_kernels.linear_kl`
 
@@ -97,13 +97,13 @@ class _Rank:
     Attributes:
         num_layers: Of the model.
         tp_size: Number of ranks.
-        heads: FA heads and owned query groups of each layer; None for the teacher's attention,
-            which all ranks share equally.
+        heads: FA heads, owned query groups and the kinds of all heads of each layer; None for the
+            teacher's attention, which all ranks share equally.
     """
 
     num_layers: int
     tp_size: int
-    heads: tuple[tuple[int, int], ...] | None
+    heads: tuple[tuple[int, int, tuple[HeadKind, ...]], ...] | None
 
     def of_layers(self, cost: PlanCost) -> list[float]:
         """Its share of each layer's cost."""
@@ -111,7 +111,8 @@ class _Rank:
             return [cost.teacher / self.num_layers / self.tp_size] * self.num_layers
         fixed = cost.fixed / self.num_layers / self.tp_size
         return [
-            fixed + cost.per_fa_head * fa + cost.per_group * groups for fa, groups in self.heads
+            fixed + cost.per_fa_head * fa + cost.per_group * groups + cost.of_named_kinds(kinds)
+            for fa, groups, kinds in self.heads
         ]
 
     def of(self, cost: PlanCost) -> float:
@@ -123,16 +124,22 @@ def _ranks(shape: ModelShape, plan: HeadPlan | None, tp_size: int, length: int) 
     """The tensor-parallel ranks, heads placed `balanced`."""
     if plan is None:
         return [_Rank(shape.num_layers, tp_size, None)]
-    model = CostModel(shape.hidden_size, shape.head_dim)
     placed = [
-        place_heads(layer, plan.num_query_groups, tp_size, "balanced", length, model)
-        for layer in plan.layers
+        place_heads(layer, plan.num_query_groups, tp_size, "balanced", length, shape.cost_model)
+        for layer in plan.resolved(shape.la_kind).layers
     ]
     return [
         _Rank(
             shape.num_layers,
             tp_size,
-            tuple((len(layer.fa_heads(rank)), len(layer.owned_groups(rank))) for layer in placed),
+            tuple(
+                (
+                    len(layer.fa_heads(rank)),
+                    len(layer.owned_groups(rank)),
+                    tuple(layer.layer_plan.kinds[head] for head in layer.heads_per_rank[rank]),
+                )
+                for layer in placed
+            ),
         )
         for rank in range(tp_size)
     ]
@@ -236,22 +243,15 @@ def attention_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
     h, d, heads = shape.hidden_size, shape.head_dim, shape.num_heads
     # Input, normed input, its rate; what the output projection reads.
     common = 4 * h + 4 + 2 * heads * d
-    # Query and gate as projected; query and key before and after their norms, value, output; the
-    # norms' rates, the softmax's sum.
-    fa_head = 4 * d + 12 * d + 12
     group = 4 * d  # key and value as projected
-    # Query, key, value and gate as projected, two gates; query and key as prepared; of each run
-    # value, output, the chunks' triangular systems, decay and step size.
-    la_head = 8 * d + 4 + 4 * d + num_runs * (4 * d + 2 * _CHUNK + 8)
-    if num_runs > 1:
-        la_head += 2 * d  # the output composed of theirs
     hybrid = common + 4 * heads + 4 * d  # rates of the fusion's norm; cosines and sines
     teacher_head, teacher_group = 4 * d + 8, 6 * d + 4  # the output is the projection's input
-    return PlanCost(
-        shape.num_layers * hybrid + shape.total_heads * la_head,
-        fa_head - la_head,
-        group,
-        shape.num_layers * common
+    return cost_of_heads(
+        shape,
+        lambda kind: kind.kept_bytes(shape.cost_model, num_runs),
+        shared=shape.num_layers * hybrid,
+        per_group=group,
+        teacher=shape.num_layers * common
         + shape.total_heads * teacher_head
         + shape.total_groups * teacher_group,
     )
@@ -260,10 +260,10 @@ def attention_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
 def attention_gradient_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
     """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
 
-    That is the gated delta rule's: the joined gradient of the projected sections, those of the
-    prepared query, key and value of each run, and the states of all chunks, which the last run
-    computes again. Arguments as :func:`attention_bytes`.
+    Arguments as :func:`attention_bytes`.
     """
-    d = shape.head_dim
-    la_head = 8 * d + 4 + num_runs * 6 * d + 2 * d**2 // _CHUNK
-    return PlanCost(shape.total_heads * la_head, 4 * d - la_head, 4 * d, 0)
+    return cost_of_heads(
+        shape,
+        lambda kind: kind.gradient_bytes(shape.cost_model, num_runs),
+        per_group=4 * shape.head_dim,
+    )

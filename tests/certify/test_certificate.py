@@ -94,11 +94,12 @@ def test_what_is_not_a_number_is_infinitely_far():
     bad, good = {"x": torch.tensor([torch.nan, 1.0])}, {"x": torch.ones(2)}
     assert bit_differences_of_tensors(bad, good).value == float("inf")
     record = dict(losses=[1.0], grad_norms=[1.0])
-    found = differences(Record(logits=bad, **record), Record(logits=good, **record), tiny_plan())
+    plan = tiny_plan().resolved("gated_delta_net")
+    found = differences(Record(logits=bad, **record), Record(logits=good, **record), plan)
     assert found["logits"].value == float("inf")
     worse = Record(losses=[1.0, float("nan")], grad_norms=[1.0])
     fine = Record(losses=[1.0, 1.0], grad_norms=[1.0])
-    assert differences(worse, fine, tiny_plan())["loss"].value == float("inf")
+    assert differences(worse, fine, plan)["loss"].value == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_what_is_not_a_number_is_infinitely_far():
     ],
 )
 def test_heads_have_their_teachers_names(name, axis, names):
-    assert heads_of(f"decoder.layers.0.self_attention.{name}", tiny_plan()) == (axis, names)
+    plan = tiny_plan().resolved("gated_delta_net")
+    assert heads_of(f"decoder.layers.0.self_attention.{name}", plan) == (axis, names)
 
 
 def test_what_does_not_fit_is_said():

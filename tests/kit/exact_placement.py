@@ -34,8 +34,8 @@ def cheapest_dearest_rank(
         for taken in _takeable(kinds, counts, capacity):
             num_fa_heads = sum(map(mul, kinds, taken))
             cost = (
-                num_fa_heads * model.fa_head(length)
-                + (capacity - num_fa_heads) * model.la_head(length)
+                num_fa_heads * model.head("fa", length)
+                + (capacity - num_fa_heads) * model.head("la", length)
                 + sum(taken) * model.fa_group(length)
             )
             if cost < best:

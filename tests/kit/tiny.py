@@ -37,9 +37,12 @@ def tiny_config(**overrides: Any) -> HydraConfig:
     return HydraConfig(**tiny_fields(**overrides))
 
 
-def tiny_plan(fa_heads: dict[int, tuple[int, ...]] | None = None) -> HeadPlan:
+def tiny_plan(
+    fa_heads: dict[int, tuple[int, ...]] | None = None,
+    other_kinds: dict[int, dict[str, tuple[int, ...]]] | None = None,
+) -> HeadPlan:
     """The plan `FA_HEADS`, or another for `tiny_config`."""
-    return HeadPlan.from_fa_heads(fa_heads or FA_HEADS, 2, 8, 4)
+    return HeadPlan.from_fa_heads(fa_heads or FA_HEADS, 2, 8, 4, other_kinds=other_kinds)
 
 
 def token_batch(

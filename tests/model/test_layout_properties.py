@@ -22,7 +22,7 @@ from megatron_hydra.model import projection
 from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.context_parallel import Pieces
-from megatron_hydra.model.mixers.kinds import lay_out
+from megatron_hydra.model.mixers.kinds import KINDS, lay_out
 from megatron_hydra.model.placement import CostModel, LayerPlacement, PlacementPolicy, place_heads
 from megatron_hydra.model.projection import ProjectionLayout, SectionGradients
 from megatron_hydra.model.sequence import (
@@ -67,7 +67,7 @@ class Case(NamedTuple):
 def cases(draw: st.DrawFn) -> Case:
     num_groups = draw(st.integers(1, 6))
     num_heads = num_groups * draw(st.integers(1, 4))
-    kinds: list[HeadKind] = ["fa", "la"]
+    kinds: list[HeadKind] = list(KINDS)
     layer = LayerHeadPlan(
         tuple(draw(st.lists(st.sampled_from(kinds), min_size=num_heads, max_size=num_heads)))
     )

@@ -49,8 +49,8 @@ def brute_force_dearest(
         if keep_groups and shared:
             continue
         costs = [
-            len(part) * SMALL.fa_head(length)
-            + (room - len(part)) * SMALL.la_head(length)
+            len(part) * SMALL.head("fa", length)
+            + (room - len(part)) * SMALL.head("la", length)
             + list(owners.values()).count(rank) * SMALL.fa_group(length)
             for rank, part in enumerate(deal)
         ]
@@ -127,8 +127,8 @@ def fa_layer(num_heads: int, fa_heads: Sequence[int]) -> LayerHeadPlan:
 
 def rank_cost(num_fa_heads: int, num_la_heads: int, num_groups: int, length: int) -> float:
     return (
-        num_fa_heads * SMALL.fa_head(length)
-        + num_la_heads * SMALL.la_head(length)
+        num_fa_heads * SMALL.head("fa", length)
+        + num_la_heads * SMALL.head("la", length)
         + num_groups * SMALL.fa_group(length)
     )
 
@@ -234,11 +234,11 @@ def test_placement_is_deterministic() -> None:
 
 def test_costs_grow_as_attention_and_recurrence_do() -> None:
     model = CostModel()
-    assert model.la_head(8192) == 2 * model.la_head(4096)
+    assert model.head("la", 8192) == 2 * model.head("la", 4096)
     assert model.fa_group(8192) == 2 * model.fa_group(4096)
     # The causal half square: 2 d s^2 above the three linear projections of 2 s h d.
-    assert model.fa_head(4096) - 3 * 2 * 4096 * 2048 * 128 == 2 * 128 * 4096**2
-    assert model.fa_head(1 << 20) > 20 * model.la_head(1 << 20)
+    assert model.head("fa", 4096) - 3 * 2 * 4096 * 2048 * 128 == 2 * 128 * 4096**2
+    assert model.head("fa", 1 << 20) > 20 * model.head("la", 1 << 20)
 
 
 def test_no_rank_owns_an_unused_group() -> None:

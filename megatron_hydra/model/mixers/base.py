@@ -69,6 +69,8 @@ class Mixer(HeadModule):
 
     kind: ClassVar[HeadKind]
     """As plans name it."""
+    label: ClassVar[str]
+    """As messages call its heads."""
     module_name: ClassVar[str]
     """The layer's attribute, and so part of its parameters' names in checkpoints."""
     gate_name: ClassVar[str]

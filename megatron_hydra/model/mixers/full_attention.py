@@ -33,6 +33,7 @@ class FullAttention(Mixer):
     """
 
     kind = "fa"
+    label = "FA"
     module_name = "full_attention"
     gate_name = "fa_gate"
 

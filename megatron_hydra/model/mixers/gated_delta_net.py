@@ -46,29 +46,40 @@ class GatedDeltaNet(Mixer):
     and the L2 norm. Decay exp(-exp(A_log) softplus(a + dt_bias)) is computed in float32.
     """
 
-    kind = "la"
+    kind = "gated_delta_net"
+    label = "LA"
     module_name = "linear_attention"
+    prefix = "la"
+    """Of its sections' names."""
     gate_name = "la_gate"
     head_tensors = ("conv_weight", "A_log", "dt_bias")
     float32_parameters = ("A_log", "dt_bias")
+    has_fused_decay = True
+    """Whether the fused preparation computes it."""
 
     @classmethod
     def sections(
         cls, config: HydraFields, head_dim: int, heads: Units, groups: Units
     ) -> list[Section]:
         """Query, key and value of each head's own, read as one, `la_qkv`; gate, decay and beta."""
+        prefix = cls.prefix
         sections = [
-            Section(f"la_{name}", *heads, head_dim, teacher=name, part="la_qkv")
+            Section(f"{prefix}_{name}", *heads, head_dim, teacher=name, part=f"{prefix}_qkv")
             for name in ("query", "key", "value")
         ]
         if config.la_output_gate != "none":
             is_identity = config.la_output_gate == "sigmoid"
-            sections.append(Section("la_gate", *heads, head_dim, starts_at_zero=is_identity))
+            sections.append(Section(cls.gate_name, *heads, head_dim, starts_at_zero=is_identity))
         if config.la_decay:
-            sections.append(Section("la_decay", *heads, 1))
+            sections.append(Section(f"{prefix}_decay", *heads, cls.decay_rows(head_dim)))
         if config.la_beta:
-            sections.append(Section("la_beta", *heads, 1))
+            sections.append(Section(f"{prefix}_beta", *heads, 1))
         return sections
+
+    @classmethod
+    def decay_rows(cls, head_dim: int) -> int:
+        """Rows of a head that its decay is made of."""
+        return 1
 
     @classmethod
     def gate_activation(cls, config: HydraFields) -> Literal["silu", "sigmoid2"]:
@@ -91,8 +102,11 @@ class GatedDeltaNet(Mixer):
         if config.la_short_conv and self.heads:
             self.conv_weight = head_parameter(config, self._identity_convolution())
         if config.la_decay and self.heads:
-            self.A_log = self._per_head("A_log", _init_a_log)
-            self.dt_bias = self._per_head("dt_bias", _init_dt_bias)
+            self._build_decay()
+
+    def _build_decay(self) -> None:
+        self.A_log = self._per_head("A_log", init_a_log)
+        self.dt_bias = self._per_head("dt_bias", init_dt_bias)
 
     def parameter_sections(self) -> dict[str, list[Section]]:
         """The taps of query, key and value; one number for each head of the others."""
@@ -106,7 +120,7 @@ class GatedDeltaNet(Mixer):
         if not hasattr(self, "A_log"):
             return []
         return [
-            f"A_log of head {head} (LA) of layer {self.layer_number - 1} is {value:g}, and a decay "
+            f"A_log of head {head} ({self.label}) of layer {self.layer_number - 1} is {value:g}, and a decay "
             f"by exp(A_log) gives NaN; allowed: {MAX_A_LOG:g} at most"
             for head, value in zip(self.heads, self.A_log.tolist(), strict=True)
             if not value <= MAX_A_LOG  # nor NaN
@@ -116,7 +130,7 @@ class GatedDeltaNet(Mixer):
         """Run the recurrence over every sequence, of which other ranks may hold parts.
 
         Args:
-            sections: `la_qkv` [s, b, 3 n d]; `la_decay`, `la_beta` [s, b, n].
+            sections: By the kind's prefix: `la_qkv` [s, b, 3 n d]; `la_decay`, `la_beta` [s, b, n].
             stream: The rank's tokens; `piece_angles` are used if `config.la_rope`.
 
         Returns:
@@ -124,9 +138,9 @@ class GatedDeltaNet(Mixer):
         """
         pieces = stream.pieces
         if not self.heads:
-            empty = sections["la_qkv"].unflatten(-1, (0, self.config.kv_channels))
+            empty = sections[f"{self.prefix}_qkv"].unflatten(-1, (0, self.config.kv_channels))
             return self._stay_in_graph(empty)
-        sections = self._to_contiguous(sections, pieces)
+        sections = self._own(sections, pieces)
         prepare = self._prepare_fused if self.is_fused else self._prepare
         output = self._recur(*prepare(sections, stream.piece_angles, pieces), pieces)
         return pieces.from_contiguous(pieces.sequence_first(output))
@@ -138,21 +152,23 @@ class GatedDeltaNet(Mixer):
 
         They are copied once where a rank has two pieces of each of several rows. Their gradients go
         where those of all sections are joined, but for context parallelism, whose last tokens have
-        another reader.
+        another reader. A decay that is no single number per head is left to :meth:`_log_decay`.
         """
         config = self.config
-        names = [name for name in ("la_qkv", "la_decay", "la_beta") if name in sections]
+        known = ("qkv", "decay", "beta") if self.has_fused_decay else ("qkv", "beta")
+        names = [name for name in known if name in sections]
         parts = {name: pieces.batch_first(sections[name]) for name in names}
         options: dict[str, Any] = {}
         if not pieces.is_split:
             gradients = sections.gradients
             options["empty_gradients"] = lambda: [
-                pieces.batch_first(place) for place in gradients.empty(*names)
+                pieces.batch_first(place)
+                for place in gradients.empty(*(f"{self.prefix}_{name}" for name in names))
             ]
         if config.la_short_conv:
             options["conv_weight"] = self.conv_weight
             options["initial_state"] = pieces.tokens_before(
-                parts["la_qkv"], config.la_conv_kernel_size - 1
+                parts["qkv"], config.la_conv_kernel_size - 1
             )
         if config.la_qk_norm:
             options["q_norm_weight"] = self.q_layernorm.weight
@@ -161,20 +177,22 @@ class GatedDeltaNet(Mixer):
             # Of [s, 1, 1, d], whose halves are equal, to [m, s / m, d / 2].
             angles = pieces.batch_first(rotary_pos_emb[:, 0].chunk(2, dim=-1)[0])
             options |= {"cos": angles.cos(), "sin": angles.sin()}
-        if config.la_decay:
-            options |= {"a": parts["la_decay"], "a_log": self.A_log, "dt_bias": self.dt_bias}
-        if config.la_beta:
-            options["b"] = parts["la_beta"]
+        if "decay" in parts:
+            options |= {"a": parts["decay"], "a_log": self.A_log, "dt_bias": self.dt_bias}
+        if "beta" in parts:
+            options["b"] = parts["beta"]
         query, key, value, log_decay, beta = la_preparation(
-            parts["la_qkv"],
+            parts["qkv"],
             num_heads=len(self.heads),
             norm_eps=config.layernorm_epsilon,
             cu_seqlens=pieces.cu_seqlens,
             impl="triton",
             **options,
         )
-        log_decay = _every_head(query, 0.0) if log_decay is None else log_decay
-        beta = _every_head(query, 1.0) if beta is None else beta
+        if log_decay is None:
+            rest = {name: pieces.batch_first(x) for name, x in sections.items() if name == "decay"}
+            log_decay = self._log_decay(rest, query)
+        beta = every_head(query, 1.0) if beta is None else beta
         return [query, key, value, log_decay, beta]
 
     def _prepare(
@@ -185,7 +203,7 @@ class GatedDeltaNet(Mixer):
         Returns:
             Query, key and value `[m b, s / m, n, d]`, log decay and beta `[m b, s / m, n]`.
         """
-        query, key, value = self._convolve(sections["la_qkv"], pieces)
+        query, key, value = self._convolve(sections["qkv"], pieces)
         if self.config.la_qk_norm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.config.la_rope:
@@ -197,16 +215,15 @@ class GatedDeltaNet(Mixer):
         # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
         return [pieces.batch_first(t) for t in (query, key, value, log_decay, beta)]
 
-    def _to_contiguous(self, sections: Sections, pieces: Pieces) -> Sections:
-        """The recurrence's inputs where they run, in one exchange."""
-        if not pieces.moves_tokens:
-            return sections
-        names = [name for name in sections if name.startswith("la_") and name != "la_gate"]
-        parts = [sections[name].flatten(2) for name in names]
-        moved = pieces.to_contiguous(torch.cat(parts, dim=-1))
-        parts = moved.split([part.shape[-1] for part in parts], dim=-1)
-        named = zip(names, parts, strict=True)
-        views = {name: part.view_as(sections[name]) for name, part in named}
+    def _own(self, sections: Sections, pieces: Pieces) -> Sections:
+        """The recurrence's inputs `qkv`, `decay` and `beta` where they run, in one exchange."""
+        names = [name for name in ("qkv", "decay", "beta") if f"{self.prefix}_{name}" in sections]
+        views = {name: sections[f"{self.prefix}_{name}"] for name in names}
+        if pieces.moves_tokens:
+            parts = [view.flatten(2) for view in views.values()]
+            moved = pieces.to_contiguous(torch.cat(parts, dim=-1))
+            parts = moved.split([part.shape[-1] for part in parts], dim=-1)
+            views = {name: part.view_as(views[name]) for name, part in zip(names, parts)}
         return Sections(views, sections.gradients)
 
     def _convolve(self, x: Tensor, pieces: Pieces) -> list[Tensor]:
@@ -262,13 +279,13 @@ class GatedDeltaNet(Mixer):
 
     def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
         if not self.config.la_decay:
-            return _every_head(like, 0.0)
-        return -self.A_log.exp() * F.softplus(sections["la_decay"].float() + self.dt_bias)
+            return every_head(like, 0.0)
+        return -self.A_log.exp() * F.softplus(sections["decay"].float() + self.dt_bias)
 
     def _beta(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
         if not self.config.la_beta:
-            return _every_head(like, 1.0)
-        return sections["la_beta"].float().sigmoid()
+            return every_head(like, 1.0)
+        return sections["beta"].float().sigmoid()
 
     def _identity_convolution(self) -> Tensor:
         """Depthwise taps `[3 n d, kernel]` that pass each token on unchanged at the start."""
@@ -278,27 +295,36 @@ class GatedDeltaNet(Mixer):
         taps[:, -1] = 1.0
         return taps
 
-    def _per_head(self, name: str, init: InitHead) -> torch.nn.Parameter:
-        """One float32 number a head."""
-        config, section = self.config, Section(name, self.heads, self.all_heads, 1)
-        if not config.perform_initialization:
-            return head_parameter(config, torch.empty(len(self.heads)))
+    def _per_head(
+        self, name: str, init: InitHead, width: int = 1, num_columns: int | None = None
+    ) -> torch.nn.Parameter:
+        """Float32 numbers, `width` per head or as many rows of a matrix."""
+        config, section = self.config, Section(name, self.heads, self.all_heads, width)
         values = init_heads(
-            section, init, seed=config.head_init_seed, layer_number=self.layer_number
+            section,
+            init if config.perform_initialization else _leave,
+            seed=config.head_init_seed,
+            layer_number=self.layer_number,
+            num_columns=num_columns,
         )
         return head_parameter(config, values)
 
 
-def _every_head(like: Tensor, value: float) -> Tensor:
+def every_head(like: Tensor, value: float) -> Tensor:
     """One float32 constant for each head and token of `[..., n, d]`."""
     return torch.full(like.shape[:-1], value, dtype=torch.float32, device=like.device)
 
 
-def _init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
+def _leave(tensor: Tensor, generator: torch.Generator) -> None:
+    """What is loaded afterwards."""
+
+
+def init_a_log(tensor: Tensor, generator: torch.Generator) -> None:
+    """Decay rates uniform in [1, 16], as in Gated DeltaNet's code and Kimi Linear's."""
     tensor.uniform_(_MIN_A, _MAX_A, generator=generator).log_()
 
 
-def _init_dt_bias(tensor: Tensor, generator: torch.Generator) -> None:
-    # softplus(dt_bias) is log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060).
+def init_dt_bias(tensor: Tensor, generator: torch.Generator) -> None:
+    """softplus(dt_bias) is log-uniform in [1e-3, 1e-1], as in Mamba-2 (arXiv 2405.21060)."""
     dt = tensor.uniform_(math.log(_MIN_DT), math.log(_MAX_DT), generator=generator).exp_()
     tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
