@@ -98,6 +98,15 @@ def test_fla_at_other_lengths(length: int, mode: str, monkeypatch):
     check_gated_delta_rule(length, 3, 64, mode)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "length, heads, head_dim",
+    [(130, 1, 128), (130, 13, 128), (1, 3, 64), (4100, 5, 128), (130, 3, 32), (130, 3, 256)],
+)
+def test_decay_per_channel(length: int, heads: int, head_dim: int, mode: str):
+    check_gated_delta_rule(length, heads, head_dim, mode, of_channels=True)
+
+
 def test_groups_of_heads_are_one_after_the_other(monkeypatch):
     """What a call too large for 32-bit indices is cut into; here by a lower bound."""
     monkeypatch.setattr(documents, "_MOST_ELEMENTS", 3 * 5 * 128**2)
@@ -172,7 +181,7 @@ def test_kernels_read_heads_where_they_lie():
 
 
 def make_inputs(
-    length: int, heads: int, head_dim: int, mode: str
+    length: int, heads: int, head_dim: int, mode: str, of_channels: bool = False
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """bf16 vectors of two rows, or one packed, float32 gates, and a state if the mode has one."""
     batch = 2 if mode == "whole" else 1
@@ -186,7 +195,7 @@ def make_inputs(
         "q": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "k": F.normalize(randn(*vectors), dim=-1).bfloat16(),
         "v": randn(*vectors).bfloat16(),
-        "g": F.logsigmoid(randn(*gates) + 2),
+        "g": F.logsigmoid(randn(*(vectors if of_channels else gates)) + 2),
         "beta": randn(*gates).sigmoid(),
     }
     if mode == "context parallel":
@@ -194,8 +203,10 @@ def make_inputs(
     return inputs, None if mode == "whole" else documents_of(length)
 
 
-def check_gated_delta_rule(length: int, heads: int, head_dim: int, mode: str) -> None:
-    inputs, cu_seqlens = make_inputs(length, heads, head_dim, mode)
+def check_gated_delta_rule(
+    length: int, heads: int, head_dim: int, mode: str, of_channels: bool = False
+) -> None:
+    inputs, cu_seqlens = make_inputs(length, heads, head_dim, mode, of_channels)
     with_state = "initial_state" in inputs
 
     def outputs_and_gradients(outputs, own) -> dict[str, torch.Tensor]:

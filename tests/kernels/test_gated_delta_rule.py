@@ -16,9 +16,15 @@ SCALE = D_K**-0.5
 
 
 def make_inputs(
-    length: int, dtype: torch.dtype = torch.float64, batch: int = 2, heads: int = 3, seed: int = 0
+    length: int,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    heads: int = 3,
+    seed: int = 0,
+    of_channels: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Random q, k of unit length, v, mild decays, betas in (0, 1) and a start state."""
+    decay = (D_K,) if of_channels else ()
     rng = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -28,7 +34,7 @@ def make_inputs(
         "q": F.normalize(randn(batch, length, heads, D_K), dim=-1).to(dtype),
         "k": F.normalize(randn(batch, length, heads, D_K), dim=-1).to(dtype),
         "v": randn(batch, length, heads, D_V).to(dtype),
-        "g": F.logsigmoid(randn(batch, length, heads) + 2).to(dtype),
+        "g": F.logsigmoid(randn(batch, length, heads, *decay) + 2).to(dtype),
         "beta": randn(batch, length, heads).sigmoid().to(dtype),
         "initial_state": randn(batch, heads, D_K, D_V).to(dtype),
     }
@@ -69,12 +75,36 @@ def assert_all_close(
         assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
 
+@pytest.mark.parametrize("of_channels", [False, True])
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 64, 256])
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
-def test_chunked_equals_recurrence(length: int, chunk_size: int):
-    inputs = make_inputs(length)
+def test_chunked_equals_recurrence(length: int, chunk_size: int, of_channels: bool):
+    inputs = make_inputs(length, of_channels=of_channels)
     actual = values_and_gradients(lambda x: chunked(x, chunk_size), inputs)
     assert_all_close(actual, values_and_gradients(recurrence, inputs), 1e-12)
+
+
+def test_decay_per_channel_equals_products_of_matrices():
+    """Kimi Delta Attention's recurrence, Eq 1 of arXiv 2510.26692, matrix by matrix."""
+    inputs = make_inputs(20, of_channels=True)
+    state = inputs["initial_state"].clone()
+    expected = []
+    for t in range(20):
+        q, k, v, g, beta = (inputs[name][:, t] for name in NAMES[:5])
+        erase = torch.eye(D_K) - beta[..., None, None] * torch.einsum("bhi,bhj->bhij", k, k)
+        write = beta[..., None, None] * torch.einsum("bhi,bhj->bhij", k, v)
+        state = erase @ torch.diag_embed(g.exp()) @ state + write
+        expected.append(SCALE * (state.mT @ q[..., None]).squeeze(-1))
+    output, last = chunked(inputs)
+    torch.testing.assert_close(output, torch.stack(expected, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, state, rtol=1e-12, atol=1e-12)
+
+
+def test_channels_that_decay_alike_are_one_head_that_decays():
+    inputs = make_inputs(130)
+    alike = inputs | {"g": inputs["g"][..., None].expand(-1, -1, -1, D_K)}
+    for actual, expected in zip(chunked(alike), chunked(inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_without_start_state_it_starts_from_zeros():
@@ -107,10 +137,11 @@ PACKED = {
 }
 
 
+@pytest.mark.parametrize("of_channels", [False, True])
 @pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("chunk_size", [7, 64])
-def test_packed_documents_equal_each_alone(lengths: list[int], chunk_size: int):
-    inputs = make_inputs(130, batch=1)
+def test_packed_documents_equal_each_alone(lengths: list[int], chunk_size: int, of_channels: bool):
+    inputs = make_inputs(130, batch=1, of_channels=of_channels)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
 
     def packed(x: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -170,9 +201,12 @@ def test_what_is_written_is_read_back():
     torch.testing.assert_close(output, SCALE * inputs["v"], rtol=1e-10, atol=1e-10)
 
 
-def test_strong_decay_stays_finite_and_exact():
-    inputs = make_inputs(130, torch.float32)
-    inputs["g"] = torch.where(inputs["beta"] > 0.5, -50.0, inputs["g"])
+@pytest.mark.parametrize("of_channels", [False, True])
+def test_strong_decay_stays_finite_and_exact(of_channels: bool):
+    inputs = make_inputs(130, torch.float32, of_channels=of_channels)
+    is_strong = inputs["beta"] > 0.5
+    is_strong = is_strong[..., None] if of_channels else is_strong
+    inputs["g"] = torch.where(is_strong, -50.0, inputs["g"])
     actual = values_and_gradients(chunked, inputs)
     assert all(x.isfinite().all() for x in actual.values())
     expected = values_and_gradients(recurrence, {n: x.double() for n, x in inputs.items()})

@@ -48,10 +48,14 @@ def _reference_as_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("cuts", PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("heads", [1, 2, 3, 5])
-@pytest.mark.parametrize("most_elements", [2**31 - 1, 600, 256], ids=str)
-def test_heads_stay_apart(heads, cuts, most_elements, monkeypatch):
+@pytest.mark.parametrize(
+    "most_elements, of_channels",
+    [(2**31 - 1, False), (2**31 - 1, True), (600, False), (256, False)],
+)
+def test_heads_stay_apart(heads, cuts, most_elements, of_channels, monkeypatch):
     monkeypatch.setattr(documents, "_MOST_ELEMENTS", most_elements)
-    inputs = make_inputs(17, batch=2 if cuts is None else 1, heads=heads)
+    batch = 2 if cuts is None else 1
+    inputs = make_inputs(17, batch=batch, heads=heads, of_channels=of_channels)
     cu_seqlens = None if cuts is None else torch.tensor(cuts)
 
     def by_documents(x):

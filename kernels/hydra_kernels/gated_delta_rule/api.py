@@ -44,15 +44,16 @@ def gated_delta_rule(
 
         S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
 
-    (Eq 10 of Gated Delta Networks, arXiv 2412.06464; the state transposed.) Differentiable in
-    every tensor. With keys of unit length and beta in [0, 1] the state never amplifies what it
+    (Eq 10 of Gated Delta Networks, arXiv 2412.06464; the state transposed.) With a decay per channel
+    of the keys it is Kimi Delta Attention's (arXiv 2510.26692): S_t = (I - beta_t k_t k_t^T)
+    diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T. Differentiable in every tensor. With keys of unit length and beta in [0, 1] the state never amplifies what it
     holds; normalising them is the caller's.
 
     Args:
         q, k: [b, t, heads, d_k]. "fla" reads them, and all that follow, without a copy where they
             lie in memory as [b, heads, t, ...], as does its output.
         v: [b, t, heads, d_v].
-        g: [b, t, heads], log of the decay, at most 0; float32 recommended.
+        g: [b, t, heads] or [b, t, heads, d_k], log of the decay, at most 0; float32 recommended.
         beta: [b, t, heads], write strength; float32 recommended.
         scale: factor on the queries; d_k ** -0.5 when None.
         initial_state: [b, heads, d_k, d_v] or None for zeros.
@@ -67,7 +68,8 @@ def gated_delta_rule(
             first call of a process may wait until it is compiled (`compilation.py`). On Hopper
             GPUs with Triton 3.4 to 3.7.0, whose code for fla's backward is wrong, fla's backward
             raises unless the package tilelang is installed.
-        chunk_size: tokens solved together; "fla" takes 16, 32 or 64, of which FlashQLA makes 64.
+        chunk_size: tokens solved together; "fla" takes 16, 32 or 64, of which FlashQLA makes 64,
+            and with a decay per channel, for which FlashQLA has no kernels, 32 or 64.
 
     Raises:
         ValueError: shapes that do not fit, an unknown impl; for "fla" CPU tensors, larger heads,
@@ -116,7 +118,7 @@ def _check_shapes(
     expected = {
         "k": (k, (b, t, heads, d_k)),
         "v": (v, (b, t, heads, v.shape[-1])),
-        "g": (g, (b, t, heads)),
+        "g": (g, (b, t, heads, d_k) if g.dim() == 4 else (b, t, heads)),
         "beta": (beta, (b, t, heads)),
     }
     if initial_state is not None:

@@ -40,15 +40,18 @@ class Mode(NamedTuple):
         value_dim: Of values.
         dtype: Of all three.
         with_state: Whether states come and go, as under context parallelism.
+        of_channels: Whether each channel has a decay of its own.
     """
 
     head_dim: int
     value_dim: int
     dtype: torch.dtype
     with_state: bool
+    of_channels: bool = False
 
     def __str__(self) -> str:
         purpose = "context parallelism" if self.with_state else "whole sequences"
+        purpose += ", a decay per channel" if self.of_channels else ""
         return (
             f"head dimension {self.head_dim}, {str(self.dtype).removeprefix('torch.')}, {purpose}"
         )
@@ -155,7 +158,8 @@ def _inputs(mode: Mode, num_tokens: int, device: torch.device) -> list[Tensor]:
     """q, k, v, g, beta of one row, zeros."""
     dims = (mode.head_dim, mode.head_dim, mode.value_dim)
     vectors = [torch.zeros(1, num_tokens, 1, d, dtype=mode.dtype, device=device) for d in dims]
-    gates = [torch.zeros(1, num_tokens, 1, device=device) for _ in range(2)]
+    decay = (mode.head_dim,) if mode.of_channels else ()
+    gates = [torch.zeros(1, num_tokens, 1, *width, device=device) for width in (decay, ())]
     return [x.requires_grad_() for x in (*vectors, *gates)]
 
 

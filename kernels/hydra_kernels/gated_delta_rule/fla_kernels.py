@@ -52,10 +52,12 @@ def gated_delta_rule(
     b, t, n, _ = q.shape
     check_head_dim(q.shape[-1])
     check_head_dim(v.shape[-1])
-    if chunk_size not in CHUNK_SIZES:
-        raise ValueError(f"impl='fla' takes a chunk_size of {CHUNK_SIZES}, got {chunk_size}")
+    of_channels = g.dim() == 4
+    sizes = CHUNK_SIZES[1:] if of_channels else CHUNK_SIZES
+    if chunk_size not in sizes:
+        raise ValueError(f"impl='fla' takes a chunk_size of {sizes}, got {chunk_size}")
     num_rows, with_state = b * n, initial_state is not None or output_final_state
-    compile_once(Mode(q.shape[-1], v.shape[-1], q.dtype, with_state), q.device)
+    compile_once(Mode(q.shape[-1], v.shape[-1], q.dtype, with_state, of_channels), q.device)
     row = [one_row(x) for x in (q, k, v, g, beta)]
     uses_flash_qla = why_not_flash_qla(*row) is None
     most_chunks = None if uses_flash_qla else _MOST_CHUNKS
@@ -104,7 +106,7 @@ def run(
     """One call of the kernels.
 
     Args:
-        row: q, k, v, g, beta as `[1, num_rows t, 1, ...]`.
+        row: q, k, v, g, beta as `[1, num_rows t, 1, ...]`; g per head or per channel.
         scale: Factor on the queries.
         states: `[num_rows, d_k, d_v]` before each row's first document, or None.
         output_final_state: Return the state after each row's last document.
@@ -122,7 +124,13 @@ def run(
         output_final_state=output_final_state,
         cu_seqlens=documents.cu_seqlens,
     )
-    if uses_flash_qla:
+    if row[3].dim() == 4:
+        from fla.ops.kda import chunk_kda
+
+        output, ends = chunk_kda(
+            *row, chunk_size=chunk_size, cu_seqlens_cpu=documents.cu_seqlens_cpu, **options
+        )
+    elif uses_flash_qla:
         import flash_qla
 
         options["cp_context"] = context_of(documents)
@@ -139,6 +147,8 @@ def run(
 
 def why_not_flash_qla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> str | None:
     """Why fla would not hand these to FlashQLA; None if it would."""
+    if g.dim() == 4:
+        return "it has no decay per channel"
     from fla.ops.gated_delta_rule.backends.flash_qla import FlashQLABackend
 
     backend = FlashQLABackend()

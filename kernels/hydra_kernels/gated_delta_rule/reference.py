@@ -2,6 +2,9 @@
 
 Shapes: b batch, t tokens, n chunks, c tokens a chunk, d_k and d_v a head's key and value sizes.
 
+The decay is one number per head, or one per channel of its keys, where Gated DeltaNet becomes Kimi
+Delta Attention (arXiv 2510.26692).
+
 Both compute in float32 at least (float64 when any input is float64) and are differentiable in
 every tensor argument. The recurrence is the oracle; the chunked form is what runs on a CPU.
 """
@@ -48,12 +51,13 @@ def recurrent_gated_delta_rule(
 
         S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
 
-    with the state transposed against the paper, [d_k, d_v], so that rows are keys.
+    with the state transposed against the paper, [d_k, d_v], so that rows are keys. Of a decay per
+    channel (Kimi Linear, arXiv 2510.26692, Eq 1) it is (I - beta_t k_t k_t^T) diag(exp(g_t)).
 
     Args:
         q, k: [b, t, heads, d_k]; k of unit length (else the state may grow without bound).
         v: [b, t, heads, d_v].
-        g: [b, t, heads], log of the decay, at most 0.
+        g: [b, t, heads] or [b, t, heads, d_k], log of the decay, at most 0.
         beta: [b, t, heads], write strength in [0, 1].
         scale: factor on the queries.
         initial_state: [b, heads, d_k, d_v] or None for zeros.
@@ -65,12 +69,13 @@ def recurrent_gated_delta_rule(
     """
     dtype = _compute_dtype(q, k, v, g, beta, initial_state)
     state = _start_state(initial_state, k, v, dtype)
+    g = g if g.dim() == 4 else g.unsqueeze(-1)
     # [b, t, heads, ...] -> t tensors of [b, heads, ...]
     steps = (x.to(dtype).unbind(1) for x in (q, k, v, g, beta))
     starts = set() if cu_seqlens is None else set(cu_seqlens[1:-1].tolist())
     outputs = []
     for t, (q_t, k_t, v_t, g_t, beta_t) in enumerate(zip(*steps, strict=True)):
-        state = torch.zeros_like(state) if t in starts else state * g_t.exp()[..., None, None]
+        state = torch.zeros_like(state) if t in starts else state * g_t.exp()[..., None]
         recalled = torch.einsum("bhk,bhkv->bhv", k_t, state)
         written = (v_t - recalled) * beta_t[..., None]
         state = state + k_t[..., :, None] * written[..., None, :]
@@ -96,7 +101,7 @@ def _document_starts(cu_seqlens: Tensor, t: int, chunk_size: int) -> Tensor:
 
 
 def _decay_between_tokens(g: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Decays inside a chunk from its log decays g [..., c].
+    """Decays inside a chunk from its log decays g [..., c], of heads or of channels.
 
     Nothing outlives the end of its document: where `starts` [n, c] marks a document's first token,
     every decay from before that token to it or after it is 0.
@@ -119,6 +124,16 @@ def _decay_between_tokens(g: Tensor, starts: Tensor | None) -> tuple[Tensor, Ten
     return from_start, between, between[..., -1, :]
 
 
+def _decayed_products(x: Tensor, y: Tensor, between: Tensor) -> Tensor:
+    """Products of rows of x and y [..., c, d_k] that decay between them, [..., c, c].
+
+    Of decays per channel, [..., d_k, c, c], each channel's by its own.
+    """
+    if between.dim() == x.dim():
+        return x @ y.mT * between
+    return torch.einsum("...id,...jd,...dij->...ij", x, y, between)
+
+
 def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -139,24 +154,34 @@ def chunk_gated_delta_rule(
         (I + strictly_lower(diag(beta) (K K^T * D))) U = diag(beta) (V - diag(d) K S)
 
     with D_ij the decay from token j to token i, d_i that from the chunk's start, S the state at
-    the chunk's start. Its right-hand side is linear in S, so U = U_v - W S with U_v and W solved
+    the chunk's start; of decays per channel D and d stand inside the products' sums. Its right-hand side is linear in S, so U = U_v - W S with U_v and W solved
     for all chunks at once, and the state's pass is S' = A S + B with A and B known beforehand.
 
-    Args and returns: as `recurrent_gated_delta_rule`, and chunk_size in tokens, 1 or more.
+    Args and returns: as `recurrent_gated_delta_rule`, and chunk_size in tokens, 1 or more. With
+    decays per channel at most 16 are taken, as D is held for each channel.
     """
     b, t, heads, d_k = k.shape
     d_v, out_dtype = v.shape[-1], v.dtype
     dtype = _compute_dtype(q, k, v, g, beta, initial_state)
     state = _start_state(initial_state, k, v, dtype).flatten(0, 1)  # [b * heads, d_k, d_v]
-    size = min(chunk_size, t)
+    of_channels = g.dim() == 4
+    size = min(chunk_size, t, 16 if of_channels else t)
     q, k, v = (_to_chunks(x, size, dtype) for x in (q, k, v))  # [b * heads, n, c, d]
-    g, beta = (_to_chunks(x[..., None], size, dtype) for x in (g, beta))  # [b * heads, n, c, 1]
+    # [b * heads, n, c, 1], g of channels [b * heads, n, c, d_k]
+    g, beta = (_to_chunks(x if x.dim() == 4 else x[..., None], size, dtype) for x in (g, beta))
     starts = None if cu_seqlens is None else _document_starts(cu_seqlens, t, size)
-    from_start, between, to_end = _decay_between_tokens(g[..., 0], starts)
-    from_start, to_end = from_start[..., None], to_end[..., None]
+    if of_channels:
+        # Over [b * heads, n, d_k, c]; a document's start is one for all channels.
+        if starts is not None:
+            starts = starts.unsqueeze(-2)
+        from_start, between, to_end = _decay_between_tokens(g.mT, starts)
+        from_start, to_end = from_start.mT, to_end.mT
+    else:
+        from_start, between, to_end = _decay_between_tokens(g[..., 0], starts)
+        from_start, to_end = from_start[..., None], to_end[..., None]
 
     # solve_triangular reads the strictly lower part alone.
-    system = (k * beta) @ k.mT * between
+    system = _decayed_products(k * beta, k, between)
     right_side = torch.cat((v, k * from_start), dim=-1) * beta
     solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     u_v, w = solved.split((d_v, d_k), dim=-1)
@@ -173,6 +198,6 @@ def chunk_gated_delta_rule(
 
     written = u_v - w @ at_start
     q = q * scale
-    output = (q * from_start) @ at_start + (q @ k.mT * between) @ written
+    output = (q * from_start) @ at_start + _decayed_products(q, k, between) @ written
     output = output.reshape(b, heads, -1, d_v)[:, :, :t].transpose(1, 2)
     return output.to(out_dtype), state.unflatten(0, (b, heads))
