@@ -145,9 +145,37 @@ class GatedDeltaNetCosts:
         return 8 * d + 4 + num_runs * 6 * d + 2 * d**2 // model.la_chunk_tokens
 
 
-Costs = FullAttentionCosts | GatedDeltaNetCosts
+class SlidingWindowCosts:
+    """Softmax over the last w tokens. What training keeps is counted, not measured on a GPU."""
+
+    def weights(self, model: CostModel) -> float:
+        """q, k, v, gate and output."""
+        return 5 * model.matrix
+
+    def flops(self, model: CostModel, num_tokens: int) -> float:
+        """Five projections, and QK^T and PV over the w tokens that a query sees, or fewer."""
+        w = min(model.sliding_window_tokens, num_tokens)
+        pairs = w * num_tokens - w * w / 2
+        return 5 * model.projection(num_tokens) + 4.0 * model.head_dim * pairs
+
+    def state_bytes(self, model: CostModel, value_bytes: int) -> float:
+        """Keys and values of w tokens."""
+        return 2 * model.sliding_window_tokens * model.head_dim * value_bytes
+
+    def kept_bytes(self, model: CostModel, num_runs: int = 1) -> float:
+        """Projected; query and key after norm and RoPE; blocks, whose keys stand twice; output."""
+        d = model.head_dim
+        return 8 * d + 8 * d + 5 * 2 * d + 2 * d + 12
+
+    def gradient_bytes(self, model: CostModel, num_runs: int = 1) -> float:
+        """Of the projected sections and of the blocks."""
+        return 8 * model.head_dim + 5 * 2 * model.head_dim
+
+
+Costs = FullAttentionCosts | GatedDeltaNetCosts | SlidingWindowCosts
 COSTS: dict[HeadKind, Costs] = {
     "fa": FullAttentionCosts(),
     "gated_delta_net": GatedDeltaNetCosts(),
+    "sliding_window": SlidingWindowCosts(),
 }
 LA_KINDS = tuple(kind for kind in COSTS if kind != "fa")
