@@ -30,9 +30,13 @@ def _one_rank(short_strips):
     initialize_model_parallel()
 
 
-def _attention(fa_heads=FA_HEADS[0], **overrides):
+THREE_KINDS = {0: {"kda": (0, 6), "sliding_window": (3, 7)}}
+"""Beside `FA_HEADS`; head 4 stays Gated DeltaNet."""
+
+
+def _attention(fa_heads=FA_HEADS[0], other_kinds=None, **overrides):
     """The first layer's attention, every parameter away from its neutral value."""
-    plan = tiny_plan({**FA_HEADS, 0: fa_heads})
+    plan = tiny_plan({**FA_HEADS, 0: fa_heads}, other_kinds)
     model = build_model(tiny_config(init_method_std=0.2, **overrides), plan)
     attention = model.decoder.layers[0].self_attention
     generator = torch.Generator().manual_seed(3)
@@ -60,8 +64,18 @@ def _rotary(length: int = 21) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_layer_equals_its_definition(overrides):
-    attention = _attention(**overrides)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {},
+        dict(la_kind="kda"),
+        dict(la_kind="sliding_window", sliding_window_tokens=5),
+        dict(other_kinds=THREE_KINDS, sliding_window_tokens=30, sliding_window_sink=False),
+    ],
+    ids=str,
+)
+def test_layer_equals_its_definition(overrides, kinds):
+    attention = _attention(**kinds, **overrides)
     x, rotary = _input(), _rotary()
     with torch.no_grad():
         found, bias = attention(x, rotary_pos_emb=rotary)
@@ -74,7 +88,16 @@ def test_layer_equals_its_definition(overrides):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "overrides",
-    [{}, dict(la_rope=False, la_decay=False), dict(la_short_conv=False, la_qk_norm=False)],
+    [
+        {},
+        dict(la_rope=False, la_decay=False),
+        dict(la_short_conv=False, la_qk_norm=False),
+        dict(la_kind="kda"),
+        dict(la_kind="kda", la_beta=False, la_decay=False),
+        # The norm of each head's outputs takes off all that a sink does, but for its epsilon.
+        dict(la_kind="sliding_window", sliding_window_tokens=4, fusion="none"),
+        dict(other_kinds=THREE_KINDS, sliding_window_tokens=7, fusion="none"),
+    ],
     ids=str,
 )
 def test_triton_kernels_equal_the_reference(overrides, packed):
@@ -111,19 +134,26 @@ def _by_definition(attention, x, rotary):
             out = _fa_head(attention, query, key, value, rotary)
             if config.fa_output_gate:
                 gate = 2 * project("fa_gate", head).sigmoid()
+        elif kind == "sliding_window":
+            parts = [project(f"window_{name}", head) for name in ("query", "key", "value")]
+            out = _window_head(attention, head, *parts, rotary)
+            if config.fa_output_gate:
+                gate = 2 * project("window_gate", head).sigmoid()
         else:
-            parts = [project(f"la_{name}", head) for name in ("query", "key", "value")]
+            prefix = {"gated_delta_net": "la", "kda": "kda"}[kind]
+            parts = [project(f"{prefix}_{name}", head) for name in ("query", "key", "value")]
             decay, beta = (
-                project(f"la_{name}", head) if getattr(config, f"la_{name}") else None
+                project(f"{prefix}_{name}", head) if getattr(config, f"la_{name}") else None
                 for name in ("decay", "beta")
             )
-            out = _la_head(attention, head, parts, decay, beta, rotary)
+            out = _la_head(attention, kind, head, parts, decay, beta, rotary)
             if config.la_output_gate != "none":
-                z = project("la_gate", head)
+                z = project(f"{prefix}_gate", head)
                 gate = F.silu(z) if config.la_output_gate == "silu" else 2 * z.sigmoid()
         if config.fusion != "none":
             out = out / (out.square().mean(-1, keepdim=True) + config.layernorm_epsilon).sqrt()
-        gated = config.fa_output_gate if kind == "fa" else config.la_output_gate != "none"
+        is_softmax = kind in ("fa", "sliding_window")
+        gated = config.fa_output_gate if is_softmax else config.la_output_gate != "none"
         out = out * gate if gated else out
         if config.fusion == "scale":
             out = out * attention.fusion.head_scale[head].double()
@@ -156,8 +186,23 @@ def _fa_head(attention, query, key, value, rotary):
     return out
 
 
-def _la_head(attention, head, parts, decay, beta, rotary):
-    config, branch = attention.config, attention.linear_attention
+def _window_head(attention, head, query, key, value, rotary):
+    config, branch = attention.config, attention.sliding_window_attention
+    query, key = _norm(query, branch.q_layernorm), _norm(key, branch.k_layernorm)
+    query, key = _rotate(query, rotary), _rotate(key, rotary)
+    sink = branch.sink[branch.heads.index(head)].double() if config.sliding_window_sink else None
+    out = torch.zeros_like(value)
+    for t in range(len(query)):
+        seen = slice(max(0, t - config.sliding_window_tokens + 1), t + 1)
+        scores = (query[t] * key[seen]).sum(-1) / math.sqrt(query.shape[-1])  # [tokens, b]
+        total = scores.exp().sum(0) + (0.0 if sink is None else sink.exp())
+        out[t] = ((scores.exp() / total).unsqueeze(-1) * value[seen]).sum(0)
+    return out
+
+
+def _la_head(attention, kind, head, parts, decay, beta, rotary):
+    name = {"gated_delta_net": "linear_attention", "kda": "kimi_delta_attention"}[kind]
+    config, branch = attention.config, getattr(attention, name)
     n, d = len(branch.heads), config.kv_channels
     index = branch.heads.index(head)
     if config.la_short_conv:
@@ -173,7 +218,11 @@ def _la_head(attention, head, parts, decay, beta, rotary):
     out = torch.zeros_like(value)
     for t in range(len(query)):
         if decay is not None:
-            dt = F.softplus(decay[t] + branch.dt_bias[index].double())  # [b, 1]
+            raw, bias = decay[t], branch.dt_bias[index].double()
+            if kind == "kda":  # a number per channel, [b, d]
+                raw = raw @ branch.decay_up.double().view(n, d, -1)[index].t()
+                bias = branch.dt_bias.double().view(n, d)[index]
+            dt = F.softplus(raw + bias)  # [b, 1]
             state = state * torch.exp(-branch.A_log[index].double().exp() * dt).unsqueeze(-1)
         strength = beta[t].sigmoid() if beta is not None else torch.ones_like(key[t, :, :1])
         error = value[t] - torch.einsum("bkv,bk->bv", state, key[t])

@@ -22,9 +22,14 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 # Some heads FA (groups split, whole and missing), all, one, none.
 PLAN = {0: (1, 2, 5), 1: tuple(range(8)), 2: (3,), 3: ()}
 TWO_LAYERS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
+# Longer than a context-parallel rank's pieces; a fusion that lets the sink's gradient through.
+WINDOW = dict(sliding_window_tokens=40, fusion="none")
+OTHER_KINDS = {0: {"kda": (0, 6), "sliding_window": (3, 7)}, 1: {"sliding_window": (2, 3, 4, 5)}}
 VARIANTS = {
     "default": {},
     "dynamic gate, RoPE on FA": dict(fusion="gate", fa_rope=True, la_output_gate="sigmoid"),
+    "KDA": dict(la_kind="kda"),
+    "window": dict(la_kind="sliding_window", **WINDOW),
     "no gates": dict(fusion="norm", fa_output_gate=False, la_output_gate="none", la_qk_norm=False),
 }
 # What `make test` keeps: each kind of split once, in the combination that has most to go wrong.
@@ -56,6 +61,17 @@ def test_a_covering_part_of_the_matrix_on_four_ranks(tmp_path):
     assert _names(rows) == COVERING_ON_FOUR
 
 
+def test_four_kinds_in_a_layer_on_four_ranks(tmp_path):
+    """Full attention, Gated DeltaNet, Kimi Delta Attention and sliding windows."""
+    wanted = {
+        *COVERING_ON_FOUR,
+        "checkpoint there and back: tp2 sp by_type",
+        "pipeline: pp2 micro4",
+    }
+    rows = _certify(tmp_path, 4, WINDOW, TWO_LAYERS, (4, 2, 2), wanted, OTHER_KINDS)
+    assert _names(rows) == wanted
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_ranks, limits", [(1, (1, 1, 1)), (4, (4, 4, 4)), (8, (8, 4, 2))])
@@ -74,10 +90,12 @@ def _certify(
     fa_heads: dict,
     limits: tuple[int, int, int],
     wanted: set[str] | None = None,
+    other_kinds: dict | None = None,
 ) -> list[dict]:
     """Certify on so many ranks; every row must pass."""
     folder.mkdir(exist_ok=True)
-    run_distributed(_certify_rank, num_ranks, folder, overrides, fa_heads, limits, wanted)
+    heads = (fa_heads, other_kinds)
+    run_distributed(_certify_rank, num_ranks, folder, overrides, heads, limits, wanted)
     certificate = json.loads((folder / "certificate.json").read_text())
     failed = [row for row in certificate["rows"] if not row["passed"]]
     assert certificate["passed"] and not failed, failed
@@ -89,7 +107,7 @@ def _names(rows: list[dict]) -> set[str]:
 
 
 def _certify_rank(
-    folder: Path, overrides: dict, fa_heads: dict, limits: tuple, wanted: set[str] | None
+    folder: Path, overrides: dict, heads: tuple, limits: tuple, wanted: set[str] | None
 ) -> None:
     from kit.tiny import tiny_fields
 
@@ -99,9 +117,10 @@ def _certify_rank(
     from megatron_hydra.certify.worlds import Ranks
     from megatron_hydra.head_plan import HeadPlan
 
+    fa_heads, other_kinds = heads
     num_layers = len(fa_heads)
     fields = tiny_fields(num_layers=num_layers, **{**WELL_CONDITIONED, **overrides})
-    plan = HeadPlan.from_fa_heads(fa_heads, num_layers, 8, 4)
+    plan = HeadPlan.from_fa_heads(fa_heads, num_layers, 8, 4, other_kinds=other_kinds)
     certificate = certify(
         Run(fields, plan, folder / "weights", folder),
         Limits(*limits),

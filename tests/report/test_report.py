@@ -298,7 +298,10 @@ def _set(key: str, value: object, model: int = 1) -> Callable[[Any], Any]:
         ),
         (lambda d: d.update(kind="head_plan"), "kind 'evaluation' is needed"),
         (lambda d: d.pop("training_length"), "key training_length is missing"),
-        (lambda d: d.update(serve_dtype="int4"), "serve_dtype is 'int4'; allowed: bf16, fp16, fp32"),
+        (
+            lambda d: d.update(serve_dtype="int4"),
+            "serve_dtype is 'int4'; allowed: bf16, fp16, fp32",
+        ),
     ],
 )
 def test_odd_evaluation_is_refused(arguments, tmp_path, change, message):

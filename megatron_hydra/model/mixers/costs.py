@@ -145,6 +145,32 @@ class GatedDeltaNetCosts:
         return 8 * d + 4 + num_runs * 6 * d + 2 * d**2 // model.la_chunk_tokens
 
 
+class KimiDeltaAttentionCosts(GatedDeltaNetCosts):
+    """A decay per channel. What training keeps of it is counted, not measured on a GPU."""
+
+    def decay_rows(self, model: CostModel) -> int:
+        """The bottleneck, see `mixers/kda.py`."""
+        return max(1, model.head_dim // 8)
+
+    def weights(self, model: CostModel) -> float:
+        """As Gated DeltaNet's, and what takes the bottleneck to the channels."""
+        return super().weights(model) + self.decay_rows(model) * model.head_dim
+
+    def flops(self, model: CostModel, num_tokens: int) -> float:
+        """As Gated DeltaNet's, and the same."""
+        up = 2.0 * num_tokens * self.decay_rows(model) * model.head_dim
+        return super().flops(model, num_tokens) + up
+
+    def kept_bytes(self, model: CostModel, num_runs: int = 1) -> float:
+        """As Gated DeltaNet's, and its decays in float32: raw, and summed for each run."""
+        per_channel = 4 * model.head_dim * (1 + 2 * num_runs)
+        return super().kept_bytes(model, num_runs) + 2 * self.decay_rows(model) + per_channel
+
+    def gradient_bytes(self, model: CostModel, num_runs: int = 1) -> float:
+        """As Gated DeltaNet's, and the decays' in float32."""
+        return super().gradient_bytes(model, num_runs) + 4 * model.head_dim * num_runs
+
+
 class SlidingWindowCosts:
     """Softmax over the last w tokens. What training keeps is counted, not measured on a GPU."""
 
@@ -176,6 +202,7 @@ Costs = FullAttentionCosts | GatedDeltaNetCosts | SlidingWindowCosts
 COSTS: dict[HeadKind, Costs] = {
     "fa": FullAttentionCosts(),
     "gated_delta_net": GatedDeltaNetCosts(),
+    "kda": KimiDeltaAttentionCosts(),
     "sliding_window": SlidingWindowCosts(),
 }
 LA_KINDS = tuple(kind for kind in COSTS if kind != "fa")

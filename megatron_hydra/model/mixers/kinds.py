@@ -8,12 +8,13 @@ from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.mixers.base import Mixer
 from megatron_hydra.model.mixers.full_attention import FullAttention
 from megatron_hydra.model.mixers.gated_delta_net import GatedDeltaNet
+from megatron_hydra.model.mixers.kda import KimiDeltaAttention
 from megatron_hydra.model.mixers.sliding_window import SlidingWindow
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import ProjectionLayout
 
 KINDS: dict[HeadKind, type[Mixer]] = {
-    kind.kind: kind for kind in (FullAttention, GatedDeltaNet, SlidingWindow)
+    kind.kind: kind for kind in (FullAttention, GatedDeltaNet, KimiDeltaAttention, SlidingWindow)
 }
 
 

@@ -1,0 +1,67 @@
+"""Kinds of heads: what each says of itself agrees with what the model builds of it."""
+
+from __future__ import annotations
+
+import pytest
+from kit.tiny import tiny_config, tiny_plan
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from megatron_hydra.errors import UserError  # noqa: E402
+from megatron_hydra.head_plan import HeadPlan  # noqa: E402
+from megatron_hydra.model.build import build_model  # noqa: E402
+from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS  # noqa: E402
+from megatron_hydra.model.mixers.kinds import KINDS  # noqa: E402
+from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
+from megatron_hydra.selection.cost import ModelShape, attention_weight_bytes  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_rank():
+    initialize_model_parallel()
+
+
+def test_every_kind_has_costs_and_names_of_its_own():
+    assert list(KINDS) == list(COSTS)
+    for name in ("label", "module_name", "gate_name"):
+        assert len({getattr(kind, name) for kind in KINDS.values()}) == len(KINDS)
+
+
+@pytest.mark.parametrize("la_kind", LA_KINDS)
+@pytest.mark.parametrize("other_kinds", [None, {0: {"kda": (0,), "sliding_window": (3, 7)}}])
+def test_counted_weights_are_the_models(la_kind, other_kinds):
+    """Matrices of the attentions: what planning counts is what the model has."""
+    config = tiny_config(la_kind=la_kind)
+    plan = tiny_plan(other_kinds=other_kinds)
+    model = build_model(config, plan)
+    found = 0
+    for layer in model.decoder.layers:
+        attention = layer.self_attention
+        padding = attention.layout.num_padding_rows * config.hidden_size
+        found += sum(p.numel() for p in attention.parameters() if p.dim() == 2) - padding
+    counted = attention_weight_bytes(ModelShape.from_config(config), "fp32").of(plan) / 4
+    assert found == counted
+
+
+@pytest.mark.parametrize("la_kind", LA_KINDS)
+def test_heads_that_are_named_are_those_that_the_model_would_take(la_kind):
+    """A plan that names the kind of every head is the one that leaves it to `la_kind`."""
+    named = tiny_plan().resolved(la_kind)
+    models = []
+    for plan, config in ((tiny_plan(), tiny_config(la_kind=la_kind)), (named, tiny_config())):
+        initialize_model_parallel()
+        models.append(build_model(config, plan))
+    ours, theirs = (dict(model.named_parameters()) for model in models)
+    assert all(parameter.equal(theirs[name]) for name, parameter in ours.items())
+
+
+def test_kinds_that_nobody_knows_are_named():
+    with pytest.raises(
+        UserError, match="la_kind is 'kimi'; allowed: gated_delta_net, kda, sliding"
+    ):
+        tiny_config(la_kind="kimi")
+    plan = HeadPlan.from_fa_heads({}, 2, 8, 4, other_kinds={1: {"swa": [3]}})
+    with pytest.raises(UserError, match="head 3 of layer 1 of the head plan is of kind 'swa'"):
+        build_model(tiny_config(), plan)
