@@ -1,7 +1,7 @@
 """The head plan: which attention heads keep full attention (FA) and which become linear (LA).
 
-A plan calls a head FA or LA. What an LA head is made of is the model's choice, its `la_kind`; a plan
-may also name the kind of single heads, one of `megatron_hydra.model.mixers.kinds.KINDS`.
+A plan calls a head FA or LA. What an LA head is made of is the model's choice, its `la_kind`; a
+plan may also name the kind of single heads, one of `megatron_hydra.model.mixers.kinds.KINDS`.
 """
 
 from __future__ import annotations

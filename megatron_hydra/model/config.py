@@ -111,9 +111,9 @@ class HydraFields:
     sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
     """Tokens that a head attends to, its own counted in."""
     sliding_window_sink: bool = field(default=True, metadata=MAY_LACK)
-    """A learnable logit per head in each softmax's sum, for weight that goes to no token. It scales a
-    head's output, token by token; a fusion with a norm per head takes that off again, so there it
-    has next to no effect."""
+    """A learnable logit per head in each softmax's sum, for weight that goes to no token. It scales
+    a head's output, token by token; a fusion with a norm per head takes that off again, so there
+    it has next to no effect."""
 
     # Fusion, the paper's Eq 13-14 and its Table 5.
     fusion: Literal["scale", "norm", "none", "gate"] = "scale"

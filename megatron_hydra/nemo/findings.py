@@ -11,8 +11,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.model.hydra_attention import HydraAttention
+from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.model.projection import Section
 from megatron_hydra.nemo.model import bare_model
 

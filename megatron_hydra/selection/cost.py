@@ -1,8 +1,9 @@
 """What a head plan costs: cache, state, weights, FLOPs, and predicted decode and training times.
 
 Every cost here depends on a plan through its FA heads, its stored query groups and its heads of
-kinds that it names, and is linear in their numbers. So a cost is a :class:`PlanCost`: it can be read
-off for a plan, and an optimiser, whose plans name no kinds, can keep a budget of it. Free of PyTorch, so that planning starts quickly.
+kinds that it names, and is linear in their numbers. So a cost is a :class:`PlanCost`: it can be
+read off for a plan, and an optimiser, whose plans name no kinds, can keep a budget of it. Free of
+PyTorch, so that planning starts quickly.
 
 Bytes and times are of one number format, that which serves, whatever format the weights have in a
 file or in memory: else a float32 teacher and its bf16 hybrid could not be compared.
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, HeadPlan
+from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, CostModel, KindCosts
 from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, CostModel, Costs
 from megatron_hydra.schema import MAY_LACK, Limits, check_fields
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class PlanCost:
 
 def cost_of_heads(
     shape: ModelShape,
-    of_head: Callable[[Costs], float],
+    of_head: Callable[[KindCosts], float],
     *,
     shared: float = 0,
     per_group: float = 0,

@@ -44,10 +44,13 @@ def gated_delta_rule(
 
         S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = scale S_t^T q_t
 
-    (Eq 10 of Gated Delta Networks, arXiv 2412.06464; the state transposed.) With a decay per channel
-    of the keys it is Kimi Delta Attention's (arXiv 2510.26692): S_t = (I - beta_t k_t k_t^T)
-    diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T. Differentiable in every tensor. With keys of unit length and beta in [0, 1] the state never amplifies what it
-    holds; normalising them is the caller's.
+    (Eq 10 of Gated Delta Networks, arXiv 2412.06464; the state transposed.) With a decay for each
+    channel of the keys it is Kimi Delta Attention's (arXiv 2510.26692, Eq 1):
+
+        S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
+
+    Differentiable in every tensor. With keys of unit length and beta in [0, 1] the state never
+    amplifies what it holds; normalising them is the caller's.
 
     Args:
         q, k: [b, t, heads, d_k]. "fla" reads them, and all that follow, without a copy where they

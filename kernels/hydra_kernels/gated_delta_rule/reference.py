@@ -153,9 +153,10 @@ def chunk_gated_delta_rule(
 
         (I + strictly_lower(diag(beta) (K K^T * D))) U = diag(beta) (V - diag(d) K S)
 
-    with D_ij the decay from token j to token i, d_i that from the chunk's start, S the state at
-    the chunk's start; of decays per channel D and d stand inside the products' sums. Its right-hand side is linear in S, so U = U_v - W S with U_v and W solved
-    for all chunks at once, and the state's pass is S' = A S + B with A and B known beforehand.
+    with D_ij the decay from token j to token i, d_i that from the chunk's start, S the state at the
+    chunk's start; of decays per channel D and d stand inside the products' sums. The right-hand
+    side is linear in S, so U = U_v - W S with U_v and W solved for all chunks at once, and the
+    state's pass is S' = A S + B with A and B known beforehand.
 
     Args and returns: as `recurrent_gated_delta_rule`, and chunk_size in tokens, 1 or more. With
     decays per channel at most 16 are taken, as D is held for each channel.

@@ -198,8 +198,8 @@ class SlidingWindowCosts:
         return 8 * model.head_dim + 5 * 2 * model.head_dim
 
 
-Costs = FullAttentionCosts | GatedDeltaNetCosts | SlidingWindowCosts
-COSTS: dict[HeadKind, Costs] = {
+KindCosts = FullAttentionCosts | GatedDeltaNetCosts | SlidingWindowCosts
+COSTS: dict[HeadKind, KindCosts] = {
     "fa": FullAttentionCosts(),
     "gated_delta_net": GatedDeltaNetCosts(),
     "kda": KimiDeltaAttentionCosts(),

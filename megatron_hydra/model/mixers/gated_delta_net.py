@@ -120,8 +120,8 @@ class GatedDeltaNet(Mixer):
         if not hasattr(self, "A_log"):
             return []
         return [
-            f"A_log of head {head} ({self.label}) of layer {self.layer_number - 1} is {value:g}, and a decay "
-            f"by exp(A_log) gives NaN; allowed: {MAX_A_LOG:g} at most"
+            f"A_log of head {head} ({self.label}) of layer {self.layer_number - 1} is {value:g}, "
+            f"and a decay by exp(A_log) gives NaN; allowed: {MAX_A_LOG:g} at most"
             for head, value in zip(self.heads, self.A_log.tolist(), strict=True)
             if not value <= MAX_A_LOG  # nor NaN
         ]

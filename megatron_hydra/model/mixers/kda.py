@@ -1,4 +1,4 @@
-"""Kimi Delta Attention: Gated DeltaNet whose state forgets each channel of the keys by its own rate.
+"""Kimi Delta Attention: Gated DeltaNet with a decay for each channel of the keys.
 
 Legend: s = sequence, b = batch, n = KDA heads on the rank, d = head dimension, r = rows of a head
 that its decays are made of.
