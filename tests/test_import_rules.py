@@ -44,6 +44,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
         "selection", "evaluation", "report", "schema", "training", "nemo", "processes", "progress",
+        "certify",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
 }  # fmt: skip
@@ -54,6 +55,8 @@ STANDARD_LIBRARY_ONLY = (
     "schema.py",
     "head_plan.py",
     "model/__init__.py",
+    "model/mixers/__init__.py",
+    "model/mixers/costs.py",
     "model/placement.py",
     "model/parallel_sizes.py",
 )
@@ -64,6 +67,7 @@ PLANNING = (
     "scores",
     "uncertainty",
     "cost",
+    "shape",
     "budget",
     "optimiser",
     "explanation",

@@ -27,22 +27,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hydra.certify.global_tensors import (
-    Piece,
-    assemble,
-    parameter_pieces,
-    shard_pieces,
-)
+from megatron_hydra.certify.global_tensors import Piece, assemble, parameter_pieces, shard_pieces
 from megatron_hydra.certify.layouts import Batch, Layout, MicroBatch, micro_batches, row_length
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.parallel_sizes import real_part
-from megatron_hydra.teachers.distributed_weights import (
-    InProcessSave,
-    set_weights,
-    sharded_weights,
-)
+from megatron_hydra.teachers.distributed_weights import InProcessSave, set_weights, sharded_weights
 
 LEARNING_RATE = 1e-3
 # Where a gradient is all rounding error, Adam at its usual 1e-8 would move the parameter by a
@@ -86,7 +77,6 @@ class Run:
 
     @property
     def resolved_plan(self) -> HeadPlan:
-        """The plan with the name of a kind for each head."""
         return self.plan.resolved(self.fields.get("la_kind", HydraConfig.la_kind))
 
 

@@ -15,16 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, HeadPlan
-from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, CostModel, KindCosts
-from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.schema import MAY_LACK, Limits, check_fields
-
-if TYPE_CHECKING:
-    from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, KindCosts
+from megatron_hydra.selection.shape import ModelShape as ModelShape
 
 GIB = 2**30
 TRAINING_EFFICIENCY = 0.4
@@ -33,106 +29,6 @@ TRAINING_EFFICIENCY = 0.4
 ServeDtype = Literal["bf16", "fp16", "fp32"]
 """Number format of weights and caches when the model serves."""
 SERVE_DTYPES: dict[ServeDtype, int] = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes of one value
-_Count = Annotated[int, Limits(least=1)]
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a teacher, which its hybrids share: all that the costs depend on.
-
-    Attributes:
-        num_layers: Layers.
-        num_heads: Query heads a layer.
-        num_query_groups: Query groups (KV heads) a layer.
-        head_dim: Width of one head.
-        hidden_size: Width of the model.
-        ffn_hidden_size: Width of the gated MLP.
-        vocab_size: Rows of the embedding and of the output layer.
-        tied_embeddings: Whether both are one matrix.
-        conv_kernel_size: Taps of the LA heads' short convolution; 0 without.
-        la_kind: What the LA heads are.
-        sliding_window_tokens: What heads of a sliding window see.
-
-    Raises:
-        UserError: If a size is no positive whole number, or the heads do not divide into groups.
-    """
-
-    FORMER_KEYS: ClassVar = ("value_bytes",)  # the number format that the weights had
-
-    num_layers: _Count
-    num_heads: _Count
-    num_query_groups: _Count
-    head_dim: _Count
-    hidden_size: _Count
-    ffn_hidden_size: _Count
-    vocab_size: _Count
-    tied_embeddings: bool
-    conv_kernel_size: Annotated[int, Limits(least=0)] = 4
-    la_kind: Annotated[str, Limits(choices=LA_KINDS)] = field(
-        default="gated_delta_net", metadata=MAY_LACK
-    )
-    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.num_heads % self.num_query_groups:
-            raise UserError(
-                f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
-            )
-
-    @classmethod
-    def from_config(cls, config: HydraConfig) -> ModelShape:
-        """The shape of the models that a configuration builds, teacher or hybrid."""
-        return cls(
-            num_layers=config.num_layers,
-            num_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            head_dim=config.kv_channels,
-            hidden_size=config.hidden_size,
-            ffn_hidden_size=config.ffn_hidden_size,
-            vocab_size=config.vocab_size,
-            tied_embeddings=config.share_embeddings_and_output_weights,
-            conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
-            la_kind=config.la_kind,
-            sliding_window_tokens=config.sliding_window_tokens,
-        )
-
-    @property
-    def total_heads(self) -> int:
-        """Query heads of all layers."""
-        return self.num_layers * self.num_heads
-
-    @property
-    def total_groups(self) -> int:
-        """Query groups of all layers."""
-        return self.num_layers * self.num_query_groups
-
-    @property
-    def heads_per_group(self) -> int:
-        """Query heads that share one key and value."""
-        return self.num_heads // self.num_query_groups
-
-    @property
-    def cost_model(self) -> CostModel:
-        """The sizes that a head's costs depend on."""
-        return CostModel(
-            self.hidden_size,
-            self.head_dim,
-            la_conv_kernel_size=self.conv_kernel_size,
-            sliding_window_tokens=self.sliding_window_tokens,
-        )
-
-    @property
-    def parallel_sizes(self) -> ParallelSizes:
-        """The layouts that can hold such a model."""
-        return ParallelSizes(
-            num_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            num_query_groups=self.num_query_groups,
-            kv_channels=self.head_dim,
-            ffn_hidden_size=self.ffn_hidden_size,
-            vocab_size=self.vocab_size,
-        )
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_a_wrong_head_is_named_though_its_values_are_small():
     worst = differences(
         Record(gradients={IN_PROJ: found}, losses=[1.0], grad_norms=[1.0]),
         Record(gradients={IN_PROJ: expected}, losses=[1.0], grad_norms=[1.0]),
-        tiny_plan(),
+        tiny_plan().resolved("gated_delta_net"),
     )
     assert worst["gradients"].at == f"{IN_PROJ}, head 3", "LA heads are 0, 3, 4, 6 and 7"
     assert worst["gradients"].value == pytest.approx(0.1)

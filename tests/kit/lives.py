@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from kit.tiny_models import write_models
+from kit.tiny_models import PLAN_OF_KINDS, write_models
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 NUM_STEPS, SAVE_EVERY, BATCH, LENGTH = 14, 2, 2, 16
@@ -28,7 +28,7 @@ def write_inputs(folder: Path) -> Path:
     """Write `teacher`, `hybrid`, `run.yaml` and `data`, whose samples say their number."""
     from megatron_hydra.training.indexed_dataset import write_indexed_dataset
 
-    write_models(folder)
+    write_models(folder, PLAN_OF_KINDS)
     filler = random.Random(0)
     tokens = [
         token

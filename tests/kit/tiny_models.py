@@ -11,6 +11,10 @@ from kit.tiny_qwen3 import write_tiny_qwen3
 from megatron_hydra.head_plan import HeadPlan
 
 PLAN = HeadPlan.from_fa_heads({0: [1], 1: [0, 3]}, 2, 4, 2)
+PLAN_OF_KINDS = HeadPlan.from_fa_heads(
+    {0: [1], 1: [3]}, 2, 4, 2, other_kinds={1: {"kda": [1], "sliding_window": [2]}}
+)
+"""A layer of full attention and Gated DeltaNet, and one of these and two more."""
 
 
 def write_models(folder: Path, plan: HeadPlan = PLAN, **qwen3_fields: Any) -> None:

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from hydra_tools.on_plans import add_cost_arguments, align, cost_lines, how_sure
+from megatron_hydra.api.inspect import Inspection, draw, inspect
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_outputs
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.schema import from_json
-from megatron_hydra.selection.budget import Budget, Constraints
-from megatron_hydra.selection.comparison import PlanComparison, compare_plans
-from megatron_hydra.selection.cost import (
-    ModelShape,
-    ServeDtype,
-    costs_of,
-)
+from megatron_hydra.selection.comparison import PlanComparison
 from megatron_hydra.selection.explanation import ChosenHead, Explanation
-from megatron_hydra.selection.pareto import ParetoTable
-from megatron_hydra.selection.policy import (
-    DEFAULT_CONTEXT_TOKENS,
-    no_fa_heads,
-    read_budget,
-    read_explanation,
-    read_shape,
-    scores_as_planned,
-)
-from megatron_hydra.selection.scores import HeadScores
 
 _NUM_EFFECTS = 2  # shown of a head, the largest first
 _NUM_LEFT_OUT = 5
@@ -53,60 +35,49 @@ def run(args: argparse.Namespace) -> int:
     """Print what the file says; write pictures if asked."""
     if args.pictures and not args.scores:
         raise UserError("--pictures needs --scores: the pictures show the effects of every head")
-    plan = HeadPlan.load(args.plan)
-    scores = None if args.scores is None else scores_as_planned(HeadScores.load(args.scores), plan)
-    where = _where_costs_are_told(plan, args.context, args.device, args.serve_dtype)
-    print("\n".join(describe_plan(plan, scores, *where)))
-    if args.against:
-        other = HeadPlan.load(args.against)
-        comparison = compare_plans(plan, other, *where)
+    found = inspect(
+        args.plan,
+        args.scores,
+        args.against,
+        context_tokens=args.context,
+        device=args.device,
+        serve_dtype=args.serve_dtype,
+    )
+    print("\n".join(describe_plan(found)))
+    if found.comparison is not None:
         names = str(args.plan), str(args.against)
-        print("\n" + "\n".join(describe_comparison(comparison, *names)))
-    if args.pictures and scores is not None:
-        # matplotlib takes a while to import: the text comes first.
-        from megatron_hydra.report.pictures import PICTURES, save_selection_pictures
-
-        inputs = (args.plan, args.scores, args.against, args.pareto)
-        check_outputs([args.pictures / name for name in PICTURES], inputs)
-        table = None if args.pareto is None else ParetoTable.load(args.pareto)
-        for path in save_selection_pictures(args.pictures, scores, plan, args.overwrite, table):
+        print("\n" + "\n".join(describe_comparison(found.comparison, *names)))
+    if args.pictures:
+        inputs = (args.plan, args.scores, args.pictures, args.against, args.pareto)
+        for path in draw(*inputs, overwrite=args.overwrite):
             print(f"picture: {path}")
     return 0
 
 
-def describe_plan(
-    plan: HeadPlan,
-    scores: HeadScores | None,
-    context: int,
-    device: str,
-    serve_dtype: ServeDtype,
-) -> list[str]:
-    """All that a plan's file tells, line by line.
-
-    Args:
-        plan: The plan.
-        scores: Know the teacher's sizes where a plan written by hand does not.
-        context: Tokens at which costs are told.
-        device: To predict times for.
-        serve_dtype: Number format of weights and caches.
-    """
+def describe_plan(found: Inspection) -> list[str]:
+    """All that a plan's file tells, line by line."""
+    plan = found.plan
     total = plan.num_layers * plan.num_heads
     lines = [f"{plan.num_fa_heads} of {total} heads keep full attention (FA)"]
-    shape = read_shape(plan) or (scores.shape if scores else None)
-    lines += [*_origin(plan, shape), "", *_layers(plan), ""]
-    if shape is None:
+    others = Counter(kind for layer in plan.layers for kind in layer.kinds)
+    named = [f"{n} {kind}" for kind, n in others.items() if kind not in ("fa", "la")]
+    if named:
+        lines.append(f"of kinds that the plan names: {', '.join(named)}")
+    lines += [*_origin(found), "", *_layers(plan), ""]
+    if found.costs is None:
         lines.append("costs: the plan does not say the teacher's sizes; pass --scores")
     else:
-        where = context, device, serve_dtype
-        lines += cost_lines(costs_of(shape, plan, *where), costs_of(shape, None, *where))
-    explanation = read_explanation(plan)
+        lines += cost_lines(*found.costs)
+    explanation = found.explanation
     if explanation is None:
         return [*lines, "", "the plan does not say why its heads were chosen: written by hand?"]
     combined = plan.provenance.get("combination", {}).get("scorers", ())
     lines += ["", *how_sure(explanation)]
     if explanation.heads:
         lines += ["", *_head_lines(explanation, combined)]
-    return [*lines, "", *_left_out(plan, explanation)]
+    best = found.left_out[:_NUM_LEFT_OUT]
+    listed = ", ".join(f"{layer}.{head} ({score:.3f})" for layer, head, score in best)
+    return [*lines, "", f"highest scores left out (layer.head): {listed or 'none'}"]
 
 
 def describe_comparison(comparison: PlanComparison, first: str, second: str) -> list[str]:
@@ -136,27 +107,12 @@ def describe_comparison(comparison: PlanComparison, first: str, second: str) -> 
     ]
 
 
-def _where_costs_are_told(
-    plan: HeadPlan, context: int | None, device: str | None, serve_dtype: ServeDtype | None
-) -> tuple[int, str, ServeDtype]:
-    """What was asked for, else what the plan's budget was counted at, else the defaults."""
-    budget = read_budget(plan) or Budget("fa_heads", 0)
-    return (
-        context or budget.context_tokens or DEFAULT_CONTEXT_TOKENS,
-        device or budget.device,
-        serve_dtype or budget.serve_dtype,
-    )
-
-
-def _origin(plan: HeadPlan, shape: ModelShape | None) -> list[str]:
+def _origin(found: Inspection) -> list[str]:
     """How the plan came to be, as far as it says, and whether it keeps any head."""
-    made_by, budget = plan.provenance, read_budget(plan)
-    if budget is None:
-        empty = no_fa_heads(plan, shape, None, Constraints())
-        return [] if empty is None else [f"WARNING: {empty}"]
-    where = "the constraints in the head plan"
-    constraints = from_json(Constraints, made_by.get("constraints"), where)
-    asked = constraints.words
+    warnings = [] if found.warning is None else [f"WARNING: {found.warning}"]
+    if found.budget is None or found.constraints is None:
+        return warnings
+    made_by, asked = found.plan.provenance, found.constraints.words
     try:
         if made_by["policy"] == "random":
             how = f"at random, seed {made_by['seed']}"
@@ -164,10 +120,9 @@ def _origin(plan: HeadPlan, shape: ModelShape | None) -> list[str]:
             how = f"{made_by['solver']} choice by {', '.join(made_by['combination']['scorers'])}"
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the provenance of the head plan is malformed: {error}") from error
-    empty = no_fa_heads(plan, shape, budget, constraints)
     return [
-        *([] if empty is None else [f"WARNING: {empty}"]),
-        f"budget: {budget.words}{asked and f', {asked}'}",
+        *warnings,
+        f"budget: {found.budget.words}{asked and f', {asked}'}",
         f"chosen: {how}",
     ]
 
@@ -204,13 +159,3 @@ def _strongest(explanation: Explanation, head: ChosenHead, combined: Sequence[st
     found = explanation.strongest_effects(head, combined or tuple(head.effects))
     shown = [f"{effect:+.3f} {scorer} {probe}" for effect, scorer, probe in found if effect]
     return ", ".join(shown[:_NUM_EFFECTS]) or "none"
-
-
-def _left_out(plan: HeadPlan, explanation: Explanation) -> list[str]:
-    """The best heads that are not in the plan."""
-    scores = np.array(explanation.scores)
-    is_fa = np.array([[kind == "fa" for kind in layer.kinds] for layer in plan.layers])
-    order = np.lexsort((is_fa.ravel(), -np.where(is_fa, -np.inf, scores).ravel()))
-    best = [np.unravel_index(i, scores.shape) for i in order[: (~is_fa).sum()][:_NUM_LEFT_OUT]]
-    listed = ", ".join(f"{layer}.{head} ({scores[layer, head]:.3f})" for layer, head in best)
-    return [f"highest scores left out (layer.head): {listed or 'none'}"]
