@@ -328,6 +328,18 @@ def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
     return raw
 
 
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The nested sections of `section.key=value` overrides; values are YAML, the last one counts.
+
+    Raises:
+        UserError: For an override of another form.
+    """
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     from megatron_hydra.yaml_text import parse_yaml
 

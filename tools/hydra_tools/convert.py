@@ -12,7 +12,7 @@ from typing import Any
 from hydra_tools.progress import progress
 from megatron_hydra.api.convert import LONGEST_CALIBRATION, Calibration, Conversion, convert
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import parse_json
+from megatron_hydra.schema import read_overrides
 from megatron_hydra.tasks.text_files import add_text_options, text_options
 
 
@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{LONGEST_CALIBRATION} at most)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="name=value", help="model options, such as fa_rope=true"
+        "overrides",
+        nargs="*",
+        metavar="model.key=value",
+        help="options of the hybrid, such as model.la_kind=kda",
     )
 
 
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         args.teacher,
         args.out,
         args.plan,
-        options=parse_overrides(args.overrides),
+        options=model_options(args.overrides),
         dtype=args.dtype,
         calibration=Calibration(
             args.calibration_text,
@@ -82,21 +85,16 @@ def _lines(done: Conversion) -> list[str]:
     return [*lines, done.parallel_sizes.describe(), f"checkpoint: {done.folder}"]
 
 
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read ``name=value`` arguments; values are JSON (``true``, ``4``, ``1e-6``) or plain words.
+def model_options(overrides: Sequence[str]) -> dict[str, Any]:
+    """Read ``model.key=value`` arguments, as every verb's; ``model.`` may be left out.
 
     Raises:
-        UserError: For an argument without ``=`` and for a name that stands twice.
+        UserError: For an argument of another form, and for another section.
     """
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        if not (name and equals and text):
-            raise UserError(f"model option {argument!r} must be name=value, as in fa_rope=true")
-        if name in overrides:
-            raise UserError(f"model option {name} is given twice")
-        try:
-            overrides[name] = parse_json(text)
-        except ValueError:
-            overrides[name] = text
-    return overrides
+    full = [text if "." in text.partition("=")[0] else f"model.{text}" for text in overrides]
+    sections = read_overrides(full)
+    for section in sections:
+        if section != "model":
+            raise UserError(f"convert has options of the section model alone, not of {section}")
+    options: dict[str, Any] = sections.get("model", {})
+    return options
