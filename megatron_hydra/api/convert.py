@@ -18,8 +18,8 @@ from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
+from megatron_hydra.teachers.config_json import config_hash, read_config
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
-from megatron_hydra.teachers.qwen3_config import config_hash, read_qwen3_config
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -120,19 +120,20 @@ def convert(
     import torch
 
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.teachers import checkpoint, qwen3
+    from megatron_hydra.teachers import checkpoint, weights
+    from megatron_hydra.teachers.loading import hydra_config
     from megatron_hydra.teachers.tokenizer import check_tokenizer
 
     fields = dict(options or {})
     checkpoint.check_stored("hybrid" if head_plan else "teacher", fields)
-    config = qwen3.hydra_config(teacher, **fields, params_dtype=getattr(torch, dtype))
+    config = hydra_config(teacher, **fields, params_dtype=getattr(torch, dtype))
     # At the least: vectors and what the format adds come on top.
     check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
     check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
     if head_plan and config.fusion in ("scale", "gate"):
         batches = _batches(calibration, teacher, config.seq_length)
-    tensors = qwen3.read_weights(teacher)
+    tensors = weights.read_weights(teacher)
     initialize_model_parallel()
     if head_plan is None:
         model, reuse = _build_teacher(config, tensors), None
@@ -159,7 +160,7 @@ def convert(
 
 def _load_plan(path: Path, teacher: Path, hash_of_weights: str) -> HeadPlan:
     """Read a plan for this teacher; warn if it was made for another training of its shape."""
-    plan, config = HeadPlan.load(path), read_qwen3_config(teacher)
+    plan, config = HeadPlan.load(path), read_config(teacher)
     plan.check_teacher(
         config["num_hidden_layers"],
         config["num_attention_heads"],
@@ -202,7 +203,7 @@ def _batches(calibration: Calibration, teacher: Path, built_for: int) -> list[Te
     import torch
 
     from megatron_hydra.tasks.text import read_text, stand_in_text
-    from megatron_hydra.teachers.qwen3 import load_tokenizer
+    from megatron_hydra.teachers.tokenizer import load_tokenizer
 
     wanted = calibration.num_tokens
     length = calibration.length_tokens or min(built_for, LONGEST_CALIBRATION, wanted)
@@ -224,7 +225,7 @@ def _batches(calibration: Calibration, teacher: Path, built_for: int) -> list[Te
 
 def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
     from megatron_hydra.model.build import build_model
-    from megatron_hydra.teachers.qwen3 import load_weights_into
+    from megatron_hydra.teachers.loading import load_weights_into
 
     model = build_model(config, None)
     load_weights_into(model, tensors)
@@ -239,7 +240,7 @@ def _build_hybrid(
     progress: Progress,
 ) -> tuple[GPTModel, ReuseSummary]:
     from megatron_hydra.model.build import build_model
-    from megatron_hydra.teachers.qwen3 import megatron_tensors
+    from megatron_hydra.teachers.conversion import tensors_by_head
     from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights
 
     head_rms = None
@@ -250,7 +251,7 @@ def _build_hybrid(
     model = build_model(config, plan)
     reuse = reuse_teacher_weights(
         model,
-        megatron_tensors(config, tensors),
+        tensors_by_head(config, tensors),
         head_rms,
         progress=lambda layers: progress(layers, "weights", "layer"),
     )

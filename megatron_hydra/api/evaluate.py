@@ -199,10 +199,10 @@ def _choose_lengths(
 def _read_reach(folder: Path) -> Reach:
     """Read a model's small files, so that a bad folder is named before anything takes long."""
     from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
-    from megatron_hydra.teachers.qwen3 import read_qwen3_config
+    from megatron_hydra.teachers.config_json import read_config
 
     if not is_checkpoint_folder(folder):
-        return Reach(read_qwen3_config(folder)["max_position_embeddings"])
+        return Reach(read_config(folder)["max_position_embeddings"])
     meta = read_metadata(folder)
     if meta["kind"] == "hybrid":
         HeadPlan.load(folder / "plan.json")
@@ -211,10 +211,10 @@ def _read_reach(folder: Path) -> Reach:
 
 def _vocab_size(folder: Path) -> int:
     from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
-    from megatron_hydra.teachers.qwen3 import read_qwen3_config
+    from megatron_hydra.teachers.config_json import read_config
 
     if not is_checkpoint_folder(folder):
-        return int(read_qwen3_config(folder)["vocab_size"])
+        return int(read_config(folder)["vocab_size"])
     return int(read_metadata(folder)["config"]["vocab_size"])
 
 

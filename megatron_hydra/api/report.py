@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_hydra.files import check_outputs
 from megatron_hydra.report import write_report
 from megatron_hydra.report.training_runs import CONFIG_FILES
-from megatron_hydra.teachers.qwen3_config import config_hash
+from megatron_hydra.teachers.config_json import config_hash
 
 _READ_OF_RUN = (*CONFIG_FILES, "tensorboard", "hybrid")
 

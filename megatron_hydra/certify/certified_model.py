@@ -15,7 +15,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.schema import read_config
 from megatron_hydra.teachers.checkpoint import model_fields, read_metadata
-from megatron_hydra.teachers.qwen3 import megatron_fields
+from megatron_hydra.teachers.loading import megatron_fields
 
 _PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 

@@ -116,7 +116,7 @@ def get_teacher_block_spec(
 
 
 def _base_layer(config: HydraConfig, backend: str) -> ModuleSpec:
-    """Megatron's own spec of a Qwen3 layer, the MLP padded where ranks cannot share it equally."""
+    """Megatron's own spec of a layer, the MLP padded where ranks cannot share it equally."""
     layer = _megatron_layer(backend)
     if needs_padding(config, config.ffn_hidden_size):
         layer = _with(layer, mlp=padded_mlp(layer.submodules.mlp))

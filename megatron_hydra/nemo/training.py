@@ -40,7 +40,8 @@ from megatron_hydra.teachers.checkpoint import (
     tokenizer_files,
 )
 from megatron_hydra.teachers.distributed_weights import check_weights
-from megatron_hydra.teachers.qwen3 import load_tokenizer, megatron_fields
+from megatron_hydra.teachers.loading import megatron_fields
+from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import ModelSection, RunConfig
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present

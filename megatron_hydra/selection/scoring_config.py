@@ -33,7 +33,7 @@ class ModelSection:
     """The teacher and how it is laid out; what ranks are left are data parallel."""
 
     teacher: PathText
-    """Hugging Face Qwen3 folder (one rank), or a checkpoint folder (any layout)."""
+    """Hugging Face folder (one rank), or a checkpoint folder (any layout)."""
     backend: Literal["local", "transformer_engine"] | None = None
     """None: Transformer Engine on a GPU, `local` on a CPU."""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None

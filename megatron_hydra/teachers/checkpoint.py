@@ -21,20 +21,15 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraConfig, stored_fields
 from megatron_hydra.schema import MAY_LACK, from_json
+from megatron_hydra.teachers.config_json import LATER_FIELDS, SHAPE_FIELDS, teacher_hash
 from megatron_hydra.teachers.distributed_weights import (
     InProcessSave,
     load_weights,
     sharded_weights,
 )
+from megatron_hydra.teachers.loading import check_overrides, load_teacher, megatron_fields
 from megatron_hydra.teachers.model_folder import is_checkpoint_folder as is_checkpoint_folder
 from megatron_hydra.teachers.model_folder import weights_hash as weights_hash
-from megatron_hydra.teachers.qwen3 import (
-    SHAPE_FIELDS,
-    check_overrides,
-    load_teacher,
-    megatron_fields,
-    teacher_hash,
-)
 from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
@@ -69,12 +64,12 @@ def _config_type(kind: str) -> type:
     known = {
         name: int if type(None) in get_args(found) else found for name, found in stored.items()
     }
-    added = {
-        item.name: field(default=item.default, metadata=MAY_LACK)
-        for item in fields(HydraConfig)
-        if item.metadata == MAY_LACK
-    }
-    members = [(name, found, added.get(name, field())) for name, found in known.items()]
+    later = {item.name: item.default for item in fields(HydraConfig) if item.metadata == MAY_LACK}
+    later |= LATER_FIELDS
+    members: list[Any] = [
+        (name, found, field(default=later[name], metadata=MAY_LACK) if name in later else field())
+        for name, found in known.items()
+    ]
     return make_dataclass(f"{kind}_config", members, kw_only=True)
 
 
@@ -235,10 +230,10 @@ def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckp
 
 
 def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
-    """Load a checkpoint folder, or a Hugging Face Qwen3 folder as a teacher on one rank.
+    """Load a checkpoint folder, or a Hugging Face folder as a teacher on one rank.
 
     Raises:
-        UserError: As :func:`load_checkpoint` or ``qwen3.load_teacher``, for a folder that is
+        UserError: As :func:`load_checkpoint` or ``load_teacher``, for a folder that is
             neither, and for a Hugging Face folder where the model is to be split over ranks.
     """
     folder = Path(path)

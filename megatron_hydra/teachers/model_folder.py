@@ -14,7 +14,7 @@ from typing import Any
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.teachers.qwen3_config import read_qwen3_config
+from megatron_hydra.teachers.config_json import read_config
 from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -62,7 +62,7 @@ def check_model_folder(folder: str | os.PathLike[str]) -> bool:
     """
     is_checkpoint = is_checkpoint_folder(folder)
     if not is_checkpoint:
-        read_qwen3_config(folder)
+        read_config(folder)
         weight_files(folder)
     tokenizer_files(find_tokenizer(folder))
     return is_checkpoint

@@ -1,165 +1,21 @@
-"""Hugging Face Qwen3 folders as Megatron's model: its configuration and its tensors."""
+"""Qwen3: a norm for each head's query and key, and no biases."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import fields as dataclass_fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from megatron_hydra.teachers.base import LAYER, QK_NORMS, TeacherFamily
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from megatron_hydra.errors import UserError
-from megatron_hydra.model.build import build_model
-from megatron_hydra.model.config import HydraConfig
-from megatron_hydra.teachers.qwen3_config import FIELDS, SHAPE_FIELDS, read_qwen3_config
-from megatron_hydra.teachers.qwen3_config import config_hash as config_hash
-from megatron_hydra.teachers.qwen3_config import teacher_hash as teacher_hash
-from megatron_hydra.teachers.qwen3_weights import read_weights
-from megatron_hydra.teachers.tokenizer import load_tokenizer as load_tokenizer
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-
-# Transformer Engine keeps a norm's weight in the linear that follows it.
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-
-
-def megatron_fields(params_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The TransformerConfig fields that every Qwen3 has in common, for any size.
-
-    Fusions that need apex or CUDA are off, so that one configuration runs everywhere.
-    """
-    return {
-        "normalization": "RMSNorm",
-        "qk_layernorm": True,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "params_dtype": params_dtype,
-        "pipeline_dtype": params_dtype,
-        "bf16": params_dtype == torch.bfloat16,
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        "hetereogenous_dist_checkpoint": True,
-        "persist_layer_norm": False,
-        "batch_p2p_comm": False,
-        "barrier_with_L1_time": False,
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-    }
-
-
-def hydra_config(folder: str | Path, **overrides: Any) -> HydraConfig:
-    """The configuration of the folder's model, with ``overrides`` of HydraConfig's fields.
-
-    ``seq_length`` is ``max_position_embeddings`` unless overridden.
-
-    Raises:
-        UserError: As :func:`read_qwen3_config`, and for an unknown or forbidden override.
-    """
-    check_overrides(overrides)
-    values = read_qwen3_config(folder)
-    shape = {field: values[name] for name, field in FIELDS.items()}
-    common = megatron_fields(overrides.get("params_dtype", torch.float32))
-    seq_length = values["max_position_embeddings"]
-    return HydraConfig(**{**common, "seq_length": seq_length, **shape, **overrides})
-
-
-def check_overrides(overrides: Mapping[str, Any]) -> None:
-    """Check that every name is a HydraConfig field that the teacher leaves open, of its type.
-
-    Raises:
-        UserError: For an unknown field (naming the nearest known one), one that the teacher's
-            shape decides, or a value of another type than the field's default.
-    """
-    defaults = {field.name: field.default for field in dataclass_fields(HydraConfig) if field.init}
-    for name, value in overrides.items():
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown model option {name}{hint}")
-        if name in SHAPE_FIELDS:
-            raise UserError(f"{name} is given by the teacher and cannot be overridden")
-        wanted = type(defaults[name])
-        allowed = (int, float) if wanted is float else (wanted,)
-        if wanted in (bool, int, float, str) and type(value) not in allowed:
-            raise UserError(f"{name} is {value!r}; it must be a {wanted.__name__}")
-
-
-def megatron_tensors(config: HydraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and lay out the teacher's tensors as Megatron's GPTModel at TP=1 names them.
-
-    ``linear_qkv`` holds, query group by query group, the group's query heads, its key and its
-    value; ``linear_fc1`` holds the gate above the up projection.
-
-    Args:
-        config: Of the teacher.
-        tensors: As :func:`read_weights` returns them; all are used.
-    """
-    rest = dict(tensors)
-    result = {
-        "embedding.word_embeddings.weight": rest.pop("model.embed_tokens.weight"),
-        "decoder.final_layernorm.weight": rest.pop("model.norm.weight"),
-    }
-    if not config.share_embeddings_and_output_weights:
-        result["output_layer.weight"] = rest.pop("lm_head.weight")
-    groups, hidden = config.num_query_groups, config.hidden_size
-    for layer in range(config.num_layers):
-        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        take = {name: rest.pop(name) for name in list(rest) if name.startswith(source)}
-        take = {name.removeprefix(source).removesuffix(".weight"): t for name, t in take.items()}
-        qkv = [take[f"self_attn.{part}_proj"].view(groups, -1, hidden) for part in "qkv"]
-        result |= {
-            target + "input_layernorm.weight": take["input_layernorm"],
-            target + "self_attention.linear_qkv.weight": torch.cat(qkv, dim=1).view(-1, hidden),
-            target + "self_attention.q_layernorm.weight": take["self_attn.q_norm"],
-            target + "self_attention.k_layernorm.weight": take["self_attn.k_norm"],
-            target + "self_attention.linear_proj.weight": take["self_attn.o_proj"],
-            target + "pre_mlp_layernorm.weight": take["post_attention_layernorm"],
-            target + "mlp.linear_fc1.weight": torch.cat(
-                [take["mlp.gate_proj"], take["mlp.up_proj"]]
-            ),
-            target + "mlp.linear_fc2.weight": take["mlp.down_proj"],
-        }
-    assert not rest, f"tensors left over: {sorted(rest)}"
-    return result
-
-
-@torch.no_grad()
-def load_weights_into(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a teacher's tensors (transformers' names) into Megatron's own model of it, at TP=1.
-
-    Every parameter is written and every tensor used, else an assertion fails.
-    """
-    source = megatron_tensors(model.config, tensors)
-    for name, parameter in model.named_parameters():
-        for fused, norm in _FUSED_NORMS.items():
-            name = name.replace(fused, norm)
-        tensor = source.pop(name)
-        assert tensor.shape == parameter.shape, (name, tensor.shape, parameter.shape)
-        parameter.copy_(tensor)
-    assert not source, f"the model has no parameter for {sorted(source)}"
-
-
-def load_teacher(folder: str | Path, **overrides: Any) -> GPTModel:
-    """Build the folder's model from Megatron's own layers, with its weights, on one rank.
-
-    Raises:
-        UserError: As :func:`hydra_config` and :func:`read_weights`.
-    """
-    config = hydra_config(folder, **overrides)
-    tensors = read_weights(folder)
-    model = build_model(config, None)
-    load_weights_into(model, tensors)
-    return model
+QWEN3 = TeacherFamily(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    tokenizer_class="Qwen2Tokenizer",
+    layer=(*LAYER, *QK_NORMS),
+    fields={"qk_layernorm": True, "add_qkv_bias": False},
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+    },
+)

@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import parse_json
+from megatron_hydra.teachers.config_json import LATER_FIELDS
+from megatron_hydra.teachers.families import FAMILIES, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,8 +29,6 @@ _FILES = (
     *_VOCABULARIES, _SETTINGS, "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
-# What transformers takes for a folder of model_type qwen3 whose tokenizer names no class.
-_CLASS_OF_QWEN3 = "Qwen2Tokenizer"
 # A tokenizer that is all in tokenizer.json: its name in transformers 4 and in 5.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -139,11 +140,11 @@ def _settings(source: Path) -> dict[str, Any]:
 
 
 def _tokenizer_class(source: Path, named: Path, name: str | None) -> Any:
-    """The class that transformers' AutoTokenizer takes, found without the model's config.json."""
+    """The class that transformers' AutoTokenizer takes, in a checkpoint's folder too."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-    name = name or _CLASS_OF_QWEN3
+    name = name or _class_of_family(named)
     if name in _GENERIC_CLASSES:
         return PreTrainedTokenizerFast
     for candidate in (f"{name.removesuffix('Fast')}Fast", name):
@@ -154,6 +155,27 @@ def _tokenizer_class(source: Path, named: Path, name: str | None) -> Any:
         raise ValueError(f"its class {name} is unknown, and it has no tokenizer.json")
     logger.warning("%s: tokenizer.json is read without the unknown class %s", named, name)
     return PreTrainedTokenizerFast
+
+
+def _class_of_family(folder: Path) -> str:
+    """For a tokenizer that names no class: by the model that lies with it, or in a folder above."""
+    config = _model_file(folder / "config.json")
+    if config:
+        family = FAMILIES.get(str(config.get("model_type")))
+        if family is None:
+            raise ValueError(f"it names no class, and its model_type is none of {[*FAMILIES]}")
+        return family.tokenizer_class
+    stored = _model_file(folder.parent / "model.json").get("config")
+    fields = {**LATER_FIELDS, **(stored if isinstance(stored, dict) else {})}
+    return family_of(SimpleNamespace(**fields)).tokenizer_class
+
+
+def _model_file(path: Path) -> dict[str, Any]:
+    """Empty where there is none."""
+    if not path.is_file():
+        return {}
+    found = parse_json(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
 
 
 def _changed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_hydra.model.mixers.kinds import KINDS
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
+_PARTS = ("query", "key", "value")
 # Parameters that no teacher has: they keep the layer's own start.
 _NEW_PARAMETERS = {
     *(f"{kind.module_name}.{name}" for kind in KINDS.values() for name in kind.head_tensors),
@@ -53,8 +54,8 @@ def reuse_teacher_weights(
 
     Args:
         model: The hybrid, of the `local` backend; its checkpoint loads into any backend.
-        teacher_tensors: The teacher's parameters by the names of Megatron's GPTModel at TP=1,
-            such as ``teachers.qwen3.megatron_tensors`` returns.
+        teacher_tensors: The teacher's, queries, keys and values head by head, as
+            :func:`~megatron_hydra.teachers.conversion.tensors_by_head` returns them.
         head_rms: `[layers, heads]`, see :func:`measure_head_rms`; becomes the fusion's scale per
             head, so that the copied output projection sees its old scale (after Eq 13-14 of arXiv
             2606.20097). None, or a fusion without scales, leaves the layer's own start.
@@ -92,47 +93,57 @@ def _write_attention(
     summary: ReuseSummary,
 ) -> list[str]:
     """Fill one layer's attention; return the names of its parameters, each dealt with."""
+    used = {"linear_proj.weight"}
     for name, parameter in attention.named_parameters():
-        if name == "in_proj.weight":
-            _write_projection(attention, parameter, teacher["linear_qkv.weight"], summary)
+        if name in ("in_proj.weight", "in_proj.bias"):
+            kind = name.removeprefix("in_proj.")
+            sources = {part: teacher[f"{part}.{kind}"] for part in _PARTS}
+            used |= {f"{part}.{kind}" for part in _PARTS}
+            _write_projection(attention, parameter, sources, summary)
         elif name == "linear_proj.weight":
             _copy(parameter, teacher["linear_proj.weight"], "output projections", summary)
         elif name in _NORMS:
             _copy(parameter, teacher[_NORMS[name]], "norms", summary)
+            used.add(_NORMS[name])
         elif name == "fusion.head_scale" and head_rms is not None:
             _copy(parameter, head_rms, "head scales (teacher's RMS)", summary)
         else:
             assert name in _NEW_PARAMETERS, f"unknown attention parameter {name}"
             summary.new[name] += parameter.numel()
-    used = {"linear_qkv.weight", "linear_proj.weight", *_NORMS.values()}
     assert set(teacher) == used, f"teacher's attention has {sorted(teacher)}"
     return [name for name, _ in attention.named_parameters()]
 
 
 def _write_projection(
-    attention: HydraAttention, weight: Tensor, linear_qkv: Tensor, summary: ReuseSummary
+    attention: HydraAttention,
+    parameter: Tensor,
+    sources: Mapping[str, Tensor],
+    summary: ReuseSummary,
 ) -> None:
+    """Fill the in-projection's weight or bias.
+
+    Args:
+        attention: Its layer.
+        parameter: `[rows, h]`, or `[rows]`.
+        sources: The teacher's by part: `[heads, d, h]` of queries, `[groups, d, h]` of keys and
+            values; without h for a bias.
+        summary: Counts the values.
+    """
     placement = attention.placement
     assert len(placement.heads_per_rank) == 1, "weights are reused on one tensor-parallel rank"
-    groups = placement.num_query_groups
-    per_group = placement.layer_plan.num_heads // groups
-    # [groups * (heads + 2) * d, h] -> [groups, heads + key + value, d, h]
-    blocks = linear_qkv.view(groups, per_group + 2, -1, weight.shape[1])
-    query = blocks[:, :per_group].flatten(0, 1)  # [heads, d, h]
-    key, value = blocks[:, per_group], blocks[:, per_group + 1]  # [groups, d, h]
-    sources = {"query": query, "key": key, "value": value}
+    per_group = placement.layer_plan.num_heads // placement.num_query_groups
     for section in attention.layout.sections:
         # Head h has its own copy of what group h // per_group has.
         is_copy = section.teacher in ("key", "value") and not section.is_by_group
         for unit in section.units:
-            rows = weight[attention.layout.rows(section.name, unit)]
+            rows = parameter[attention.layout.rows(section.name, unit)]
             if section.teacher:
                 rows.copy_(sources[section.teacher][unit // per_group if is_copy else unit])
             elif section.starts_at_zero:
                 rows.zero_()
             counts = summary.reused if section.teacher else summary.new
             counts[section.name] += rows.numel()
-    weight[attention.layout.padding_rows] = 0
+    parameter[attention.layout.padding_rows] = 0
 
 
 def _copy(target: Tensor, source: Tensor, part: str, summary: ReuseSummary) -> None:

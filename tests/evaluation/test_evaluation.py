@@ -48,7 +48,8 @@ from megatron_hydra.selection.cost import (  # noqa: E402
 )
 from megatron_hydra.tasks.needles import TASKS, NeedleSample, NeedleTask  # noqa: E402
 from megatron_hydra.teachers.checkpoint import save_checkpoint  # noqa: E402
-from megatron_hydra.teachers.qwen3 import load_tokenizer, megatron_fields  # noqa: E402
+from megatron_hydra.teachers.loading import megatron_fields  # noqa: E402
+from megatron_hydra.teachers.tokenizer import load_tokenizer  # noqa: E402
 
 VOCAB = 32
 PLAN = HeadPlan.from_fa_heads({0: [0, 1, 3], 1: [2]}, 2, 4, 2)  # 2 groups, then 1

@@ -37,7 +37,7 @@ from megatron_hydra.evaluation.results import (  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.model.config import HydraConfig  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.teachers.qwen3 import load_teacher, megatron_fields  # noqa: E402
+from megatron_hydra.teachers.loading import load_teacher, megatron_fields  # noqa: E402
 
 VOCAB = 32
 

@@ -17,7 +17,7 @@ from megatron_hydra.selection.scorers.activations import removed_after
 from megatron_hydra.selection.scorers.base import PairBatch, Scorer, collate
 from megatron_hydra.tasks.needles import CounterfactualPair, Sample
 from megatron_hydra.tasks.probes import Probe, Readout
-from megatron_hydra.teachers.qwen3 import megatron_fields
+from megatron_hydra.teachers.loading import megatron_fields
 
 # Vocabulary: the digits 0 to 9, a question mark, filler, a mark before the question.
 QUESTION, FILLER, MARK, VOCAB = 10, 11, 12, 16

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.config import HydraConfig
-from megatron_hydra.teachers.qwen3 import megatron_fields
+from megatron_hydra.teachers.loading import megatron_fields
 
 FA_HEADS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
 """A plan's FA heads with split, whole and missing query groups (two heads a group)."""

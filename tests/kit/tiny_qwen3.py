@@ -75,7 +75,7 @@ def logits_difference(folder: Path, oracle: Path | None = None) -> float:
     """
     from transformers import Qwen3ForCausalLM
 
-    from megatron_hydra.teachers.qwen3 import load_teacher
+    from megatron_hydra.teachers.loading import load_teacher
 
     tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
     theirs = Qwen3ForCausalLM.from_pretrained(oracle or folder, dtype=torch.float32)

@@ -108,7 +108,7 @@ def test_operations_that_the_benchmark_counts_of_an_uneven_plan(ranks_of_plans):
 
 def _count_uneven_ranks(folder: Path) -> None:
     from megatron_hydra.model.build import build_model
-    from megatron_hydra.teachers.qwen3 import hydra_config
+    from megatron_hydra.teachers.loading import hydra_config
 
     fields = dict(tensor_model_parallel_size=2, seq_length=4096, placement="balanced")
     config = hydra_config(folder, perform_initialization=False, **fields)
@@ -146,7 +146,7 @@ def _every_rank(tp_size: int) -> Iterator[int]:
 
 def _build_every_rank(folder: Path) -> None:
     from megatron_hydra.model.build import build_model
-    from megatron_hydra.teachers.qwen3 import hydra_config
+    from megatron_hydra.teachers.loading import hydra_config
 
     config = hydra_config(
         folder,

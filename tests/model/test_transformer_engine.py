@@ -23,7 +23,7 @@ from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.model.sequence import packed_sequence  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from megatron_hydra.teachers.qwen3 import megatron_fields  # noqa: E402
+from megatron_hydra.teachers.loading import megatron_fields  # noqa: E402
 
 SIZES = dict(hidden_size=512, ffn_hidden_size=768, kv_channels=64, seq_length=512, vocab_size=512)
 

@@ -208,7 +208,7 @@ class _Training:
         from megatron_hydra.certify.layouts import Layout as ParallelSizes
         from megatron_hydra.model.build import build_model
         from megatron_hydra.nemo.optimizer import make_optimizer
-        from megatron_hydra.teachers.qwen3 import megatron_fields
+        from megatron_hydra.teachers.loading import megatron_fields
         from megatron_hydra.training.config import OptimSection
 
         # Each in a world of its own: the groups of hundreds of layouts would keep threads by the

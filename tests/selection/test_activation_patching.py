@@ -19,7 +19,7 @@ from megatron_hydra.selection.scorers.activation_patching import ActivationPatch
 from megatron_hydra.selection.scorers.activations import head_channels, run_with_activations
 from megatron_hydra.selection.scorers.base import PairBatch
 from megatron_hydra.tasks.readout import log_probability, logit_difference
-from megatron_hydra.teachers.qwen3 import load_teacher
+from megatron_hydra.teachers.loading import load_teacher
 
 RECEIVER, DECOY, SENDER = (1, 3), (1, 2), (0, 1)
 

@@ -17,7 +17,7 @@ from megatron_hydra.selection.scorers.attention_score import AttentionScore
 from megatron_hydra.selection.scorers.base import collate
 from megatron_hydra.tasks.needles import CounterfactualPair, Sample
 from megatron_hydra.tasks.probes import Probe
-from megatron_hydra.teachers.qwen3 import load_teacher
+from megatron_hydra.teachers.loading import load_teacher
 
 
 @pytest.fixture(autouse=True, scope="module")

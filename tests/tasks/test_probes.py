@@ -16,7 +16,7 @@ from megatron_hydra.tasks.language_pairs import CATEGORIES
 from megatron_hydra.tasks.lookup_pairs import NOISE
 from megatron_hydra.tasks.needles import KEYS, CounterfactualPair, Sample
 from megatron_hydra.tasks.probes import SUB_PROBES, Probe, make_probe
-from megatron_hydra.teachers.qwen3 import load_tokenizer
+from megatron_hydra.teachers.tokenizer import load_tokenizer
 
 TEACHER = Path(__file__).parents[2] / "examples/quickstart/teacher"
 WORDS = ("rain", "fell", "over", "quiet", "hills", "and", "nobody", "saw", "the", "old", "river")

@@ -26,8 +26,9 @@ from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.teachers import checkpoint, qwen3  # noqa: E402
+from megatron_hydra.teachers import checkpoint, config_json, loading  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_any_model  # noqa: E402
+from megatron_hydra.teachers.tokenizer import load_tokenizer  # noqa: E402
 
 PLAN = {0: [1, 2], 1: [3]}
 FIELDS = {"la_short_conv": False, "seq_length": 48, "fa_query_scale_base": 100.0}
@@ -47,7 +48,7 @@ def hybrid(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _plan(teacher: Path) -> HeadPlan:
-    return HeadPlan.from_fa_heads(PLAN, 2, 4, 2, qwen3.config_hash(teacher), {"seed": 3})
+    return HeadPlan.from_fa_heads(PLAN, 2, 4, 2, config_json.config_hash(teacher), {"seed": 3})
 
 
 def _save(folder: Path, teacher: Path, tensor: int = 1, pipeline: int = 1, **fields: Any) -> None:
@@ -55,7 +56,7 @@ def _save(folder: Path, teacher: Path, tensor: int = 1, pipeline: int = 1, **fie
     initialize_model_parallel(tensor, pipeline)
     fields = {**FIELDS, "tensor_model_parallel_size": tensor,
               "pipeline_model_parallel_size": pipeline, **fields}  # fmt: skip
-    config = qwen3.hydra_config(teacher, **fields)
+    config = loading.hydra_config(teacher, **fields)
     model = build_model(
         config,
         _plan(teacher),
@@ -83,11 +84,11 @@ def test_everything_comes_back(teacher: Path, hybrid: Path, tmp_path: Path) -> N
     first = _load(hybrid)
     assert first.plan == _plan(teacher)
     assert first.meta["kind"] == "hybrid"
-    assert first.meta["teacher_config_hash"] == qwen3.config_hash(teacher)
+    assert first.meta["teacher_config_hash"] == config_json.config_hash(teacher)
     assert first.meta["provenance"] == {"by": "test"}
     assert {name: getattr(first.config, name) for name in FIELDS} == FIELDS
-    tokenizer = qwen3.load_tokenizer(first.tokenizer_folder)
-    assert tokenizer.encode("ab\n") == qwen3.load_tokenizer(teacher).encode("ab\n")
+    tokenizer = load_tokenizer(first.tokenizer_folder)
+    assert tokenizer.encode("ab\n") == load_tokenizer(teacher).encode("ab\n")
 
     # A change of every parameter survives a second round, bit by bit.
     with torch.no_grad():

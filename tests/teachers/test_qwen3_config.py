@@ -20,7 +20,7 @@ from kit.tiny_qwen3 import (
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.parallel import initialize_model_parallel
-from megatron_hydra.teachers import qwen3
+from megatron_hydra.teachers import config_json, loading, weights
 
 BASE = 5e5
 PLAIN = {"rope_type": "default", "rope_theta": BASE}
@@ -107,7 +107,7 @@ def test_shapes_have_the_logits_of_transformers_or_none(
         assert logits_difference(folder) < 1e-4
     else:
         with pytest.raises(UserError, match=r"has shape|lacks tensor lm_head.weight"):
-            qwen3.read_weights(folder)
+            weights.read_weights(folder)
 
 
 # What transformers 5 alone reads, by hand: `rope_scaling` if it is not empty, else
@@ -213,14 +213,14 @@ def test_rope_that_is_not_understood_is_refused(
 ) -> None:
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=f"config.json has .*{message}") as raised:
-        qwen3.read_qwen3_config(folder)
+        config_json.read_config(folder)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "other"}, "model_type 'other'; supported: .*qwen3"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architectures"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True; only False is supported"),
@@ -255,7 +255,7 @@ def test_rope_that_is_not_understood_is_refused(
 def test_unsupported_configs_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=f"config.json has .*{message}"):
-        qwen3.read_qwen3_config(folder)
+        config_json.read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_what_json_does_not_know_is_refused(
     assert text.count(before) == 1
     (folder / "config.json").write_text(text.replace(before, after))
     with pytest.raises(UserError, match=f"cannot read .*config.json: .*{message}"):
-        qwen3.read_qwen3_config(folder)
+        config_json.read_config(folder)
 
 
 def test_keys_that_are_not_read_are_named_once(
@@ -286,12 +286,12 @@ def test_keys_that_are_not_read_are_named_once(
 
     edit_config(folder, **Qwen3Config(**json.loads((folder / "config.json").read_text())).to_dict())
     with caplog.at_level(logging.WARNING):
-        qwen3.hydra_config(folder)
+        loading.hydra_config(folder)
     assert not caplog.messages
     edit_config(folder, unsloth_fixed=True, auto_map={"AutoModel": "own.Model"}, empty=None)
     with caplog.at_level(logging.WARNING):
-        qwen3.hydra_config(folder)
-        qwen3.hydra_config(folder)
+        loading.hydra_config(folder)
+        loading.hydra_config(folder)
     assert caplog.messages == [
         f"{folder}/config.json has keys that are not read: auto_map, unsloth_fixed"
     ]
@@ -303,7 +303,7 @@ def test_left_out_fields_have_the_defaults_of_transformers(folder: Path) -> None
     optional = ("head_dim", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
                 "max_position_embeddings", "num_key_value_heads")  # fmt: skip
     edit_config(folder, num_attention_heads=64, **dict.fromkeys(optional, "REMOVE"))
-    found = qwen3.read_qwen3_config(folder)
+    found = config_json.read_config(folder)
     expected = Qwen3Config()
     assert {name: found[name] for name in optional} == {
         name: getattr(expected, name) for name in optional
@@ -312,25 +312,25 @@ def test_left_out_fields_have_the_defaults_of_transformers(folder: Path) -> None
 
 def test_missing_folder_and_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        qwen3.read_qwen3_config(tmp_path / "nothing")
+        config_json.read_config(tmp_path / "nothing")
     with pytest.raises(UserError, match="has no config.json"):
-        qwen3.read_qwen3_config(tmp_path)
+        config_json.read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
-        qwen3.read_qwen3_config(tmp_path)
+        config_json.read_config(tmp_path)
 
 
 def test_a_folder_is_checked_without_pytorch(folder: Path) -> None:
     """So that a bad one is said before the imports that take seconds."""
     program = (
-        "import sys; from megatron_hydra.teachers import model_folder, qwen3_config, tokenizer\n"
+        "import sys; from megatron_hydra.teachers import config_json, model_folder, tokenizer\n"
         f"folder = {str(folder)!r}\n"
         "assert not model_folder.is_checkpoint_folder(folder)\n"
-        "print(qwen3_config.config_hash(folder), model_folder.weights_hash(folder))\n"
+        "print(config_json.config_hash(folder), model_folder.weights_hash(folder))\n"
         "assert not model_folder.check_model_folder(folder)\n"
         "slow = {'torch', 'megatron', 'transformers', 'numpy', 'safetensors'} & set(sys.modules)\n"
         "assert not slow, slow"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == qwen3.config_hash(folder)
+    assert done.stdout.split()[0] == config_json.config_hash(folder)

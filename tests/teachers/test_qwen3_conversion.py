@@ -25,7 +25,7 @@ from kit.tiny_qwen3 import (  # noqa: E402
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.teachers import qwen3  # noqa: E402
+from megatron_hydra.teachers import config_json, conversion, loading, weights  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,19 @@ def test_teacher_has_the_logits_of_transformers(tmp_path: Path, fields: dict[str
     folder = write_tiny_qwen3(tmp_path / "teacher", **fields)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == ("max_shard_size" in fields)
     assert logits_difference(folder) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_and_shapes_are_read_in_both_directions(tmp_path: Path, tied: bool) -> None:
+    """Bit for bit, at unequal numbers of heads and groups."""
+    folder = write_tiny_qwen3(
+        tmp_path / "teacher", tie_word_embeddings=tied, num_attention_heads=6, head_dim=10
+    )
+    config, tensors = loading.hydra_config(folder), weights.read_weights(folder)
+    of_megatron = conversion.megatron_tensors(config, tensors)
+    back = conversion.hugging_face_tensors(config, of_megatron)
+    assert back.keys() == tensors.keys() != of_megatron.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
@@ -104,21 +117,23 @@ def test_a_tied_folder_with_another_output_layer_is_refused(
     tensors["lm_head.weight"][-1, -1] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="lm_head.weight other than the embedding.*set it to false"):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)
     edit_config(folder, tie_word_embeddings=False)  # the way out
-    assert torch.equal(qwen3.read_weights(folder)["lm_head.weight"], tensors["lm_head.weight"])
+    assert torch.equal(weights.read_weights(folder)["lm_head.weight"], tensors["lm_head.weight"])
     assert logits_difference(folder) < 1e-4
 
 
 def test_hash_follows_the_shape_alone(tmp_path: Path) -> None:
-    base = qwen3.config_hash(write_tiny_qwen3(tmp_path / "a"))
+    base = config_json.config_hash(write_tiny_qwen3(tmp_path / "a"))
     trained = write_tiny_qwen3(tmp_path / "b", seed=1, max_position_embeddings=64)
     wider = write_tiny_qwen3(tmp_path / "c", intermediate_size=64)
-    assert qwen3.config_hash(trained) == base
-    assert qwen3.config_hash(wider) != base
-    assert qwen3.teacher_hash(qwen3.hydra_config(trained, fusion="norm", seq_length=8)) == base
+    assert config_json.config_hash(trained) == base
+    assert config_json.config_hash(wider) != base
+    assert (
+        config_json.teacher_hash(loading.hydra_config(trained, fusion="norm", seq_length=8)) == base
+    )
     edit_config(trained, rope_theta=10000)  # a whole number in place of 10000.0
-    assert qwen3.config_hash(trained) == base
+    assert config_json.config_hash(trained) == base
 
 
 @pytest.mark.parametrize(
@@ -134,7 +149,7 @@ def test_hash_follows_the_shape_alone(tmp_path: Path) -> None:
 )
 def test_bad_overrides_are_named(folder: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        qwen3.hydra_config(folder, **overrides)
+        loading.hydra_config(folder, **overrides)
 
 
 NORM = "model.layers.1.self_attn.q_norm.weight"
@@ -213,7 +228,7 @@ def _to_bin(folder: Path) -> None:
 def test_bad_weights_are_named(folder: Path, spoil: Callable, message: str) -> None:
     spoil(folder)
     with pytest.raises(UserError, match=message):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)
 
 
 def test_bad_shards_are_named(tmp_path: Path) -> None:
@@ -222,14 +237,14 @@ def test_bad_shards_are_named(tmp_path: Path) -> None:
     kept = first.read_bytes()
     first.unlink()
     with pytest.raises(UserError, match=f"{first.name} does not exist"):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)
     first.write_bytes(second.read_bytes())
     with pytest.raises(UserError, match="is in both"):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)
     first.write_bytes(kept)
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="weight map"):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)
 
 
 @pytest.mark.parametrize("name", ["../other/{}", "/tmp/{}", 5, "..", "{}/../../{}"])
@@ -238,7 +253,7 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: 
     shutil.copytree(folder, tmp_path / "other")
     _edit_index(folder, lambda shard: name.replace("{}", shard) if isinstance(name, str) else name)
     with pytest.raises(UserError, match="index.json names .*, which is no file inside"):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)
 
 
 def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
@@ -249,4 +264,4 @@ def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path: Path) -> Non
     del data["weight_map"][NORM]
     index.write_text(json.dumps(data))
     with pytest.raises(UserError, match=f"{NORM} is in .*, but .*index.json does not name it"):
-        qwen3.read_weights(folder)
+        weights.read_weights(folder)

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from megatron_hydra.tasks.text import local_text, split_held_out
-from megatron_hydra.teachers.qwen3 import load_tokenizer
+from megatron_hydra.teachers.tokenizer import load_tokenizer
 
 QUICKSTART = Path(__file__).parents[2] / "examples/quickstart"
 NUM_SAMPLES = 24

@@ -171,7 +171,7 @@ def test_convert_says_what_no_later_command_could_load(
     def read_weights(*args: Any) -> None:
         raise AssertionError("the weights were read first")
 
-    monkeypatch.setattr("megatron_hydra.teachers.qwen3.read_weights", read_weights)
+    monkeypatch.setattr("megatron_hydra.teachers.weights.read_weights", read_weights)
     assert cli.main(["convert", "--teacher", str(folder), "--out", f"{tmp_path}/out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and str(folder) in line

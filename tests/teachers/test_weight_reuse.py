@@ -23,7 +23,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.teachers import qwen3  # noqa: E402
+from megatron_hydra.teachers import conversion, loading, weights  # noqa: E402
 from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights  # noqa: E402
 
 # Everything off that a teacher's attention has not.
@@ -52,16 +52,16 @@ def _logits(model: Any) -> Tensor:
 
 
 def _hybrid(folder: Path, plan: HeadPlan, head_rms: Tensor | None = None, **fields: Any) -> Any:
-    config = qwen3.hydra_config(folder, **fields)
+    config = loading.hydra_config(folder, **fields)
     model = build_model(config, plan)
-    tensors = qwen3.megatron_tensors(config, qwen3.read_weights(folder))
+    tensors = conversion.tensors_by_head(config, weights.read_weights(folder))
     summary = reuse_teacher_weights(model, tensors, head_rms)
     return model, summary
 
 
 def _megatrons_own_model(folder: Path) -> GPTModel:
     """The teacher of Megatron's modules alone: its local spec, attention and norms unchanged."""
-    config = qwen3.hydra_config(folder)
+    config = loading.hydra_config(folder)
     model = GPTModel(
         config,
         get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm"),
@@ -74,7 +74,7 @@ def _megatrons_own_model(folder: Path) -> GPTModel:
     ours = [m for m in model.modules() if type(m).__module__.startswith("megatron_hydra")]
     attention = model.decoder.layers[0].self_attention
     assert not ours and isinstance(attention.core_attention, DotProductAttention)
-    qwen3.load_weights_into(model, qwen3.read_weights(folder))
+    loading.load_weights_into(model, weights.read_weights(folder))
     return model
 
 
@@ -83,7 +83,7 @@ def test_hybrid_of_fa_heads_alone_is_the_teacher(folder: Path) -> None:
     hybrid, summary = _hybrid(folder, all_fa(2, 4, 2), **PLAIN)
     reference = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     logits = _logits(hybrid)
-    for model in (_megatrons_own_model(folder), qwen3.load_teacher(folder)):
+    for model in (_megatrons_own_model(folder), loading.load_teacher(folder)):
         torch.testing.assert_close(logits, _logits(model), atol=1e-5, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(logits, reference(_tokens()).logits, atol=1e-4, rtol=0)
@@ -104,7 +104,7 @@ def test_fa_heads_of_a_mixed_layer_are_the_teachers(folder: Path) -> None:
     Catches FA heads in a wrong order, with a wrong group's key, or with wrong output columns.
     """
     hybrid, _ = _hybrid(folder, HeadPlan.from_fa_heads(MIXED, 2, 4, 2), **PLAIN)
-    teacher = qwen3.load_teacher(folder)
+    teacher = loading.load_teacher(folder)
     before = _logits(teacher)
     for model in (hybrid, teacher):
         for layer, fa_heads in MIXED.items():
@@ -118,7 +118,7 @@ def test_fa_heads_of_a_mixed_layer_are_the_teachers(folder: Path) -> None:
 
 def test_each_la_head_gets_its_groups_key_and_value(folder: Path) -> None:
     hybrid, _ = _hybrid(folder, HeadPlan.from_fa_heads(MIXED, 2, 4, 2))
-    source = qwen3.read_weights(folder)
+    source = weights.read_weights(folder)
     for layer, fa_heads in MIXED.items():
         attention = hybrid.decoder.layers[layer].self_attention
         weight = attention.in_proj.weight.data
@@ -151,9 +151,9 @@ def test_every_value_is_counted_once(folder: Path, fusion: str) -> None:
 
 
 def test_unknown_or_missing_teacher_tensors_do_not_pass(folder: Path) -> None:
-    config = qwen3.hydra_config(folder)
+    config = loading.hydra_config(folder)
     model = build_model(config, all_fa(2, 4, 2))
-    tensors = qwen3.megatron_tensors(config, qwen3.read_weights(folder))
+    tensors = conversion.tensors_by_head(config, weights.read_weights(folder))
     with pytest.raises(AssertionError, match="without a place"):
         reuse_teacher_weights(model, {**tensors, "extra": torch.ones(1)})
     del tensors["decoder.final_layernorm.weight"]
@@ -170,7 +170,7 @@ def test_head_rms_is_that_of_transformers(folder: Path) -> None:
     with torch.no_grad():
         reference(tokens)
     expected = torch.stack([x.view(-1, 4, 16).square().mean((0, 2)).sqrt() for x in outputs])
-    teacher = qwen3.load_teacher(folder)
+    teacher = loading.load_teacher(folder)
     # Batches of unequal size: every token has the same weight.
     torch.testing.assert_close(
         measure_head_rms(teacher, tokens.split((3, 2))), expected, atol=0, rtol=1e-5
@@ -181,7 +181,7 @@ def test_head_rms_is_that_of_transformers(folder: Path) -> None:
 
 def test_output_projection_sees_its_old_scale(folder: Path) -> None:
     """Each head of the fused hybrid has the RMS that the teacher's had, LA heads included."""
-    rms = measure_head_rms(qwen3.load_teacher(folder), [_tokens()])
+    rms = measure_head_rms(loading.load_teacher(folder), [_tokens()])
     plan = HeadPlan.from_fa_heads(MIXED, 2, 4, 2)
     hybrid, _ = _hybrid(folder, plan, rms, fusion="scale", la_output_gate="none")
     # The norm adds epsilon to the mean square, which shows where a head writes little.

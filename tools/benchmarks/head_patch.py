@@ -137,7 +137,7 @@ def _model_and_pair(args: argparse.Namespace) -> tuple[Any, Any]:
     from megatron_hydra.selection.scorers.base import collate
     from megatron_hydra.tasks.needles import CounterfactualPair, Sample
     from megatron_hydra.tasks.probes import Probe
-    from megatron_hydra.teachers.qwen3 import megatron_fields
+    from megatron_hydra.teachers.loading import megatron_fields
 
     initialize_model_parallel()
     on_gpu = torch.cuda.is_available()

@@ -182,7 +182,7 @@ class _Layer:
         from megatron_hydra.model.build import build_model
         from megatron_hydra.model.config import HydraConfig
         from megatron_hydra.parallel import initialize_model_parallel
-        from megatron_hydra.teachers.qwen3 import megatron_fields
+        from megatron_hydra.teachers.loading import megatron_fields
 
         initialize_model_parallel()
         fields = megatron_fields(torch.bfloat16) | dict(

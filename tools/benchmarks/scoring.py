@@ -89,13 +89,13 @@ def write_random_teacher(folder: Path, preset: str, num_layers: int | None = Non
     import torch
     from safetensors.torch import save_file
 
-    from megatron_hydra.teachers.qwen3_config import FIELDS
-    from megatron_hydra.teachers.qwen3_weights import expected_shapes
+    from megatron_hydra.teachers.config_json import FIELDS, LATER_FIELDS
+    from megatron_hydra.teachers.conversion import expected_shapes
 
     if (folder / "model.safetensors").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    shape = {**PRESETS[preset], "share_embeddings_and_output_weights": True}
+    shape = {**LATER_FIELDS, **PRESETS[preset], "share_embeddings_and_output_weights": True}
     shape["num_layers"] = num_layers or shape["num_layers"]
     config = {name: shape[field] for name, field in FIELDS.items() if field in shape}
     config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu"}

@@ -337,7 +337,7 @@ def _student(
 
 def _model(plan: HeadPlan | None, length: int, args: argparse.Namespace, **more: Any) -> Any:
     from megatron_hydra.model.config import HydraConfig
-    from megatron_hydra.teachers.qwen3 import megatron_fields
+    from megatron_hydra.teachers.loading import megatron_fields
 
     fields = megatron_fields(torch.bfloat16) | dict(
         num_layers=args.layers, hidden_size=HIDDEN, ffn_hidden_size=FFN,

@@ -1,4 +1,4 @@
-"""``megatron-hydra convert``: a Qwen3 folder and a head plan become a checkpoint folder."""
+"""``megatron-hydra convert``: a teacher's folder and a head plan become a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_hydra.tasks.text_files import add_text_options, text_options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face Qwen3 folder")
+    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
     parser.add_argument(
         "--plan", type=Path, help="what `plan` wrote; else the teacher is converted"
     )

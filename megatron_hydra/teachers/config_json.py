@@ -1,4 +1,4 @@
-"""The config.json of a Hugging Face Qwen3 folder, read as transformers reads it, or refused.
+"""The config.json of a Hugging Face folder, read as transformers reads it, or refused.
 
 A form that is not understood is never taken for the default. Needs the standard library alone.
 """
@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import parse_json
+from megatron_hydra.teachers.base import TeacherFamily
+from megatron_hydra.teachers.families import FAMILIES
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
 
 logger = logging.getLogger(__name__)
 
-# Qwen3's field (after read_qwen3_config) -> HydraConfig's.
+# Transformers' field (after read_config) -> HydraConfig's.
 FIELDS = {
     "num_hidden_layers": "num_layers",
     "hidden_size": "hidden_size",
@@ -36,23 +38,17 @@ FIELDS = {
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
 }
-SHAPE_FIELDS: tuple[str, ...] = tuple(FIELDS.values())
+LATER_FIELDS: dict[str, Any] = {"qk_layernorm": True, "add_qkv_bias": False}
+"""More of HydraConfig's fields, which earlier releases' files lack, and what they meant by it."""
+SHAPE_FIELDS: tuple[str, ...] = (*FIELDS.values(), *LATER_FIELDS)
 """The HydraConfig fields that a teacher decides; they make its hash and cannot be overridden."""
+_FLOATS = ("layernorm_epsilon", "rotary_base")
 
 _REQUIRED = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
 )  # fmt: skip
-# transformers' own defaults for what a config.json may leave out.
-_DEFAULTS = {
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 32768,
-}
-_DEFAULT_THETA = 10000.0
-# What changes a model's outputs, and the values that leave them Qwen3's. The lower rows are other
-# architectures' words, which transformers would not hear of in a Qwen3.
+# What changes a model's outputs, and the values that do not. The lower rows are the words of other
+# architectures, which transformers would not hear of in these families.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -108,35 +104,44 @@ _SCALING_KEYS = {
 }  # fmt: skip
 
 
-def read_qwen3_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read and check ``config.json``; return its shape-giving fields by transformers' names.
 
     ``rope_theta`` is at the top level whichever transformers release wrote the file, and what the
     file leaves out has transformers' default. Keys that are unknown and not null are named in a
     warning.
 
+    Returns:
+        With ``model_type`` and ``max_position_embeddings``, which give no shape.
+
     Raises:
-        UserError: If the folder is missing, is not Qwen3, or uses what is not supported.
+        UserError: If the folder is missing, is of no known family, or uses what is not supported.
     """
     path = Path(folder) / "config.json"
     raw = _read(path)
-    _refuse_unsupported(path, raw)
-    config = {**_DEFAULTS, **raw}
-    if config["num_key_value_heads"] is None:  # the one null that transformers gives a meaning
-        config["num_key_value_heads"] = raw.get("num_attention_heads")
-    config["rope_theta"] = _rope_theta(path, raw)
+    family = FAMILIES[raw["model_type"]]
+    _refuse_unsupported(path, raw, family)
+    config = {**family.defaults, **raw}
+    _fill_in(config, family)
+    config["rope_theta"] = _rope_theta(path, raw, family.defaults["rope_theta"])
     _check_values(path, config)
     _check_layer_types(path, config)
-    unknown = sorted(key for key in raw if key not in _KNOWN and raw[key] is not None)
+    known = {*_KNOWN, *family.only, *family.known}
+    unknown = sorted(key for key in raw if key not in known and raw[key] is not None)
     if unknown:
         _warn_once(f"{path} has keys that are not read: {', '.join(unknown)}")
-    return {name: config[name] for name in (*FIELDS, "max_position_embeddings")}
+    return {name: config[name] for name in (*FIELDS, "max_position_embeddings", "model_type")}
+
+
+def shape_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`read_config` returned as the fields of HydraConfig that a teacher decides."""
+    family = FAMILIES[config["model_type"]]
+    return {field: config[name] for name, field in FIELDS.items()} | dict(family.fields)
 
 
 def config_hash(folder: str | os.PathLike[str]) -> str:
     """SHA-256 of the folder's shape-giving fields; see :func:`teacher_hash`."""
-    config = read_qwen3_config(folder)
-    return _hash({field: config[name] for name, field in FIELDS.items()})
+    return _hash(shape_fields(read_config(folder)))
 
 
 def teacher_hash(config: HydraConfig) -> str:
@@ -148,9 +153,11 @@ def teacher_hash(config: HydraConfig) -> str:
 
 
 def _hash(values: Mapping[str, Any]) -> str:
+    """A later field is part of it where it says something that the first version could not say."""
     canonical = {
-        name: float(value) if name in ("layernorm_epsilon", "rotary_base") else value
+        name: float(value) if name in _FLOATS else value
         for name, value in values.items()
+        if name not in LATER_FIELDS or value != LATER_FIELDS[name]
     }
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
@@ -167,8 +174,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     found = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or found != "qwen3":
-        raise UserError(f"{path} has model_type {found!r}; only 'qwen3' is supported")
+    if not isinstance(raw, dict) or found not in tuple(FAMILIES):
+        raise UserError(f"{path} has model_type {found!r}; supported: {', '.join(FAMILIES)}")
     return raw
 
 
@@ -178,10 +185,11 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
-    architectures = raw.get("architectures") or ["Qwen3ForCausalLM"]
-    if architectures != ["Qwen3ForCausalLM"]:
-        raise UserError(f"{path} has architectures {architectures}; allowed: Qwen3ForCausalLM")
+def _refuse_unsupported(path: Path, raw: Mapping[str, Any], family: TeacherFamily) -> None:
+    wanted = family.architecture
+    architectures = raw.get("architectures") or [wanted]
+    if architectures != [wanted]:
+        raise UserError(f"{path} has architectures {architectures}; allowed: {wanted}")
     for name, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
         if raw.get(name) is not None and not isinstance(raw[name], kind):
             word = "an object" if kind is dict else "a list"
@@ -191,12 +199,22 @@ def _refuse_unsupported(path: Path, raw: Mapping[str, Any]) -> None:
         raise UserError(f"{path} has sliding-window layers; only full attention is supported")
     if raw.get("quantization_config"):
         raise UserError(f"{path} has a quantization_config; quantised weights are not supported")
-    for name, allowed in _ONLY.items():
+    for name, allowed in {**_ONLY, **family.only}.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise UserError(f"{path} has {name} {raw[name]!r}; only {allowed[0]!r} is supported")
 
 
-def _rope_theta(path: Path, raw: Mapping[str, Any]) -> Any:
+def _fill_in(config: dict[str, Any], family: TeacherFamily) -> None:
+    """Give the nulls that transformers gives a meaning their value."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = heads
+    is_derived = config["head_dim"] is None and family.defaults["head_dim"] is None
+    if is_derived and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        config["head_dim"] = hidden // heads
+
+
+def _rope_theta(path: Path, raw: Mapping[str, Any], default: float) -> Any:
     """The base of plain RoPE, from the spellings of all transformers releases.
 
     Releases before 5 read ``rope_theta`` at the top level and the type of RoPE in
@@ -208,7 +226,7 @@ def _rope_theta(path: Path, raw: Mapping[str, Any]) -> Any:
     given = dict(_rope_objects(path, raw))
     for place, rope in given.items():
         _check_plain(path, place, rope)
-    at_top = raw.get("rope_theta", _DEFAULT_THETA)
+    at_top = raw.get("rope_theta", default)
     found = {place: rope.get("rope_theta", at_top) for place, rope in given.items()}
     if not given or raw.get("rope_theta") is not None:
         found["the top level"] = at_top

@@ -1,52 +1,23 @@
-"""The tensors of a Hugging Face Qwen3 folder, each checked before and after it is read."""
+"""The tensors of a Hugging Face folder, each checked before and after it is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.teachers.base import EMBEDDING, OUTPUT_LAYER
+from megatron_hydra.teachers.config_json import read_config, shape_fields
+from megatron_hydra.teachers.conversion import expected_shapes
 from megatron_hydra.teachers.model_folder import WeightFiles, weight_files
-from megatron_hydra.teachers.qwen3_config import FIELDS, read_qwen3_config
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_EMBEDDING, _OUTPUT_LAYER = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Qwen3 model in transformers' names, with its shape.
-
-    Args:
-        config: Has the attributes of HydraConfig that a teacher decides.
-    """
-    hidden, ffn, dim = config.hidden_size, config.ffn_hidden_size, config.kv_channels
-    query, kv = config.num_attention_heads * dim, config.num_query_groups * dim
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            prefix + "input_layernorm.weight": (hidden,),
-            prefix + "self_attn.q_proj.weight": (query, hidden),
-            prefix + "self_attn.k_proj.weight": (kv, hidden),
-            prefix + "self_attn.v_proj.weight": (kv, hidden),
-            prefix + "self_attn.q_norm.weight": (dim,),
-            prefix + "self_attn.k_norm.weight": (dim,),
-            prefix + "self_attn.o_proj.weight": (hidden, query),
-            prefix + "post_attention_layernorm.weight": (hidden,),
-            prefix + "mlp.gate_proj.weight": (ffn, hidden),
-            prefix + "mlp.up_proj.weight": (ffn, hidden),
-            prefix + "mlp.down_proj.weight": (hidden, ffn),
-        }
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.share_embeddings_and_output_weights:
-        shapes[_OUTPUT_LAYER] = (config.vocab_size, hidden)
-    return shapes
+(_EMBEDDING,), (_OUTPUT_LAYER,) = EMBEDDING.hugging_face, OUTPUT_LAYER.hugging_face
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -62,10 +33,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
             missing, unknown or of another shape, a dtype other than float32, bfloat16, float16,
             and a value that is NaN or infinite.
     """
-    values = read_qwen3_config(folder)
-    expected = expected_shapes(
-        SimpleNamespace(**{field: values[name] for name, field in FIELDS.items()})
-    )
+    expected = expected_shapes(SimpleNamespace(**shape_fields(read_config(folder))))
     found = _find_tensors(weight_files(folder), expected)
     missing = [name for name in expected if name not in found]
     if missing:
@@ -107,7 +75,7 @@ def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]]) -> list[s
     shapes = {_OUTPUT_LAYER: expected[_EMBEDDING], **expected}
     for name, (dtype, shape) in headers.items():
         if name not in shapes:
-            raise UserError(f"{path} has tensor {name}, which the Qwen3 of config.json has not")
+            raise UserError(f"{path} has tensor {name}, which the model of config.json has not")
         if shape != shapes[name]:
             raise UserError(
                 f"tensor {name} in {path} has shape {shape}; config.json asks for {shapes[name]}"
