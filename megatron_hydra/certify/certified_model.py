@@ -32,6 +32,8 @@ class ModelSection(HydraFields):
     kv_channels: int
     vocab_size: int
     layernorm_epsilon: float = 1e-6
+    qk_layernorm: bool = True
+    add_qkv_bias: bool = False
 
 
 @dataclass

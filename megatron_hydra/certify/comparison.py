@@ -81,7 +81,7 @@ def heads_of(key: str, plan: HeadPlan) -> tuple[int, list[str]] | None:
     for kind in KINDS.values():
         heads = layer.heads_of(kind.kind)
         for section in kind.sections(HydraFields(), 1, (heads, heads), (groups, groups)):
-            if name == f"in_proj.weight.{section.name}":
+            if name in (f"in_proj.weight.{section.name}", f"in_proj.bias.{section.name}"):
                 return 0, [f"{section.unit_noun} {unit}" for unit in section.units]
         tensors = [f"{kind.module_name}.{tensor}" for tensor in kind.head_tensors]
         if any(name == tensor or name.startswith(f"{tensor}.") for tensor in tensors):

@@ -12,6 +12,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.layer_specs import get_hydra_block_spec, get_teacher_block_spec
 from megatron_hydra.model.padding import PaddedVocabularyModel, needs_padding
+from megatron_hydra.model.rotary import scale_rotary
 
 
 def build_model(
@@ -46,7 +47,7 @@ def build_model(
     else:
         spec = get_hydra_block_spec(config, plan, vp_stage=vp_stage)
     padded = needs_padding(config, config.vocab_size)
-    return (PaddedVocabularyModel if padded else GPTModel)(
+    model = (PaddedVocabularyModel if padded else GPTModel)(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=config.vocab_size,
@@ -59,6 +60,8 @@ def build_model(
         vp_stage=vp_stage,
         **kwargs,
     )
+    scale_rotary(model.rotary_pos_emb, config)
+    return model
 
 
 def release_cuda_graphs(model: torch.nn.Module) -> None:

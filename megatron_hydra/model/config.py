@@ -20,10 +20,8 @@ _Count = Annotated[int, Limits(least=1)]
 # the layer specs fix, and what the FA and LA branches have no part for.
 _MEGATRON_FIELDS: dict[str, Any] = {
     "normalization": "RMSNorm",
-    "qk_layernorm": True,
     "layernorm_zero_centered_gamma": False,
     "add_bias_linear": False,
-    "add_qkv_bias": False,
     "attention_dropout": 0.0,
     "window_size": None,
     "softmax_type": "vanilla",
@@ -58,6 +56,11 @@ class HydraFields:
     seq_length: _Count = 2048
     """Longest sequence the model is built for, in tokens."""
     rotary_base: Annotated[float, Limits(above=0)] = 10000.0
+    rope_scaling_factor: Annotated[float, Limits(least=1)] = 1.0
+    """1 is plain RoPE; above it Llama 3.1's scaling with this factor, see `rotary.py`."""
+    rope_low_freq_factor: Annotated[float, Limits(above=0)] = 1.0
+    rope_high_freq_factor: Annotated[float, Limits(above=0)] = 4.0
+    rope_original_length: _Count = 8192
     share_embeddings_and_output_weights: bool = False
 
     backend: Literal["local", "transformer_engine"] = field(
@@ -105,7 +108,7 @@ class HydraFields:
     """`silu` (native), `sigmoid` (twice the sigmoid: identity at the start) or `none`."""
     la_rope: bool = True
     la_qk_norm: bool = True
-    """Keep the teacher's q and k norms before the L2 norm."""
+    """Keep the teacher's q and k norms before the L2 norm; says nothing where it has none."""
 
     # Heads of a sliding window, with the teacher's RoPE and an output gate at identity.
     sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
@@ -129,6 +132,11 @@ class HydraFields:
         epsilon = self.layernorm_epsilon  # Megatron's field; a NaN is above nothing
         if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
             raise UserError(f"layernorm_epsilon is {epsilon!r}; it must be a finite number above 0")
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        if not low < high:
+            raise UserError(
+                f"rope_low_freq_factor is {low!r}; it must be below rope_high_freq_factor, {high!r}"
+            )
         for name, only in _MEGATRON_FIELDS.items():
             value = getattr(self, name, only)  # not every Megatron has every field
             if value != only:

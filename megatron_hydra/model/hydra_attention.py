@@ -117,7 +117,7 @@ class HydraAttention(MegatronModule):
             config=config,
             init_method=_leave,
             gather_output=False,
-            bias=False,
+            bias=config.add_qkv_bias,
             skip_bias_add=False,
             is_expert=False,
             tp_comm_buffer_name="qkv",
@@ -254,6 +254,7 @@ class HydraAttention(MegatronModule):
         }
         return {
             "in_proj.weight": (self.layout.sections, 0),
+            "in_proj.bias": (self.layout.sections, 0),
             "linear_proj.weight": ([self.proj_section], 1),
             **of_kinds,
             "fusion.head_scale": ([self.fusion.head_section], 0),
@@ -278,7 +279,7 @@ class HydraAttention(MegatronModule):
                 value,
                 sections,
                 axis=axis,
-                num_padding=self.layout.num_padding_rows if name == "in_proj.weight" else 0,
+                num_padding=self.layout.num_padding_rows if name.startswith("in_proj.") else 0,
                 sharded_offsets=sharded_offsets,
                 replica_id=replica_id,
             )
@@ -309,6 +310,8 @@ class HydraAttention(MegatronModule):
         columns = init_heads(self.proj_section, normal, num_columns=config.hidden_size, **fill)
         with torch.no_grad():
             self.in_proj.weight.copy_(torch.cat(parts))
+            if config.add_qkv_bias:
+                self.in_proj.bias.zero_()
             self.linear_proj.weight.copy_(columns.t() / (2.0 * config.num_layers) ** 0.5)
 
     def _log_placement(self) -> None:

@@ -52,7 +52,7 @@ def get_hydra_layer_spec(
     attention = ModuleSpec(
         module=HydraAttention,
         params={"layer_plan": layer_plan},
-        submodules=_attention_submodules(backend, _fuses_norm(config, backend)),
+        submodules=_attention_submodules(config, backend),
     )
     return _with(
         layer,
@@ -104,12 +104,12 @@ def get_teacher_block_spec(
     backend = backend or config.backend
     layer = _base_layer(config, backend)
     if backend == "local":
-        attention = layer.submodules.self_attention
+        attention, qk_norm = layer.submodules.self_attention, _qk_norm(config, backend)
         attention.submodules = dataclasses.replace(
             attention.submodules,
             core_attention=LocalCoreAttention,
-            q_layernorm=LocalRMSNorm,
-            k_layernorm=LocalRMSNorm,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
         )
         layer = _with(layer, input_layernorm=LocalRMSNorm)
     return _block(config, [layer] * config.num_layers, backend, vp_stage, pp_rank)
@@ -117,19 +117,19 @@ def get_teacher_block_spec(
 
 def _base_layer(config: HydraConfig, backend: str) -> ModuleSpec:
     """Megatron's own spec of a layer, the MLP padded where ranks cannot share it equally."""
-    layer = _megatron_layer(backend)
+    layer = _megatron_layer(config, backend)
     if needs_padding(config, config.ffn_hidden_size):
         layer = _with(layer, mlp=padded_mlp(layer.submodules.mlp))
     return layer
 
 
-def _megatron_layer(backend: str) -> ModuleSpec:
+def _megatron_layer(config: HydraConfig, backend: str) -> ModuleSpec:
     if backend == "local":
-        layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         return _with(layer, pre_mlp_layernorm=LocalRMSNorm)
     if backend == "transformer_engine":
         _transformer_engine()
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     raise UserError(f"backend is {backend!r}; allowed: local, transformer_engine")
 
 
@@ -141,22 +141,23 @@ def _fuses_norm(config: HydraConfig, backend: str) -> bool:
     return backend == "transformer_engine" and config.fusion != "gate"
 
 
-def _attention_submodules(backend: str, fuses_norm: bool) -> HydraAttentionSubmodules:
+def _attention_submodules(config: HydraConfig, backend: str) -> HydraAttentionSubmodules:
+    qk_norm = _qk_norm(config, backend)
     if backend == "local":
         return HydraAttentionSubmodules(
             in_proj=ColumnParallelLinear,
             core_attention=LocalCoreAttention,
-            q_layernorm=LocalRMSNorm,
-            k_layernorm=LocalRMSNorm,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
             head_norm=LocalRMSNorm,
             linear_proj=RowParallelLinear,
         )
-    te = _transformer_engine()
+    te, fuses_norm = _transformer_engine(), _fuses_norm(config, backend)
     return HydraAttentionSubmodules(
         in_proj=te.TELayerNormColumnParallelLinear if fuses_norm else te.TEColumnParallelLinear,
         core_attention=te.TEDotProductAttention,
-        q_layernorm=te.TENorm,
-        k_layernorm=te.TENorm,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
         head_norm=te.TENorm,
         linear_proj=te.TERowParallelLinear,
     )
@@ -164,6 +165,10 @@ def _attention_submodules(backend: str, fuses_norm: bool) -> HydraAttentionSubmo
 
 def _norm(backend: str) -> type:
     return LocalRMSNorm if backend == "local" else _transformer_engine().TENorm
+
+
+def _qk_norm(config: HydraConfig, backend: str) -> type:
+    return _norm(backend) if config.qk_layernorm else IdentityOp
 
 
 def _transformer_engine():  # type: ignore[no-untyped-def]

@@ -11,6 +11,9 @@ values the rank projects (it owns them, see `LayerPlacement.group_owner`), these
 The rows are filled up to a multiple of `ROW_MULTIPLE`, or the odd widths of decay and beta would
 leave every row of the output misaligned: FP8 products refuse that, the others grow slower. Padding
 rows are zero, get no gradient and are no part of a checkpoint.
+
+Where the teacher's queries, keys and values have biases, every row has one: those of sections that
+no teacher has start at zero and train.
 """
 
 from __future__ import annotations

@@ -62,6 +62,18 @@ LAYER = (
     Weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": ("hidden", "ffn")}),
 )
 """Of a layer of every family."""
+QKV_BIASES = (
+    Weight(
+        "self_attention.linear_qkv.bias",
+        {
+            "self_attn.q_proj.bias": ("queries",),
+            "self_attn.k_proj.bias": ("keys",),
+            "self_attn.v_proj.bias": ("keys",),
+        },
+        by_group=True,
+    ),
+)
+"""Of queries, keys and values, before RoPE."""
 QK_NORMS = (
     Weight("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": ("head",)}),
     Weight("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": ("head",)}),
@@ -85,6 +97,7 @@ class TeacherFamily:
         only: Keys that change a model's outputs, and the values that do not; on top of those that
             `config_json` has for all families.
         known: More keys without a say in a model's outputs.
+        rope_types: Which types of RoPE are read; `default` is the plain one.
     """
 
     model_type: str
@@ -95,3 +108,4 @@ class TeacherFamily:
     defaults: Mapping[str, Any]
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     known: tuple[str, ...] = ()
+    rope_types: tuple[str, ...] = ("default",)

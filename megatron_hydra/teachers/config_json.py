@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import parse_json
 from megatron_hydra.teachers.base import TeacherFamily
 from megatron_hydra.teachers.families import FAMILIES
+from megatron_hydra.teachers.rope_json import PLAIN_ROPE, read_rope
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
@@ -38,11 +39,15 @@ FIELDS = {
     "rms_norm_eps": "layernorm_epsilon",
     "rope_theta": "rotary_base",
 }
-LATER_FIELDS: dict[str, Any] = {"qk_layernorm": True, "add_qkv_bias": False}
+LATER_FIELDS: dict[str, Any] = {"qk_layernorm": True, "add_qkv_bias": False, **PLAIN_ROPE}
 """More of HydraConfig's fields, which earlier releases' files lack, and what they meant by it."""
 SHAPE_FIELDS: tuple[str, ...] = (*FIELDS.values(), *LATER_FIELDS)
 """The HydraConfig fields that a teacher decides; they make its hash and cannot be overridden."""
-_FLOATS = ("layernorm_epsilon", "rotary_base")
+_FLOATS = (
+    "layernorm_epsilon", "rotary_base",
+    "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor",
+)  # fmt: skip
+_BESIDE_SHAPE = ("max_position_embeddings", "model_type", "rope_scaling")
 
 _REQUIRED = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
@@ -76,7 +81,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 # Read here by other means, or without a say in a model's outputs.
 _KNOWN = {
     *FIELDS, *_ONLY, "model_type", "architectures", "max_position_embeddings",
-    "rope_scaling", "rope_parameters", "layer_types", "use_sliding_window",
+    "rope_scaling", "rope_parameters", "original_max_position_embeddings",
+    "layer_types", "use_sliding_window",
     "sliding_window", "max_window_layers",  # without use_sliding_window they say nothing
     "initializer_range", "attention_dropout", "use_cache", "dtype", "torch_dtype", "use_bfloat16",
     "transformers_version", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_class",
@@ -95,13 +101,6 @@ _KNOWN = {
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
     "begin_suppress_tokens", "num_beam_groups", "diversity_penalty",
 }  # fmt: skip
-_ROPE_TYPES = ("rope_type", "type")
-# Of the kinds of RoPE that are not plain; a file may have them as null.
-_SCALING_KEYS = {
-    "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-    "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale",
-    "mscale_all_dim", "truncate",
-}  # fmt: skip
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -112,7 +111,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     warning.
 
     Returns:
-        With ``model_type`` and ``max_position_embeddings``, which give no shape.
+        With ``model_type``, ``max_position_embeddings`` and, in HydraConfig's names, what
+        ``rope_scaling`` holds beside ``rope_theta``.
 
     Raises:
         UserError: If the folder is missing, is of no known family, or uses what is not supported.
@@ -123,20 +123,21 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     _refuse_unsupported(path, raw, family)
     config = {**family.defaults, **raw}
     _fill_in(config, family)
-    config["rope_theta"] = _rope_theta(path, raw, family.defaults["rope_theta"])
+    config["rope_theta"], config["rope_scaling"] = read_rope(path, raw, family)
     _check_values(path, config)
     _check_layer_types(path, config)
     known = {*_KNOWN, *family.only, *family.known}
     unknown = sorted(key for key in raw if key not in known and raw[key] is not None)
     if unknown:
         _warn_once(f"{path} has keys that are not read: {', '.join(unknown)}")
-    return {name: config[name] for name in (*FIELDS, "max_position_embeddings", "model_type")}
+    return {name: config[name] for name in (*FIELDS, *_BESIDE_SHAPE)}
 
 
 def shape_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`read_config` returned as the fields of HydraConfig that a teacher decides."""
     family = FAMILIES[config["model_type"]]
-    return {field: config[name] for name, field in FIELDS.items()} | dict(family.fields)
+    named = {field: config[name] for name, field in FIELDS.items()}
+    return {**named, **family.fields, **config["rope_scaling"]}
 
 
 def config_hash(folder: str | os.PathLike[str]) -> str:
@@ -212,66 +213,6 @@ def _fill_in(config: dict[str, Any], family: TeacherFamily) -> None:
     is_derived = config["head_dim"] is None and family.defaults["head_dim"] is None
     if is_derived and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         config["head_dim"] = hidden // heads
-
-
-def _rope_theta(path: Path, raw: Mapping[str, Any], default: float) -> Any:
-    """The base of plain RoPE, from the spellings of all transformers releases.
-
-    Releases before 5 read ``rope_theta`` at the top level and the type of RoPE in
-    ``rope_scaling``. Release 5 reads both from ``rope_scaling`` or else from ``rope_parameters``,
-    and the base at the top level where these have none; ``rope_parameters`` may hold an object for
-    each type of layer. One of them may be looked at and the other not, so all of them must say the
-    same: plain RoPE, one base.
-    """
-    given = dict(_rope_objects(path, raw))
-    for place, rope in given.items():
-        _check_plain(path, place, rope)
-    at_top = raw.get("rope_theta", default)
-    found = {place: rope.get("rope_theta", at_top) for place, rope in given.items()}
-    if not given or raw.get("rope_theta") is not None:
-        found["the top level"] = at_top
-    (first, theta), *others = found.items()
-    for other, value in others:
-        if value != theta:
-            raise UserError(
-                f"{path} has rope_theta {theta!r} in {first} and {value!r} in {other}: "
-                "keep the one that the model was trained with"
-            )
-    return theta
-
-
-def _rope_objects(path: Path, raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every object that describes RoPE, and how a message calls it."""
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(name) or {}
-        nested = {key: value for key, value in rope.items() if isinstance(value, dict)}
-        if nested and len(nested) < len(rope):
-            odd = next(key for key in rope if key not in nested)
-            raise UserError(f"{path} has {odd} beside {', '.join(nested)} in {name}: keep one form")
-        if nested:
-            yield from ((f"{name}.{key}", value) for key, value in nested.items())
-        elif rope:
-            yield name, rope
-
-
-def _check_plain(path: Path, place: str, rope: Mapping[str, Any]) -> None:
-    """Check that an object describes plain RoPE and nothing else."""
-    for key, value in rope.items():
-        if key in _ROPE_TYPES and value != "default":
-            raise UserError(
-                f"{path} has {key} {value!r} in {place}; only plain RoPE, 'default', is supported"
-            )
-    for key, value in rope.items():
-        is_plain = (
-            key in (*_ROPE_TYPES, "rope_theta")
-            or (key in _SCALING_KEYS and value is None)
-            or (key == "partial_rotary_factor" and value in _ONLY[key])
-        )
-        if not is_plain:
-            raise UserError(
-                f"{path} has {key} {value!r} in {place}, which plain RoPE has not; "
-                "allowed: rope_type, rope_theta"
-            )
 
 
 def _check_values(path: Path, config: Mapping[str, Any]) -> None:

@@ -217,6 +217,8 @@ def test_decay_rates_stay_float32_in_a_bfloat16_model():
         ("rotary_base", 0.0, "it must be above 0"),
         ("layernorm_epsilon", math.nan, "it must be a finite number above 0"),
         ("fa_rope", 1, "true or false is needed"),
+        ("rope_scaling_factor", 0.5, "it must be 1 or more"),
+        ("rope_low_freq_factor", 4.0, "it must be below rope_high_freq_factor, 4.0"),
     ],
 )
 def test_values_out_of_range_are_errors(name, value, allowed):
@@ -229,9 +231,7 @@ def test_values_out_of_range_are_errors(name, value, allowed):
     [
         ("attention_dropout", 0.1),
         ("attention_dropout", math.nan),
-        ("add_qkv_bias", True),
         ("add_bias_linear", True),
-        ("qk_layernorm", False),
         ("window_size", (8, 0)),
         ("normalization", "LayerNorm"),
         ("layernorm_zero_centered_gamma", True),

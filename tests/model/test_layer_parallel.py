@@ -31,6 +31,13 @@ VARIANTS = {
     "KDA": dict(la_kind="kda"),
     "window": dict(la_kind="sliding_window", **WINDOW),
     "no gates": dict(fusion="norm", fa_output_gate=False, la_output_gate="none", la_qk_norm=False),
+    "biases, no norms, scaled RoPE": dict(
+        add_qkv_bias=True,
+        qk_layernorm=False,
+        fa_rope=True,
+        rope_scaling_factor=8.0,
+        rope_original_length=32,
+    ),
 }
 # What `make test` keeps: each kind of split once, in the combination that has most to go wrong.
 COVERING_ON_TWO = {
@@ -40,6 +47,12 @@ COVERING_ON_TWO = {
     "distributed optimizer: tp2 sp by_type distopt",
     "packed documents: cp2 micro4 packed",
     "recomputation, selective: tp2 sp by_type recompute=selective",
+    "checkpoint there and back: tp2 sp by_type",
+}
+COVERING_OF_BIASES = {
+    "sequence parallel, ranks of one kind: tp2 sp by_type",
+    "distributed optimizer: tp2 sp by_type distopt",
+    "packed documents: cp2 micro4 packed",
     "checkpoint there and back: tp2 sp by_type",
 }
 COVERING_ON_FOUR = {
@@ -53,6 +66,12 @@ def test_a_covering_part_of_the_matrix_on_two_ranks(tmp_path):
     """Four layers, of which pipeline stages and checkpoints need several."""
     rows = _certify(tmp_path, 2, {}, PLAN, (2, 2, 2), COVERING_ON_TWO)
     assert _names(rows) == COVERING_ON_TWO
+
+
+def test_biases_of_a_teacher_without_norms_on_two_ranks(tmp_path):
+    variant = VARIANTS["biases, no norms, scaled RoPE"]
+    rows = _certify(tmp_path, 2, variant, TWO_LAYERS, (2, 2, 1), COVERING_OF_BIASES)
+    assert _names(rows) == COVERING_OF_BIASES
 
 
 def test_a_covering_part_of_the_matrix_on_four_ranks(tmp_path):

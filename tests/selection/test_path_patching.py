@@ -102,12 +102,13 @@ def plain_effect(
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "at_once", "waves_of", "readout"),
+    ("heads", "groups", "at_once", "waves_of", "readout", "teacher"),
     [
-        (4, 2, 16384, 100, "logit_difference"),
-        (3, 3, 30, 5, "log_probability"),
-        (5, 1, 1, 1, "logit_difference"),
-        (4, 4, 7, 100, "logit_difference"),
+        (4, 2, 16384, 100, "logit_difference", {}),
+        (3, 3, 30, 5, "log_probability", {}),
+        (5, 1, 1, 1, "logit_difference", {}),
+        (4, 4, 7, 100, "logit_difference", {}),
+        (4, 2, 16384, 100, "logit_difference", {"qk_layernorm": False, "add_qkv_bias": True}),
     ],
 )
 def test_equals_the_plain_loop(
@@ -116,6 +117,7 @@ def test_equals_the_plain_loop(
     at_once: int,
     waves_of: int,
     readout: str,
+    teacher: dict[str, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One sender, one pair, whole sequences; targets share layers and are senders themselves.
@@ -125,13 +127,13 @@ def test_equals_the_plain_loop(
     Catches: keys and values of the kept prefix misplaced or of the wrong group, positions turned
     by RoPE from 0, the sender still corrupt in the second run, MLPs frozen, pairs or senders
     swapped when batched, a prompt that starts to differ later than its neighbours, a sender that
-    joins the others with a stream that has lost a layer, rows of a chunk left out.
+    joins the others with a stream that has lost a layer, rows of a chunk or biases left out.
     """
     length, num_pairs = 11, 3
     monkeypatch.setattr(activations, "MAX_POSITIONS", at_once)
     row_bytes = circuits.HIDDEN * 8
     monkeypatch.setattr(activations, "MAX_STREAM_BYTES", waves_of * length * row_bytes)
-    shape = {"num_attention_heads": heads, "num_query_groups": groups}
+    shape = {"num_attention_heads": heads, "num_query_groups": groups, **teacher}
     model = circuits.random_teacher(4, num_layers=4, **shape)
     probe = circuits.random_probe(num_pairs, length, readout=readout)
     batch = circuits.batch_with_gaps(model, probe)

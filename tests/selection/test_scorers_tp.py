@@ -2,7 +2,7 @@
 
 Catches: a head looked for on the wrong rank or on all, effects that are not gathered, a collective
 that only the rank with the head enters (the run would hang), gradients that are not summed over
-ranks, query groups that several ranks share.
+ranks, query groups that several ranks share, their biases.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def teacher(num_groups: int, tied: bool, tp_size: int) -> nn.Module:
         num_query_groups=num_groups,
         share_embeddings_and_output_weights=tied,
         tensor_model_parallel_size=tp_size,
+        qk_layernorm=not tied,
+        add_qkv_bias=tied,
     )
 
 

@@ -76,7 +76,8 @@ class Mixer(HeadModule):
     gate_name: ClassVar[str]
     """The section whose rows gate the outputs, see :meth:`gate_activation`."""
     teacher_norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")
-    """Norms per head dimension that start as the teacher's of the same names."""
+    """Norms per head dimension that start as the teacher's of the same names; they do nothing and
+    have no weight where the teacher has none (`config.qk_layernorm`)."""
     head_tensors: ClassVar[tuple[str, ...]] = ()
     """Parameters of its own, each head's values side by side along dimension 0. No teacher has
     them, and no weight decay shrinks them."""
@@ -143,6 +144,6 @@ class Mixer(HeadModule):
     def _stay_in_graph(self, output: Tensor, *others: Tensor) -> Tensor:
         """The output of a rank without a head: norms (and others) get their gradient, zero."""
         norms = [getattr(self, name, None) for name in self.teacher_norms]
-        sums = [norm.weight.sum() for norm in norms if norm is not None]
+        sums = [w.sum() for norm in norms if norm is not None for w in norm.parameters()]
         sums += [other.sum() for other in others]
         return output + 0.0 * sum(sums) if sums else output

@@ -170,7 +170,7 @@ class GatedDeltaNet(Mixer):
             options["initial_state"] = pieces.tokens_before(
                 parts["qkv"], config.la_conv_kernel_size - 1
             )
-        if config.la_qk_norm:
+        if config.la_qk_norm and config.qk_layernorm:
             options["q_norm_weight"] = self.q_layernorm.weight
             options["k_norm_weight"] = self.k_layernorm.weight
         if config.la_rope:

@@ -149,6 +149,8 @@ class _Targets(NamedTuple):
     """For each target, the place of its group in :attr:`groups` [t]."""
     read: Tensor
     """Rows of the in-projection, queries, keys, values: [(t + 2g) * d, h]."""
+    read_bias: Tensor | None
+    """Their biases [(t + 2g) * d]."""
     write: Tensor
     """Columns of the output projection [h, t * d]."""
 
@@ -179,19 +181,19 @@ def _heads_above(effects: Iterable[Tensor], least: float) -> set[Head]:
 def _targets_of(model: GPTModel, index: int, heads: Sequence[int]) -> _Targets:
     config, tp = model.config, model.pg_collection.tp
     attention = model.decoder.layers[index].self_attention
-    weight = attention.linear_qkv.weight
-    if tp.size() > 1:
-        # Where ranks share a query group, its rows lie on several of them.
-        parts = [torch.empty_like(weight) for _ in range(tp.size())]
-        dist.all_gather(parts, weight.detach().contiguous(), group=tp)
-        weight = torch.cat(parts)
+    weight, bias = (_of_all_ranks(model, x) for x in _weight_and_bias(attention.linear_qkv))
     heads = [head for head in heads if head_channels(model, head) is not None]
     share = config.num_attention_heads // config.num_query_groups
     groups = sorted({head // share for head in heads})
-    # Group by group: the queries of its heads, its key, its value.
-    rows = weight.unflatten(0, (config.num_query_groups, share + 2, config.kv_channels))
-    read = [rows[head // share, head % share] for head in heads]
-    read += [rows[group, share] for group in groups] + [rows[group, share + 1] for group in groups]
+
+    def rows_of(joined: Tensor) -> Tensor:
+        """Of the heads' queries, then the groups' keys, then their values."""
+        # Group by group: the queries of its heads, its key, its value.
+        rows = joined.unflatten(0, (config.num_query_groups, share + 2, config.kv_channels))
+        parts = [rows[head // share, head % share] for head in heads]
+        parts += [rows[group, place] for place in (share, share + 1) for group in groups]
+        return torch.cat(parts) if parts else joined[:0]
+
     output = attention.linear_proj.weight
     write = [output[:, head_channels(model, head)] for head in heads]
     first_group = tp.rank() * (config.num_attention_heads // tp.size()) // share
@@ -201,9 +203,26 @@ def _targets_of(model: GPTModel, index: int, heads: Sequence[int]) -> _Targets:
         heads,
         place([group - first_group for group in groups]),
         place([groups.index(head // share) for head in heads]),
-        torch.cat(read) if heads else weight[:0],
+        rows_of(weight),
+        None if bias is None else rows_of(bias),
         torch.cat(write, dim=1) if heads else output[:, :0],
     )
+
+
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Transformer Engine has an empty tensor for no bias."""
+    bias = linear.bias
+    return linear.weight, None if bias is None or not bias.numel() else bias
+
+
+def _of_all_ranks(model: GPTModel, rows: Tensor | None) -> Tensor | None:
+    """Where ranks share a query group, its rows lie on several of them."""
+    tp = model.pg_collection.tp
+    if rows is None or tp.size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(tp.size())]
+    dist.all_gather(parts, rows.detach().contiguous(), group=tp)
+    return torch.cat(parts)
 
 
 def _effects_of(
@@ -333,8 +352,8 @@ def _attend_anew(
     """
     layer, config, targets = model.decoder.layers[index], model.config, runs.targets[index]
     sizes = (len(targets.heads), len(targets.groups), len(targets.groups))
-    read = F.linear(_normed(layer, hidden), targets.read).unflatten(-1, (-1, config.kv_channels))
-    query, key, value = read.split(sizes, dim=2)
+    read = F.linear(_normed(layer, hidden), targets.read, targets.read_bias)
+    query, key, value = read.unflatten(-1, (-1, config.kv_channels)).split(sizes, dim=2)
     attention = layer.self_attention
 
     def rotated(x: Tensor, rotary: Tensor) -> Tensor:
