@@ -6,9 +6,10 @@ from typing import Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.teachers.base import TeacherFamily
+from megatron_hydra.teachers.qwen2 import QWEN2
 from megatron_hydra.teachers.qwen3 import QWEN3
 
-FAMILIES: dict[str, TeacherFamily] = {family.model_type: family for family in (QWEN3,)}
+FAMILIES: dict[str, TeacherFamily] = {family.model_type: family for family in (QWEN3, QWEN2)}
 
 
 def family_of(config: Any) -> TeacherFamily:

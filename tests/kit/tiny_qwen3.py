@@ -1,4 +1,4 @@
-"""A random Qwen3 folder of a few kilobytes, with a byte-level tokenizer, for tests."""
+"""A random teacher's folder of a few kilobytes, with a byte-level tokenizer, for tests."""
 
 from __future__ import annotations
 
@@ -22,36 +22,46 @@ TINY_SHAPE: dict[str, Any] = {
 }
 
 
-def write_tiny_qwen3(
+def write_tiny_qwen3(folder: Path, **options: Any) -> Path:
+    """As :func:`write_tiny_teacher`, of the first family."""
+    return write_tiny_teacher(folder, "qwen3", **options)
+
+
+def write_tiny_teacher(
     folder: Path,
+    model_type: str,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
     **fields: Any,
 ) -> Path:
-    """Save transformers' own Qwen3ForCausalLM with random weights, and a tokenizer, to ``folder``.
+    """Save transformers' own causal model with random weights, and a tokenizer, to ``folder``.
 
-    Every weight is drawn at a scale that matters to the logits, norms included: at
-    transformers' own initialisation a swapped norm or a misplaced head would go unseen.
+    Every weight is drawn at a scale that matters to the logits, norms and biases included: at
+    transformers' own initialisation a swapped norm, a misplaced head or a bias, which starts at
+    zero, would go unseen.
 
     Args:
         folder: Made if it does not exist.
+        model_type: Of the family, in transformers' words.
         seed: Of the weights.
         dtype: Of the saved weights.
         max_shard_size: Smaller than the weights, in transformers' words, for several shards.
-        **fields: Of transformers' Qwen3Config, on top of :data:`TINY_SHAPE`.
+        **fields: Of transformers' configuration, on top of :data:`TINY_SHAPE`; None is left out.
     """
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = Qwen3Config(**{**TINY_SHAPE, "bos_token_id": None, "eos_token_id": 256, **fields})
-    model = Qwen3ForCausalLM(config)
+    fields = {**TINY_SHAPE, "eos_token_id": 256, **fields}
+    given = {name: value for name, value in fields.items() if value is not None}
+    config = AutoConfig.for_model(model_type, bos_token_id=None, **given)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
-            parameter.copy_(noise * scale + (1.0 if parameter.dim() == 1 else 0.0))
+            parameter.copy_(noise * scale + (1.0 if "norm" in name else 0.0))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     write_byte_tokenizer(folder)
     return folder
@@ -73,12 +83,12 @@ def logits_difference(folder: Path, oracle: Path | None = None) -> float:
         folder: That we read.
         oracle: That transformers reads; the same if it is None.
     """
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from megatron_hydra.teachers.loading import load_teacher
 
     tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
-    theirs = Qwen3ForCausalLM.from_pretrained(oracle or folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(oracle or folder, dtype=torch.float32)
     expected = theirs(tokens).logits
     assert expected.std() > 0.5, "logits too small for the comparison to mean something"
     logits = load_teacher(folder).eval()(tokens, torch.arange(40).expand(2, -1), None)

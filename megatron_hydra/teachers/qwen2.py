@@ -1,0 +1,23 @@
+"""Qwen2 and Qwen2.5: biases of queries, keys and values, and no norms for each head."""
+
+from __future__ import annotations
+
+from megatron_hydra.teachers.base import LAYER, QKV_BIASES, TeacherFamily
+
+QWEN2 = TeacherFamily(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    tokenizer_class="Qwen2Tokenizer",
+    layer=(*LAYER, *QKV_BIASES),
+    fields={"qk_layernorm": False, "add_qkv_bias": True},
+    defaults={
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+    },
+    # transformers does not look at it: the biases are always there.
+    only={"attention_bias": (True, None)},
+)
