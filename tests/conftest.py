@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run in its interpreter, which has to be asked fo
 first imported, and Megatron imports it.
 """
 
+import gc
 import os
 import warnings
 
@@ -26,6 +27,11 @@ patch_interpreter()
 torch.set_num_threads(1)
 # Megatron and NeMo warn of each optional package that is absent, at import.
 warnings.filterwarnings("ignore", module="megatron|nemo")
+
+
+def pytest_collection_finish() -> None:
+    """What the test files have imported never becomes garbage, and takes long to walk through."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

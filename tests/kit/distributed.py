@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -47,7 +48,7 @@ def run_distributed(
     """
     start_method = "spawn" if torch.cuda.is_available() else "forkserver"
     if start_method == "forkserver":
-        _start_fork_server()
+        start_fork_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,8 +66,11 @@ def run_distributed(
                 raise TimeoutError(_kill(context.processes, Path(stacks), limit_s))
 
 
-def _start_fork_server() -> None:
-    """Unless it runs. It looks for what it preloads on the environment's path, not on ours."""
+def start_fork_server() -> None:
+    """Start the server that ranks fork from, unless it runs.
+
+    It looks for what it preloads on the environment's path, not on ours.
+    """
     multiprocessing.set_forkserver_preload(_PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -94,6 +98,7 @@ def _run(
     rank: int, world_size: int, port: int, stacks: Path, function: Callable, args: tuple
 ) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported never becomes garbage, and takes long to walk through
     crowded = torch.cuda.is_available() and torch.cuda.device_count() < world_size
     host, local_rank, local_size = (rank, 0, 1) if crowded else (0, rank, world_size)
     os.environ.update(

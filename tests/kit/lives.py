@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from kit import forks
 from kit.tiny_models import PLAN_OF_KINDS, write_models
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -63,6 +64,8 @@ class Run:
     folder: Path
     stage: str
     overrides: list[str] = field(default_factory=list)
+    is_fresh: bool = torch.cuda.is_available()
+    """Lives are new Python processes; else forks, which CUDA would not survive."""
     num_lives: int = 0
 
     @property
@@ -79,16 +82,19 @@ class Run:
         assert code == expected, f"{kill or 'quiet'}: {printed[-4000:]}"
         return printed
 
-    def start(self, kill: str = "", ranks: int = 2, more: Sequence[str] = ()) -> subprocess.Popen:
+    def start(
+        self, kill: str = "", ranks: int = 2, more: Sequence[str] = ()
+    ) -> subprocess.Popen | forks.Fork:
         """Begin a life; without torchrun where there are 0 ``ranks``."""
-        environment = self.environment(kill, "resume.async_save=true" in more)
+        environment = {**os.environ, **self.environment(kill, "resume.async_save=true" in more)}
+        program = [str(Path(__file__).with_name("recorded_train.py")), *self.arguments, *more]
+        if not self.is_fresh:
+            return forks.start(program, environment, self.log, ranks)
         launcher = torchrun(ranks) if ranks else [sys.executable]
-        program = str(Path(__file__).with_name("recorded_train.py"))
         with self.log.open("wb") as stream:
             return subprocess.Popen(
-                [*launcher, program, *self.arguments, *more],
-                stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **environment},
-            )  # fmt: skip
+                [*launcher, *program], stdout=stream, stderr=subprocess.STDOUT, env=environment
+            )
 
     @property
     def log(self) -> Path:

@@ -188,5 +188,6 @@ def run_stages(stages: list[tuple[list[str], dict[str, str], Path]]) -> None:
 
 
 if __name__ == "__main__":
+    _record({"pid": os.getpid()})
     train._prepare = _prepare_and_patch
     sys.exit(launch.main("train"))

@@ -15,6 +15,7 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +170,18 @@ def _check_stopped(run: Run) -> None:
 
 
 def _ranks(run: Run) -> list[int]:
-    """Processes that run the command."""
-    return [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if f"log.folder={run.folder}" in (process.info["cmdline"] or ())
-    ]
+    """Processes of the last life: torchrun gives each rank a session, and so what that starts."""
+    own = [x for x in run.records() if "pid" in x and x["life"] == run.num_lives]
+    assert len(own) == 2
+    return [pid for pid in psutil.pids() if _session(pid) in {entry["pid"] for entry in own}]
+
+
+def _session(pid: int) -> int | None:
+    """None of a process that has ended, if only just, or that nobody has waited for."""
+    with suppress(ProcessLookupError, psutil.NoSuchProcess):
+        if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            return os.getsid(pid)
+    return None
 
 
 def _live_on(run: Run, kill: str, more: Sequence[str]) -> str:
