@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import os
 import random
@@ -38,6 +39,7 @@ def stand_in_text(option: str) -> str:
     return local_text()
 
 
+@functools.cache  # reading it takes seconds
 def local_text() -> str:
     """English text that every CPython carries; the same for a given Python version.
 

@@ -64,22 +64,24 @@ def test_the_training_length_is_the_longest_that_a_folder_names() -> None:
     assert length == 32768 and "what the models are built for" in words
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A float32 teacher built for 1,024 tokens, a float32 hybrid, and one that was trained.
 
-    The last is in bf16, and its folder says that it was trained on 300 tokens a sample.
+    The last is in bf16, and its folder says that it was trained on 300 tokens a sample. Beside
+    each lies `plan.json`.
     """
-    teacher = write_tiny_qwen3(tmp_path / "teacher", max_position_embeddings=1024)
-    plan, converted = tmp_path / "plan.json", tmp_path / "converted"
+    folder = tmp_path_factory.mktemp("models")
+    teacher = write_tiny_qwen3(folder / "teacher", max_position_embeddings=1024)
+    plan, converted = folder / "plan.json", folder / "converted"
     HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(plan)
     command = ["convert", "--teacher", teacher, "--plan", plan, "--out"]
     assert main([str(word) for word in (*command, converted)]) == 0
-    half = tmp_path / "half"
+    half = folder / "half"
     assert main([str(word) for word in (*command, half, "--dtype", "bfloat16")]) == 0
     initialize_model_parallel()
     loaded = load_checkpoint(half)
-    trained = tmp_path / "trained"
+    trained = folder / "trained"
     save_checkpoint(
         trained, loaded.model, loaded.config, loaded.plan, loaded.tokenizer_folder,
         {"seq_length": 300},
@@ -154,6 +156,7 @@ def test_convert_calibrates_at_the_length_that_the_teacher_is_built_for(
     made_by = json.loads((models["converted"] / "model.json").read_text())["provenance"]
     assert made_by["calibration_length"] == 1024 and made_by["calibration_tokens"] == 8192
     assert made_by["calibration_text"] == "Python's documentation, a stand-in: no text was named"
+    plan = models["teacher"].with_name("plan.json")
     wide = write_tiny_qwen3(tmp_path / "wide", max_position_embeddings=32768)
     for options, length in (
         ([], 2048),
@@ -162,7 +165,7 @@ def test_convert_calibrates_at_the_length_that_the_teacher_is_built_for(
     ):
         capsys.readouterr()
         caplog.clear()
-        command = ["convert", "--teacher", wide, "--plan", tmp_path / "plan.json", *options]
+        command = ["convert", "--teacher", wide, "--plan", plan, *options]
         assert main([*map(str, command), "--out", str(tmp_path / "out"), "--overwrite"]) == 0
         assert f" tokens, {length:,} a sequence" in capsys.readouterr().out
         assert "text like what the model is for with --calibration-text" in caplog.text
@@ -171,7 +174,8 @@ def test_convert_calibrates_at_the_length_that_the_teacher_is_built_for(
 def test_a_calibration_length_of_nothing_is_no_default(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["convert", "--teacher", models["teacher"], "--plan", tmp_path / "plan.json"]
+    plan = models["teacher"].with_name("plan.json")
+    command = ["convert", "--teacher", models["teacher"], "--plan", plan]
     options = ["--calibration-length", "0", "--out", tmp_path / "out"]
     assert main([str(word) for word in (*command, *options)]) == 2
     assert "the calibration length is 0 tokens; allowed: 1 to" in capsys.readouterr().err

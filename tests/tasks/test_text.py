@@ -19,6 +19,7 @@ def test_held_out_text_is_a_tenth_and_disjoint():
 def test_local_text_is_long_and_stable():
     found = text.local_text()
     assert len(found) > 500_000
+    text.local_text.cache_clear()
     assert found == text.local_text()
 
 
