@@ -18,21 +18,29 @@ from kit.distributed import run_distributed
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 FA_HEADS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
-# Defect -> the checks to run, and what must be named in a failing row: quantity and place.
+# Defect -> the check to run, and what must be named in a failing row: quantity and place.
 DEFECTS = {
-    "two heads swapped": ("tensor parallel", "gradients", "head"),
+    "two heads swapped": ("tensor parallel: tp2 balanced", "gradients", "head"),
     "norm gradient not summed over ranks": (
-        "sequence parallel",
+        "sequence parallel: tp2 sp balanced",
         "replica drift",
         "input_layernorm",
     ),
-    "a replica changed": ("data parallel", "replica drift", "final_layernorm"),
-    "gradients not summed over data parallel": ("data parallel", "gradients", "decoder.layers"),
-    "mean of means": ("data parallel", "gradient norm", "step 0"),
-    "documents leak": ("packed documents", "logits", "document"),
-    "convolution's tail lost": ("context parallel", "logits", "document"),
-    "not a number": ("data parallel", "loss", "step 1"),
-    "loaded Adam state changed": ("checkpoint", "loaded back", "exp_avg_sq"),
+    "a replica changed": ("data parallel: dp", "replica drift", "final_layernorm"),
+    "gradients not summed over data parallel": (
+        "data parallel: dp",
+        "gradients",
+        "decoder.layers",
+    ),
+    "mean of means": ("data parallel: dp", "gradient norm", "step 0"),
+    "documents leak": ("packed documents: cp2 micro4 packed", "logits", "document"),
+    "convolution's tail lost": ("context parallel: cp2", "logits", "document"),
+    "not a number": ("data parallel: dp", "loss", "step 1"),
+    "loaded Adam state changed": (
+        "checkpoint there and back: tp2 sp by_type",
+        "loaded back",
+        "exp_avg_sq",
+    ),
 }
 
 
@@ -50,7 +58,7 @@ def test_a_defect_fails_the_certificate_and_is_named(rows, defect):
     failed = [row for row in rows[defect] if not row["passed"]]
     named = [row for row in failed if row["quantity"] == quantity and place in row["at"]]
     assert named, failed
-    assert all(row["check"].startswith(check) for row in failed)
+    assert all(f"{row['check']}: {row['layout']}" == check for row in failed)
     assert not any(math.isnan(row["difference"]) for row in failed)
 
 
@@ -59,6 +67,7 @@ def _certify_all(folder: Path) -> None:
 
     from megatron_hydra.certify.certificate import WELL_CONDITIONED, certify
     from megatron_hydra.certify.checks import Limits
+    from megatron_hydra.certify.layouts import Layout
     from megatron_hydra.certify.training import Run
     from megatron_hydra.certify.worlds import Ranks
     from megatron_hydra.head_plan import HeadPlan
@@ -78,9 +87,7 @@ def _certify_all(folder: Path) -> None:
                 world_size=2,
                 rank=rank,
                 select=lambda check, name=name: (
-                    check.name.startswith(name)
-                    and check.layout.cp * check.layout.tp == (1 if name[0] == "d" else 2)
-                    and check.layout.placement in ("by_type", "balanced")
+                    f"{check.name}: {check.layout.name}" == name and check.other in (None, Layout())
                 ),
             )
         if rank == 0:

@@ -40,6 +40,7 @@ VARIANTS = {
     ),
 }
 # What `make test` keeps: each kind of split once, in the combination that has most to go wrong.
+# A checkpoint's way to data and context parallel is in test_optimizer_checkpoint.py.
 COVERING_ON_TWO = {
     "tensor parallel, ranks of one kind: tp2 balanced",
     "sequence parallel, ranks of one kind: tp2 sp by_type",
@@ -47,7 +48,8 @@ COVERING_ON_TWO = {
     "distributed optimizer: tp2 sp by_type distopt",
     "packed documents: cp2 micro4 packed",
     "recomputation, selective: tp2 sp by_type recompute=selective",
-    "checkpoint there and back: tp2 sp by_type",
+    "checkpoint there and back: tp2 sp by_type, tp2 sp balanced",
+    "checkpoint there and back: tp2 sp by_type, pp2 vpp2 micro4",
 }
 COVERING_OF_BIASES = {
     "sequence parallel, ranks of one kind: tp2 sp by_type",
@@ -122,7 +124,13 @@ def _certify(
 
 
 def _names(rows: list[dict]) -> set[str]:
-    return {f"{row['check']}: {row['layout']}" for row in rows}
+    return {_name(row["check"], row["layout"], row["compared_with"]) for row in rows}
+
+
+def _name(check: str, layout: str, compared_with: str) -> str:
+    """Of a checkpoint's journey, where it goes to too."""
+    journey = f", {compared_with}" if check.startswith("checkpoint") else ""
+    return f"{check}: {layout}{journey}"
 
 
 def _certify_rank(
@@ -147,7 +155,9 @@ def _certify_rank(
         Ranks(),
         world_size=int(os.environ["WORLD_SIZE"]),
         rank=int(os.environ["RANK"]),
-        select=lambda check: wanted is None or f"{check.name}: {check.layout.name}" in wanted,
+        select=lambda check: (
+            wanted is None or _name(check.name, check.layout.name, check.compared_with) in wanted
+        ),
     )
     if os.environ["RANK"] == "0":
         (folder / "certificate.json").write_text(json.dumps(asdict(certificate.file)))
