@@ -95,7 +95,7 @@ def test_thirty_kills_end_bit_equal(inputs: Path, tmp_path: Path) -> None:
             kills[stage] = [f"{phase}:{dice.randint(1, PHASES[phase])}" for phase in phases]
             kills[stage].append(f"{dice.choice(AT_THE_END)}:1")
         # Nothing is removed or loaded in a first life without checkpoints.
-        killed = _killed_chain(inputs, tmp_path / f"killed_{index}", kills, more)
+        killed = _killed_chain(inputs, tmp_path / f"killed_{index}", kills, more, is_fresh=True)
         _compare(quiet, killed, num_kills=15)
 
 
@@ -132,11 +132,19 @@ def _quiet_chain(inputs: Path, folder: Path) -> list[Run]:
 
 
 def _killed_chain(
-    inputs: Path, folder: Path, kills: dict[str, list[str]], more: Sequence[str]
+    inputs: Path,
+    folder: Path,
+    kills: dict[str, list[str]],
+    more: Sequence[str],
+    is_fresh: bool = False,
 ) -> list[Run]:
-    """Each stage killed so often, always by the same command, then run to its end."""
+    """Each stage killed so often, always by the same command, then run to its end.
+
+    With ``is_fresh``, lives are new Python processes, as a user's are, and no forks.
+    """
     runs = _chain(inputs, folder)
     for run in runs:
+        run.is_fresh |= is_fresh
         for kill in kills[run.stage]:
             _live_on(run, _reachable(run, kill), more)
             if kill.count(":") == 2:
