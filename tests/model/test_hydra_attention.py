@@ -128,16 +128,16 @@ def test_output_is_causal():
     assert not torch.allclose(before[13:], after[13:])
 
 
-@pytest.mark.parametrize("fa_heads", [(1, 2, 5), (), tuple(range(8))], ids=str)
-@pytest.mark.parametrize(
-    "overrides",
+FUSIONS = [{}, dict(fa_output_gate=False, la_output_gate="sigmoid"), dict(la_output_gate="none"),
+           dict(fusion="norm"), dict(fusion="none"), dict(fusion="gate")]  # fmt: skip
+
+
+@pytest.mark.parametrize(  # in `make test`, heads of one kind have the default alone
+    ("overrides", "fa_heads"),
     [
-        {},
-        dict(fa_output_gate=False, la_output_gate="sigmoid"),
-        dict(la_output_gate="none"),
-        dict(fusion="norm"),
-        dict(fusion="none"),
-        dict(fusion="gate"),
+        pytest.param(way, heads, marks=pytest.mark.exhaustive if way and heads != (1, 2, 5) else ())
+        for way in FUSIONS
+        for heads in ((1, 2, 5), (), tuple(range(8)))
     ],
     ids=str,
 )
