@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra_kernels.linear_kl import linear_kl
+from hydra_kernels.linear_kl import LossOptions, linear_kl
 from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_table, write
 
 Inputs = dict[str, torch.Tensor]
@@ -113,9 +113,9 @@ def ways(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each way's name and its step, forward and backward."""
 
-    def ours(**options: Any) -> Callable[[], Any]:
-        options = {"kl_weight": 1.0, "ce_weight": 1.0} | options
-        return lambda: linear_kl(**inputs, **options).loss_sum.backward()
+    def ours(impl: Any, **options: Any) -> Callable[[], Any]:
+        loss = LossOptions(kl_weight=1.0, ce_weight=1.0, **options)
+        return lambda: linear_kl(**inputs, loss=loss, impl=impl).loss_sum.backward()
 
     for chunk_tokens in chunks:
         yield f"triton, chunks of {chunk_tokens}", ours(impl="triton", chunk_tokens=chunk_tokens)
@@ -207,9 +207,8 @@ def measure_accuracy(hidden: int, vocab: int, num_tokens: int = 256) -> list[dic
         }
         for impl, wide in (("reference", False), ("triton", False), ("triton", True)):
             inputs["student_hidden"].grad = None
-            output = linear_kl(
-                **inputs, kl_weight=1.0, ce_weight=0.0, float32_logits=wide, impl=impl
-            )
+            loss = LossOptions(kl_weight=1.0, ce_weight=0.0, float32_logits=wide)
+            output = linear_kl(**inputs, loss=loss, impl=impl)
             output.loss_sum.backward()
             gradient = inputs["student_hidden"].grad.double()
             row = {"distance": distance, "impl": impl, "float32_logits": wide}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra_kernels.linear_kl import LossOptions
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -240,12 +241,15 @@ class HydraModel(llm.GPTModel):
             batch["position_ids"],
             batch["labels"],
             batch["loss_mask"],
-            kl_weight=self.transfer.kl_weight,
-            ce_weight=self.transfer.ce_weight,
-            chunk_tokens=self.transfer.chunk_tokens,
-            kl=self.transfer.kl,
-            jsd_beta=self.transfer.jsd_beta,
-            float32_logits=self.transfer.float32_logits,
+            loss=LossOptions(
+                kl_weight=self.transfer.kl_weight,
+                ce_weight=self.transfer.ce_weight,
+                kind=self.transfer.kl,
+                jsd_beta=self.transfer.jsd_beta,
+                temperature=self.transfer.temperature,
+                chunk_tokens=self.transfer.chunk_tokens,
+                float32_logits=self.transfer.float32_logits,
+            ),
             packed_seq_params=batch.get("packed_seq_params"),
         )
         parts = {"loss": losses.loss_sum, "ce": losses.ce_sum}

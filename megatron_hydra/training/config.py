@@ -187,6 +187,8 @@ class TransferSection:
     `jsd_beta` times the teacher's KL to the mixture, plus the rest times the student's."""
     jsd_beta: Annotated[float, Limits(above=0, below=1)] = 0.5
     """Share of the teacher in the mixture of `kl: jsd`."""
+    temperature: Annotated[float, Limits(above=0)] = 1.0
+    """Softens teacher and student in the divergence, which is multiplied by its square."""
     float32_logits: bool = False
     """Do not round the loss's logits to bfloat16, as Megatron's output layer does: late in the
     distillation, rounding is what the divergence's gradient mostly shows."""

@@ -23,7 +23,7 @@ from megatron_hydra.transfer.hidden_states import (
 from megatron_hydra.transfer.losses import chunked_distillation_loss
 
 if TYPE_CHECKING:
-    from hydra_kernels.linear_kl import Kind, LinearKLOutput
+    from hydra_kernels.linear_kl import LinearKLOutput, LossOptions
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -35,13 +35,7 @@ def distillation_loss(
     labels: Tensor,
     loss_mask: Tensor,
     *,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    kl: Kind = "forward",
-    jsd_beta: float = 0.5,
-    float32_logits: bool = False,
-    temperature: float = 1.0,
+    loss: LossOptions,
     packed_seq_params: PackedSeqParams | None = None,
 ) -> LinearKLOutput:
     """Run student and teacher on a batch and compare what they predict.
@@ -57,13 +51,7 @@ def distillation_loss(
         position_ids: [b, s] integer.
         labels: [b, s] integer, the next tokens; read only where the loss mask is not 0.
         loss_mask: [b, s] floating point, weight of each token.
-        kl_weight: Factor on the divergence from the teacher.
-        ce_weight: Factor on the cross entropy.
-        chunk_tokens: Tokens whose logits exist at once.
-        kl: Which divergence: forward KL(teacher || student), reverse, or jsd.
-        jsd_beta: Share of the teacher in the jsd's mixture.
-        float32_logits: Do not round the logits to the weights' dtype.
-        temperature: Softens both distributions of the divergence; see `linear_kl`.
+        loss: Weights and kind of the divergence, see `hydra_kernels.linear_kl`.
         packed_seq_params: Documents of packed sequences, with b = 1; None for whole sequences.
 
     Raises:
@@ -93,15 +81,9 @@ def distillation_loss(
         teacher_weight,
         labels.t().flatten(),
         loss_mask.t().flatten(),
-        kl_weight=kl_weight,
-        ce_weight=ce_weight,
-        chunk_tokens=chunk_tokens,
-        kl=kl,
-        jsd_beta=jsd_beta,
-        float32_logits=float32_logits,
-        temperature=temperature,
+        loss=loss,
         vocab_size=student_model.config.vocab_size,
-        tp_group=group,
+        group=group,
         impl=choose_fused_kernels(student_model.config.fused_kernels),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from hydra_kernels.linear_kl import Kind, LinearKLOutput, linear_kl
+from hydra_kernels.linear_kl import LinearKLOutput, LossOptions, linear_kl
 
 from megatron_hydra.errors import UserError
 
@@ -21,21 +21,14 @@ def chunked_distillation_loss(
     labels: Tensor,
     loss_mask: Tensor,
     *,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    kl: Kind = "forward",
-    jsd_beta: float = 0.5,
-    float32_logits: bool = False,
-    temperature: float = 1.0,
+    loss: LossOptions,
     vocab_size: int | None = None,
-    tp_group: ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
     impl: Literal["reference", "triton"] = "reference",
 ) -> LinearKLOutput:
     """Divergence from the teacher and cross entropy from hidden states and output weights.
 
-    Args and returns: as `hydra_kernels.linear_kl.linear_kl`, where `kl` is `kind` and `tp_group`
-    is `group`.
+    Args and returns: as `hydra_kernels.linear_kl.linear_kl`.
 
     Raises:
         UserError: Shapes, vocabularies or settings that do not fit, or a label outside the
@@ -49,15 +42,9 @@ def chunked_distillation_loss(
             teacher_weight,
             labels,
             loss_mask,
-            kl_weight=kl_weight,
-            ce_weight=ce_weight,
-            kind=kl,
-            jsd_beta=jsd_beta,
-            float32_logits=float32_logits,
-            temperature=temperature,
-            chunk_tokens=chunk_tokens,
+            loss=loss,
             vocab_size=vocab_size,
-            group=tp_group,
+            group=group,
             impl=impl,
         )
     except ValueError as error:

@@ -12,8 +12,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra_kernels.linear_kl import linear_kl
+from hydra_kernels import linear_kl as operator
 from kit.distributed import run_distributed
+from kit.losses import with_options
+
+linear_kl = with_options(operator.linear_kl)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Twice what the number format costs; the interpreter cuts bf16 off where a GPU rounds it.

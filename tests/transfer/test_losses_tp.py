@@ -41,11 +41,14 @@ def full_loss(
 
 def check_sharded_vocabulary(tp_size: int) -> None:
     """Every rank: values of the whole, gradients of its rows, and a part of the hidden states'."""
+    from kit.losses import with_options
     from megatron.core import parallel_state
 
     from megatron_hydra.model.parallel_sizes import padded_size, real_part
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.transfer.losses import chunked_distillation_loss
+    from megatron_hydra.transfer import losses
+
+    chunked_distillation_loss = with_options(losses.chunked_distillation_loss)
 
     initialize_model_parallel(tensor=tp_size)
     group = parallel_state.get_tensor_model_parallel_group()
@@ -79,7 +82,7 @@ def check_sharded_vocabulary(tp_size: int) -> None:
                     chunk_tokens=chunk_tokens,
                     temperature=temperature,
                     vocab_size=VOCAB,
-                    tp_group=group,
+                    group=group,
                     **WEIGHTS,
                 )
                 parts.loss_sum.backward()
@@ -96,12 +99,15 @@ def check_on_gpt_model(
     tp_size: int, tied: bool, sequence_parallel: bool, vocab_size: int = 64
 ) -> None:
     """Loss and every parameter's gradient equal those through the model's own gathered logits."""
+    from kit.losses import with_options
     from kit.tiny import tiny_config, token_batch
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from megatron_hydra.model.build import build_model
-    from megatron_hydra.transfer.distillation import distillation_loss
+    from megatron_hydra.transfer import distillation
+
+    distillation_loss = with_options(distillation.distillation_loss)
 
     config = tiny_config(
         vocab_size=vocab_size,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.losses import with_options
 from kit.tiny import tiny_config, tiny_plan
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from megatron_hydra.model.build import build_model
 from megatron_hydra.nemo.data import pack_documents
 from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.teachers.weight_reuse import reuse_teacher_weights
+from megatron_hydra.transfer import distillation
 from megatron_hydra.transfer.alignment import Alignment
-from megatron_hydra.transfer.distillation import distillation_loss
 
 LENGTH, END = 12, 5
 # Lengths of the documents in each row of a batch.
@@ -150,7 +151,7 @@ def _losses_of_stage(stage: str, student: Any, teacher: Any) -> Any:
 
     def distill(batch: dict[str, Tensor], packed: Any) -> dict[str, Tensor]:
         names = ("tokens", "position_ids", "labels", "loss_mask")
-        parts = distillation_loss(
+        parts = with_options(distillation.distillation_loss)(
             student,
             teacher,
             *(batch[name] for name in names),

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra_kernels.linear_kl import LossOptions
 from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_table, write
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -285,8 +286,10 @@ def _training_step(
             return reduce_losses({"loss_mask": mask}, losses)[0]
         parts = distillation_loss(
             student, teacher, tokens, positions, labels, mask,
-            kl_weight=0.0 if teacher is None else 1.0, ce_weight=1.0,
-            chunk_tokens=args.chunk_tokens,
+            loss=LossOptions(
+                kl_weight=0.0 if teacher is None else 1.0, ce_weight=1.0,
+                chunk_tokens=args.chunk_tokens,
+            ),
         )  # fmt: skip
         return parts.loss_sum / length
 

@@ -8,7 +8,7 @@ import torch
 
 from hydra_kernels.device import check_device
 from hydra_kernels.linear_kl import reference
-from hydra_kernels.linear_kl.settings import Kind, Settings, VocabShards
+from hydra_kernels.linear_kl.settings import LossOptions, Settings, VocabShards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,13 +43,7 @@ def linear_kl(
     labels: Tensor,
     loss_mask: Tensor,
     *,
-    kl_weight: float,
-    ce_weight: float,
-    kind: Kind = "forward",
-    jsd_beta: float = 0.5,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
-    float32_logits: bool = False,
+    loss: LossOptions,
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     impl: Impl,
@@ -82,14 +76,7 @@ def linear_kl(
             student_weight itself.
         labels: [n] integer, indices into the whole vocabulary.
         loss_mask: [n] floating point.
-        kl_weight: Factor on the divergence.
-        ce_weight: Factor on the cross entropy.
-        kind: The divergence, see above.
-        jsd_beta: beta above, between 0 and 1; read for "jsd" alone.
-        temperature: T above 0.
-        chunk_tokens: Rows whose student's logits exist at once, 1 or more.
-        float32_logits: Keep the sums of the logits' products in float32; otherwise the logits are
-            rounded to the weights' dtype, as Megatron's output layer does. Costs memory and time.
+        loss: Weights, kind, beta, temperature, chunks.
         vocab_size: Entries of the whole vocabulary, at least one on every rank; rows of the weights
             beyond are padding, which takes no part and gets a gradient of 0. None if there are
             none.
@@ -100,15 +87,17 @@ def linear_kl(
             backward once.
 
     Raises:
-        ValueError: Shapes, vocabularies or settings that do not fit, a label outside the
-            vocabulary on a row that counts. On a GPU the labels' check waits once, before any
-            work is launched; while a CUDA graph is captured, which allows no wait, it is left out.
+        ValueError: Shapes or vocabularies that do not fit, a weight for a teacher that is not
+            there, a label outside the vocabulary on a row that counts. On a GPU the labels' check
+            waits once, before any work is launched; while a CUDA graph is captured, which allows
+            no wait, it is left out.
     """
     shards = _vocab_shards(student_weight.shape[0], vocab_size, group)
-    settings = Settings(
-        kind, jsd_beta, kl_weight, ce_weight, temperature, chunk_tokens, float32_logits, shards
-    )
-    _check_settings(settings, teacher_hidden is not None)
+    settings = Settings(**vars(loss), shards=shards)
+    if loss.kl_weight != 0 and teacher_hidden is None:
+        raise ValueError(
+            f"kl_weight is {loss.kl_weight} but there is no teacher: only 0 is allowed"
+        )
     if (teacher_hidden is None) != (teacher_weight is None):
         raise ValueError("teacher_hidden and teacher_weight go together, got one of them")
     _check_shapes(student_hidden, student_weight, labels, loss_mask)
@@ -174,21 +163,6 @@ def _vocab_shards(part: int, vocab_size: int | None, group: ProcessGroup | None)
             f"which has {part} rows of output weights"
         )
     return VocabShards(part, vocab_size, group)
-
-
-def _check_settings(settings: Settings, has_teacher: bool) -> None:
-    if settings.kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {get_args(Kind)}, got {settings.kind!r}")
-    if settings.kind == "jsd" and not 0 < settings.jsd_beta < 1:
-        raise ValueError(f"jsd_beta must be between 0 and 1, got {settings.jsd_beta}")
-    if settings.chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be 1 or more, got {settings.chunk_tokens}")
-    if not settings.temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {settings.temperature}")
-    if settings.kl_weight != 0 and not has_teacher:
-        raise ValueError(
-            f"kl_weight is {settings.kl_weight} but there is no teacher: only 0 is allowed"
-        )
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor) -> None:
