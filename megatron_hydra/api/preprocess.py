@@ -53,7 +53,7 @@ class Source:
         texts: Files, folders or patterns; empty for Python's documentation.
         text_options: How they are read.
         end_of_document: Token after each document, at which a plain text file is divided too; None
-            for `<|endoftext|>` where the tokenizer has it, else its eos_token.
+            for `<|endoftext|>` or `<|end_of_text|>` where the tokenizer has it, else its eos_token.
         special_tokens_as_text: Take special tokens that are spelt in the text for text, and each
             plain text file for one document.
     """

@@ -12,9 +12,9 @@ from megatron_hydra.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-END_OF_TEXT = "<|endoftext|>"
-"""The token between documents where a tokenizer has it: Qwen3's chat tokenizers end a *turn* with
-their `eos_token`."""
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+"""The token between documents where a tokenizer has it: chat tokenizers end a *turn* with their
+`eos_token`."""
 
 PIECE_CHARACTERS = 2**16
 """Of a long document in one piece; a tokenizer takes some 180 bytes of memory a character."""
@@ -30,7 +30,8 @@ def end_of_document(tokenizer: PreTrainedTokenizerBase, name: str | None = None)
 
     Args:
         tokenizer: transformers' tokenizer.
-        name: The token's text; None: `<|endoftext|>`, or `eos_token` where there is none.
+        name: The token's text; None: the first of :data:`ENDS_OF_TEXT` that it has, or
+            `eos_token` where it has none.
 
     Raises:
         UserError: If the tokenizer has no such token.
@@ -38,12 +39,12 @@ def end_of_document(tokenizer: PreTrainedTokenizerBase, name: str | None = None)
     vocabulary = tokenizer.get_vocab()
     if name is not None and name not in vocabulary:
         raise UserError(f"the tokenizer has no token {name!r} to end documents with")
-    for token in (name, END_OF_TEXT, tokenizer.eos_token):
+    for token in (name, *ENDS_OF_TEXT, tokenizer.eos_token):
         if token is not None and token in vocabulary:
             return str(token), vocabulary[token]
     raise UserError(
-        f"the tokenizer has neither {END_OF_TEXT} nor an eos_token: name the token that ends "
-        "documents (--end-of-document, data.end_of_document)"
+        f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)} and no eos_token: name the token "
+        "that ends documents (--end-of-document, data.end_of_document)"
     )
 
 

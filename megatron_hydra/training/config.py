@@ -96,7 +96,7 @@ class DataSection:
     """
     end_of_document: str | None = None
     """Text of the token that ends documents; None: the one noted beside the datasets, else
-    `<|endoftext|>` where the tokenizer has it, else its `eos_token`."""
+    `<|endoftext|>` or `<|end_of_text|>` where the tokenizer has it, else its `eos_token`."""
     num_workers: _Workers = 0
     seed: _Seed = 1234
 

@@ -149,7 +149,9 @@ def make(vocabulary: dict[str, int], **special: str) -> Any:
 
 def test_without_an_end_of_text_the_eos_token_ends_documents() -> None:
     assert end_of_document(make({"a": 0, "</s>": 1}, eos_token="</s>")) == ("</s>", 1)
-    with pytest.raises(UserError, match="neither <|endoftext|> nor an eos_token: name the token"):
+    turns = {"a": 0, "<|eot_id|>": 1, "<|end_of_text|>": 2}
+    assert end_of_document(make(turns, eos_token="<|eot_id|>")) == ("<|end_of_text|>", 2)
+    with pytest.raises(UserError, match="of <.endoftext.>, <.end_of_text.> and no eos_token: name"):
         end_of_document(make({"a": 0}))
 
 

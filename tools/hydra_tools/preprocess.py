@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--end-of-document",
         metavar="TOKEN",
         help="token after each document, at which a plain text file is divided too (default: "
-        "<|endoftext|> where the tokenizer has it, else its eos_token)",
+        "<|endoftext|> or <|end_of_text|> where the tokenizer has it, else its eos_token)",
     )
     parser.add_argument(
         "--special-tokens-as-text",
