@@ -66,14 +66,23 @@ def _run(layer, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor, p
     return {name: value.detach().float() for name, value in results.items()}
 
 
+# In the second, query, key and value lie side by side in the projection, one of each a head.
+TEACHERS = [{}, dict(qk_layernorm=False, add_qkv_bias=True, fa_output_gate=False)]
+
+
+@pytest.mark.parametrize("teacher", TEACHERS, ids=["norms", "biases"])
 @pytest.mark.parametrize("documents", [None, [1, 200, 55, 256]])
-def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
-    oracle_layer = _model("local", torch.float32, fused_kernels="reference").decoder.layers[0]
+def test_layer_equals_local_within_bf16_tolerance(documents, teacher, record_property):
+    options = {**teacher, "fused_kernels": "reference"}
+    oracle_layer = _model("local", torch.float32, **options).decoder.layers[0]
     oracle_layer.self_attention.linear_attention.impl = "reference"
     weights = _norm_and_attention(oracle_layer)
     with torch.no_grad():
         norm = weights["input_layernorm.weight"]
         norm.copy_(torch.linspace(0.5, 1.5, len(norm)).bfloat16())
+        if teacher:
+            bias = weights["self_attention.in_proj.bias"]
+            bias.copy_(torch.linspace(-1, 1, len(bias)).bfloat16())
     generator = torch.Generator("cuda").manual_seed(0)
     x, upstream = (torch.randn(256, 2, 512, device="cuda", generator=generator) for _ in range(2))
     rotary, packing = RotaryEmbedding(64, 1.0, rotary_base=10000)(256), None
@@ -83,7 +92,7 @@ def test_layer_equals_local_within_bf16_tolerance(documents, record_property):
     oracle = _run(oracle_layer, x.bfloat16().float(), rotary, upstream.bfloat16().float(), packing)
     errors = {}
     for backend in ("local", "transformer_engine"):
-        layer = _model(backend, torch.bfloat16).decoder.layers[0]
+        layer = _model(backend, torch.bfloat16, **teacher).decoder.layers[0]
         assert layer.self_attention.linear_attention.impl == "fla"
         parameters = _norm_and_attention(layer)
         assert parameters.keys() == weights.keys()
@@ -117,8 +126,9 @@ def test_branches_on_two_streams_change_nothing():
             assert (result[name] - value).norm() <= 1e-2 * value.norm(), name
 
 
-def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path):
-    model = _model("transformer_engine", torch.bfloat16)
+@pytest.mark.parametrize("teacher", TEACHERS, ids=["norms", "biases"])
+def test_model_trains_and_its_checkpoint_loads_into_both_backends(tmp_path, teacher):
+    model = _model("transformer_engine", torch.bfloat16, **teacher)
     tokens, positions = (t.cuda() for t in token_batch(model.config, length=128))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []

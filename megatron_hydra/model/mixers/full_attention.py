@@ -100,6 +100,9 @@ class FullAttention(Mixer):
             query, key = (
                 apply_rotary_pos_emb(t, stream.angles, config=self.config) for t in (query, key)
             )
+        # Where neither norm nor RoPE has made new tensors these are views of the projection, as the
+        # value is, and Transformer Engine may take views of one buffer for another layout.
+        query, key = query.contiguous(), key.contiguous()
         shape, mask_type = query.shape, AttnMaskType.causal
         if stream.packed_seq_params is not None:  # [t, n, d], as Megatron's thd format has it
             query, key, value = (t.squeeze(1) for t in (query, key, value))
