@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_hydra import cpu
 
@@ -28,6 +28,7 @@ from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers import checkpoint, config_json, conversion, loading  # noqa: E402
 from megatron_hydra.teachers.families import FAMILIES  # noqa: E402
+from megatron_hydra.teachers.tokenizer import load_tokenizer  # noqa: E402
 from megatron_hydra.teachers.weight_reuse import reuse_teacher_weights  # noqa: E402
 from megatron_hydra.teachers.weights import read_weights  # noqa: E402
 
@@ -183,6 +184,24 @@ def test_none_of_transformers_own_keys_is_unknown(
     edit_config(folder, **AutoConfig.for_model(**saved).to_dict())
     loading.hydra_config(folder)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tokenizer_without_a_class_is_of_its_familys(tmp_path: Path, family: str) -> None:
+    """As AutoTokenizer takes it, and in a checkpoint's folder, which it could not read."""
+    folder = write_tiny_teacher(tmp_path / "teacher", family)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    expected = AutoTokenizer.from_pretrained(folder)
+    model = loading.load_teacher(folder)
+    checkpoint.save_checkpoint(tmp_path / "ckpt", model, model.config, None, folder, {})
+    for place in (folder, tmp_path / "ckpt"):
+        found = load_tokenizer(place)
+        assert type(found) is type(expected)
+        text = "fünf 5\n<|endoftext|>"
+        options = {"add_special_tokens": False}
+        assert found.encode(text, **options) == expected.encode(text, **options)
 
 
 def test_a_hash_tells_the_families_apart(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _integers(teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (_edit_config(model_type="llama"), "model_type 'llama'; only 'qwen3' is supported"),
+        (_edit_config(model_type="gemma3"), "model_type 'gemma3'; supported: qwen3, qwen2"),
         (_integers, "dtype I32; allowed: F32, BF16, F16"),
         (_truncate, "truncated"),
         (lambda teacher: (teacher / "config.json").unlink(), "config.json"),
