@@ -6,10 +6,11 @@ from typing import Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.teachers.base import TeacherFamily
+from megatron_hydra.teachers.llama import LLAMA
 from megatron_hydra.teachers.qwen2 import QWEN2
 from megatron_hydra.teachers.qwen3 import QWEN3
 
-FAMILIES: dict[str, TeacherFamily] = {family.model_type: family for family in (QWEN3, QWEN2)}
+FAMILIES: dict[str, TeacherFamily] = {family.model_type: family for family in (QWEN3, QWEN2, LLAMA)}
 
 
 def family_of(config: Any) -> TeacherFamily:

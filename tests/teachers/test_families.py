@@ -20,7 +20,7 @@ cpu.install_if_needed()
 
 from kit.distributed import run_distributed  # noqa: E402
 from kit.plans import all_fa  # noqa: E402
-from kit.tiny_qwen3 import edit_config, write_tiny_teacher  # noqa: E402
+from kit.tiny_qwen3 import edit_config, logits_difference, write_tiny_teacher  # noqa: E402
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
@@ -43,11 +43,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one-group": {"num_key_value_heads": 1, "num_attention_heads": 6, "head_dim": 10, **UNTIED},
     "no-groups": {"num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-3},
 }
+# As in Llama 3.1's file, but for lengths at which every frequency matters to a few tokens.
+SCALED = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CASES = {
     f"{family}-{name}": (family, fields) for family in FAMILIES for name, fields in SHAPES.items()
 }
+CASES["llama-scaled"] = ("llama", {"rope_scaling": SCALED, **UNTIED})
 # The families whose layers differ most from one another are also run over ranks and to the end.
-PROOFS = ["qwen2"]
+PROOFS: dict[str, dict[str, Any]] = {"qwen2": {}, "llama": {"rope_scaling": SCALED, **UNTIED}}
 LAYERS = {0: [1, 2], 1: [3]}
 
 
@@ -221,6 +230,43 @@ REFUSED = [
     ("qwen2", {"attention_bias": False}, "attention_bias False; only True is supported"),
     ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "type 'yarn' in rope_scaling"),
     ("qwen2", {"architectures": ["Qwen3ForCausalLM"]}, "allowed: Qwen2ForCausalLM"),
+    ("qwen2", {"rope_scaling": SCALED}, "'llama3' in rope_scaling; only plain RoPE, 'default', is"),
+    ("llama", {"attention_bias": True}, "attention_bias True; only False is supported"),
+    ("llama", {"mlp_bias": True}, "mlp_bias True; only False is supported"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "supported: default, llama3"),
+    ("llama", {"rope_scaling": {**SCALED, "type": "default"}}, "a rope_type and another type in"),
+    (
+        "llama",
+        {"rope_scaling": {**SCALED, "factor": 0.5}},
+        "factor 0.5 in rope_scaling; it must be",
+    ),
+    ("llama", {"rope_scaling": {**SCALED, "factor": None}}, "factor None in rope_scaling; it must"),
+    (
+        "llama",
+        {"rope_scaling": {**SCALED, "low_freq_factor": 4}},
+        "must be below the high_freq_fac",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {**SCALED, "beta_fast": 3}},
+        "beta_fast 3 in .* llama3 RoPE has not",
+    ),
+    ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor None in rope_scaling; it must be"),
+    (
+        "llama",
+        {"rope_scaling": {**SCALED, "original_max_position_embeddings": 32.5}},
+        "original_max_position_embeddings 32.5 in rope_scaling; it must be a whole number > 0",
+    ),
+    (
+        "llama",
+        {"rope_scaling": SCALED, "original_max_position_embeddings": 64},
+        "original_max_position_embeddings 64 in the top level and 32 in rope_scaling: keep the one",
+    ),
+    (
+        "llama",
+        {"rope_scaling": SCALED, "rope_parameters": {"rope_type": "default"}},
+        "a RoPE scaling of .* in rope_scaling and .* in rope_parameters: keep the one that",
+    ),
 ]
 
 
@@ -234,6 +280,38 @@ def test_what_a_family_has_not_is_refused(
         config_json.read_config(folder)
 
 
+IN_PARAMETERS = {"rope_scaling": "REMOVE", "rope_theta": "REMOVE"}
+WITHOUT_LENGTH = {k: v for k, v in SCALED.items() if k != "original_max_position_embeddings"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {**SCALED, "type": "llama3"}},
+        {"rope_scaling": {**SCALED, "attention_factor": None}, "dtype": "REMOVE",
+         "torch_dtype": "bfloat16"},
+        {**IN_PARAMETERS, "rope_parameters": {**SCALED, "rope_theta": 5e5}},
+        {"rope_parameters": {**SCALED, "rope_theta": 5e5}},
+        {**IN_PARAMETERS, "rope_parameters": {**WITHOUT_LENGTH, "rope_theta": 5e5},
+         "original_max_position_embeddings": 32},
+    ],
+    ids=["both-types", "torch-dtype", "parameters", "both-places", "length-at-top"],
+)  # fmt: skip
+def test_every_spelling_of_scaled_rope_has_the_logits_of_transformers(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Held to what transformers 4 makes of its own spelling, which plain RoPE is far from."""
+    shape = {"rope_theta": 5e5, "rope_scaling": SCALED}
+    oracle = write_tiny_teacher(tmp_path / "oracle", "llama", **shape)
+    folder = write_tiny_teacher(tmp_path / "teacher", "llama", **shape)
+    edit_config(folder, **changes)
+    assert logits_difference(folder, oracle) < 1e-4
+    assert config_json.config_hash(folder) == config_json.config_hash(oracle)
+    edit_config(folder, **{**IN_PARAMETERS, "rope_parameters": "REMOVE", "rope_theta": 5e5})
+    assert logits_difference(folder, oracle) > 1e-2
+    assert config_json.config_hash(folder) != config_json.config_hash(oracle)
+
+
 def test_a_folder_of_another_familys_tensors_is_refused(tmp_path: Path) -> None:
     folder = write_tiny_teacher(tmp_path / "teacher", "qwen2")
     edit_config(folder, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
@@ -244,7 +322,7 @@ def test_a_folder_of_another_familys_tensors_is_refused(tmp_path: Path) -> None:
 @torch.no_grad()
 def _random_hybrid(folder: Path) -> Any:
     """Every value drawn anew, biases of the sections without a teacher included."""
-    model, _ = _hybrid(folder, HeadPlan.from_fa_heads(LAYERS, 2, 4, 2))
+    model, _ = _hybrid(folder, HeadPlan.from_fa_heads(LAYERS, 2, 4, 2), fa_rope=True)
     for layer in model.decoder.layers:
         for parameter in layer.self_attention.in_proj.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -260,7 +338,7 @@ def test_two_ranks_have_the_logits_of_one(tmp_path: Path, family: str) -> None:
     Catches a bias or a frequency that belongs to another rank's rows, or is added on each.
     """
     torch.manual_seed(0)
-    folder = write_tiny_teacher(tmp_path / "teacher", family)
+    folder = write_tiny_teacher(tmp_path / "teacher", family, **PROOFS[family])
     model = _random_hybrid(folder)
     plan = HeadPlan.from_fa_heads(LAYERS, 2, 4, 2, config_json.config_hash(folder))
     checkpoint.save_checkpoint(tmp_path / "one", model, model.config, plan, folder, {})
@@ -287,9 +365,8 @@ def _on_two_ranks(folder: Path, expected: Tensor) -> None:
 @pytest.mark.parametrize("family", PROOFS)
 def test_the_main_job_in_python(tmp_path: Path, family: str) -> None:
     """Score to report, with the quickstart's tokenizer; of random weights, so any gap counts."""
-    folder = write_tiny_teacher(
-        tmp_path / "teacher", family, vocab_size=1024, eos_token_id=0, max_position_embeddings=512
-    )
+    shape = {"vocab_size": 1024, "eos_token_id": 0, "max_position_embeddings": 512}
+    folder = write_tiny_teacher(tmp_path / "teacher", family, **shape, **PROOFS[family])
     for file in (ROOT / "examples/quickstart/teacher").glob("*token*"):
         (folder / file.name).write_bytes(file.read_bytes())
     program = f"""
@@ -299,9 +376,9 @@ sys.path.insert(0, "examples/api")
 from transfer import transfer
 transfer(
     Path({str(folder)!r}), Path({str(tmp_path / "run")!r}),
-    documents=8, samples=5, lengths=(128, 160, 192),
-    scoring=["probes.pairs=4", "probes.pairs_of={{}}", "probes.names=[niah_single_1,text]",
-             "probes.min_gap_logits=1e-6", "probes.min_gap_nats=1e-6",
+    documents=16, samples=5, lengths=(128, 160, 192),
+    scoring=["probes.pairs=12", "probes.pairs_of={{}}", "probes.names=[niah_single_1,text]",
+             "probes.min_gap_logits=1e-6", "probes.min_gap_nats=1e-6", "probes.length=128",
              "scorers.path_patching.max_rounds=1"],
     training=["strategy.tensor_model_parallel_size=1", "trainer.max_steps=2"],
 )
@@ -318,3 +395,4 @@ transfer(
     stored = checkpoint.read_metadata(tmp_path / "run/stage3_long_context/hybrid")["config"]
     assert stored["qk_layernorm"] == FAMILIES[family].fields["qk_layernorm"]
     assert stored["add_qkv_bias"] == FAMILIES[family].fields["add_qkv_bias"]
+    assert stored["rope_original_length"] == (32 if family == "llama" else 8192)

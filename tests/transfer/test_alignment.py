@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from kit.teachers import by_head
 from kit.plans import all_fa
 from kit.tiny import tiny_config, tiny_plan, token_batch
 
@@ -27,7 +28,7 @@ def _pair(plan: HeadPlan, **overrides):
     config = tiny_config(init_method_std=0.2, **overrides)
     teacher = build_model(dataclasses.replace(config), None)
     student = build_model(config, plan)
-    reuse_teacher_weights(student, {name: p.data for name, p in teacher.named_parameters()})
+    reuse_teacher_weights(student, by_head(teacher))
     return teacher, student
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.teachers import by_head
 from kit.losses import with_options
 from kit.tiny import tiny_config, tiny_plan
 from torch import Tensor
@@ -105,7 +106,7 @@ def test_packed_row_equals_the_sum_over_documents(rows: list[list[int]], stage: 
     )
     teacher = build_model(dataclasses.replace(config), None)
     student = build_model(config, tiny_plan())
-    reuse_teacher_weights(student, {name: p.data for name, p in teacher.named_parameters()})
+    reuse_teacher_weights(student, by_head(teacher))
     losses_of = _losses_of_stage(stage, student, teacher)
 
     batch = _batch(rows)
