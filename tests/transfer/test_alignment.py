@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from kit.teachers import by_head
 from kit.plans import all_fa
+from kit.teachers import by_head
 from kit.tiny import tiny_config, tiny_plan, token_batch
 
 from megatron_hydra.errors import UserError

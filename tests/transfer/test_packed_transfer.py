@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit.teachers import by_head
 from kit.losses import with_options
+from kit.teachers import by_head
 from kit.tiny import tiny_config, tiny_plan
 from torch import Tensor
 
