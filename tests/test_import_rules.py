@@ -32,7 +32,8 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "transfer": {"errors", "model"},
     "selection": {"errors", "files", "head_plan", "progress", "schema", "model", "tasks"},
     "training": {
-        "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "selection",
+        "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "transfer",
+        "selection",
     },
     "nemo": {
         "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "training",

@@ -17,6 +17,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
+from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.config_json import config_hash, read_config
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
@@ -96,6 +97,7 @@ def convert(
         out: The checkpoint folder.
         plan: What :meth:`HeadPlan.save` wrote; None converts the teacher.
         options: Fields of :class:`~megatron_hydra.model.config.HydraConfig`, such as `fa_rope`.
+            Where they do not say what the LA heads are, it is what the plan's costs were told for.
         dtype: Of the weights.
         calibration: For a hybrid whose fusion has a scale for each head.
         overwrite: Replace an earlier checkpoint.
@@ -124,7 +126,7 @@ def convert(
     from megatron_hydra.teachers.loading import hydra_config
     from megatron_hydra.teachers.tokenizer import check_tokenizer
 
-    fields = dict(options or {})
+    fields = {**_planned(head_plan), **(options or {})}
     checkpoint.check_stored("hybrid" if head_plan else "teacher", fields)
     config = hydra_config(teacher, **fields, params_dtype=getattr(torch, dtype))
     # At the least: vectors and what the format adds come on top.
@@ -176,6 +178,15 @@ def _load_plan(path: Path, teacher: Path, hash_of_weights: str) -> HeadPlan:
             teacher,
         )
     return plan
+
+
+def _planned(plan: HeadPlan | None) -> dict[str, Any]:
+    """What a plan's costs were counted for, as options; nothing where it does not say."""
+    shape = None if plan is None else read_shape(plan)
+    if shape is None:
+        return {}
+    kinds = {"la_kind": shape.la_kind, "sliding_window_tokens": shape.sliding_window_tokens}
+    return {name: value for name, value in kinds.items() if value != getattr(ModelShape, name)}
 
 
 def _check_calibration(calibration: Calibration) -> None:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_hydra.files import check_output, check_outputs
-from megatron_hydra.schema import read_config
+from megatron_hydra.model.mixers.costs import LA_KINDS
+from megatron_hydra.schema import Limits, read_config
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.policy import PlanSummary, plan_from_scores, random_plan
@@ -90,30 +91,49 @@ def plan(
 
 
 @dataclass
-class _Overrides:
-    """What ``combine.KEY=VALUE`` may change."""
+class LAHeads:
+    """What the plan's LA heads will be, which decides what they cost; ``convert`` takes it over.
 
+    Attributes:
+        la_kind: As :class:`~megatron_hydra.model.config.HydraConfig` has it.
+        sliding_window_tokens: The same.
+    """
+
+    la_kind: Annotated[str, Limits(choices=LA_KINDS)]
+    sliding_window_tokens: Annotated[int, Limits(least=1)]
+
+
+@dataclass
+class _Overrides:
+    """What ``combine.KEY=VALUE`` and ``model.KEY=VALUE`` may change."""
+
+    model: LAHeads
     combine: CombineSection = field(default_factory=CombineSection)
 
 
 def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
-    """The same effects under another combination, without a new run.
+    """The same effects under another combination, or for LA heads of another kind.
 
     Args:
-        scores: Their own combination holds where nothing else is said.
-        overrides: ``combine.KEY=VALUE``; scorers may be separated by commas.
+        scores: Their own combination and sizes hold where nothing else is said.
+        overrides: ``combine.KEY=VALUE``, whose scorers may be separated by commas, and
+            ``model.la_kind``, ``model.sliding_window_tokens``.
 
     Raises:
-        UserError: For an unknown key, scorer or capability, or a value of the wrong kind.
+        UserError: For an unknown key, scorer, capability or kind, or a value of the wrong kind.
     """
     if not overrides:
         return scores
     old = dataclasses.asdict(scores.combination)
     values = {f"combine.{name}": value for name, value in old.items()}
     values["combine.scorers"] = list(old["scorers"])
-    words = [_as_list(word) for word in overrides]
-    new = dataclasses.asdict(read_config(_Overrides, None, words, values).combine)
-    return scores.with_combination(Combination(**{**new, "scorers": tuple(new["scorers"])}))
+    for item in dataclasses.fields(LAHeads):
+        values[f"model.{item.name}"] = getattr(scores.shape, item.name)
+    read = read_config(_Overrides, None, [_as_list(word) for word in overrides], values)
+    new = dataclasses.asdict(read.combine)
+    shape = dataclasses.replace(scores.shape, **dataclasses.asdict(read.model))
+    combination = Combination(**{**new, "scorers": tuple(new["scorers"])})
+    return dataclasses.replace(scores.with_combination(combination), shape=shape)
 
 
 def _as_list(override: str) -> str:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.hydra_attention import HydraAttention
-from megatron_hydra.nemo.findings import (
+from megatron_hydra.training.config import RunConfig
+from megatron_hydra.training.findings import (
     RankFindings,
     bad_gradients,
     bad_heads,
     bad_losses,
     describe,
 )
-from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.samples import describe_samples, micro_batch_samples
 
 logger = logging.getLogger(__name__)

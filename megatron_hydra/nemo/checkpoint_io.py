@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from nemo.lightning.io.pl import MegatronCheckpointIO
 from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 
-from megatron_hydra.nemo.run_state import sharded_run_state
 from megatron_hydra.teachers.distributed_weights import InProcessSave, damage_named
 from megatron_hydra.training.config import ResumeSection
+from megatron_hydra.training.random_states import sharded_run_state
 
 
 def make_checkpoint_io(async_save: bool) -> CheckpointIO:

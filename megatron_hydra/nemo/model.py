@@ -35,6 +35,7 @@ from megatron_hydra.transfer.distillation import (
     pipeline_output,
     set_pipeline_input,
 )
+from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 # What a forward step hands to the loss reduction: the loss to minimise as a sum over tokens, the
 # number of tokens, and the parts to log, each a sum over tokens.
@@ -160,7 +161,7 @@ class HydraModel(llm.GPTModel):
         if self._alignment is not None:
             self._alignment.set_pipeline_input(received)
         else:
-            set_pipeline_input(bare_model(self.module), self._kl_teacher, received)
+            set_pipeline_input(unwrapped_model(self.module), self._kl_teacher, received)
 
     def forward_step(self, batch: dict[str, Any]) -> StepOutput | Tensor:
         """The stage's loss, or hidden states where the pipeline goes on.
@@ -172,7 +173,7 @@ class HydraModel(llm.GPTModel):
             return self._alignment_step(self._alignment, batch)
         if not parallel_state.is_pipeline_last_stage():
             return pipeline_output(
-                bare_model(self.module),
+                unwrapped_model(self.module),
                 self._kl_teacher,
                 batch["tokens"],
                 batch["position_ids"],
@@ -235,7 +236,7 @@ class HydraModel(llm.GPTModel):
 
     def _distillation_step(self, batch: dict[str, Any]) -> StepOutput:
         losses = distillation_loss(
-            bare_model(self.module),
+            unwrapped_model(self.module),
             self._kl_teacher,
             batch["tokens"],
             batch["position_ids"],
@@ -279,13 +280,6 @@ class _SumReduction(MegatronLossReduction):
         torch.distributed.all_reduce(total, group=group)
         means = total / total[0].clamp(min=1)
         return dict(zip(names, means.unbind(), strict=True))
-
-
-def bare_model(module: Any) -> GPTModel:
-    """Take DDP and precision wrappers off a model."""
-    while not isinstance(module, GPTModel):
-        module = module.module
-    return module
 
 
 def _to_device(packed: PackedSeqParams) -> PackedSeqParams:

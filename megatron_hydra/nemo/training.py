@@ -27,8 +27,7 @@ from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.data import check_datasets, find_end_of_document, make_data_module
-from megatron_hydra.nemo.going_on import newest_checkpoint, run_identity
-from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel, bare_model
+from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_state import RunStateCallback
@@ -43,8 +42,10 @@ from megatron_hydra.teachers.distributed_weights import check_weights
 from megatron_hydra.teachers.loading import megatron_fields
 from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import ModelSection, RunConfig
+from megatron_hydra.training.going_on import newest_checkpoint, run_identity
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present
+from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class TrainingRun:
             )
         finally:
             if config.model.cuda_graphs and hasattr(model, "module"):
-                release_cuda_graphs(bare_model(model.module))
+                release_cuda_graphs(unwrapped_model(model.module))
 
     @cached_property
     def checkpoint(self) -> Path | None:
@@ -245,7 +246,7 @@ class TrainingRun:
         )
         save_checkpoint(
             self.folder.hybrid,
-            bare_model(model.module),
+            unwrapped_model(model.module),
             model_config,  # type: ignore[arg-type]
             self.model_config.plan,
             self._tokenizer,

@@ -32,12 +32,10 @@ _FUSED_NORMS = {
 def megatron_fields(params_dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The TransformerConfig fields that teachers have in common, for any size.
 
-    The teacher's own fields go on top: not each of them has norms of queries and keys. Fusions
-    that need apex or CUDA are off, so that one configuration runs everywhere.
+    Fusions that need apex or CUDA are off, so that one configuration runs everywhere.
     """
     return {
         "normalization": "RMSNorm",
-        "qk_layernorm": True,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,

@@ -7,17 +7,23 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
-def unwrapped_model(model: torch.nn.Module) -> Any:
-    """The GPTModel inside its wrappers (DDP, Float16Module)."""
-    return get_attr_wrapped_model(model, "post_process", return_model_obj=True)
+def unwrapped_model(model: Any) -> GPTModel:
+    """The GPTModel inside its wrappers (DDP, Float16Module, NeMo's).
+
+    By its class: NeMo's wrappers have the attributes of what they hold, so that Megatron's
+    `get_attr_wrapped_model` stops at them.
+    """
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model
 
 
 @contextmanager

@@ -83,7 +83,9 @@ def random_model(plan: HeadPlan | None, **fields: object) -> GPTModel:
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
         num_query_groups=2, kv_channels=8, vocab_size=VOCAB,
     )  # fmt: skip
-    model = build_model(HydraConfig(**{**megatron_fields(), **shape, **fields}), plan).eval()
+    model = build_model(
+        HydraConfig(**{**megatron_fields(), "qk_layernorm": True, **shape, **fields}), plan
+    ).eval()
     torch.manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():

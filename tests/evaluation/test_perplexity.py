@@ -57,7 +57,9 @@ def random_model(**fields: object) -> GPTModel:
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
         num_query_groups=2, kv_channels=8, vocab_size=VOCAB,
     )  # fmt: skip
-    model = build_model(HydraConfig(**{**megatron_fields(), **shape, **fields}), None).eval()
+    model = build_model(
+        HydraConfig(**{**megatron_fields(), "qk_layernorm": True, **shape, **fields}), None
+    ).eval()
     torch.manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():

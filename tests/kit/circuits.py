@@ -48,7 +48,9 @@ def random_teacher(
         num_layers=2, hidden_size=HIDDEN, ffn_hidden_size=64, num_attention_heads=NUM_HEADS,
         num_query_groups=2, kv_channels=HEAD_DIM, vocab_size=VOCAB, rotary_base=1e4,
     )  # fmt: skip
-    model = build_model(HydraConfig(**{**megatron_fields(), **shape, **fields}), None)
+    model = build_model(
+        HydraConfig(**{**megatron_fields(), "qk_layernorm": True, **shape, **fields}), None
+    )
     generator = torch.Generator().manual_seed(seed)
     group = model.pg_collection.tp
     with torch.no_grad():

@@ -20,9 +20,9 @@ def check_damaged_checkpoint(
     inputs: Path, folder: Path, overrides: list[str], lines: list[str]
 ) -> None:
     """Whatever file is damaged, the run goes on from the checkpoint before, or says it cannot."""
-    from megatron_hydra.nemo.run_state import check_model, read_identity
     from megatron_hydra.nemo.training import TrainingRun
     from megatron_hydra.training.config import load_config
+    from megatron_hydra.training.going_on import check_model, read_identity
 
     config = load_config(inputs / "run.yaml", overrides)
     last, newest = (folder / f"checkpoints/step_0000000{step}" for step in (2, 4))

@@ -86,12 +86,13 @@ def _recorded(seen: RecordedRun, faults: Mapping[tuple[int, int], Fault]) -> Ite
     """Record states and batches, and do the faults."""
     from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-    from megatron_hydra.nemo.model import HydraModel, bare_model
+    from megatron_hydra.nemo.model import HydraModel
+    from megatron_hydra.transfer.hidden_states import unwrapped_model
 
     forward_step = HydraModel.forward_step
 
     def spy(self: HydraModel, batch: dict[str, Tensor]) -> Any:
-        seen.model = bare_model(self)
+        seen.model = unwrapped_model(self)
         step, micro_batch = divmod(len(seen.batches), get_num_microbatches())
         if micro_batch == 0:
             weights = {name: p.detach().clone() for name, p in self.named_parameters()}

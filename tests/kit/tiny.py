@@ -18,6 +18,7 @@ FA_HEADS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
 def tiny_fields(**overrides: Any) -> dict[str, Any]:
     """HydraConfig's fields for two layers of eight heads in four groups, as Qwen3 is built."""
     fields: dict[str, Any] = dict(
+        qk_layernorm=True,
         num_layers=2,
         hidden_size=32,
         ffn_hidden_size=48,

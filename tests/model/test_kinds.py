@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from kit.tiny import tiny_config, tiny_plan
+from kit.tiny_qwen3 import write_tiny_qwen3
 
 from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
+from megatron_hydra.api.convert import Calibration, convert  # noqa: E402
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
@@ -16,6 +20,8 @@ from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS  # noqa: E402
 from megatron_hydra.model.mixers.kinds import KINDS  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import ModelShape, attention_weight_bytes  # noqa: E402
+from megatron_hydra.teachers.checkpoint import read_metadata  # noqa: E402
+from megatron_hydra.teachers.loading import hydra_config  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +61,23 @@ def test_heads_that_are_named_are_those_that_the_model_would_take(la_kind):
         models.append(build_model(config, plan))
     ours, theirs = (dict(model.named_parameters()) for model in models)
     assert all(parameter.equal(theirs[name]) for name, parameter in ours.items())
+
+
+def test_convert_takes_over_what_the_plan_was_made_for(tmp_path):
+    teacher = write_tiny_qwen3(tmp_path / "qwen3")
+    plain = ModelShape.from_config(hydra_config(teacher))
+    made_for = dataclasses.replace(plain, la_kind="kda", sliding_window_tokens=64)
+    provenance = {"shape": dataclasses.asdict(made_for)}
+    sizes = (made_for.num_layers, made_for.num_heads, made_for.num_query_groups)
+    HeadPlan.from_fa_heads({0: [1]}, *sizes, provenance=provenance).save(tmp_path / "plan.json")
+    found = []
+    for name, options in (("a", {}), ("b", {"la_kind": "gated_delta_net"})):
+        calibration = Calibration(num_tokens=256)
+        convert(teacher, tmp_path / name, tmp_path / "plan.json", options=options,
+                calibration=calibration)  # fmt: skip
+        config = read_metadata(tmp_path / name)["config"]
+        found.append((config["la_kind"], config["sliding_window_tokens"]))
+    assert found == [("kda", 64), ("gated_delta_net", 64)]
 
 
 def test_kinds_that_nobody_knows_are_named():

@@ -227,6 +227,7 @@ class _Training:
             head_init_seed=seed,
             **SIZES[precision],
             **megatron_fields(torch.bfloat16 if bf16 else torch.float32),
+            qk_layernorm=True,
         )
         self.model = build_model(
             self.config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from hydra_tools import cli
 from kit.scores import make_scores
 from scipy.stats import spearmanr
 
+from megatron_hydra.api import inspect as api
+from megatron_hydra.api.plan import recombine
+from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.cost import GIB, costs_of
@@ -112,6 +116,23 @@ def test_costs_are_told_at_the_length_asked_for(
     assert "one sequence of 32,768 tokens" in inspect(capsys, folder / "plan.json")
     plan(folder, "cache.json", "--cache-gib", "0.001", "--context", "4096")
     assert "one sequence of 4,096 tokens" in inspect(capsys, folder / "cache.json")
+
+
+def test_costs_are_those_of_the_la_heads_planned_for(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    window = ("model.la_kind=sliding_window", "model.sliding_window_tokens=64")
+    plan(folder, "window.json", "--fa-heads", "5", *window)
+    shape = json.loads((folder / "window.json").read_text())["provenance"]["shape"]
+    assert (shape["la_kind"], shape["sliding_window_tokens"]) == ("sliding_window", 64)
+    found, other = (api.inspect(folder / name) for name in ("window.json", "plan.json"))
+    assert found.plan.layers == other.plan.layers
+    assert found.costs is not None and found.shape is not None
+    # 11 heads' keys and values of 64 tokens, in bf16.
+    assert found.costs[0].state_bytes == 11 * 2 * 64 * found.shape.head_dim * 2
+    assert found.budget is not None and found.warning is None and found.left_out
+    with pytest.raises(UserError, match="model.la_kind is 'swa'; allowed: gated_delta_net, kda"):
+        recombine(HeadScores.load(folder / "scores.json"), ["model.la_kind=swa"])
 
 
 def test_two_plans_are_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

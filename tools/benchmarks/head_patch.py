@@ -146,7 +146,9 @@ def _model_and_pair(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     backend = "transformer_engine" if on_gpu else "local"
     config = HydraConfig(
-        **{**megatron_fields(dtype), **shape}, seq_length=args.length, backend=backend
+        **{**megatron_fields(dtype), "qk_layernorm": True, **shape},
+        seq_length=args.length,
+        backend=backend,
     )
     model = build_model(config, None).eval()
     if on_gpu:

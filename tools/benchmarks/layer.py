@@ -186,6 +186,7 @@ class _Layer:
 
         initialize_model_parallel()
         fields = megatron_fields(torch.bfloat16) | dict(
+            qk_layernorm=True,
             num_layers=1, hidden_size=HIDDEN, ffn_hidden_size=64, num_attention_heads=HEADS,
             num_query_groups=GROUPS, kv_channels=DIM, vocab_size=64, rotary_base=1e6,
             seq_length=length, backend="transformer_engine",

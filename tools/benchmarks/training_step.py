@@ -343,6 +343,7 @@ def _model(plan: HeadPlan | None, length: int, args: argparse.Namespace, **more:
     from megatron_hydra.teachers.loading import megatron_fields
 
     fields = megatron_fields(torch.bfloat16) | dict(
+            qk_layernorm=True,
         num_layers=args.layers, hidden_size=HIDDEN, ffn_hidden_size=FFN,
         num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,

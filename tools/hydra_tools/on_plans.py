@@ -75,9 +75,10 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "combine",
         nargs="*",
-        metavar="combine.KEY=VALUE",
+        metavar="section.key=value",
         help="combine the effects in another way, as combine.consistency=false, "
-        "combine.weights.language=0.5, combine.scorers=path_patching",
+        "combine.weights.language=0.5, combine.scorers=path_patching; or plan for other LA heads, "
+        "as model.la_kind=kda",
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.model.projection import Section
-from megatron_hydra.nemo.model import bare_model
+from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 _MAX_PARTS = 8
 """Ranks, or places on a rank, that a sentence names."""
@@ -138,7 +138,7 @@ def bad_gradients(chunks: Sequence[torch.nn.Module]) -> list[Finding]:
     """
     findings = []
     for chunk in chunks:
-        model = bare_model(chunk)
+        model = unwrapped_model(chunk)
         owners = {
             parameter: (layer, name)
             for layer in model.decoder.layers

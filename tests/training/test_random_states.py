@@ -11,7 +11,7 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
-from megatron_hydra.nemo import run_state  # noqa: E402
+from megatron_hydra.training import random_states  # noqa: E402
 
 
 class _GeneratorTracker:
@@ -28,12 +28,12 @@ def test_a_tracker_of_generators_keeps_its_generators(
     monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     tracker = _GeneratorTracker()
-    monkeypatch.setattr(run_state, "get_cuda_rng_tracker", lambda: tracker)
+    monkeypatch.setattr(random_states, "get_cuda_rng_tracker", lambda: tracker)
     (generator,) = tracker.states.values()
-    states = run_state.random_states()
+    states = random_states.random_states()
     torch.save(states["tracker"], tmp_path / "states")  # as tensors: generators cannot be loaded
     expected = torch.rand(3, generator=generator)
     states["tracker"] = torch.load(tmp_path / "states", weights_only=True)
-    run_state.set_random_states(states)
+    random_states.set_random_states(states)
     assert torch.equal(torch.rand(3, generator=generator), expected)
     assert tracker.states == {"model-parallel-rng": generator}
