@@ -48,12 +48,17 @@ def _prepare(mode: Mode, num_tokens: int, is_packed: bool, device: torch.device)
         return torch.zeros(shape, dtype=of, device=device, requires_grad=True)
 
     angles = torch.zeros(1, num_tokens, head_dim // 2, device=device)
+    decay = {}
+    if not mode.of_channels:  # which is PyTorch's
+        decay = {
+            "a": zeros(1, num_tokens, NUM_HEADS),
+            "a_log": zeros(NUM_HEADS, of=torch.float32),
+            "dt_bias": zeros(NUM_HEADS, of=torch.float32),
+        }
     outputs = la_preparation(
         zeros(1, num_tokens, channels),
         num_heads=NUM_HEADS,
-        a=zeros(1, num_tokens, NUM_HEADS),
-        a_log=zeros(NUM_HEADS, of=torch.float32),
-        dt_bias=zeros(NUM_HEADS, of=torch.float32),
+        **decay,
         b=zeros(1, num_tokens, NUM_HEADS),
         conv_weight=zeros(channels, _NUM_TAPS),
         initial_state=zeros(1, _NUM_TAPS - 1, channels) if mode.with_state else None,

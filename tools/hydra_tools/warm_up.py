@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also what context parallelism needs, whose heads start from a state",
     )
+    parser.add_argument(
+        "--decay-per-channel",
+        action="store_true",
+        help="for heads whose decay is per channel (la_kind kda)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     for head_dim in args.head_dim:
         for with_state in (False, True)[: 1 + args.context_parallel]:
             start = time.monotonic()
-            mode = Mode(head_dim, head_dim, getattr(torch, args.dtype), with_state)
+            dtype = getattr(torch, args.dtype)
+            mode = Mode(head_dim, head_dim, dtype, with_state, args.decay_per_channel)
             done = warm_up(mode, device)
             if not done.is_file():
                 raise UserError(f"{done.parent} cannot be written: nothing compiled is kept")
