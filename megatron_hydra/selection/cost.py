@@ -157,8 +157,8 @@ def state_bytes(shape: ModelShape, dtype: ServeDtype = "bf16") -> PlanCost:
 
 
 def state_format(dtype: ServeDtype) -> str:
-    """The number formats of :func:`state_bytes`, for headings."""
-    return "fp32" if dtype == "fp32" else f"fp32, past inputs {dtype}"
+    """The number formats of :func:`state_bytes`, for headings: recurrences are fp32 in any."""
+    return "fp32" if dtype == "fp32" else f"fp32, else {dtype}"
 
 
 def total_cache_bytes(

@@ -230,7 +230,7 @@ def test_command_writes_what_the_report_reads(
     assert evaluation.provenance["perplexity_tokens"] == 1200
     printed = capsys.readouterr().out
     assert "multi_key_2 300" in printed
-    assert "cache B/token (bf16)" in printed and "state B (fp32, past inputs bf16)" in printed
+    assert "cache B/token (bf16)" in printed and "state B (fp32, else bf16)" in printed
     assert "lengths: 200, 300 tokens (as asked for)" in printed
     assert "training length: 200 tokens, as asked for" in printed
     # The tiny teacher's config.json says 128 positions.

@@ -92,7 +92,7 @@ def test_one_plan_has_one_share_whatever_its_weights_are(
     assert found["untrained"] == found["trained"]
     # Nine groups of key and value, 16 channels each, two bytes.
     assert found["teacher"][1] == f"{9 * 2 * 16 * 2:,}"
-    assert "Cache, bytes per token (bf16)" in html and "(fp32, past inputs bf16)" in html
+    assert "Cache, bytes per token (bf16)" in html and "(fp32, else bf16)" in html
     assert "cache (bf16) and state of one sequence" in html
 
 
