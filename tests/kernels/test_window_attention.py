@@ -121,6 +121,29 @@ def test_a_sink_takes_all_that_it_is_given():
     assert window_attention(q, k, v, window=4, sink=sink + 60).abs().max() < 1e-9
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window, length", [(64, 1000), (512, 4096), (512, 300), (100, 1001)])
+def test_on_a_gpu_in_bf16(window: int, length: int):
+    """Within a few roundings of float64, blocks, documents and tokens before them."""
+    rng = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, length, 4, 128, device="cuda", generator=rng) for _ in range(3))
+    sink = torch.randn(4, device="cuda", generator=rng)
+    before = torch.randn(2, 1, window - 1, 4, 128, device="cuda", generator=rng).unbind()
+    few = torch.tensor([window // 2], device="cuda")
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        own = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v, *before)]
+        output = window_attention(
+            *own[:3], window=window, sink=sink, before=(own[3], own[4]), num_before=few,
+            cu_seqlens=torch.tensor([0, 1, length // 3, length], device="cuda"),
+        )  # fmt: skip
+        gradients = torch.autograd.grad(output.square().sum(), own)
+        results.append([x.double() for x in (output, *gradients)])
+    for exact, found in zip(*results, strict=True):
+        assert (found - exact).norm() <= 2 * 2**-7 * exact.norm()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

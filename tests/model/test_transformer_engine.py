@@ -20,6 +20,7 @@ from kit.tiny import tiny_config, tiny_plan, token_batch  # noqa: E402
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
 from megatron_hydra.model.build import build_model  # noqa: E402
+from megatron_hydra.model.mixers.gated_delta_net import GatedDeltaNet  # noqa: E402
 from megatron_hydra.model.sequence import packed_sequence  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
@@ -66,21 +67,29 @@ def _run(layer, x: torch.Tensor, rotary: torch.Tensor, upstream: torch.Tensor, p
     return {name: value.detach().float() for name, value in results.items()}
 
 
+def _with_recurrence(layer) -> list:
+    return [mixer for mixer in layer.self_attention.children() if isinstance(mixer, GatedDeltaNet)]
+
+
 # In the second, query, key and value lie side by side in the projection, one of each a head.
 TEACHERS = [{}, dict(qk_layernorm=False, add_qkv_bias=True, fa_output_gate=False)]
+KINDS = [dict(la_kind="kda"), dict(la_kind="sliding_window", sliding_window_tokens=64)]
 
 
-@pytest.mark.parametrize("teacher", TEACHERS, ids=["norms", "biases"])
+@pytest.mark.parametrize(
+    "teacher", [*TEACHERS, *KINDS], ids=["norms", "biases", "kda", "sliding window"]
+)
 @pytest.mark.parametrize("documents", [None, [1, 200, 55, 256]])
 def test_layer_equals_local_within_bf16_tolerance(documents, teacher, record_property):
     options = {**teacher, "fused_kernels": "reference"}
     oracle_layer = _model("local", torch.float32, **options).decoder.layers[0]
-    oracle_layer.self_attention.linear_attention.impl = "reference"
+    for mixer in _with_recurrence(oracle_layer):
+        mixer.impl = "reference"
     weights = _norm_and_attention(oracle_layer)
     with torch.no_grad():
         norm = weights["input_layernorm.weight"]
         norm.copy_(torch.linspace(0.5, 1.5, len(norm)).bfloat16())
-        if teacher:
+        if "add_qkv_bias" in teacher:
             bias = weights["self_attention.in_proj.bias"]
             bias.copy_(torch.linspace(-1, 1, len(bias)).bfloat16())
     generator = torch.Generator("cuda").manual_seed(0)
@@ -93,7 +102,7 @@ def test_layer_equals_local_within_bf16_tolerance(documents, teacher, record_pro
     errors = {}
     for backend in ("local", "transformer_engine"):
         layer = _model(backend, torch.bfloat16, **teacher).decoder.layers[0]
-        assert layer.self_attention.linear_attention.impl == "fla"
+        assert all(mixer.impl == "fla" for mixer in _with_recurrence(layer))
         parameters = _norm_and_attention(layer)
         assert parameters.keys() == weights.keys()
         with torch.no_grad():
