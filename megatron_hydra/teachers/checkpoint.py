@@ -189,7 +189,7 @@ def model_fields(
     """
     stored = dict(meta["config"])
     dtype = _DTYPES[stored.pop("params_dtype")]
-    return {**megatron_fields(params_dtype or dtype), **stored}
+    return {**megatron_fields(params_dtype or dtype), **LATER_FIELDS, **stored}
 
 
 def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckpoint:

@@ -286,7 +286,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["llama", "no plan"])
+@pytest.mark.parametrize("damage", ["gemma", "no plan"])
 def test_a_bad_model_folder_is_named_before_samples_are_built(
     damage: str,
     folder: Path,
@@ -295,10 +295,10 @@ def test_a_bad_model_folder_is_named_before_samples_are_built(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = tmp_path / "bad"
-    if damage == "llama":
+    if damage == "gemma":
         shutil.copytree(folder, bad)
-        (bad / "config.json").write_text('{"model_type": "llama"}')
-        message = "model_type 'llama'"
+        (bad / "config.json").write_text('{"model_type": "gemma"}')
+        message = "model_type 'gemma'"
     else:
         model = random_model(PLAN)
         save_checkpoint(bad, model, model.config, PLAN, folder, {})
