@@ -3,7 +3,7 @@
 #   make test         all tests that need no GPU, but for the long matrix
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
 #   make certificates certify the quickstart's model anew, and the table of docs/layouts.md from it
-#   make checks       formatter, linter, types
+#   make checks       formatter, linter, types, and the pages of docs/ with their links
 #   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)
 #   make bench-2-gpus on a machine with two: the certificate, and training steps over both
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
@@ -85,6 +85,7 @@ checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mkdocs build --strict
 
 teacher: $(INSTALLED)
 	$(VENV)/bin/python examples/quickstart/make_teacher.py --out examples/quickstart/teacher --overwrite

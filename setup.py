@@ -71,6 +71,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "mypy",
+            "mkdocs",
             "types-PyYAML",
             "pre-commit",
         ],

@@ -155,15 +155,3 @@ def test_an_image_with_other_packages_is_refused(words: list[str], message: str)
     assert run.returncode == 1
     assert message in run.stderr
     assert "megatron" not in run.stderr
-
-
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
-def test_links_lead_to_files_that_are_there(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
-    own = [link for link in links if "://" not in link]
-    assert [link for link in own if not (page.parent / link).exists()] == []
-
-
-def test_every_page_is_named_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"docs/{page.name})" in readme for page in (ROOT / "docs").glob("*.md"))
