@@ -4,7 +4,7 @@
 
 A layer of 16 heads of 128 channels in bf16: gates as slices of one in-projection's output, LA
 heads batch first. The floor is the time in which a copy moves the bytes that forward (x, z, out
-and one float32 a head and token) and backward (dy, x, z, that float32, dx, dz) cannot avoid.
+and one float32 per head and token) and backward (dy, x, z, that float32, dx, dz) cannot avoid.
 Peers: what the layer does without the kernel (norm, gate, cat, order, scale: a PyTorch operator
 each), the kernel's reference in torch.compile, and fla's fused RMSNorm with gate, which knows no
 scale and no order, so that both follow in PyTorch; it runs with SiLU on both kinds, which costs

@@ -64,7 +64,7 @@ def measure(
     learned = [x for x in inputs.values() if x.requires_grad]
     for name, function in IMPLEMENTATIONS.items():
         if function is compiled and document is not None:
-            continue  # half a minute of compilation a size
+            continue  # half a minute of compilation per size
         torch.compiler.reset()
         try:
             run = partial(function, inputs, heads, cu_seqlens)

@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--num-layers", type=int, help="fewer than the preset's, on a small machine"
     )
-    parser.add_argument("--length", type=int, default=4096, help="tokens a sample")
+    parser.add_argument("--length", type=int, default=4096, help="tokens per sample")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--receivers-only", action="store_true", help="no path patching")
     parser.add_argument("--out", type=Path)

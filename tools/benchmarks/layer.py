@@ -5,7 +5,7 @@
 
 Qwen3-1.7B's attention (hidden 2,048, 16 heads, 8 query groups, head dimension 128) in bf16 on
 Transformer Engine; weights are random. Of a layer-wise mix only two kinds of layer exist, so its
-time a layer is the mean of a full and an all-LA one, weighted by the ratio. Ours has FA and LA
+time per layer is the mean of a full and an all-LA one, weighted by the ratio. Ours has FA and LA
 heads at once on two streams where that is the default (`overlap_branches`); `one stream` and `two
 streams` are either, everywhere. `parts` are what ours is made of, each timed alone: attention of
 the FA heads, the LA kernel, the two projections. `limit` counts what no kernel can save: the
@@ -91,7 +91,7 @@ def main() -> int:
 def measure(
     rows: list[dict[str, Any]], layers: _Layers, mixes: list[str], tflop_per_s: float
 ) -> None:
-    """Fill in a row a direction: times in ms; None where the memory does not suffice."""
+    """Fill in one row per direction: times in ms; None where the memory does not suffice."""
     length, x = layers.length, layers.x
     full, all_la = layers.uniform(None), layers.uniform(0)
     for backward, row in enumerate(rows):
@@ -312,7 +312,7 @@ def _ratio(over: float | None, under: float | None) -> float | None:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Time against length, log-log, one panel a direction, the limits dashed."""
+    """Time against length, log-log, one panel per direction, the limits dashed."""
     from matplotlib.figure import Figure
 
     from megatron_hydra.report.chart_style import MUTED, PALETTE, chart_style, save_png
@@ -342,7 +342,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel="tokens", title=direction)
             axes.set_xticks(lengths, [f"{n // 1024}K" for n in lengths])
             axes.minorticks_off()
-        figure.axes[0].set_ylabel("ms a layer")
+        figure.axes[0].set_ylabel("ms per layer")
         figure.axes[0].legend(loc="upper left")
         figure.text(0.99, -0.02, data["device"], ha="right", color=MUTED, fontsize=8)
         save_png(path, figure, overwrite=True)

@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="qwen3_1p7b")
     parser.add_argument("--num-layers", type=int, help="fewer than the preset's")
-    parser.add_argument("--targets", type=int, default=_NUM_TARGETS, help="more of them a round")
+    parser.add_argument("--targets", type=int, default=_NUM_TARGETS, help="more of them per round")
     parser.add_argument("--folder", type=Path, help="keeps the teacher; used again if it is there")
     parser.add_argument("--out", type=Path, help="JSON file of the times")
     parser.add_argument("--config", help="the verb's")
@@ -118,7 +118,7 @@ def write_random_teacher(folder: Path, preset: str, num_layers: int | None = Non
 
 
 def _run_verb(num_targets: int, words: Sequence[str]) -> int:
-    """`megatron-hydra score`, with every pair kept and so many targets a round."""
+    """`megatron-hydra score`, with every pair kept and so many targets per round."""
     cpu.install_if_needed()
     from hydra_tools.cli import main as run_command
 

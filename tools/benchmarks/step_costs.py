@@ -41,9 +41,9 @@ def predicted_gib(
 
 
 def model_tflop(stage: str, length: int, layers: int, plan: HeadPlan | None) -> float:
-    """Operations of a step: two a weight and token forward, twice that backward.
+    """Operations of a step: two per weight and token forward, twice that backward.
 
-    Attention counts its causal half; the gated delta rule of a head counts 6 d^2 a token (a read,
+    Attention counts its causal half; the gated delta rule of a head counts 6 d^2 per token (a read,
     a correction and a write of its state). Without a plan for the stages of full attention.
     """
     matrix = HIDDEN * DIM

@@ -7,7 +7,7 @@
         --lengths 16384 --stages distill
 
 One GPU, or several with --tp (then sequence parallel too) and --cp; bf16 with float32 main weights
-(Megatron's distributed optimizer), one sequence a step, random weights and tokens. `full` trains
+(Megatron's distributed optimizer), one sequence per step, random weights and tokens. `full` trains
 the teacher's own architecture with the loss of stage 3: what each stage would cost without linear
 attention, or, for `distill`, beside its teacher. `distill, modelopt` is the hybrid and its teacher
 under NeMo's own distillation by ModelOpt, with the same two losses. With --cuda-graphs the layers

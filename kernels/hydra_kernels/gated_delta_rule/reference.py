@@ -1,6 +1,6 @@
 """The gated delta rule in PyTorch: the sequential recurrence and its chunked form.
 
-Shapes: b batch, t tokens, n chunks, c tokens a chunk, d_k and d_v a head's key and value sizes.
+Shapes: b batch, t tokens, n chunks, c tokens per chunk, d_k and d_v a head's key and value sizes.
 
 The decay is one number per head, or one per channel of its keys, where Gated DeltaNet becomes Kimi
 Delta Attention (arXiv 2510.26692).

@@ -54,7 +54,7 @@ def head_fusion(
             with others need not copy them; shaped and typed as these, stride 1 in d.
             "reference" does not call it.
         impl: "reference" is PyTorch on any device. "triton" is one kernel forward, one and a small
-            sum backward; it saves its inputs and one float32 number a head and token, takes any
+            sum backward; it saves its inputs and one float32 number per head and token, takes any
             strides as long as d's is 1, and needs CUDA or Triton's interpreter. Neither stands in
             for the other.
 

@@ -29,7 +29,7 @@ from hydra_kernels.gradients import gradient_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Elements of a program's tile: 16 a thread, so that two or three operands in float32 leave room
+# Elements of a program's tile: 16 per thread, so that two or three operands in float32 leave room
 # for enough programs on a multiprocessor to keep its share of the memory busy.
 _TILE = 2048
 _NUM_WARPS = 4

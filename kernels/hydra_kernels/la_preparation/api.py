@@ -74,7 +74,7 @@ def la_preparation(
         q_norm_weight, k_norm_weight: [d], both or neither.
         norm_eps: added to the mean square.
         cos, sin: [r, t, d / 2] float32, of rotate-half angles: dimensions i and i + d / 2 turn
-            together. r divides b; each serves b / r rows in turn.
+            together. b is divisible by r; each serves b / r rows in turn.
         cu_seqlens: [documents + 1] integer, where documents begin in a row that packs several
             (b = 1): 0, ascending, t. The convolution starts anew at each; the initial state is
             the first document's. None for whole sequences.

@@ -2,7 +2,7 @@
 
     g = -exp(A_log) softplus(a + dt_bias),    beta = sigmoid(b)        (float32)
 
-They are one number a head where the vectors are 3 d, so they ride along as one more program a
+They are one number per head where the vectors are 3 d, so they ride along as one more program per
 block of tokens.
 """
 

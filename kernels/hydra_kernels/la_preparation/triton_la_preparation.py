@@ -26,8 +26,8 @@ _NUM_WARPS = 4
 # registers: half as many elements let twice as many threads run.
 _HALF_TILE_FORWARD, _HALF_TILE_BACKWARD = 512, 256
 _MAX_STRIPS = 8
-# Tokens of a strip. Longer ones read less twice (3 tokens a strip) and, backward, write fewer sums;
-# shorter ones make enough programs for all multiprocessors of a GPU.
+# Tokens of a strip. Longer ones read less twice (3 tokens per strip) and, backward, write fewer
+# sums; shorter ones make enough programs for all multiprocessors of a GPU.
 _SHORTEST, _LONGEST_FORWARD, _LONGEST_BACKWARD = 16, 64, 128
 _ENOUGH_PROGRAMS = 700
 _SUMS = 5  # a channel's: four taps and the norm's weight

@@ -3,8 +3,8 @@
 Shapes: n tokens (rows), c rows of a chunk, h hidden size, v vocabulary entries of this rank.
 
 As the loss is a scalar, its gradients can be taken in the forward pass and merely scaled in
-backward. Against computing the logits again this saves two of six matrix products a chunk, for one
-float32 buffer of the output weights' size. All but the products is in float32 at least.
+backward. Against computing the logits again this saves two of six matrix products per chunk, for
+one float32 buffer of the output weights' size. All but the products is in float32 at least.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
 Shapes: c rows, v vocabulary entries of this rank, splits: programs that share a row's columns.
 
 Statistics read student's and teacher's logits once and keep, a split and row, a maximum and sums
-of exponentials about it; the merge joins splits (of all ranks) and leaves a few numbers a row; the
-gradient reads the logits again and writes over the student's. The jsd needs both log-sums before
-its own sums, hence one more reading. With x the logits, s student and t teacher, M the maximum,
-Z = sum of exp((x - M) / T) and L = M / T + log Z, the row's divergence is
+of exponentials about it; the merge joins splits (of all ranks) and leaves a few numbers per row;
+the gradient reads the logits again and writes over the student's. The jsd needs both log-sums
+before its own sums, hence one more reading. With x the logits, s student and t teacher, M the
+maximum, Z = sum of exp((x - M) / T) and L = M / T + log Z, the row's divergence is
 
     forward   sum(exp((x_t - M_t) / T) (x_t - x_s)) / (T Z_t) - L_t + L_s
     reverse   sum(exp((x_s - M_s) / T) (x_s - x_t)) / (T Z_s) - L_s + L_t

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-# Columns that a program of the statistics holds: 8 a thread, one 16-byte load in bf16.
+# Columns that a program of the statistics holds: 8 per thread, one 16-byte load in bf16.
 _BLOCK, _NUM_WARPS = 1024, 4
 _MOST_BLOCKS = 8  # of a split
 _GRADIENT_BLOCK, _GRADIENT_NUM_WARPS = 4096, 8
