@@ -81,15 +81,15 @@ class HeadPlan:
     Hugging Face's grouped-query attention.
 
     Attributes:
-        layers: One plan a layer; all have the same number of heads.
-        num_query_groups: Query groups (KV heads) a layer.
+        layers: One plan per layer; all have the same number of heads.
+        num_query_groups: Query groups (KV heads) per layer.
         teacher_config_hash: Hash of the teacher's shape-giving configuration; empty for a plan
             that was written without a teacher at hand.
         provenance: What the plan was made from (scorer, probes, seed, versions); JSON values.
 
     Raises:
-        UserError: If the layers disagree in size, a kind is unknown, or the heads do not divide
-            into the query groups.
+        UserError: If the layers disagree in size, a kind is unknown, or the heads are not
+            divisible by the query groups.
     """
 
     layers: tuple[LayerHeadPlan, ...]
@@ -111,7 +111,7 @@ class HeadPlan:
                     raise UserError(f"layer {index} has a head of kind {kind!r}: it must be a name")
         if self.num_query_groups < 1 or self.num_heads % self.num_query_groups:
             raise UserError(
-                f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
+                f"{self.num_heads} heads are not divisible by {self.num_query_groups} query groups"
             )
 
     @property
@@ -121,7 +121,7 @@ class HeadPlan:
 
     @property
     def num_heads(self) -> int:
-        """Number of query heads a layer."""
+        """Number of query heads per layer."""
         return self.layers[0].num_heads
 
     @property

@@ -93,7 +93,7 @@ def read_config(
     """Read a YAML file, apply `section.key=value` overrides and check keys and values.
 
     Args:
-        cls: A dataclass whose fields are dataclasses, one a section; their types are the check.
+        cls: A dataclass whose fields are dataclasses, one per section; their types are the check.
         path: The YAML file; None starts from nothing.
         overrides: Each `section.key=value`; the value is read as YAML.
         values: `section.key` -> value, applied between the file and the overrides.

@@ -92,7 +92,7 @@ def test_bad_heads_are_named(fa_heads: dict[int, Any], sentence: str) -> None:
         (["teacher_config_hash"], 7, "teacher_config_hash is 7; text is needed"),
         (["num_heads"], "8", "num_heads is '8'; an integer is needed"),
         (["num_layers"], 0, "num_layers is 0; it must be 1 or more"),
-        (["num_query_groups"], 3, "8 heads do not divide into 3 query groups"),
+        (["num_query_groups"], 3, "8 heads are not divisible by 3 query groups"),
         (["layers"], {}, "layers is {}; a list is needed"),
         (["layers", 1], None, "layer 1 is missing"),
         (["layers", 1], 4, "layers[1] is 4; a JSON object is needed"),

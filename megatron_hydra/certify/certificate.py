@@ -46,7 +46,7 @@ At an epsilon of 1e-6 the norm of a head whose output is nearly zero, as an LA h
 document's first tokens, amplifies rounding up to a thousandfold; two right layouts then differ by
 as much as a right one and a slightly wrong one.
 """
-# Multiples of what one changed bit a weight does, and of the precision's unit roundoff, below
+# Multiples of what one changed bit per weight does, and of the precision's unit roundoff, below
 # which a single draw of such changes says nothing.
 _TIMES_ROUNDING, _LEAST_ROUNDOFFS = 8.0, 64.0
 # Each layout sums the squares of other parts of a gradient.

@@ -20,7 +20,7 @@ Against = Literal["one rank", "documents alone", "bits", "checkpoint"]
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest sizes that are tried; each that divides the ranks and the model is."""
+    """The largest sizes that are tried; each by which ranks and model are divisible is."""
 
     tp: int = 1
     cp: int = 1
@@ -133,7 +133,7 @@ class _Planner:
                 self._add("pipeline", layout)
             else:
                 self.not_run.append(
-                    NotRun(f"pipeline {pp}", f"{self.num_layers} layers do not divide")
+                    NotRun(f"pipeline {pp}", f"{self.num_layers} layers are not divisible by {pp}")
                 )
             if self.num_layers > pp and (self.num_layers - 1) % (pp - 1) == 0:
                 uneven = _with(layout, first_stage_layers=1)
@@ -145,7 +145,7 @@ class _Planner:
             if self.num_layers % (2 * pp) == 0:
                 self._add("pipeline, virtual stages", _with(layout, vpp=2))
             else:
-                reason = f"{self.num_layers} layers are no multiple of {2 * pp}"
+                reason = f"{self.num_layers} layers are not divisible by {2 * pp}"
                 self.not_run.append(NotRun(f"pipeline {pp}, virtual stages", reason))
         stages = [pp for pp in self.pp_sizes if self.num_layers % pp == 0]
         for name, tp_sizes, cp_sizes in (
@@ -243,7 +243,7 @@ class _Planner:
         if not sizes:
             reason = f"{option} is {limit}"
             if limit > 1:
-                reason += f", and no size from 2 on divides {self.world_size} ranks and the model"
+                reason += f", and no size from 2 on fits both {self.world_size} ranks and the model"
             self.not_run.append(NotRun(name, reason))
 
 

@@ -1,6 +1,6 @@
 """Global tensors from what each rank holds: the same names and shapes whatever the layout.
 
-Parameters are described by the checkpoint's own shards, one a head, so a tensor that was split
+Parameters are described by the checkpoint's own shards, one per head, so a tensor that was split
 over ranks comes together by what the shards say of themselves. What several ranks hold (tensor
 and data parallel replicas, tied embeddings) must be one value: its spread is the replica drift.
 """

@@ -75,7 +75,7 @@ def read_certificate(path: str | os.PathLike[str]) -> CertificateFile:
 
 
 def text_table(certificate: CertificateFile) -> str:
-    """One line a check: layout, what it was compared with, and its worst quantity.
+    """One line per check: layout, what it was compared with, and its worst quantity.
 
     The worst is the one nearest to its tolerance, or furthest beyond it. Every other quantity
     that failed follows on a line of its own.

@@ -36,8 +36,8 @@ def build_model(
 
     Returns:
         A model that maps token ids `[b, s]` and position ids `[b, s]` to logits
-        `[b, s, vocab / tp]`, see `padding.py` where that does not divide. Attention is always
-        causal; pass None for the mask.
+        `[b, s, vocab / tp]`, see `padding.py` where the vocabulary is not divisible by tp.
+        Attention is always causal; pass None for the mask.
 
     Raises:
         UserError: If plan and config disagree.

@@ -79,7 +79,7 @@ class HydraFields:
     CPU. The fusion `gate` always runs as the reference."""
     overlap_branches: bool | None = field(default=None, metadata=CHOSEN_AT_LOAD)
     """On a GPU, run the LA heads on a stream of their own beside the FA heads. None: up to 32,768
-    tokens a micro-batch on one context-parallel rank, where that measured faster."""
+    tokens per micro-batch on one context-parallel rank, where that measured faster."""
     head_init_seed: int = 1234
     """Seeds the per-head initialisation, which is the same for every layout."""
 

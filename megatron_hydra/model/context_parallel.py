@@ -3,9 +3,9 @@
 The gated delta rule is affine in the state: over a piece of the stream, S' = A S + B, and each
 output is o + P S with o, P, A, B known without S. So every rank runs its pieces at once, and each
 twice: its values from a state of zeros give o and B, zeros from the identity P and A. The pairs
-B, A are gathered, composed in order, and o + P S follows. What a rank sends is one such pair a head
-and piece, and the convolution's last tokens: nothing that grows with the sequence, no rank waits
-for another's recurrence, and no number of heads or ranks needs to divide another.
+B, A are gathered, composed in order, and o + P S follows. A rank sends one such pair per head and
+piece, and the convolution's last tokens: nothing that grows with the sequence. No rank waits for
+another's recurrence, and no number of heads or ranks needs to be divisible by another.
 
 Legend: as `sequence.py`; m = pieces on a rank, b = batch, n = LA heads on the rank.
 """

@@ -168,5 +168,5 @@ def _identity_gate(x: Tensor) -> Tensor:
 
 @cache
 def _log_no_kernel(what: str) -> None:
-    """Once a process and reason."""
+    """Once per process and reason."""
     logger.info("%s has no Triton kernel: heads are fused by PyTorch", what)

@@ -109,7 +109,7 @@ class HydraAttention(MegatronModule):
             "", heads, tuple(range(config.num_attention_heads)), config.kv_channels
         )
         # Ranks may have different numbers of rows. Megatron's and Transformer Engine's linears
-        # divide by the TP size, so they are told the size that divides to this rank's.
+        # divide by the TP size, so they are told this rank's size times it.
         self.in_proj = build_module(
             submodules.in_proj,
             config.hidden_size,
@@ -263,7 +263,7 @@ class HydraAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Describe the parameters to Megatron's distributed checkpoints, one shard a head."""
+        """Describe the parameters to Megatron's distributed checkpoints, one shard per head."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         replica_id = (0, 0, metadata["dp_cp_group"].rank())
         by_head = self.per_head_parameters()
@@ -319,7 +319,8 @@ class HydraAttention(MegatronModule):
         if self.pg_collection.tp.rank() == 0 and placement.tp_size > 1:
             dearest = max(placement.predicted_costs)
             logger.info(
-                "layer %d, placement %s at %d tokens: FA heads a rank %s, predicted cost a rank %s",
+                "layer %d, placement %s at %d tokens: FA heads per rank %s, "
+                "predicted cost per rank %s",
                 self.layer_number - 1,
                 self.config.placement,
                 self.config.seq_length,
@@ -336,7 +337,7 @@ def _side_stream() -> torch.cuda.Stream:
 
 @cache
 def _log_choice(core_attention: str, la_kernel: str, fused_kernels: str) -> None:
-    """Once a process and choice: all layers of a model run alike."""
+    """Once per process and choice: all layers of a model run alike."""
     logger.info(
         "FA heads run on %s, LA heads on the kernel %r, what surrounds both on %r",
         core_attention,

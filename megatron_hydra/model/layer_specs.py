@@ -44,7 +44,7 @@ def get_hydra_layer_spec(
     """
     if layer_plan.num_heads != config.num_attention_heads:
         raise UserError(
-            f"the plan has {layer_plan.num_heads} heads a layer, "
+            f"the plan has {layer_plan.num_heads} heads per layer, "
             f"the model {config.num_attention_heads}"
         )
     backend = backend or config.backend

@@ -1,6 +1,6 @@
 """Padding: a vocabulary or an MLP width that tensor-parallel ranks cannot share equally.
 
-Megatron's layers give every rank a part of one size, so what does not divide is filled up: the
+Megatron's layers give every rank a part of one size, so what is not divisible is filled up: the
 embedding and the output layer with rows, the MLP's two projections with rows and columns. All
 padding lies at the end, on the last rank or the last ones.
 
@@ -8,7 +8,7 @@ It changes no number. The padding is zero from the start and stays so: a padded 
 is zero before its second projection, and so are its gradients on both sides; the logits of padded
 rows are minus infinity, or cut off, so that no softmax sees them and no gradient reaches them. No
 padding is stored: a checkpoint has the true sizes, at every layout, of weights and of the
-optimizer's state. Where a size divides, nothing here is in the model.
+optimizer's state. Where a size is divisible, nothing here is in the model.
 """
 
 from __future__ import annotations

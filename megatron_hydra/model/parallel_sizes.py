@@ -28,17 +28,17 @@ def real_part(size: int, tp_size: int, tp_rank: int) -> tuple[int, int]:
 class ParallelSizes:
     """What one shape allows, the same for a teacher and its hybrids.
 
-    Heads, query groups and layers are not cut: they must divide. The vocabulary and the MLP's width
-    need not: each rank gets a part of one size, filled up with rows that take no part in anything
-    (`padding.py`). Context-parallel ranks share tokens, so any number of them fits any shape.
+    Heads, query groups and layers are not cut: they must be divisible. The vocabulary and the MLP's
+    width need not be: each rank gets a part of one size, filled up with rows that take no part in
+    anything (`padding.py`). Context-parallel ranks share tokens: any number of them fits any shape.
 
-    A hybrid places its heads one by one and would do with any size that divides the query heads.
+    A hybrid places its heads one by one: it needs no more than that the query heads are divisible.
     What else is asked for here comes from Megatron's attention, which the teachers run on.
 
     Attributes:
         num_layers: Layers.
-        num_attention_heads: Query heads a layer.
-        num_query_groups: Query groups (KV heads) a layer.
+        num_attention_heads: Query heads per layer.
+        num_query_groups: Query groups (KV heads) per layer.
         kv_channels: Width of one head.
         ffn_hidden_size: Width of the gated MLP.
         vocab_size: Tokens of the vocabulary.

@@ -95,11 +95,12 @@ def place_heads(
     ``by_type`` puts the FA heads first, then the others, both in order, and cuts equal parts.
     ``balanced`` makes the dearest rank cheap for ``sequence_length``. When ``tp_size <=
     num_query_groups`` the FA heads of a query group lie on one rank, by a greedy rule (see
-    :func:`_whole_groups`); where that finds no room (possible only if ``tp_size`` does not divide
-    the groups), groups are split as for a larger ``tp_size``: as cheaply as possible, exactly.
+    :func:`_whole_groups`); where that finds no room (possible only if the groups are not
+    divisible by ``tp_size``), groups are split as for a larger ``tp_size``: as cheaply as possible,
+    exactly.
 
     Raises:
-        UserError: If the heads do not divide by the ranks or by the groups, or a value is not
+        UserError: If the heads are not divisible by the ranks or by the groups, or a value is not
             allowed.
     """
     _check_arguments(layer_plan, num_query_groups, tp_size, policy, sequence_length)
@@ -129,11 +130,11 @@ def _check_arguments(
         raise UserError(f"unknown placement {policy!r}: use 'by_type' or 'balanced'")
     if tp_size < 1 or num_heads % tp_size:
         raise UserError(
-            f"tensor parallel size {tp_size} does not divide the {num_heads} heads: "
+            f"{num_heads} heads are not divisible by tensor parallel size {tp_size}: "
             f"use one of {', '.join(str(n) for n in _divisors(num_heads))}"
         )
     if num_query_groups < 1 or num_heads % num_query_groups:
-        raise UserError(f"{num_heads} heads do not divide into {num_query_groups} query groups")
+        raise UserError(f"{num_heads} heads are not divisible by {num_query_groups} query groups")
     if length < 1:
         raise UserError(f"sequence length {length} must be positive")
 

@@ -35,7 +35,7 @@ def scaled_frequencies(
     one that turns more than `high` times stays; between them the share that stays grows linearly.
 
     Args:
-        frequencies: `[d / 2]`, radians a token.
+        frequencies: `[d / 2]`, radians per token.
         factor: As above.
         low: In turns.
         high: In turns, above `low`.

@@ -1,4 +1,4 @@
-"""Per-head parameters: the same start for every layout, and one checkpoint shard a head.
+"""Per-head parameters: the same start for every layout, and one checkpoint shard per head.
 
 A rank's tensor holds its own heads' rows. What Megatron must know of such a tensor is set here
 (it is one rank's own, not a replica), and so are the two ways in which a layout must not show:
@@ -29,7 +29,7 @@ InitHead = Callable[[Tensor, torch.Generator], Any]
 class HeadModule(MegatronModule):
     """A module some of whose per-head parameters stay float32 in a model of lower precision.
 
-    Megatron casts whole models to bfloat16; a decay rate or a scale of one number a head loses
+    Megatron casts whole models to bfloat16; a decay rate or a scale of one number per head loses
     its updates there, and costs nothing in float32.
     """
 

@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_said():
     assert all(2 % check.layout.model_ranks == 0 for check in checks)
     reasons = {item.name: item.reason for item in not_run}
     assert reasons["tensor and context parallel"].endswith("needs a multiple of 4 ranks")
-    assert reasons["pipeline 2, virtual stages"] == "2 layers are no multiple of 4"
+    assert reasons["pipeline 2, virtual stages"] == "2 layers are not divisible by 4"
     assert {check.name.partition(",")[0] for check in checks} >= {
         "tensor parallel", "sequence parallel", "context parallel", "pipeline", "data parallel",
         "gradient accumulation", "distributed optimizer", "packed documents", "recomputation",

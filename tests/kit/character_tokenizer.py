@@ -1,4 +1,4 @@
-"""A tokenizer of one token a character, so that a test reads tokens as text on its own."""
+"""A tokenizer of one token per character, so that a test reads tokens as text on its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class CharacterTokenizer:
     """Encodes each character as its code point."""
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """One token a character."""
+        """One token per character."""
         assert not add_special_tokens
         return [ord(character) for character in text]
 

@@ -1,6 +1,6 @@
 """`hydra_tools.train`, recorded, and at a named point killed -9 with all its ranks, or signalled.
 
-Environment: `RECORD` names the folder of the records, one file a rank; `LIFE` is this launch's
+Environment: `RECORD` names the folder of the records, one file per rank; `LIFE` is this launch's
 number in them; `KILL` is `phase:n`, the n-th call of one of the phases below, or with a signal's
 name `phase:n:SIGTERM`, which the last rank then sends itself, or `phase:n:launcher`, where it kills
 -9 torchrun alone; `WRITE_SECONDS` makes every rank's disk that slow.

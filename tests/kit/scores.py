@@ -34,7 +34,7 @@ def make_scores(
             scores [layers, heads], 0 or more: `make_scores(x).scores` equals `x`;
             effects [kept pairs, layers, heads] of one scorer on one sub-probe, whose scores are
             the absolute means; or scorer -> sub-probe -> effects [kept pairs, layers, heads].
-        num_query_groups: Default: two heads a group, or one where the heads are odd.
+        num_query_groups: Default: two heads per group, or one where the heads are odd.
         capabilities: Sub-probe -> capability; `"retrieval"` where it is not named.
         combination: Default: for arrays neither consistency nor normalisation; for mappings the
             paper's, over all scorers.

@@ -12,7 +12,7 @@ from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.teachers.loading import megatron_fields
 
 FA_HEADS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
-"""A plan's FA heads with split, whole and missing query groups (two heads a group)."""
+"""A plan's FA heads with split, whole and missing query groups (two heads per group)."""
 
 
 def tiny_fields(**overrides: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def logits_difference(folder: Path, oracle: Path | None = None) -> float:
 
 
 def write_byte_tokenizer(folder: Path) -> None:
-    """Save a tokenizer of one token a byte (0 to 255) and an end-of-text token (256)."""
+    """Save a tokenizer of one token per byte (0 to 255) and an end-of-text token (256)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -61,7 +61,7 @@ def test_context_parallel_does_not_show(alone: Any, cp_size: int, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in Triton's interpreter")
 def test_triton_kernels_do_not_show(tmp_path: Path) -> None:
-    """Two ranks with our kernels against one without: two pieces a rank, and moved documents."""
+    """Two ranks with our kernels against one without: two pieces per rank, and moved documents."""
     documents = ("rows", "over the borders of ranks")
     for kernels, ranks in (("reference", 1), ("triton", 2)):
         folder = tmp_path / kernels
@@ -87,7 +87,7 @@ def test_what_la_heads_hand_over_does_not_grow_with_the_sequence(packed: bool) -
     run_distributed(_check_payload, 2, packed)
 
 
-def test_lengths_that_do_not_divide_are_an_error() -> None:
+def test_lengths_that_are_not_divisible_are_an_error() -> None:
     from types import SimpleNamespace
 
     from megatron_hydra.model.sequence import shard_batch
@@ -99,7 +99,7 @@ def test_lengths_that_do_not_divide_are_an_error() -> None:
         shard_batch({"tokens": torch.zeros(1, 6)}, group)
 
 
-def test_all_to_all_needs_heads_that_divide() -> None:
+def test_all_to_all_needs_divisible_heads() -> None:
     run_distributed(_refuse_all_to_all, 2)
 
 
@@ -199,8 +199,8 @@ def _check_payload(packed: bool) -> None:
         _run(model, batch, [3, length - 3] if packed else None)
         bytes_of[length] = list(sent)
     assert bytes_of[16] == bytes_of[64] == bytes_of[240]
-    # A state and a transition of 8 x 8 a head, and 3 tokens of 3 x 8 channels: float32, and two
-    # pieces a rank where rows are cut zig-zag.
+    # A state and a transition of 8 x 8 per head, and 3 tokens of 3 x 8 channels: float32, and two
+    # pieces per rank where rows are cut zig-zag.
     pieces, heads = (1 if packed else 2), (5, 4)
     expected = [4 * pieces * n * size for n in heads for size in (3 * 3 * 8, 2 * 8 * 8)]
     assert bytes_of[16] == expected

@@ -68,7 +68,7 @@ def test_the_training_length_is_the_longest_that_a_folder_names() -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A float32 teacher built for 1,024 tokens, a float32 hybrid, and one that was trained.
 
-    The last is in bf16, and its folder says that it was trained on 300 tokens a sample. Beside
+    The last is in bf16, and its folder says that it was trained on 300 tokens per sample. Beside
     each lies `plan.json`.
     """
     folder = tmp_path_factory.mktemp("models")
@@ -144,7 +144,7 @@ def test_one_plan_has_one_cache_whatever_its_weights_are(
         assert found.models[1].state_bytes == found.models[2].state_bytes
         assert f"cache B/token ({dtype})" in capsys.readouterr().out
         shares[dtype] = trained / teacher
-    assert shares["bf16"] == shares["fp32"] == 2 / 4  # one group a layer
+    assert shares["bf16"] == shares["fp32"] == 2 / 4  # one group per layer
 
 
 def test_convert_calibrates_at_the_length_that_the_teacher_is_built_for(
@@ -204,7 +204,7 @@ def test_a_missing_model_is_named_before_pytorch_is_there(
     folder.mkdir()
     for words, message in (
         (["--model", "a=nowhere"], "model folder nowhere does not exist"),
-        (["--model", f"a={folder}", "--num-samples", "7"], "7 samples do not divide into 5"),
+        (["--model", f"a={folder}", "--num-samples", "7"], "7 samples are not divisible by 5"),
         (["--model", f"a={folder}", "--lengths", "64", "--perplexity-tokens", "8"], "is 8, less"),
     ):
         arguments = evaluate_arguments([*words, "--out", str(tmp_path / "out.json")])

@@ -37,7 +37,7 @@ QWEN3_1P7B = ParallelSizes(28, 16, 8, 128, 6144, 151936)
 THREE_GROUPS = ParallelSizes(5, 6, 3, 8, 48, 60)
 
 
-def test_a_real_model_allows_what_divides_it() -> None:
+def test_a_real_model_allows_what_it_is_divisible_by() -> None:
     assert QWEN3_1P7B.describe() == (
         "parallel sizes: TP 1, 2, 4, 8, 16; PP 1, 2, 4, 7, 14, 28; "
         "CP any (sequence length divisible by 2 x CP)"
@@ -94,7 +94,7 @@ def test_parts_of_one_size_hold_everything_once_and_the_padding_last(size: int, 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[dict[str, Any], int, int]:
-    """A shape with sizes that often divide and sometimes do not, and a layout for it."""
+    """A shape with sizes that are often divisible and sometimes not, and a layout for it."""
     groups = draw(st.integers(1, 6))
     tensor = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     shape = dict(

@@ -103,7 +103,7 @@ def test_sizes_that_greed_deals_badly_are_exchanged() -> None:
 
 
 def test_what_cannot_be_equal_is_not_always_the_first_ranks() -> None:
-    """One group of FA heads a layer: its rank follows from the group."""
+    """One group of FA heads per layer: its rank follows from the group."""
     owners = {
         next(r for r in range(4) if placement.fa_heads(r))
         for group in range(8)
@@ -134,7 +134,7 @@ def rank_cost(num_fa_heads: int, num_la_heads: int, num_groups: int, length: int
 
 
 def test_balanced_weighs_keys_and_values_too() -> None:
-    """Groups of 2, 2, 1, 1, 1, 1 FA heads: 4 heads a rank either way, but 3 and 3 groups."""
+    """Groups of 2, 2, 1, 1, 1, 1 FA heads: 4 heads per rank either way, but 3 and 3 groups."""
     layer = fa_layer(12, [0, 1, 2, 3, 4, 6, 8, 10])
     placement = place_heads(layer, 6, 2, "balanced", 256, SMALL)
     assert placement.predicted_costs == pytest.approx([rank_cost(4, 2, 3, 256)] * 2)
@@ -178,7 +178,7 @@ def assert_is_a_deal(placement: LayerPlacement, tp_size: int) -> None:
 @pytest.mark.parametrize(
     ("num_heads", "num_groups"), [(8, 4), (16, 8), (16, 1), (12, 4), (24, 24), (64, 8)]
 )
-def test_every_tp_size_that_divides_gets_a_full_deal(
+def test_every_tp_size_that_fits_gets_a_full_deal(
     num_heads: int, num_groups: int, policy: PlacementPolicy
 ) -> None:
     for tp_size in (n for n in range(1, num_heads + 1) if num_heads % n == 0):
@@ -250,10 +250,16 @@ def test_no_rank_owns_an_unused_group() -> None:
 @pytest.mark.parametrize(
     ("groups", "tp_size", "policy", "length", "sentence"),
     [
-        (4, 3, "balanced", 8, "size 3 does not divide the 8 heads: use one of 1, 2, 4, 8"),
-        (4, 16, "balanced", 8, "size 16 does not divide"),
-        (4, 0, "balanced", 8, "size 0 does not divide"),
-        (3, 2, "balanced", 8, "8 heads do not divide into 3 query groups"),
+        (
+            4,
+            3,
+            "balanced",
+            8,
+            "8 heads are not divisible by tensor parallel size 3: use one of 1, 2, 4, 8",
+        ),
+        (4, 16, "balanced", 8, "8 heads are not divisible by tensor parallel size 16"),
+        (4, 0, "balanced", 8, "8 heads are not divisible by tensor parallel size 0"),
+        (3, 2, "balanced", 8, "8 heads are not divisible by 3 query groups"),
         (4, 2, "greedy", 8, "unknown placement 'greedy': use 'by_type' or 'balanced'"),
         (4, 2, "balanced", 0, "sequence length 0 must be positive"),
     ],

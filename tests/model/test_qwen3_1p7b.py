@@ -35,7 +35,7 @@ QWEN3_1P7B = dict(
     rms_norm_eps=1e-6,
     tie_word_embeddings=True,
 )
-# 112 of 448 heads keep full attention, four a layer, whose groups shift from layer to layer.
+# 112 of 448 heads keep full attention, four per layer, whose groups shift from layer to layer.
 FA_HEADS = {
     layer: sorted((layer * 3 + step) % NUM_HEADS for step in (0, 1, 4, 7))
     for layer in range(NUM_LAYERS)
@@ -88,7 +88,7 @@ def test_predicted_state_is_that_of_the_larger_of_uneven_ranks(ranks_of_plans, n
 
 
 def _plans() -> dict[str, HeadPlan]:
-    """A scored plan's kind, and one whose FA heads, a query group a layer, all lie on one rank."""
+    """A plan as scores give it, and one whose FA heads (a group per layer) all lie on one rank."""
     pairs = HeadPlan.from_fa_heads(
         {i: (0, 1) for i in range(NUM_LAYERS)}, NUM_LAYERS, NUM_HEADS, NUM_GROUPS
     )

@@ -94,7 +94,7 @@ def test_every_kernel_of_la_preparation_is_among_those_compiled(head_dim: int):
 def test_operators_run_as_a_layer_calls_them(
     with_state: bool, of_channels: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(warm_up, "NUM_HEADS", 2)  # the interpreter takes seconds a head
+    monkeypatch.setattr(warm_up, "NUM_HEADS", 2)  # the interpreter takes seconds per head
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mode = Mode(8, 8, torch.float32, with_state, of_channels)
     warm_up.run_layer_operators(mode, device, num_tokens=4)

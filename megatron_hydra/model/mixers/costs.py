@@ -27,7 +27,7 @@ class CostModel:
     Attributes:
         hidden_size: Width of the model.
         head_dim: Width of one head.
-        la_chunk_tokens: Tokens a chunk of the chunked gated delta rule.
+        la_chunk_tokens: Tokens per chunk of the chunked gated delta rule.
         la_conv_kernel_size: Taps of the short convolution on LA's q, k and v; 0 without.
         sliding_window_tokens: w.
     """
@@ -107,7 +107,7 @@ class GatedDeltaNetCosts:
         """q, k, v, z and output projection, decay and beta, convolution, chunked delta rule.
 
         The rule in its chunked form (arXiv 2412.06464, section 3.3) makes five chunk-wide and
-        three state-wide products a token, and solves one triangular system a chunk.
+        three state-wide products per token, and solves one triangular system per chunk.
         """
         dim, chunk = model.head_dim, model.la_chunk_tokens
         per_token = (

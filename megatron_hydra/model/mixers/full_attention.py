@@ -163,7 +163,7 @@ class FullAttention(Mixer):
 def _with_local_heads(config: HydraConfig, heads: int, tp_size: int) -> HydraConfig:
     """A copy whose head counts make Megatron's core attention find `heads` on this rank.
 
-    Keys and values reach it expanded to one a head, since FA heads may share groups unevenly.
+    Keys and values reach it expanded to one per head, since FA heads may share groups unevenly.
     """
     local = copy.copy(config)
     local.num_attention_heads = local.num_query_groups = heads * tp_size
