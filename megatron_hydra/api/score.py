@@ -171,7 +171,8 @@ def _check_world_size(config: ScoringConfig) -> None:
     size, tensor = int(os.environ.get("WORLD_SIZE", "1")), config.model.tensor_model_parallel_size
     if size % tensor:
         raise UserError(
-            f"model.tensor_model_parallel_size {tensor} does not divide the {size} ranks: start "
+            f"the number of ranks, {size}, is not divisible by "
+            f"model.tensor_model_parallel_size {tensor}: start "
             f"torchrun with a multiple of {tensor} ranks"
         )
 

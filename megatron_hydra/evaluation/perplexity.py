@@ -31,8 +31,8 @@ def text_windows(text_tokens: Sequence[int], lengths: Sequence[int], max_tokens:
 
     Args:
         text_tokens: Held-out text.
-        lengths: Window lengths in tokens. Those that do not divide the longest have one window
-            that is cut short, so that they predict the same tokens.
+        lengths: Window lengths in tokens. Where the longest is not divisible by one, that has
+            one window that is cut short, so that all predict the same tokens.
         max_tokens: Most tokens to predict.
 
     Returns:
@@ -62,7 +62,7 @@ def mean_loss(
 
     Each window of ``length`` inputs predicts the ``length`` tokens that follow each; nothing is
     carried from window to window, so the first tokens of each have little context. The last
-    window is shorter where ``length`` does not divide the text.
+    window is shorter where the text is not divisible by ``length``.
 
     Args:
         model: In evaluation mode, whole on this rank.

@@ -207,7 +207,7 @@ def format_perplexity(loss_nats: float) -> str:
 
 
 def format_table(models: Sequence[ModelResult], serve_dtype: ServeDtype) -> str:
-    """A text table: accuracy in percent with its 95% interval, perplexity, cache; a model a row."""
+    """A text table, one model per row: accuracy in percent with 95% interval, perplexity, cache."""
     rows = [
         ["model", "FA heads", *(f"{task} {length}" for task, length in models[0].accuracy)]
         + [f"ppl {length}" for length in models[0].loss_nats]

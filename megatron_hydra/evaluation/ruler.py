@@ -62,7 +62,7 @@ def check_num_samples(num_samples: int, depths: Sequence[float]) -> None:
     """Raise a UserError if the samples of a cell cannot be dealt to its depths evenly."""
     if num_samples < 1 or num_samples % len(depths):
         raise UserError(
-            f"{num_samples} samples do not divide into {len(depths)} needle depths; "
+            f"{num_samples} samples are not divisible by {len(depths)} needle depths; "
             f"allowed: a multiple of {len(depths)}"
         )
 
@@ -90,7 +90,7 @@ def make_task_samples(
         seed: Of everything drawn.
 
     Raises:
-        UserError: If the samples do not divide into the depths or cannot be made.
+        UserError: If the samples are not divisible by the depths or cannot be made.
     """
     check_num_samples(num_samples, depths)
     samples = []

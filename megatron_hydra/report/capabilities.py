@@ -21,7 +21,7 @@ _MAX_MAPS_IN_A_ROW = 4
 
 
 def capability_figure(scores: HeadScores, plan: HeadPlan) -> Figure:
-    """One head map a capability on one scale, the FA heads framed."""
+    """One head map per capability on one scale, the FA heads framed."""
     maps = scores.capability_scores
     num_rows = math.ceil(len(maps) / _MAX_MAPS_IN_A_ROW)
     num_columns = math.ceil(len(maps) / num_rows)

@@ -58,7 +58,7 @@ def draw_cache(
     """Memory of one sequence by its length.
 
     Args:
-        lines: Name, bytes a token, constant bytes.
+        lines: Name, bytes per token, constant bytes.
         training_length: Where the teacher was trained, in tokens; marked.
         longest: Right end of the axis, in tokens.
         dtype: Number format of the cache, named at the axis.

@@ -48,7 +48,7 @@ class Ranking(NamedTuple):
     Attributes:
         heads: Layer and head, [h, 2] whole numbers.
         scores: [h].
-        intervals: 95% interval of each score, [h, 2]; None where one pair a sub-probe carries none.
+        intervals: 95% interval of each score, [h, 2]; None where each sub-probe has one pair.
         is_above: Whether a head is above the noise floor, bool [h].
         is_fa: Whether the plan keeps its full attention, bool [h].
         reasons: By the plan's file why it has heads that stand behind the budget by their score:

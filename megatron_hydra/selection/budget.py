@@ -50,13 +50,13 @@ class Constraints:
         """The constraints as a reader would say them; empty if there are none."""
         found = []
         if self.min_fa_per_layer:
-            found.append(f"{self.min_fa_per_layer} or more FA heads a layer")
+            found.append(f"{self.min_fa_per_layer} or more FA heads per layer")
         if self.per_layer is not None:
-            found.append(f"FA heads a layer: {self.per_layer}")
+            found.append(f"FA heads per layer: {self.per_layer}")
         if self.whole_groups:
             found.append("whole query groups")
         if self.multiple_of > 1:
-            found.append(f"FA heads a layer in multiples of {self.multiple_of}")
+            found.append(f"FA heads per layer in multiples of {self.multiple_of}")
         return ", ".join(found)
 
     def step(self, shape: ModelShape) -> int:
@@ -75,13 +75,13 @@ class Constraints:
         if step > 1:
             words += f", of which a multiple of {step} can be FA (whole groups, --multiple-of)"
         if low > possible[-1]:
-            raise UserError(f"at least {low} FA heads a layer asked for, but {words}")
+            raise UserError(f"at least {low} FA heads per layer asked for, but {words}")
         if self.per_layer is None:
             return range(-(-low // step) * step, possible[-1] + 1, step)
         if self.per_layer not in possible:
-            raise UserError(f"{self.per_layer} FA heads a layer asked for, but {words}")
+            raise UserError(f"{self.per_layer} FA heads per layer asked for, but {words}")
         if self.per_layer < low:
-            raise UserError(f"{self.per_layer} FA heads a layer contradict at least {low}")
+            raise UserError(f"{self.per_layer} FA heads per layer contradict at least {low}")
         return range(self.per_layer, self.per_layer + 1, step)
 
 
@@ -133,7 +133,7 @@ class Budget:
         kind: `fa_heads`: FA heads of the model. `fa_ratio`: the same as a share of all heads,
             rounded to a number that the constraints allow. `kv_cache_ratio`: stored query groups
             as a share of all, at most. `cache_gib`: KV cache and state of a sequence, in GiB, at
-            most. `decode_ms`: predicted milliseconds a decoded token, at most.
+            most. `decode_ms`: predicted milliseconds per decoded token, at most.
         amount: The figure.
         context_tokens: Length of the sequence, for `cache_gib` and `decode_ms`.
         device: For `decode_ms`.
@@ -174,7 +174,7 @@ class Budget:
             "fa_ratio": f"{amount} of the heads FA",
             "kv_cache_ratio": f"{amount} of the teacher's KV cache",
             "cache_gib": f"{amount} GiB of cache and state{at} ({self.serve_dtype})",
-            "decode_ms": f"{amount} ms a decoded token{at} on {find_device(self.device).name} "
+            "decode_ms": f"{amount} ms per decoded token{at} on {find_device(self.device).name} "
             f"({self.serve_dtype})",
         }[self.kind]
 

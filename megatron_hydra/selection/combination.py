@@ -1,4 +1,4 @@
-"""From the effects of scorers on sub-probes to one score a head (Eq 12), each step switchable.
+"""From the effects of scorers on sub-probes to one score per head (Eq 12), each step switchable.
 
 Legend: l = layers, n = heads of a layer, r = resamples or any other leading dimensions.
 """

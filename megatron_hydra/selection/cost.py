@@ -204,7 +204,7 @@ def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
     """FLOPs of the forward pass of one sequence: attention, linears, gated MLP, output layer.
 
     Attention by :class:`~megatron_hydra.model.mixers.costs.CostModel`, which names its sources and
-    what is left out; a matrix of n values costs 2 n a token (Kaplan et al., arXiv 2001.08361,
+    what is left out; a matrix of n values costs 2 n per token (Kaplan et al., arXiv 2001.08361,
     table 1).
     """
     _check_positive("context", num_tokens)
@@ -224,7 +224,7 @@ def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
 
 
 def flops_per_token(shape: ModelShape, context_tokens: int) -> PlanCost:
-    """Forward FLOPs a token, the mean over a sequence of T tokens, as in training or prefill."""
+    """Forward FLOPs per token, the mean over a sequence of T tokens, as in training or prefill."""
     return flops_of_sequence(shape, context_tokens) * (1 / context_tokens)
 
 
@@ -237,7 +237,7 @@ def decode_bounds(
 ) -> tuple[PlanCost, PlanCost]:
     """Seconds that a decoded token takes at least, by memory traffic and by arithmetic.
 
-    The roofline model (Williams et al., CACM 52(4), 2009). Memory: the weights once a step, so
+    The roofline model (Williams et al., CACM 52(4), 2009). Memory: the weights once per step, so
     shared by the batch; the sequence's KV cache read; its state read and written. Arithmetic: the
     FLOPs of the last token of T, at the bfloat16 peak whatever the format. Predicted, not
     measured: launches, communication and whatever keeps kernels from the peak come on top.
@@ -259,7 +259,7 @@ def decode_seconds(
     batch_size: int = 1,
     dtype: ServeDtype = "bf16",
 ) -> float:
-    """Predicted seconds a decoded token of each sequence: the larger of :func:`decode_bounds`."""
+    """Predicted seconds per decoded token of each sequence: the larger of :func:`decode_bounds`."""
     bounds = decode_bounds(shape, context_tokens, device, batch_size, dtype)
     return max(bound.of(plan) for bound in bounds)
 
@@ -302,7 +302,7 @@ class Costs:
         kv_cache_bytes: Of one sequence of T tokens.
         state_bytes: Of one sequence.
         flops_per_token: Forward, mean over a sequence of T tokens.
-        decode_ms: A token of one sequence, T tokens in the cache.
+        decode_ms: Per token of one sequence, T tokens in the cache.
         training_step_s: One sequence of T tokens, forward and backward, on one device.
         serve_dtype: Of weights and caches; the state's matrices are float32.
     """

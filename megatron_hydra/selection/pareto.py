@@ -96,7 +96,7 @@ def pareto_table(
 
     Args:
         scores: Of every head.
-        budgets: One a row.
+        budgets: One per row.
         constraints: Of each layer, for all rows.
         context_tokens: Where costs are told.
         device: On which times are predicted.

@@ -75,7 +75,7 @@ def plan_from_scores(
     """Keep full attention in the heads that hold most of the scores' sum.
 
     How scores, ties and limits are read, see
-    :func:`~megatron_hydra.selection.optimiser.choose_heads`. A least number a layer is the
+    :func:`~megatron_hydra.selection.optimiser.choose_heads`. A least number per layer is the
     paper's Global-Interp-C.
 
     Args:

@@ -127,12 +127,12 @@ class HeadScores:
 
     @property
     def num_heads(self) -> int:
-        """Query heads a layer."""
+        """Query heads per layer."""
         return self.shape.num_heads
 
     @property
     def num_query_groups(self) -> int:
-        """Query groups (KV heads) a layer."""
+        """Query groups (KV heads) per layer."""
         return self.shape.num_query_groups
 
     @cached_property

@@ -56,7 +56,7 @@ class ProbesSection:
         ]
     )
     pairs: _Count = 12
-    """Counterfactual pairs a sub-probe."""
+    """Counterfactual pairs per sub-probe."""
     pairs_of: dict[str, _Count] = field(default_factory=dict)
     """Other numbers for some sub-probes: noisy ones, such as `text`, need more."""
     length: _Count | None = None
@@ -74,7 +74,7 @@ class ProbesSection:
     """Pairs whose clean and corrupt run differ by less are dropped: the model hardly tells the
     two answers apart, and the effect is a quotient of noise."""
     min_gap_nats: _AboveZero = 0.05
-    """The same for sub-probes read by log-probability, in nats a token."""
+    """The same for sub-probes read by log-probability, in nats per token."""
 
     @property
     def text_options(self) -> TextOptions:
@@ -129,7 +129,7 @@ class RunSection:
 
 @dataclass
 class ScoringConfig:
-    """A whole scoring run; one field a section of the YAML file."""
+    """A whole scoring run; one field per section of the YAML file."""
 
     model: ModelSection
     run: RunSection

@@ -25,8 +25,8 @@ class ModelShape:
 
     Attributes:
         num_layers: Layers.
-        num_heads: Query heads a layer.
-        num_query_groups: Query groups (KV heads) a layer.
+        num_heads: Query heads per layer.
+        num_query_groups: Query groups (KV heads) per layer.
         head_dim: Width of one head.
         hidden_size: Width of the model.
         ffn_hidden_size: Width of the gated MLP.
@@ -37,7 +37,7 @@ class ModelShape:
         sliding_window_tokens: What heads of a sliding window see.
 
     Raises:
-        UserError: If a size is no positive whole number, or the heads do not divide into groups.
+        UserError: If a size is no positive whole number, or the heads are not divisible by groups.
     """
 
     FORMER_KEYS: ClassVar = ("value_bytes",)  # the number format that the weights had
@@ -60,7 +60,7 @@ class ModelShape:
         check_fields(self)
         if self.num_heads % self.num_query_groups:
             raise UserError(
-                f"{self.num_heads} heads do not divide into {self.num_query_groups} query groups"
+                f"{self.num_heads} heads are not divisible by {self.num_query_groups} query groups"
             )
 
     @classmethod

@@ -1,7 +1,7 @@
 """How sure head scores are: resampled pairs, intervals, a noise floor, and split halves.
 
 The pairs of a sub-probe are a sample of all the pairs that its generator could have drawn; the
-question is always what other pairs would have shown. Scores that stand on one pair a sub-probe
+question is always what other pairs would have shown. Scores that stand on one pair per sub-probe
 (the controls: random, fixed, every n-th layer) carry no uncertainty that this could find; see
 :func:`carries_uncertainty`.
 
@@ -26,7 +26,7 @@ from megatron_hydra.selection.scores import HeadScores
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 64  # resamples combined at once: 64 x 448 heads x 16 sub-probes are 4 MB a scorer
+_AT_ONCE = 64  # resamples combined at once: 64 x 448 heads x 16 sub-probes are 4 MB per scorer
 
 
 class Intervals(NamedTuple):

@@ -231,12 +231,12 @@ class Pieces:
         return self._cache[text]
 
     def value(self, value: str) -> list[int]:
-        """The tokens of a value, one a character; UserError if the tokenizer splits one."""
+        """The tokens of a value, one per character; UserError if the tokenizer splits one."""
         for character in value:
             if len(self.encode(character)) != 1:
                 raise UserError(
                     f"the tokenizer encodes {character!r} as {len(self.encode(character))} tokens; "
-                    "needles need one token a digit or letter of a value, so that two answers "
+                    "needles need one token per digit or letter of a value, so that two answers "
                     "have equally many"
                 )
         return [self.encode(character)[0] for character in value]

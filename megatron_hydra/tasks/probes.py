@@ -183,7 +183,7 @@ def make_probe(
     """
     sub_probe = find_sub_probe(spec)
     if num_pairs < 1:
-        raise UserError(f"{num_pairs} pairs a probe: at least 1 is needed")
+        raise UserError(f"{num_pairs} pairs per probe: at least 1 is needed")
     rng = random.Random(f"{sub_probe.name} {seed}")
     depths = [(i + 0.5) / num_pairs for i in range(num_pairs)]
     try:

@@ -99,7 +99,7 @@ def log_probability(logits: Tensor, right: Tensor) -> Tensor:
         right: Tokens a+ [b, a].
 
     Returns:
-        [..., b], in float64 nats a token.
+        [..., b], in float64 nats per token.
     """
     index = right.to(logits.device)[..., None].expand(*logits.shape[:-1], 1)
     chosen = logits.gather(-1, index).squeeze(-1).double()

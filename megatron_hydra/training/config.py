@@ -70,7 +70,7 @@ class ModelSection:
     As few as the memory allows are the fastest (`megatron_hydra.training.memory`)."""
     cuda_graphs: bool = False
     """Replay the student's layers from Megatron's CUDA graphs, captured after the first step: below
-    some 16,384 tokens a micro-batch Python launches kernels more slowly than a GPU runs them.
+    some 16,384 tokens per micro-batch Python launches kernels more slowly than a GPU runs them.
 
     Only where each micro-batch is like the last and keeps all activations: stages 2 and 3, samples
     whole, nothing recomputed, neither pipeline nor context parallel."""
@@ -112,7 +112,7 @@ class TrainerSection:
     with the layers' matrix products in FP8 (Transformer Engine's, on a GPU alone): E4M3 forward,
     E5M2 backward, each tensor scaled by its own largest value."""
     num_threads: _Workers = 0
-    """CPU threads a rank; 0 leaves PyTorch's default."""
+    """CPU threads per rank; 0 leaves PyTorch's default."""
     seed: _Seed = 1234
 
 
@@ -235,7 +235,7 @@ class BadNumbersSection:
 
 @dataclass
 class RunConfig:
-    """A whole training run; one field a section of the YAML file."""
+    """A whole training run; one field per section of the YAML file."""
 
     data: DataSection
     trainer: TrainerSection

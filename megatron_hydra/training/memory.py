@@ -25,7 +25,7 @@ from megatron_hydra.selection.cost import (
     weight_bytes,
 )
 
-_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes a parameter; float32 but for the weights
+_WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes per parameter; float32 but for the weights
 _MULTIPROCESSORS = 132  # of an H100 or H200: FlashQLA cuts sequences into as many parts times heads
 _TEACHER_SHARE = 3 / 8  # of a chunk of the loss, see `hydra_kernels.linear_kl`
 
@@ -233,7 +233,7 @@ class _Step:
 
 
 def attention_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
-    """Bytes a token that the attentions of all layers keep, their inputs and norms counted in.
+    """Bytes per token that the attentions of all layers keep, their inputs and norms counted in.
 
     Args:
         shape: The teacher's.
@@ -258,7 +258,7 @@ def attention_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
 
 
 def attention_gradient_bytes(shape: ModelShape, num_runs: int = 1) -> PlanCost:
-    """Bytes a token that the hybrid attentions' backward passes hold at their widest, beside those.
+    """Bytes per token that the attentions' backward passes hold at their widest, beside those.
 
     Arguments as :func:`attention_bytes`.
     """

@@ -144,7 +144,7 @@ def test_samples_are_dealt_to_depths_and_do_not_depend_on_other_cells(folder: Pa
     assert alone == samples[-6:]
     other = make_task_samples(tokenizer, text, [TWO_KEYS], [320], 6, depths, seed=5)
     assert all(a.sample.tokens != b.sample.tokens for a, b in zip(alone, other, strict=True))
-    with pytest.raises(UserError, match="7 samples do not divide into 3 needle depths"):
+    with pytest.raises(UserError, match="7 samples are not divisible by 3 needle depths"):
         make_task_samples(tokenizer, text, tasks, [260], 7, depths, seed=4)
 
 
@@ -204,7 +204,7 @@ def test_a_teacher_caches_every_group_and_has_no_state() -> None:
     assert cache.of(None) == 2 * 2 * 2 * 8 * 2  # layers, groups, k and v
     assert state_bytes(shape).of(None) == 0
     assert cache.of(all_fa(2, 4, 2)) == cache.of(None)
-    fewer = replace(PLAN, layers=(PLAN.layers[1],) * 2)  # one head, so one group a layer
+    fewer = replace(PLAN, layers=(PLAN.layers[1],) * 2)  # one head, so one group per layer
     assert cache.of(fewer) == cache.of(None) / 2
 
 

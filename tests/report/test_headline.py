@@ -54,7 +54,7 @@ def record_run(folder: Path, config: str = "a: 1\n", **provenance: Any) -> Path:
 
 
 def test_parameters_are_those_that_the_teacher_is_published_with() -> None:
-    """Qwen3-1.7B has 1,720,574,976 parameters; norms are counted here: two a layer, q and k."""
+    """Qwen3-1.7B has 1,720,574,976 parameters; norms are counted here: two per layer, q and k."""
     shape = ModelShape(28, 16, 8, 128, 2048, 6144, 151_936, tied_embeddings=True)
     norms = 28 * (2 * 2048 + 2 * 128) + 2048
     assert num_parameters(shape) + norms == 1_720_574_976

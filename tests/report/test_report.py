@@ -30,7 +30,7 @@ LAYERS, HEADS, GROUPS = 2, 4, 2
 LENGTHS = (64, 128)
 HASH = "0123456789abcdef"
 PLAN = [[3], [3]]
-CONTROL = [[2], [3]]  # as many heads a layer, as many query groups
+CONTROL = [[2], [3]]  # as many heads per layer, as many query groups
 NAMES = ("teacher", "hybrid, untrained", "hybrid, trained", "random heads, trained")
 
 
@@ -197,7 +197,7 @@ def test_inputs_figures_stand_in_the_page(arguments, capsys):
         assert record in page.text
     for name in (*NAMES, "stage1", "stage2", "stage3"):
         assert name in page.text
-    assert page.tags.count("svg") == 4 + 3 * 3  # heads, ranks, capabilities, cache; 3 a run
+    assert page.tags.count("svg") == 4 + 3 * 3  # heads, ranks, capabilities, cache; 3 per run
 
 
 def test_page_is_self_contained(arguments):

@@ -84,7 +84,7 @@ def test_the_shape_follows_the_configuration() -> None:
         ("head_dim", 2.0, "head_dim is 2.0; an integer is needed"),
         ("conv_kernel_size", -1, "conv_kernel_size is -1; it must be 0 or more"),
         ("tied_embeddings", 1, "tied_embeddings is 1; true or false is needed"),
-        ("num_query_groups", 3, "16 heads do not divide into 3 query groups"),
+        ("num_query_groups", 3, "16 heads are not divisible by 3 query groups"),
     ],
 )
 def test_bad_shapes_are_refused(field: str, value: object, sentence: str) -> None:
@@ -153,7 +153,7 @@ def test_hybrid_flops_are_of_its_matrices_its_fa_square_and_its_la_rule(hidden_s
     shape, plan = ModelShape.from_config(tiny_config(**fields)), tiny_plan()
     lengths = [64, 128, 192]
     flops = [flops_of_sequence(shape, length).of(plan) for length in lengths]
-    # 2 d T^2 a head, for QK^T and PV over half the square; all else grows with T.
+    # 2 d T^2 per head, for QK^T and PV over half the square; all else grows with T.
     square = 2 * 8 * 64**2 * plan.num_fa_heads
     assert flops[2] - 2 * flops[1] + flops[0] == 2 * square
     num_values = sum(
@@ -205,7 +205,7 @@ def test_a_training_step_is_three_forward_passes_at_the_efficiency() -> None:
 
 
 def test_the_papers_model_has_the_papers_cache() -> None:
-    """Qwen3-1.7B stores 112 KiB a token in bfloat16 and has 1.7 billion parameters."""
+    """Qwen3-1.7B stores 112 KiB per token in bfloat16 and has 1.7 billion parameters."""
     assert cache_bytes_per_token(QWEN3_1P7B).teacher == 112 * 1024
     assert weight_bytes(QWEN3_1P7B).teacher / 2 == pytest.approx(1.72e9, rel=1e-3)
     plan = HeadPlan.from_fa_heads({i: range(4) for i in range(28)}, 28, 16, 8)

@@ -122,7 +122,7 @@ def test_equals_the_plain_loop(
 ) -> None:
     """One sender, one pair, whole sequences; targets share layers and are senders themselves.
 
-    Heads and rows are also such as no chunk divides, and a wave of senders ends within a layer.
+    Heads and rows are also divisible by no chunk, and a wave of senders ends within a layer.
 
     Catches: keys and values of the kept prefix misplaced or of the wrong group, positions turned
     by RoPE from 0, the sender still corrupt in the second run, MLPs frozen, pairs or senders

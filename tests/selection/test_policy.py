@@ -296,7 +296,7 @@ def test_ratio_is_rounded_to_heads_that_are_possible_and_says_so(
         ),
         (("cache_gib", 1e-6, 100), {}, "no plan keeps to 1e-06 GiB .*: the least .* [0-9.e-]+ GiB"),
         (("decode_ms", 1e-9, 100), {}, "no plan keeps to 1e-09 ms .*: the least possible is"),
-        (("decode_ms", float("nan"), 100), {}, "nan ms a decoded token"),
+        (("decode_ms", float("nan"), 100), {}, "nan ms per decoded token"),
         (("layers", 3), {}, "kind is 'layers'; allowed: fa_heads, fa_ratio"),
     ],
 )
@@ -321,7 +321,7 @@ def test_the_least_that_is_said_to_be_possible_is(kind: Any, context: int) -> No
 
 
 def test_greedy_says_that_another_solver_may_do_better() -> None:
-    """Each layer's best two heads are in two groups; the budget has room for one a layer."""
+    """Each layer's best two heads are in two groups; the budget has room for one per layer."""
     scores = make_scores([[0.9, 0.1, 0.8, 0.0]] * 2, num_query_groups=2)
     budget, constraints = Budget("kv_cache_ratio", Fraction(1, 2)), Constraints(per_layer=2)
     assert chosen(choose_plan(scores, budget, constraints)) == [(0, 0), (0, 1), (1, 0), (1, 1)]

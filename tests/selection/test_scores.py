@@ -153,7 +153,7 @@ def drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
         (drop("probes"), "key probes is missing"),
         (drop("scores"), "key scores is missing"),
         (drop("shape", "head_dim"), r"key shape\.head_dim is missing"),
-        (put("shape", "num_query_groups", 3), "4 heads do not divide into 3 query groups"),
+        (put("shape", "num_query_groups", 3), "4 heads are not divisible by 3 query groups"),
         (put("shape", "num_heads", "4"), r"shape\.num_heads is '4'; an integer is needed"),
         (put("shape", "num_layers", 0), r"shape\.num_layers is 0; it must be 1 or more"),
         (put("probes", 0, "colour", 1), r"unknown key probes\[0\]\.colour"),

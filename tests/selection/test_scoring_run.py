@@ -307,7 +307,9 @@ def test_bad_runs_end_in_a_sentence(
         "probes.names=[text]", "scorers.names=[activation_patching,attention_score]"
     )
     assert not (folder / "bad.json.partial").exists()  # said before anything is measured
-    assert "does not divide the 1 ranks" in refused("model.tensor_model_parallel_size=2")
+    assert "the number of ranks, 1, is not divisible by" in refused(
+        "model.tensor_model_parallel_size=2"
+    )
 
     def not_finite(model: Any, tokens: Any, num: int) -> Any:
         return torch.full((len(tokens), num, 264), torch.nan)

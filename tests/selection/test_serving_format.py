@@ -75,7 +75,7 @@ def test_a_cache_budget_is_counted_in_the_format_that_serves(
         assert f"0.05 GiB of cache and state at 32,768 tokens ({dtype})" in text
         kept = f"{num_fa_heads * 32768 * 2 * DIM * (4 if dtype == 'fp32' else 2) / 2**30:.4g}"
         assert re.search(rf"KV cache, GiB \({dtype}\) +\S+ +{kept} ", text)
-        assert f"predicted decode, ms a token (H100 SXM, {dtype})" in text
+        assert f"predicted decode, ms per token (H100 SXM, {dtype})" in text
         state = "fp32" if dtype == "fp32" else f"fp32, else {dtype}"
         assert f"LA state, GiB ({state})" in text
 

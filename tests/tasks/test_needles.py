@@ -136,7 +136,7 @@ def test_a_sample_that_cannot_be_made_says_why(arguments, message):
 
 
 def test_a_tokenizer_that_splits_digits_further_is_refused():
-    with pytest.raises(UserError, match="one token a digit"):
+    with pytest.raises(UserError, match="one token per digit"):
         needles.make_needle_sample(random.Random(0), PairTokenizer(), TEXT, 1000, 0.5)
 
 

@@ -323,7 +323,7 @@ def test_a_tokenizer_without_enough_tokens_is_refused():
         ("double", {}, "unknown probe 'double'; known: niah_single_1, .*single, .*multi_key:N"),
         ("niah_single_1:2", {}, "unknown probe 'niah_single_1:2'"),
         ("single:3", {}, "'single:3' is not understood; write multi_key:N"),
-        ("single", {"num_pairs": 0}, "0 pairs a probe: at least 1"),
+        ("single", {"num_pairs": 0}, "0 pairs per probe: at least 1"),
         ("niah_single_2", {"length": 90_000}, r"'niah_single_2': the text has \d+ tokens, but"),
         ("text", {"length": 15_000}, r"'text': the text has \d+ tokens, but 29983 are needed"),
         ("multi_key:90", {"length": 9000}, "90 needles were asked for; 1 to 59"),

@@ -201,7 +201,7 @@ def test_rounded_budget_is_said(scores: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--fa-heads", "0"], r"the least budget that keeps one is 1 FA head"),
         (["--fa-heads", "0", "--whole-groups"], r"the least budget that keeps one is 2 FA heads"),
-        (["--fa-heads", "0", "--per-layer", "0"], r"FA heads a layer: 0 allows none"),
+        (["--fa-heads", "0", "--per-layer", "0"], r"FA heads per layer: 0 allows none"),
         (["--cache-gib", "1.2e-5", "--context", "1024"], r"that keeps one is (\S+) GiB"),
         (["--decode-ms", "1e-4", "--context", "32768"], r"that keeps one is (\S+) ms"),
     ],

@@ -75,7 +75,7 @@ def test_the_plans_file_alone_tells_what_it_keeps_and_how_sure(
     assert explanation.num_sure == 4 and explanation.num_below_noise_floor == 1
     median = explanation.split_half.median
     assert f"rank correlation (Spearman) of split halves: {median:.2f}" in out
-    assert ", 6 pairs a sub-probe in each half" in out
+    assert ", 6 pairs per sub-probe in each half" in out
 
 
 def test_every_fa_head_has_a_row_that_the_scores_bear_out(
@@ -109,7 +109,7 @@ def test_costs_are_told_at_the_length_asked_for(
     assert "one sequence of 123,456 tokens" in out
     for name, figure in (
         ("KV cache, GiB (bf16)", lambda costs: costs.kv_cache_bytes / GIB),
-        ("predicted decode, ms a token (H200 SXM, bf16)", lambda costs: costs.decode_ms),
+        ("predicted decode, ms per token (H200 SXM, bf16)", lambda costs: costs.decode_ms),
     ):
         (line,) = (line for line in out.splitlines() if line.startswith(name))
         assert line.split()[-3:-1] == [f"{figure(teacher):.4g}", f"{figure(ours):.4g}"]
@@ -169,7 +169,7 @@ def test_scores_of_one_pair_say_that_nothing_is_known(
     make_scores([[0.9, 0.1, 0.2, 0.0]]).save(tmp_path / "scores.json")
     plan(tmp_path, "plan.json", "--fa-heads", "2")
     out = inspect(capsys, tmp_path / "plan.json")
-    assert "how sure: unknown, since the scores stand on one pair a sub-probe" in out
+    assert "how sure: unknown, since the scores stand on one pair per sub-probe" in out
     assert "resamples" not in out
 
 

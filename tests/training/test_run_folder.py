@@ -321,7 +321,7 @@ def test_moved_inputs_are_other_places(exp: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("overrides", "num_bytes"),
     [
-        # 1,000 float32 parameters: the hybrid, and checkpoints with two moments a parameter.
+        # 1,000 float32 parameters: the hybrid, and checkpoints with two moments per parameter.
         (["trainer.max_steps=5000"], 4000 + 3 * 12000),
         (["trainer.max_steps=1000", "resume.keep=5"], 4000 + 2 * 12000),
         (["trainer.max_steps=499"], 4000),

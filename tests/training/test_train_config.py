@@ -158,7 +158,7 @@ def test_cuda_graphs_refuse_what_changes(config_file: Path, override: str, sente
     assert sentence in str(caught.value)
 
 
-def test_sequence_length_divides_by_ranks_that_share_it(config_file: Path) -> None:
+def test_sequence_length_is_divisible_by_ranks_that_share_it(config_file: Path) -> None:
     shared = ["strategy.tensor_model_parallel_size=4", "strategy.sequence_parallel=true",
               "strategy.context_parallel_size=2"]  # fmt: skip
     load_config(config_file, shared)

@@ -1,4 +1,4 @@
-"""The console script ``megatron-hydra <verb>``: one file a verb, imported when it is called."""
+"""The console script ``megatron-hydra <verb>``: one file per verb, imported when it is called."""
 
 from __future__ import annotations
 

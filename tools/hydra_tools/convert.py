@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration-length",
         type=int,
         metavar="N",
-        help="tokens a sequence (default: what the teacher is built for, "
+        help="tokens per sequence (default: what the teacher is built for, "
         f"{LONGEST_CALIBRATION} at most)",
     )
     parser.add_argument(

@@ -102,7 +102,7 @@ def describe_comparison(comparison: PlanComparison, first: str, second: str) -> 
     return [
         *lines,
         f"cost of {first} less that of {second} at {ours.context_tokens:,} tokens, served in "
-        f"{ours.serve_dtype}: cache and state {gib:+.4g} GiB, FLOPs a token {share:+.1%}, "
+        f"{ours.serve_dtype}: cache and state {gib:+.4g} GiB, FLOPs per token {share:+.1%}, "
         f"predicted decode {ms:+.3g} ms",
     ]
 

@@ -101,7 +101,7 @@ def how_sure(explanation: Explanation) -> list[str]:
     if explanation.kept_interval is None:
         return [
             kept,
-            "how sure: unknown, since the scores stand on one pair a sub-probe",
+            "how sure: unknown, since the scores stand on one pair per sub-probe",
         ]
     low, high = explanation.kept_interval
     lines = [f"{kept} (95% of resamples: {low:.0%} to {high:.0%})"]
@@ -119,7 +119,7 @@ def how_sure(explanation: Explanation) -> list[str]:
     return [
         *lines,
         f"rank correlation (Spearman) of split halves: {half.median:.2f} (95% of splits: "
-        f"{half.lower:.2f} to {half.upper:.2f}), {half.num_pairs_per_half} pairs a sub-probe in "
+        f"{half.lower:.2f} to {half.upper:.2f}), {half.num_pairs_per_half} pairs per sub-probe in "
         "each half",
     ]
 
@@ -134,8 +134,8 @@ def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
             plan.state_bytes / GIB,
             teacher.state_bytes / GIB,
         ),
-        ("forward FLOPs a token, G", plan.flops_per_token / 1e9, teacher.flops_per_token / 1e9),
-        (f"predicted decode, ms a token ({device}, {dtype})", plan.decode_ms, teacher.decode_ms),
+        ("forward FLOPs per token, G", plan.flops_per_token / 1e9, teacher.flops_per_token / 1e9),
+        (f"predicted decode, ms per token ({device}, {dtype})", plan.decode_ms, teacher.decode_ms),
         (
             f"predicted training step, s ({device} at {TRAINING_EFFICIENCY:.0%} of its bf16 peak)",
             plan.training_step_s,

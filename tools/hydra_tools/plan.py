@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-ms",
         type=float,
         metavar="MS",
-        help="predicted time a decoded token at --context tokens on --device at most",
+        help="predicted time per decoded token at --context tokens on --device at most",
     )
     add_cost_arguments(parser)
     add_choice_arguments(parser)
@@ -144,7 +144,7 @@ def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
     lines += [
         f"budget: {summary.budget.words}",
         f"{chosen.num_fa_heads} of {shape.total_heads} heads keep full attention (FA), "
-        f"{summary.num_la_heads} become linear (LA); {min(counts)} to {max(counts)} FA a layer",
+        f"{summary.num_la_heads} become linear (LA); {min(counts)} to {max(counts)} FA per layer",
         f"KV cache: {stored / shape.total_groups:.0%} of the teacher's "
         f"({stored} of {shape.total_groups} query groups are stored)",
     ]

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mixed.add_argument(
         "--retrieval-fraction", type=float, metavar="F", help="share of retrieval documents"
     )
-    mixed.add_argument("--seq-length", type=int, metavar="L", help="tokens a document")
+    mixed.add_argument("--seq-length", type=int, metavar="L", help="tokens per document")
     mixed.add_argument("--num-documents", type=int, metavar="N")
     mixed.add_argument("--seed", type=int, default=0)
 

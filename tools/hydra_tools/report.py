@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="NAME=FOLDER",
-        help="a training run and its name on the page; give one a stage, in order",
+        help="a training run and its name on the page; give one per stage, in order",
     )
     parser.add_argument(
         "--pareto", type=Path, metavar="FILE", help="what `pareto` wrote, to show it on the page"

@@ -40,7 +40,7 @@ class AttentionScore(SingleRound):
     @torch.no_grad()
     def measure(self, model: GPTModel, batch: PairBatch) -> Tensor:
         """Look where heads look; see :class:`~megatron_hydra.selection.scorers.base.Scorer`."""
-        looked_at: list[Tensor] = []  # a layer each: [b, heads of this rank, a]
+        looked_at: list[Tensor] = []  # one per layer: [b, heads of this rank, a]
         num_answers = batch.num_answer_tokens
 
         def look(module: nn.Module, args: tuple) -> None:
