@@ -173,7 +173,8 @@ class _Step:
         if self.recompute != "none":
             num_recomputed = self.recompute_layers or len(layers)
         kept = num_recomputed * tokens * layer_input + sum(layers[num_recomputed:])
-        # Layers that are kept whole are free by then: the first layers are recomputed, and last.
+        # Backward reaches the recomputed (first) layers last: the others' activations are freed by
+        # then.
         again = 0.0
         if num_recomputed == len(layers):
             again = self._recomputed(rank, layers, tokens * layer_input)

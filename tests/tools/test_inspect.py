@@ -70,7 +70,8 @@ def test_the_plans_file_alone_tells_what_it_keeps_and_how_sure(
     assert "budget: 5 FA heads\nchosen: exact choice by patching" in out
     assert (
         f"{explanation.num_sure} of 5 FA heads are chosen in 95% of resamples; "
-        f"{explanation.num_below_noise_floor} were filled below the noise floor" in out
+        "FA heads that only fill the budget (effect within noise): "
+        f"{explanation.num_below_noise_floor}\n" in out
     )
     assert explanation.num_sure == 4 and explanation.num_below_noise_floor == 1
     median = explanation.split_half.median

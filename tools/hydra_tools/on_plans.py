@@ -111,7 +111,7 @@ def how_sure(explanation: Explanation) -> list[str]:
     else:
         lines.append(
             f"{explanation.num_sure} of {num} FA heads are chosen in {SURE:.0%} of resamples; "
-            f"{below} were filled below the noise floor"
+            f"FA heads that only fill the budget (effect within noise): {below}"
         )
     half = explanation.split_half
     if half is None:
