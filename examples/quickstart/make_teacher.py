@@ -68,7 +68,7 @@ SETTINGS = {  # of the shipped teacher
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with one token a digit, so that values have a fixed token length."""
+    """Byte-level BPE with one token per digit, so that values have a fixed token length."""
     tokenizer = Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])

@@ -29,9 +29,9 @@ train() {
 }
 
 documents=(megatron-hydra preprocess --tokenizer $teacher --retrieval-fraction 0.5)
-step "data, 256 tokens a document" $out/data/train.idx \
+step "data, 256 tokens per document" $out/data/train.idx \
     "${documents[@]}" --out $out/data/train --seq-length 256 --num-documents 4000
-step "data, 1024 tokens a document" $out/data/long.idx \
+step "data, 1024 tokens per document" $out/data/long.idx \
     "${documents[@]}" --out $out/data/long --seq-length 1024 --num-documents 500 --seed 1
 
 step "score the teacher's heads" $out/scores.json \
