@@ -49,7 +49,7 @@ class NumberWatch(pl.Callback):
 
     Args:
         config: The run's configuration.
-        asks_to_stop: Whether this rank is asked to end the run; looked at once a step.
+        asks_to_stop: Whether this rank is asked to end the run; looked at once per step.
     """
 
     def __init__(self, config: RunConfig, asks_to_stop: Callable[[], bool] = lambda: False) -> None:

@@ -26,7 +26,7 @@ from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.training.config import OptimSection
 
-# Tensors of one small vector a head: two-dimensional, but no matrices of the model.
+# Tensors of one small vector per head: two-dimensional, but no matrices of the model.
 _PER_HEAD_SUFFIXES = tuple(
     f".{name}"
     for names in (*(kind.head_tensors for kind in KINDS.values()), HeadFusion.own_parameters)
@@ -111,7 +111,7 @@ class HydraOptimizer(McoreDistributedOptimizer):
     """NeMo's wrapper of Megatron's optimizer, whose distributed state is saved and loaded right.
 
     Megatron keeps one step count for all parameters, in the param groups. PyTorch's Adam has one
-    a parameter, which Megatron then looks for among the loaded tensors, where none is, and makes
+    per parameter, which Megatron then looks for among the loaded tensors, where none is, and makes
     one tensor of for all parameters, which would count every parameter's step.
     """
 
@@ -124,7 +124,7 @@ class HydraOptimizer(McoreDistributedOptimizer):
             return super().sharded_state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what Megatron's checkpoints hold; Adam gets a step count a parameter."""
+        """Load what Megatron's checkpoints hold; Adam gets a step count per parameter."""
         (part,) = self.mcore_optimizer.chained_optimizers  # more only with mixtures of experts
         if not isinstance(part, DistributedOptimizer) or not _is_pytorch_adam(part.optimizer):
             super().load_state_dict(state_dict)

@@ -102,7 +102,7 @@ class TrainingRun:
             show: Called on rank 0 after each step with finished steps and scalars.
             start_anew: Leave an earlier run's checkpoints, which rank 0 is removing, aside.
             command: Recorded as provenance.
-            asks_to_stop: Looked at once a step: where it is true on any rank, all save and stop.
+            asks_to_stop: Looked at once per step: where it is true on any rank, all save and stop.
 
         Returns:
             The finished steps; fewer than `trainer.max_steps`, with no hybrid written, where the

@@ -233,7 +233,9 @@ def _check_values(path: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"{path} has head_dim {config['head_dim']}; RoPE needs an even number")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % groups:
-        raise UserError(f"{path} has {heads} attention heads, not a multiple of {groups} groups")
+        raise UserError(
+            f"{path} has {heads} attention heads, which are not divisible by {groups} groups"
+        )
 
 
 def _check_layer_types(path: Path, config: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
 `eos_token`."""
 
 PIECE_CHARACTERS = 2**16
-"""Of a long document in one piece; a tokenizer takes some 180 bytes of memory a character."""
+"""Of a long document in one piece; a tokenizer takes some 180 bytes of memory per character."""
 
 _LINE_START = re.compile(r"\n(?=\S)")
 _WORD_END = re.compile(r"\w(?=\W)")

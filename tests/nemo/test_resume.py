@@ -60,7 +60,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
-    """A kill a stage: in the backward pass, in a save in the background, and at the switch.
+    """A kill per stage: in the backward pass, in a save in the background, and at the switch.
 
     Before that a signal to one rank of two, and torchrun killed alone: both save, at one step.
     """
@@ -82,7 +82,7 @@ def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_thirty_kills_end_bit_equal(inputs: Path, tmp_path: Path) -> None:
-    """Five kills a stage, in each way of saving; what is killed where is drawn from a seed."""
+    """Five kills per stage, in each way of saving; what is killed where is drawn from a seed."""
     seed = int(os.environ.get("HYDRA_KILL_SEED", random.SystemRandom().randrange(2**32)))
     logging.getLogger(__name__).warning("HYDRA_KILL_SEED=%d", seed)  # shown on failure
     dice = random.Random(seed)

@@ -117,7 +117,7 @@ def _check_runs(inputs: Path, folder: Path) -> None:
         "FA heads run on LocalCoreAttention, LA heads on the kernel 'reference', "
         "what surrounds both on 'reference'"
     )
-    assert lines.count(chosen) == 1  # not once a layer
+    assert lines.count(chosen) == 1  # not once per layer
 
 
 @contextmanager

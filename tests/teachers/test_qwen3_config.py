@@ -248,8 +248,8 @@ def test_rope_that_is_not_understood_is_refused(
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'; it must be true or false"),
         ({"hidden_size": "REMOVE"}, "no 'hidden_size'"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers 2.5"),
-        ({"num_key_value_heads": 3}, "not a multiple of 3"),
-        ({"num_key_value_heads": "REMOVE"}, "4 attention heads, not a multiple of 32"),
+        ({"num_key_value_heads": 3}, "not divisible by 3"),
+        ({"num_key_value_heads": "REMOVE"}, "4 attention heads, which are not divisible by 32"),
     ],
 )
 def test_unsupported_configs_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
