@@ -2,7 +2,7 @@
 
 Shapes: c rows, v vocabulary entries of this rank, splits: programs that share a row's columns.
 
-Statistics read student's and teacher's logits once and keep, a split and row, a maximum and sums
+Statistics read student's and teacher's logits once and keep, per split and row, a maximum and sums
 of exponentials about it; the merge joins splits (of all ranks) and leaves a few numbers per row;
 the gradient reads the logits again and writes over the student's. The jsd needs both log-sums
 before its own sums, hence one more reading. With x the logits, s student and t teacher, M the
