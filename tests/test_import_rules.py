@@ -42,6 +42,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",
     },
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
+    "export": {"errors", "head_plan", "model", "teachers"},
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
         "selection", "evaluation", "report", "schema", "training", "nemo", "processes", "progress",
@@ -87,6 +88,7 @@ CONFINED = {
     "pytorch_lightning": ("megatron_hydra/nemo/",),
     "transformers": (
         "megatron_hydra/teachers/",
+        "megatron_hydra/export/",
         "tools/",
         "examples/quickstart/make_teacher.py",
     ),

@@ -1,0 +1,48 @@
+"""A hybrid's configuration as the exported model's."""
+
+from __future__ import annotations
+
+from megatron_hydra.export.configuration_hydra import HydraHeadConfig
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.config import HydraConfig
+
+NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "seq_length": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+    "rotary_base": "rope_theta",
+    "qk_layernorm": "qk_norm",
+    "add_qkv_bias": "qkv_bias",
+    "share_embeddings_and_output_weights": "tie_word_embeddings",
+}
+"""Fields of HydraConfig that are called otherwise in the exported configuration."""
+SAME = (
+    "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length",
+    "fa_rope", "fa_query_scale", "fa_query_scale_base", "fa_query_scale_start", "fa_output_gate",
+    "la_short_conv", "la_conv_kernel_size", "la_decay", "la_beta", "la_output_gate", "la_rope",
+    "la_qk_norm", "sliding_window_tokens", "sliding_window_sink", "fusion",
+)  # fmt: skip
+"""Fields that keep their names."""
+PART_OF_KINDS = ("la_kind",)
+"""Fields that say with the plan what each head is."""
+LEFT_OUT = ("head_init_seed",)
+"""Fields that no longer matter once there are weights."""
+
+
+def exported_config(config: HydraConfig, plan: HeadPlan) -> HydraHeadConfig:
+    """The exported model's configuration.
+
+    Args:
+        config: The hybrid's.
+        plan: Its head plan.
+    """
+    kinds = [list(layer.kinds) for layer in plan.resolved(config.la_kind).layers]
+    renamed = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
+    same = {name: getattr(config, name) for name in SAME}
+    return HydraHeadConfig(head_kinds=kinds, **renamed, **same)

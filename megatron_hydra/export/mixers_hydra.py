@@ -1,0 +1,385 @@
+"""The kinds of heads: each from a layer's hidden states to its heads' outputs, whole or in steps.
+
+Copied into every exported folder: imports PyTorch and transformers alone.
+
+Legend: b rows, t tokens, h hidden size, n heads of the kind, d channels, g query groups that some
+FA head uses, k taps.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache_hydra import HydraLayerCache
+from .configuration_hydra import HydraHeadConfig
+from .recurrence_hydra import gated_delta_rule, window_attention
+
+_FEWEST_DECAY_ROWS_AT = 8
+
+
+@dataclass
+class Stream:
+    """Where the tokens of a forward pass belong.
+
+    Heads with a state see each row's real tokens first and padding last, so that a state never
+    meets padding, wherever it stands; `order` sorts tokens so.
+
+    Attributes:
+        positions: `[b, t]`, of real tokens counted from a row's first real one.
+        angles: `[b, t, d / 2]`, of RoPE.
+        num_before: `[b]`, real tokens of each row that came before.
+        num_real: `[b]`, real tokens of each row here.
+        order: `[b, t]`, None where no token here is padding.
+        mask: For full attention, as its implementation takes it.
+    """
+
+    positions: Tensor
+    angles: Tensor
+    num_before: Tensor
+    num_real: Tensor
+    order: Tensor | None = None
+    mask: Any = None
+
+    def to(self, device: torch.device, **kwargs: Any) -> Stream:
+        """The same on another device, where a layer may lie."""
+        if self.positions.device == device:
+            return self
+        tensors = {
+            item.name: value.to(device, **kwargs)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+    def packed(self) -> Stream:
+        """The same with a row's real tokens first."""
+        if self.order is None:
+            return self
+        return replace(self, positions=self.pack(self.positions), angles=self.pack(self.angles))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Move each row's real tokens of `[b, t, ...]` to its start."""
+        return x if self.order is None else _take(x, self.order)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The way back."""
+        return x if self.order is None else _take(x, self.order.argsort(dim=1))
+
+
+class HydraRMSNorm(nn.Module):
+    """RMSNorm in float32 with a weight per channel."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * normed(x, self.eps)
+
+
+class Mixer(nn.Module):
+    """The heads of one kind of a layer.
+
+    Args:
+        config: The model's.
+        layer: Which, counted from 0.
+        heads: Its heads of this kind, ascending, in the teacher's count.
+    """
+
+    name: str
+    """The layer's attribute, and the first word of what it keeps in a cache."""
+    has_state = True
+
+    def __init__(self, config: HydraHeadConfig, layer: int, heads: list[int]) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.heads = config, layer, heads
+
+    def _linear(self, rows: int) -> nn.Linear:
+        return nn.Linear(self.config.hidden_size, rows, bias=self.config.qkv_bias)
+
+    def _qk_norms(self, wanted: bool) -> None:
+        make: Any = nn.Identity
+        if wanted and self.config.qk_norm:
+            make = HydraRMSNorm
+        self.q_norm, self.k_norm = (
+            make(self.config.head_dim, self.config.rms_norm_eps) for _ in range(2)
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+
+class FullAttention(Mixer):
+    """Softmax over all that came before; keys and values of the groups that an FA head uses."""
+
+    name = "fa"
+    has_state = False
+    is_causal = True  # for transformers' attention functions
+
+    def __init__(self, config: HydraHeadConfig, layer: int, heads: list[int]) -> None:
+        super().__init__(config, layer, heads)
+        groups, d = config.stored_groups(layer), config.head_dim
+        per_group = config.num_attention_heads // config.num_key_value_heads
+        group_of = [groups.index(head // per_group) for head in heads]
+        counts = [group_of.count(group) for group in range(len(groups))]
+        self.most, self.is_even = max(counts), min(counts) == max(counts)
+        self.group_of_head = tuple(group_of)
+        # Where a head lies if every group had as many heads as the largest has.
+        slots = (g * self.most + group_of[:i].count(g) for i, g in enumerate(group_of))
+        self.slots = tuple(slots)
+        self.num_slots = len(groups) * self.most
+        self.num_key_value_groups = self.most
+        self.q_proj, self.k_proj, self.v_proj = (
+            self._linear(count * d) for count in (len(heads), len(groups), len(groups))
+        )
+        self.gate_proj = self._linear(len(heads) * d) if config.fa_output_gate else None
+        self._qk_norms(True)
+
+    def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
+        """`[b, t, h]` to `[b, t, n, d]`."""
+        query, key = self.q_norm(self._heads(self.q_proj(x))), self._heads(self.k_proj(x))
+        query, key = self._scaled(query, stream.positions), self.k_norm(key)
+        if self.config.fa_rope:
+            query, key = rotated(query, stream.angles), rotated(key, stream.angles)
+        # [b, t, n, d] -> [b, n, t, d]
+        query, key, value = (
+            part.transpose(1, 2) for part in (query, key, self._heads(self.v_proj(x)))
+        )
+        if cache is not None:
+            key, value = cache.update(key, value)
+        if self.is_even:
+            return self._attend(query, key, value, stream.mask, self.most)
+        if query.shape[2] == 1:
+            # A step reads all keys once: queries are filled up rather than keys copied.
+            slots = index_of(self.slots, query.device)
+            filled = query.new_zeros(len(query), self.num_slots, *query.shape[2:])
+            filled = filled.index_copy(1, slots, query)
+            output = self._attend(filled, key, value, stream.mask, self.most)
+            return output.index_select(2, slots)
+        groups = index_of(self.group_of_head, query.device)
+        key, value = key.index_select(1, groups), value.index_select(1, groups)
+        return self._attend(query, key, value, stream.mask, 1)
+
+    def gate(self, x: Tensor) -> Tensor | None:
+        """What its outputs are multiplied by."""
+        return None if self.gate_proj is None else 2 * self._heads(self.gate_proj(x)).sigmoid()
+
+    def _scaled(self, query: Tensor, positions: Tensor) -> Tensor:
+        when = self.config.fa_query_scale
+        if when == "none" or (when == "inference" and self.training):
+            return query
+        base = self.config.fa_query_scale_base
+        past = (positions.float() - self.config.fa_query_scale_start).clamp_min(0)
+        scale = (past + base).log() / math.log(base)
+        return query * scale.to(query.dtype)[:, :, None, None]
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, heads_per_group: int
+    ) -> Tensor:
+        name = self.config._attn_implementation
+        attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        self.num_key_value_groups = heads_per_group  # where these functions look for it
+        scaling = self.config.head_dim**-0.5
+        output, _ = attend(self, query, key, value, mask, dropout=0.0, scaling=scaling)
+        return output
+
+
+class GatedDeltaNet(Mixer):
+    """A gated linear recurrence over heads with keys and values of their own."""
+
+    name = "la"
+
+    def __init__(self, config: HydraHeadConfig, layer: int, heads: list[int]) -> None:
+        super().__init__(config, layer, heads)
+        n, rows = len(heads), len(heads) * config.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (self._linear(rows) for _ in range(3))
+        self.gate_proj = self._linear(rows) if config.la_output_gate != "none" else None
+        self.beta_proj = self._linear(n) if config.la_beta else None
+        self._qk_norms(config.la_qk_norm)
+        if config.la_short_conv:
+            self.conv_weight = nn.Parameter(torch.zeros(3 * rows, config.la_conv_kernel_size))
+        if config.la_decay:
+            self._make_decay(n)
+
+    def _make_decay(self, n: int) -> None:
+        self.decay_proj = self._linear(n)
+        self.A_log, self.dt_bias = (nn.Parameter(torch.zeros(n)) for _ in range(2))
+
+    def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
+        """`[b, t, h]` to `[b, t, n, d]`."""
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        if self.config.la_short_conv:
+            qkv = self._convolved(qkv, stream, cache)
+        query, key, value = (self._heads(part) for part in qkv.chunk(3, dim=-1))
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.config.la_rope:
+            query, key = rotated(query, stream.angles), rotated(key, stream.angles)
+        query, key = (F.normalize(part.float(), dim=-1).to(value.dtype) for part in (query, key))
+        log_decay = self._log_decay(x)
+        beta = x.new_ones(*x.shape[:2], len(self.heads), dtype=torch.float32)
+        if self.beta_proj is not None:
+            beta = self.beta_proj(x).float().sigmoid()
+        if stream.order is not None:
+            # Padding neither decays nor writes.
+            is_real = torch.arange(x.shape[1], device=x.device) < stream.num_real[:, None]
+            log_decay = log_decay * is_real[:, :, None, None]
+            beta = beta * is_real[:, :, None]
+        state = None if cache is None else cache.states.get(f"{self.name}_recurrent")
+        if state is None:
+            d = self.config.head_dim
+            state = x.new_zeros(len(x), len(self.heads), d, d, dtype=torch.float32)
+        output, state = gated_delta_rule(query, key, value, log_decay, beta, state)
+        if cache is not None:
+            cache.states[f"{self.name}_recurrent"] = state
+        return output
+
+    def gate(self, x: Tensor) -> Tensor | None:
+        """What its outputs are multiplied by."""
+        if self.gate_proj is None:
+            return None
+        gate = self._heads(self.gate_proj(x))
+        return F.silu(gate) if self.config.la_output_gate == "silu" else 2 * gate.sigmoid()
+
+    def _convolved(self, qkv: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
+        """Causal convolution and SiLU; what is kept are a row's last k - 1 real inputs."""
+        name, past = f"{self.name}_conv", self.config.la_conv_kernel_size - 1
+        before = None if cache is None else cache.states.get(name)
+        if before is None:
+            before = qkv.new_zeros(len(qkv), past, qkv.shape[-1])
+        padded = torch.cat((before, qkv), dim=1)
+        if cache is not None:
+            last = stream.num_real[:, None] + torch.arange(past, device=qkv.device)
+            cache.states[name] = _take(padded, last)
+        taps, num_tokens = self.conv_weight.float().unbind(1), qkv.shape[1]
+        # Summed in float32, as the training kernels do.
+        sums = [padded[:, i : i + num_tokens].float() * tap for i, tap in enumerate(taps)]
+        return F.silu(sum(sums[1:], sums[0])).to(qkv.dtype)
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """`[b, t, n, 1]` float32."""
+        if not self.config.la_decay:
+            return x.new_zeros(*x.shape[:2], len(self.heads), 1, dtype=torch.float32)
+        raw = self.decay_proj(x).float() + self.dt_bias.float()
+        return (-self.A_log.float().exp() * F.softplus(raw)).unsqueeze(-1)
+
+
+class KimiDeltaAttention(GatedDeltaNet):
+    """Gated DeltaNet with a decay for each channel of the keys (Kimi Linear, arXiv 2510.26692)."""
+
+    name = "kda"
+
+    def _make_decay(self, n: int) -> None:
+        d = self.config.head_dim
+        rank = max(1, d // _FEWEST_DECAY_ROWS_AT)
+        self.decay_proj = self._linear(n * rank)
+        self.decay_up = nn.Parameter(torch.zeros(n * d, rank))
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(n * d))
+
+    def _log_decay(self, x: Tensor) -> Tensor:
+        """`[b, t, n, d]` float32."""
+        n, d = len(self.heads), self.config.head_dim
+        if not self.config.la_decay:
+            return x.new_zeros(*x.shape[:2], n, d, dtype=torch.float32)
+        rows, up = self.decay_proj(x).unflatten(-1, (n, -1)), self.decay_up.view(n, d, -1)
+        raw = torch.einsum("btnr,ndr->btnd", rows, up.to(rows.dtype)).float()
+        raw = raw + self.dt_bias.float().view(n, d)
+        return -self.A_log.float().exp()[:, None] * F.softplus(raw)
+
+
+class SlidingWindow(Mixer):
+    """Softmax over the last tokens, with keys and values of each head's own and a sink."""
+
+    name = "window"
+
+    def __init__(self, config: HydraHeadConfig, layer: int, heads: list[int]) -> None:
+        super().__init__(config, layer, heads)
+        rows = len(heads) * config.head_dim
+        self.q_proj, self.k_proj, self.v_proj = (self._linear(rows) for _ in range(3))
+        self.gate_proj = self._linear(rows) if config.fa_output_gate else None
+        self._qk_norms(True)
+        self.sink = nn.Parameter(torch.zeros(len(heads))) if config.sliding_window_sink else None
+
+    gate = FullAttention.gate
+
+    def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
+        """`[b, t, h]` to `[b, t, n, d]`; keys are kept with RoPE on them."""
+        query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+        query = rotated(self.q_norm(query), stream.angles)
+        key = rotated(self.k_norm(key), stream.angles)
+        names = ("window_keys", "window_values")
+        kept = None
+        if cache is not None and names[0] in cache.states:
+            kept = (cache.states[names[0]], cache.states[names[1]])
+        output, kept = window_attention(
+            query,
+            key,
+            self._heads(self.v_proj(x)),
+            self.config.sliding_window_tokens,
+            self.sink,
+            kept,
+            stream.num_before,
+            stream.num_real,
+        )
+        if cache is not None:
+            cache.states |= zip(names, kept, strict=True)
+        return output
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "fa": FullAttention,
+    "gated_delta_net": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
+    "sliding_window": SlidingWindow,
+}
+
+
+@functools.cache
+@torch.inference_mode(False)
+def index_of(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices as a tensor, made once for each device."""
+    return torch.tensor(values, device=device)
+
+
+def normed(x: Tensor, eps: float) -> Tensor:
+    """x over its root mean square along the last dimension, computed in float32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE on `[b, t, n, d]`: halves are pairs; angles `[b, t, d / 2]`."""
+    cos, sin = angles.cos().unsqueeze(2).to(x.dtype), angles.sin().unsqueeze(2).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def eager_attention(
+    module: FullAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in plain PyTorch, of `[b, n, t, d]` to `[b, t, n, d]`; `mask` is added."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    if mask is not None:
+        scores = scores + mask[..., : key.shape[2]]
+    return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2), None
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of `[b, t, ...]` by `index` `[b, tokens]`."""
+    shape = (*index.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.view(shape).expand(*index.shape, *x.shape[2:]))

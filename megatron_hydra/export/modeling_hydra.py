@@ -1,0 +1,375 @@
+"""A head-level hybrid as a transformers model: batched, with a cache of what its heads keep.
+
+Copied into every exported folder: imports PyTorch and transformers alone.
+
+Legend: b rows, t tokens, h hidden size, n heads of all kinds, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .cache_hydra import HydraCache, HydraLayerCache
+from .configuration_hydra import KINDS, HydraHeadConfig
+from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, Stream, index_of, normed
+
+FLOAT32 = ("A_log", "dt_bias", "head_scale", "gate_weight", "sink")
+"""Parameters that are few and change outputs much: float32 as they were trained, in any model."""
+
+
+class HydraAttention(nn.Module):
+    """Heads of several kinds, fused in the teacher's order (arXiv 2606.20097, Eq 13-14)."""
+
+    def __init__(self, config: HydraHeadConfig, layer: int) -> None:
+        super().__init__()
+        self.config, n = config, config.num_attention_heads
+        self.mixer_names, by_kind = [], []
+        for kind in KINDS:
+            heads = config.heads_of(layer, kind)
+            if heads:
+                mixer = MIXERS[kind](config, layer, heads)
+                self.add_module(mixer.name, mixer)
+                self.mixer_names.append(mixer.name)
+                by_kind += heads
+        self.order = tuple(by_kind.index(head) for head in range(n))
+        self.o_proj = nn.Linear(n * config.head_dim, config.hidden_size, bias=False)
+        if config.fusion in ("scale", "gate"):
+            self.head_scale = nn.Parameter(torch.ones(n))
+        if config.fusion == "gate":
+            self.gate_weight = nn.Parameter(torch.zeros(2, config.hidden_size))
+
+    def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
+        """`[b, t, h]` to the same."""
+        packed = (stream.pack(x), stream.packed()) if stream.order is not None else (x, stream)
+        outputs = []
+        for name in self.mixer_names:
+            mixer = getattr(self, name)
+            if mixer.has_state:
+                outputs.append(stream.unpack(self._gated(mixer, *packed, cache)))
+            else:
+                outputs.append(self._gated(mixer, x, stream, cache))
+        if self.config.fusion == "gate":
+            # Twice a softmax over full attention and the others: both start at 1.
+            weights = 2.0 * F.linear(x.float(), self.gate_weight.float()).softmax(dim=-1)
+            first, others = weights.to(x.dtype)[:, :, :, None, None].unbind(2)
+            outputs = [
+                output * (first if name == "fa" else others)
+                for name, output in zip(self.mixer_names, outputs, strict=True)
+            ]
+        heads = torch.cat(outputs, dim=2).index_select(2, index_of(self.order, x.device))
+        if self.config.fusion in ("scale", "gate"):
+            heads = heads * self.head_scale.to(heads.dtype)[:, None]
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.o_proj(heads.flatten(2))
+
+    def _gated(
+        self, mixer: Mixer, x: Tensor, stream: Stream, cache: HydraLayerCache | None
+    ) -> Tensor:
+        """A kind's outputs `[b, t, its heads, d]`, normed and gated."""
+        output, gate = mixer(x, stream, cache), mixer.gate(x)
+        if self.config.fusion != "none":
+            output = normed(output, self.config.rms_norm_eps)
+        return output if gate is None else output * gate
+
+
+class HydraMLP(nn.Module):
+    """The teacher's gated MLP."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__()
+        h, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj, self.up_proj = (nn.Linear(h, wide, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(wide, h, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class HydraDecoderLayer(GradientCheckpointingLayer):
+    """A layer as the teacher's, with heads of several kinds."""
+
+    def __init__(self, config: HydraHeadConfig, layer: int) -> None:
+        super().__init__()
+        self.layer_idx = layer
+        self.self_attn = HydraAttention(config, layer)
+        self.mlp = HydraMLP(config)
+        self.input_layernorm = HydraRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = HydraRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, stream: Stream, past_key_values: HydraCache | None = None
+    ) -> Tensor:
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        x = x + self.self_attn(self.input_layernorm(x), stream.to(x.device), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class HydraPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model."""
+
+    config_class = HydraHeadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HydraDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _is_stateful = True  # a state cannot be taken back, as assisted decoding asks
+
+    def _finish(self) -> None:
+        """Last of construction: what stays float32 is named, as far as the model has it."""
+        names = {name.rpartition(".")[2] for name, _ in self.named_parameters()}
+        self._keep_in_fp32_modules_strict = [name for name in FLOAT32 if name in names]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """New weights, as Gated DeltaNet's code and Megatron start them."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, HydraRMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, HydraAttention):
+            if hasattr(module, "head_scale"):
+                nn.init.ones_(module.head_scale)
+            if hasattr(module, "gate_weight"):
+                nn.init.zeros_(module.gate_weight)
+        elif isinstance(module, Mixer):
+            self._init_mixer(module, std)
+
+    def _init_mixer(self, module: Mixer, std: float) -> None:
+        with torch.no_grad():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "A_log":
+                    parameter.uniform_(1.0, 16.0).log_()
+                elif name == "dt_bias":
+                    dt = parameter.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+                    parameter.copy_(dt + torch.log(-torch.expm1(-dt)))
+                elif name == "decay_up":
+                    parameter.normal_(0.0, std)
+                else:  # a sink, or a convolution that passes tokens on
+                    parameter.zero_()
+                    if name == "conv_weight":
+                        parameter[:, -1] = 1.0
+
+
+class HydraModel(HydraPreTrainedModel):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            HydraDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = HydraRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self._finish()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HydraCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As :meth:`HydraForCausalLM.forward`, to hidden states `[b, t, h]`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, and not both")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if past_key_values is None and use_cache:
+            past_key_values = HydraCache(self.config)
+        if past_key_values is not None:
+            if not isinstance(past_key_values, HydraCache):
+                raise ValueError(
+                    f"past_key_values is a {type(past_key_values).__name__}; a hybrid needs its "
+                    "own HydraCache, which generate makes where none is given"
+                )
+            past_key_values.check(self.config)
+        stream = self._stream(x, attention_mask, position_ids, past_key_values)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, stream, past_key_values=past_key_values)
+            states.append(x)
+        states[-1] = x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _stream(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: HydraCache | None,
+    ) -> Stream:
+        b, t, past = *x.shape[:2], 0 if cache is None else cache.get_seq_length()
+        device, has_mask, order = x.device, attention_mask is not None, None
+        num_before = torch.full((b,), past, device=device)
+        num_real = torch.full((b,), t, device=device)
+        positions = torch.arange(past, past + t, device=device).expand(b, t)
+        if attention_mask is not None:
+            if attention_mask.shape != (b, past + t):
+                raise ValueError(
+                    f"attention_mask is {tuple(attention_mask.shape)}; a hybrid needs "
+                    f"{(b, past + t)}: for each row, which of the tokens seen and coming are real"
+                )
+            is_real = attention_mask.to(device=device, dtype=torch.bool)
+            if is_real.all():
+                attention_mask = None
+            else:
+                num_before, num_real = is_real[:, :past].sum(1), is_real[:, past:].sum(1)
+                positions = (is_real.cumsum(1)[:, past:] - 1).clamp_min(0)
+                if not is_real[:, past:].all():
+                    order = (~is_real[:, past:]).int().argsort(dim=1, stable=True)
+        if position_ids is not None:
+            positions = position_ids.to(device).expand(b, t)
+        if cache is not None:
+            cache.check_padding(has_mask, attention_mask is not None)
+        angles = positions[..., None].float() * self._frequencies(device)
+        mask = self._mask(x, attention_mask, past, cache)
+        return Stream(positions, angles, num_before, num_real, order, mask)
+
+    def _mask(
+        self, x: Tensor, attention_mask: Tensor | None, past: int, cache: HydraCache | None
+    ) -> Any:
+        """For full attention, as transformers makes it for the implementation that is chosen."""
+        names = inspect.signature(create_causal_mask).parameters
+        options: dict[str, Any] = {
+            "config": self.config,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "input_embeds" if "input_embeds" in names else "inputs_embeds": x,
+        }
+        if "cache_position" in names:
+            options["cache_position"] = torch.arange(past, past + x.shape[1], device=x.device)
+        return create_causal_mask(**options)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """Of RoPE `[d / 2]`, radians a token; with Llama 3.1's scaling where there is one."""
+        config = self.config
+        exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+        frequencies = 1.0 / config.rope_theta**exponents
+        if config.rope_scaling_factor == 1.0:
+            return frequencies
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        turns = frequencies * (config.rope_original_length / (2 * math.pi))
+        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return torch.lerp(frequencies / config.rope_scaling_factor, frequencies, kept)
+
+
+class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
+    """A hybrid with its output layer: what generates."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HydraHeadConfig) -> None:
+        super().__init__(config)
+        self.model = HydraModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._finish()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HydraCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict the next tokens.
+
+        Args:
+            input_ids: `[b, t]`, int64; after a cache's tokens only the new ones.
+            attention_mask: `[b, tokens]`, 1 for real tokens and 0 for padding, of the cache's
+                tokens and the new ones; padding may stand anywhere. None for no padding.
+            position_ids: `[b, t]`; None counts each row's real tokens.
+            past_key_values: What earlier tokens left; changed in place.
+            inputs_embeds: `[b, t, h]` in place of `input_ids`.
+            labels: `[b, t]`, token ids or -100 for no loss.
+            use_cache: Return a cache.
+            logits_to_keep: Logits of the last so many tokens, or of these; 0 for all.
+            output_hidden_states: Return each layer's input, and the last norm's output.
+            return_dict: False for a tuple.
+            **kwargs: Of other models; `num_items_in_batch` goes to the loss.
+
+        Raises:
+            ValueError: For a cache of another model or kind, or a mask of another shape.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+        )
+        kept: Any = logits_to_keep
+        if isinstance(logits_to_keep, int):
+            kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
+        if labels is not None:
+            options = {k: kwargs[k] for k in ("num_items_in_batch",) if k in kwargs}
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.vocab_size, **options
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Transformers' own; positions are counted here, in chunked prefill too."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("attention_mask") is not None:
+            inputs.pop("position_ids", None)
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Our cache where transformers would make its own."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; a hybrid has "
+                "a dynamic cache alone"
+            )
+        is_given = model_kwargs.get("past_key_values") is not None
+        if generation_config.use_cache is not False and not is_given:
+            model_kwargs["past_key_values"] = HydraCache(self.config)

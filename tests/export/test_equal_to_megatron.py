@@ -1,0 +1,108 @@
+"""The exported model's logits are Megatron's, at every switch and for plans of every shape."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from kit.exported import ALL_FA, NO_FA, UNEVEN, megatron_logits, twins  # noqa: E402
+from kit.tiny import token_batch  # noqa: E402
+
+import megatron_hydra.export  # noqa: E402
+from megatron_hydra.export.config import LEFT_OUT, NAMES, PART_OF_KINDS, SAME  # noqa: E402
+from megatron_hydra.model.config import stored_fields  # noqa: E402
+from megatron_hydra.teachers.config_json import SHAPE_FIELDS  # noqa: E402
+
+QWEN2 = {"qk_layernorm": False, "add_qkv_bias": True}
+LLAMA = {"qk_layernorm": False, "share_embeddings_and_output_weights": False}
+LLAMA_ROPE = {"rope_scaling_factor": 8.0, "rope_original_length": 32, "rotary_base": 500.0}
+SWITCHES = [
+    {},
+    {"share_embeddings_and_output_weights": False},
+    QWEN2,
+    {**LLAMA, **LLAMA_ROPE, "fa_rope": True},
+    {"fa_rope": True, "fa_query_scale": "none", "fa_output_gate": False},
+    {"fa_query_scale": "always", "fa_query_scale_base": 20.0, "fa_query_scale_start": 7},
+    {"la_short_conv": False, "la_decay": False, "la_beta": False, "la_output_gate": "none"},
+    {"la_rope": False, "la_qk_norm": False, "la_output_gate": "sigmoid"},
+    {"la_conv_kernel_size": 2, "sliding_window_sink": False, "fusion": "norm"},
+    {"la_conv_kernel_size": 1, "sliding_window_tokens": 1, "fusion": "none"},
+    {"fusion": "gate", **QWEN2},
+]
+"""Together every switch at every value."""
+
+
+def _expect_equal(plan, **overrides):
+    model, exported = twins(plan, **overrides)
+    tokens, _ = token_batch(exported.config, batch=2, length=70)
+    expected = megatron_logits(model, tokens)
+    assert expected.std() > 0.3, "logits too small for the comparison to mean something"
+    with torch.no_grad():
+        logits = exported(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", SWITCHES, ids=lambda switches: " ".join(switches) or "-")
+def test_logits_at_every_switch(overrides):
+    _expect_equal(UNEVEN, **overrides)
+
+
+@pytest.mark.parametrize("plan", [NO_FA, ALL_FA], ids=["no FA head", "FA heads alone"])
+def test_logits_of_plans_at_the_ends(plan):
+    _expect_equal(plan)
+
+
+@pytest.mark.parametrize("la_kind", ["kda", "sliding_window"])
+def test_a_plan_leaves_the_kind_of_its_la_heads_to_the_model(la_kind):
+    _expect_equal(UNEVEN, la_kind=la_kind)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_are_equal(implementation):
+    _, exported = twins()
+    tokens, _ = token_batch(exported.config)
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        expected = exported(tokens, mask).logits[mask.bool()]
+        exported.set_attn_implementation(implementation)
+        logits = exported(tokens, mask).logits[mask.bool()]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_queries_are_scaled_where_megatron_scales_them():
+    model, exported = twins()
+    tokens, _ = token_batch(exported.config)
+    in_eval = exported(tokens).logits
+    expected = megatron_logits(model.train(), tokens)
+    logits = exported.train()(tokens).logits
+    assert (logits - in_eval).abs().max() > 1e-3
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_field_of_a_checkpoint_has_a_place_in_the_exported_configuration():
+    assert {*NAMES, *SAME, *PART_OF_KINDS, *LEFT_OUT} == {*stored_fields(), *SHAPE_FIELDS}
+
+
+def test_model_code_stands_alone():
+    """Nothing but PyTorch and transformers, fla where it is used, and its own files beside it."""
+    folder = Path(megatron_hydra.export.__file__).parent
+    files = sorted(folder.glob("*_hydra.py"))
+    assert len(files) == 5
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert (folder / f"{node.module}.py") in files
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            packages = {name.split(".")[0] for name in names}
+            assert packages <= {"torch", "transformers", "fla", *sys.stdlib_module_names}, file

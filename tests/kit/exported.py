@@ -1,0 +1,51 @@
+"""A tiny hybrid twice: Megatron's, and the exported model with the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from kit.tiny import tiny_config, tiny_plan
+from torch import Tensor
+
+from megatron_hydra.export.config import exported_config
+from megatron_hydra.export.modeling_hydra import HydraForCausalLM
+from megatron_hydra.export.weights import hybrid_tensors
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.build import build_model
+from megatron_hydra.parallel import initialize_model_parallel
+
+UNEVEN = tiny_plan({0: (1, 2, 3, 5), 1: (7,)}, {1: {"kda": (0, 3), "sliding_window": (1, 5)}})
+"""Groups with two, one and no FA head in layer 0; all kinds in layer 1, which stores one group."""
+NO_FA = tiny_plan({0: (), 1: ()}, {0: {"kda": (0, 1)}, 1: {"sliding_window": tuple(range(8))}})
+ALL_FA = tiny_plan({0: tuple(range(8)), 1: tuple(range(8))})
+WINDOW = 6  # tokens: shorter than the tests' sequences
+
+
+def twins(plan: HeadPlan = UNEVEN, **overrides: Any) -> tuple[torch.nn.Module, HydraForCausalLM]:
+    """Both in eval mode, every parameter away from its neutral value.
+
+    Args:
+        plan: For `kit.tiny.tiny_config`.
+        **overrides: Of its fields.
+    """
+    initialize_model_parallel()
+    config = tiny_config(**{"sliding_window_tokens": WINDOW, **overrides})
+    model = build_model(config, plan).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    exported = HydraForCausalLM(exported_config(config, plan)).eval()
+    missing, unexpected = exported.load_state_dict(dict(hybrid_tensors(model)), strict=False)
+    tied = config.share_embeddings_and_output_weights
+    assert (missing, unexpected) == (["lm_head.weight"] if tied else [], [])
+    exported.tie_weights()
+    return model, exported
+
+
+@torch.no_grad()
+def megatron_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
+    """Of the whole sequences `[b, t]`."""
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return model(tokens, positions, None)
