@@ -1,0 +1,225 @@
+"""Decoding with a cache: equal to one whole forward pass, and no byte more than the plan promises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from kit.exported import ALL_FA, NO_FA, UNEVEN, WINDOW, megatron_logits, twins  # noqa: E402
+from kit.tiny import tiny_config, token_batch  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from megatron_hydra.export.cache_hydra import HydraCache  # noqa: E402
+from megatron_hydra.selection.cost import (  # noqa: E402
+    ModelShape,
+    cache_bytes_per_token,
+    state_bytes,
+)
+
+LENGTH = 150  # beyond the tiny model's 64, and beyond a block of the window's
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    return twins(UNEVEN)
+
+
+def _tokens(batch=2, length=LENGTH):
+    return token_batch(tiny_config(), batch, length)[0]
+
+
+def _in_pieces(model, tokens, sizes, mask=None, cache=None):
+    """Logits of the pieces side by side."""
+    logits, start = [], 0
+    cache = HydraCache(model.config) if cache is None else cache
+    with torch.no_grad():
+        for size in sizes:
+            end = start + size
+            seen = None if mask is None else mask[:, :end]
+            piece = tokens[:, start:end]
+            logits.append(model(piece, seen, past_key_values=cache, use_cache=True).logits)
+            start = end
+    assert start == tokens.shape[1] and cache.get_seq_length() == start
+    return torch.cat(logits, dim=1), cache
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [[1] * LENGTH, [60] + [1] * 90, [5, 64, 1, 3, 2, 70, 4, 1], [WINDOW, 1, WINDOW, 137]],
+    ids=["token by token", "prefill and decode", "pieces", "windows"],
+)
+def test_pieces_are_one_forward_pass(hybrid, sizes):
+    model, exported = hybrid
+    tokens = _tokens()
+    logits, _ = _in_pieces(exported, tokens, sizes)
+    torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "overrides"),
+    [
+        (NO_FA, {}),
+        (ALL_FA, {"fa_rope": True}),
+        (UNEVEN, {"la_short_conv": False, "la_decay": False, "la_beta": False}),
+        (UNEVEN, {"la_conv_kernel_size": 1, "sliding_window_tokens": 1, "fusion": "gate"}),
+        (UNEVEN, {"qk_layernorm": False, "add_qkv_bias": True, "la_conv_kernel_size": 7}),
+        (UNEVEN, {"fa_query_scale_start": 20, "rope_scaling_factor": 8.0, "fa_rope": True}),
+    ],
+)
+def test_pieces_of_other_hybrids(plan, overrides):
+    model, exported = twins(plan, **overrides)
+    tokens = _tokens(length=40)
+    logits, _ = _in_pieces(exported, tokens, [3, 20, 1, 1, 15])
+    torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+HOLES = torch.ones(3, 40, dtype=torch.long)
+HOLES[0, :11] = 0  # on the left
+HOLES[1, 25:33] = 0  # on the right, before more tokens come
+HOLES[2, 4:6] = HOLES[2, 19:30] = 0  # anywhere
+
+
+@pytest.mark.parametrize("sizes", [[40], [33, 1, 1, 1, 4], [10, 9, 2, 19], [1] * 40])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_anywhere_changes_nothing(hybrid, sizes, implementation):
+    model, exported = hybrid
+    exported.set_attn_implementation(implementation)
+    tokens = _tokens(3, 40)
+    logits, _ = _in_pieces(exported, tokens, sizes, HOLES)
+    for row, real in enumerate(HOLES.bool()):
+        alone = megatron_logits(model, tokens[row : row + 1, real])
+        torch.testing.assert_close(logits[row, real], alone[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}],
+    ids=["greedy", "beams", "chunked prefill"],
+)
+def test_a_batch_generates_what_each_row_does_alone(hybrid, options):
+    _, exported = hybrid
+    tokens, lengths = _tokens(3, 20), (20, 13, 3)
+    mask = torch.stack([(torch.arange(20) >= 20 - length).long() for length in lengths])
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **options}
+    together = exported.generate(tokens, attention_mask=mask, **options)
+    for row, length in enumerate(lengths):
+        prompt = tokens[row : row + 1, 20 - length :]
+        alone = exported.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert together[row, 20:].tolist() == alone[0, length:].tolist()
+    assert len(set(together[:, 20:].flatten().tolist())) > 5, "outputs too dull to tell a mix-up"
+
+
+def test_greedy_generation_follows_the_whole_forward_pass(hybrid):
+    model, exported = hybrid
+    tokens = _tokens(2, 9)
+    generated = exported.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=40, do_sample=False
+    )
+    expected = megatron_logits(model, generated)[:, 8:-1].argmax(-1)
+    assert torch.equal(generated[:, 9:], expected)
+
+
+def test_generation_goes_on_from_a_kept_cache(hybrid):
+    _, exported = hybrid
+    tokens = _tokens(2, 30)
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=False)
+    expected = exported.generate(tokens, **options)
+    _, cache = _in_pieces(exported, tokens[:, :21], [21])
+    for _ in range(2):  # a copy is not changed by who goes on from it
+        kept = copy.deepcopy(cache)
+        assert torch.equal(exported.generate(tokens, past_key_values=kept, **options), expected)
+
+
+@pytest.mark.parametrize("plan", [UNEVEN, NO_FA, ALL_FA], ids=["uneven", "no FA", "FA alone"])
+@pytest.mark.parametrize("length", [1, 5, 90])
+def test_bytes_are_what_the_plan_promises(plan, length):
+    model, exported = twins(plan)
+    shape = ModelShape.from_config(model.config)
+    per_token = cache_bytes_per_token(shape, "fp32").of(plan)
+    state = state_bytes(shape, "fp32").of(plan)
+    for sizes in ([length], [1] * length):
+        _, cache = _in_pieces(exported, _tokens(3, length), sizes)
+        assert cache.num_bytes == 3 * (length * per_token + state)
+
+
+def test_bytes_in_bfloat16():
+    """Recurrent states stay float32."""
+    model, exported = twins(UNEVEN)
+    shape = ModelShape.from_config(model.config)
+    promised = 30 * cache_bytes_per_token(shape).of(UNEVEN) + state_bytes(shape).of(UNEVEN)
+    _, cache = _in_pieces(exported.to(torch.bfloat16), _tokens(1, 30), [20, *[1] * 10])
+    assert cache.num_bytes == promised
+
+
+def test_rows_of_a_cache_can_be_chosen_and_repeated(hybrid):
+    _, exported = hybrid
+    tokens = _tokens(3, 20)
+    chosen = torch.tensor([2, 0])
+    for change, rows in (
+        (lambda cache: cache.reorder_cache(chosen), chosen),
+        (lambda cache: cache.batch_select_indices(chosen), chosen),
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+    ):
+        expected, _ = _in_pieces(exported, tokens[rows], [15, 5])
+        _, cache = _in_pieces(exported, tokens[:, :15], [15])
+        change(cache)
+        with torch.no_grad():
+            logits = exported(tokens[rows, 15:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, expected[:, 15:], rtol=1e-5, atol=1e-5)
+
+
+def test_crop_where_all_heads_are_fa():
+    _, exported = twins(ALL_FA)
+    tokens = _tokens(2, 20)
+    expected, _ = _in_pieces(exported, tokens, [12, 8])
+    _, cache = _in_pieces(exported, torch.cat((tokens[:, :12], tokens[:, :6]), dim=1), [18])
+    cache.crop(12)
+    with torch.no_grad():
+        logits = exported(tokens[:, 12:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected[:, 12:], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_state_cannot_do_is_said(hybrid):
+    _, exported = hybrid
+    tokens = _tokens(1, 12)
+    _, cache = _in_pieces(exported, tokens, [12])
+    with pytest.raises(ValueError, match="cannot be cropped from 12 to 7 tokens: recurrent heads"):
+        cache.crop(7)
+    cache.crop(12)
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        exported.generate(tokens, assistant_model=exported, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"past_key_values": DynamicCache()}, "is a DynamicCache; a hybrid needs its own"),
+        ({"past_key_values": "of another"}, "made for another model"),
+        ({"attention_mask": torch.ones(1, 5)}, r"attention_mask is \(1, 5\); a hybrid needs"),
+        ({"attention_mask": torch.ones(1, 1, 12, 12)}, r"a hybrid needs \(1, 12\)"),
+        ({"past_key_values": "padded"}, "has seen padding: attention_mask must say"),
+    ],
+)
+def test_bad_calls_are_named(hybrid, options, message):
+    _, exported = hybrid
+    tokens = _tokens(1, 12)
+    if options.get("past_key_values") == "of another":
+        options = {"past_key_values": HydraCache(twins(NO_FA)[1].config)}
+    if options.get("past_key_values") == "padded":
+        mask = torch.ones_like(tokens)
+        mask[:, :3] = 0
+        options = {"past_key_values": _in_pieces(exported, tokens, [12], mask)[1]}
+    with pytest.raises(ValueError, match=message):
+        exported(tokens, **options)
+
+
+def test_a_static_cache_is_refused(hybrid):
+    _, exported = hybrid
+    with pytest.raises(ValueError, match="cache_implementation is 'static'; a hybrid has a dynamic"):
+        exported.generate(_tokens(1, 4), cache_implementation="static", max_new_tokens=2)
