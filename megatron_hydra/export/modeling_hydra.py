@@ -24,6 +24,9 @@ from .cache_hydra import HydraCache, HydraLayerCache
 from .configuration_hydra import KINDS, HydraHeadConfig
 from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, Stream, index_of, normed
 
+# Unused here: transformers 4 copies from a folder the files alone that this one names.
+from .recurrence_hydra import gated_delta_rule  # noqa: F401
+
 FLOAT32 = ("A_log", "dt_bias", "head_scale", "gate_weight", "sink")
 """Parameters that are few and change outputs much: float32 as they were trained, in any model."""
 

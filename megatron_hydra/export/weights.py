@@ -6,7 +6,7 @@ of a layer, which is the teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,20 +34,23 @@ _FUSION = ("head_scale", "gate_weight")
 _NORM_OF_FUSION = "fusion.norm.weight"
 
 
-def hybrid_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+def hybrid_tensors(
+    model: GPTModel, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
+) -> Iterator[tuple[str, Tensor]]:
     """A hybrid's tensors under the exported model's names, a layer after the other.
 
     Norms of a kind without a head in their layer are left out: no output depends on them.
 
     Args:
         model: Whole on one rank (TP=1, PP=1), of the `local` backend.
+        progress: Wraps the iteration over layers, as tqdm does.
 
     Raises:
         UserError: If the weight of a fusion's norm is not one, which the exported model has not.
     """
     parameters = dict(model.named_parameters())
     yield from _named([EMBEDDING], parameters)
-    for index, layer in enumerate(model.decoder.layers):
+    for index, layer in enumerate(progress(list(model.decoder.layers))):
         prefix = f"model.layers.{index}.self_attn."
         attention = layer.self_attention
         for name, tensor in attention_tensors(attention).items():

@@ -1,4 +1,4 @@
-"""Decoding with a cache: equal to one whole forward pass, and no byte more than the plan promises."""
+"""Decoding with a cache: equal to one forward pass, and no byte more than the plan promises."""
 
 from __future__ import annotations
 
@@ -221,5 +221,7 @@ def test_bad_calls_are_named(hybrid, options, message):
 
 def test_a_static_cache_is_refused(hybrid):
     _, exported = hybrid
-    with pytest.raises(ValueError, match="cache_implementation is 'static'; a hybrid has a dynamic"):
+    with pytest.raises(
+        ValueError, match="cache_implementation is 'static'; a hybrid has a dynamic"
+    ):
         exported.generate(_tokens(1, 4), cache_implementation="static", max_new_tokens=2)

@@ -31,6 +31,7 @@ VERBS = {
     "warm-up": "compile the kernels of LA heads before they are needed; for GPUs",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
     "certify": "hold a model to itself at every parallel layout; start it with torchrun",
+    "export": "write a checkpoint as a Hugging Face folder that runs without this package",
     "evaluate": "measure retrieval and perplexity of models",
     "report": "write one HTML page about a transfer",
 }

@@ -1,0 +1,116 @@
+"""`export`: a checkpoint becomes a Hugging Face folder that runs without this package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_hydra.disk import check_space
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import check_output, check_outputs, versions, write_beside
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.selection.cost import (
+    ModelShape,
+    ServeDtype,
+    cache_bytes_per_token,
+    state_bytes,
+    weight_bytes,
+)
+from megatron_hydra.teachers.model_folder import check_model_folder
+
+_FORMATS: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: The Hugging Face folder.
+        plan: Of the hybrid; None for a teacher.
+        weight_bytes: Of all tensors.
+        dtype: Of the weights, but for a hybrid's few float32 ones.
+        cache_bytes_per_token: Keys and values that a token adds, of the model and of its teacher.
+        state_bytes: That a sequence keeps whatever its length.
+    """
+
+    folder: Path
+    plan: HeadPlan | None
+    weight_bytes: int
+    dtype: str
+    cache_bytes_per_token: tuple[int, int]
+    state_bytes: int
+
+
+def export(
+    model: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> Exported:
+    """Write a checkpoint as a Hugging Face folder.
+
+    A hybrid comes with its model code, for transformers' `trust_remote_code`; a teacher as its
+    family's own model. The folder is written beside its place and moved there when complete.
+
+    Args:
+        model: Checkpoint folder of a hybrid or a teacher.
+        out: The folder.
+        dtype: Of the weights; None leaves them as they are stored.
+        max_shard_bytes: Of a file of weights.
+        overwrite: Replace an earlier folder.
+        progress: Shows how far it is.
+
+    Raises:
+        UserError: For a checkpoint that cannot be read, or an output that is in the way; nothing
+            is written then.
+    """
+    check_outputs([out], [model])
+    check_output(out, overwrite, "folder", marker="config.json")
+    if max_shard_bytes < 1:
+        raise UserError(f"a file of weights of {max_shard_bytes} bytes: it must be 1 or more")
+    if not check_model_folder(model):
+        raise UserError(f"{model} is a Hugging Face folder already")
+    from megatron_hydra import cpu
+
+    cpu.install_if_needed()
+    import torch
+
+    from megatron_hydra.export import folder, shards, weights
+    from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.teachers.checkpoint import load_checkpoint
+    from megatron_hydra.teachers.conversion import hugging_face_tensors
+    from megatron_hydra.teachers.tokenizer import check_tokenizer
+
+    initialize_model_parallel()
+    loaded = load_checkpoint(model)
+    config, plan = loaded.config, loaded.plan
+    check_tokenizer(loaded.tokenizer_folder, config.vocab_size)
+    of_weights = config.params_dtype if dtype is None else getattr(torch, dtype)
+    name = str(of_weights).removeprefix("torch.")
+    shape = ModelShape.from_config(config)
+    check_space(out, weight_bytes(shape, _FORMATS[name]).of(plan))
+    per_token = cache_bytes_per_token(shape, _FORMATS[name])
+    cache = (int(per_token.of(plan)), int(per_token.of(None)))
+    state = int(0 if plan is None else state_bytes(shape, _FORMATS[name]).of(plan))
+    with write_beside(out, overwrite, kind="folder", marker="config.json") as temporary:
+        temporary.mkdir(parents=True)
+        if plan is None:
+            folder.write_teacher_parts(temporary, config, loaded.tokenizer_folder, of_weights)
+            parameters = dict(loaded.model.named_parameters())
+            tensors = iter(hugging_face_tensors(config, parameters).items())
+        else:
+            figures = folder.CardFigures(cache, state, name, versions())
+            folder.write_hybrid_parts(
+                temporary, config, plan, loaded.tokenizer_folder, of_weights, figures
+            )
+            tensors = weights.hybrid_tensors(
+                loaded.model, lambda layers: progress(layers, "weights", "layer")
+            )
+        written = shards.write_shards(temporary, tensors, max_shard_bytes, of_weights)
+    return Exported(out, plan, written, name, cache, state)

@@ -1,0 +1,178 @@
+"""The exported folder: configuration, model code, tokenizer, generation settings, model card."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.export.config import exported_config
+from megatron_hydra.files import content_hash
+from megatron_hydra.teachers.config_json import FIELDS
+from megatron_hydra.teachers.families import family_of
+from megatron_hydra.teachers.rope_json import PLAIN_ROPE
+from megatron_hydra.teachers.token_ids import end_of_document
+from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer, tokenizer_files
+
+if TYPE_CHECKING:
+    from megatron_hydra.head_plan import HeadPlan
+    from megatron_hydra.model.config import HydraConfig
+
+_CODE = tuple(sorted(Path(__file__).parent.glob("*_hydra.py")))
+_AUTO_MAP = {
+    "AutoConfig": "configuration_hydra.HydraHeadConfig",
+    "AutoModel": "modeling_hydra.HydraModel",
+    "AutoModelForCausalLM": "modeling_hydra.HydraForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class CardFigures:
+    """What a model card tells of memory, in bytes at the exported number format.
+
+    Attributes:
+        cache_per_token: Keys and values that a token adds, of the hybrid and of its teacher.
+        state: That a sequence keeps whatever its length.
+        dtype: The number format in words.
+        versions: Of the packages that wrote the folder.
+    """
+
+    cache_per_token: tuple[int, int]
+    state: int
+    dtype: str
+    versions: Mapping[str, str]
+
+
+def write_hybrid_parts(
+    folder: Path,
+    config: HydraConfig,
+    plan: HeadPlan,
+    tokenizer_folder: Path,
+    dtype: torch.dtype,
+    figures: CardFigures,
+) -> None:
+    """All but the weights of a hybrid.
+
+    Args:
+        folder: Exists.
+        config: The hybrid's.
+        plan: Its plan.
+        tokenizer_folder: Its tokenizer files are copied.
+        dtype: Of the weights.
+        figures: For the model card.
+    """
+    exported = exported_config(config, plan)
+    exported.architectures = ["HydraForCausalLM"]
+    exported.auto_map = _AUTO_MAP
+    exported.dtype = dtype
+    # For a tokenizer that names no class.
+    exported.tokenizer_class = family_of(config).tokenizer_class
+    _write_tokenizer(folder, tokenizer_folder)
+    exported.save_pretrained(folder)
+    for file in _CODE:
+        shutil.copy(file, folder / file.name)
+    (folder / "README.md").write_text(_card(config, plan, figures), "utf-8")
+
+
+def write_teacher_parts(
+    folder: Path, config: HydraConfig, tokenizer_folder: Path, dtype: torch.dtype
+) -> None:
+    """All but the weights of a teacher, as its family's own model; arguments as above."""
+    family = family_of(config)
+    data: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.seq_length,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+    }
+    if config.rope_scaling_factor != PLAIN_ROPE["rope_scaling_factor"]:
+        data["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling_factor,
+            "low_freq_factor": config.rope_low_freq_factor,
+            "high_freq_factor": config.rope_high_freq_factor,
+            "original_max_position_embeddings": config.rope_original_length,
+        }
+    (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    _write_tokenizer(folder, tokenizer_folder)
+
+
+def _write_tokenizer(folder: Path, source: Path) -> None:
+    """The tokenizer's files, and what ends a generated text: a turn's end or a document's."""
+    for file in tokenizer_files(find_tokenizer(source)):
+        shutil.copy(file, folder / file.name)
+    tokenizer = load_tokenizer(source)
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # Without an end texts go on to the length that is asked for.
+    with contextlib.suppress(UserError):
+        ends.append(end_of_document(tokenizer)[1])
+    ends = list(dict.fromkeys(ends))
+    pad = tokenizer.pad_token_id
+    settings = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+        pad_token_id=ends[-1] if pad is None and ends else pad,
+    )
+    settings.save_pretrained(folder)
+
+
+def code_hash() -> str:
+    """Hash (hex) of the model code's files."""
+    return content_hash(_CODE)
+
+
+def _card(config: HydraConfig, plan: HeadPlan, figures: CardFigures) -> str:
+    """The model card, Markdown with the hub's front matter."""
+    kinds = Counter(kind for layer in plan.resolved(config.la_kind).layers for kind in layer.kinds)
+    total = plan.num_layers * plan.num_heads
+    stored = sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
+    groups = plan.num_layers * plan.num_query_groups
+    hybrid, teacher = figures.cache_per_token
+    others = "".join(
+        f"| heads of kind `{kind}` | {count} |\n" for kind, count in kinds.items() if kind != "fa"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [hybrid-attention, linear-attention, custom_code]
+---
+# A head-level hybrid
+
+Each attention head of the teacher is of one kind: the few that retrieve keep full attention (FA),
+the others do not keep keys and values of every token
+([HydraHead, arXiv 2606.20097](https://arxiv.org/abs/2606.20097)). Written by megatron_hydra.
+
+| | |
+|---|---|
+| layers | {plan.num_layers} |
+| heads with full attention | {kinds["fa"]} of {total} |
+{others}| query groups whose keys and values are stored | {stored} of {groups} |
+| cache per token, {figures.dtype} | {hybrid:,} bytes (teacher: {teacher:,}) |
+| state per sequence, whatever its length | {figures.state:,} bytes |
+| longest sequence the model was built for | {config.seq_length:,} tokens |
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "THIS FOLDER", trust_remote_code=True)("Once upon a time"))
+```
+It needs PyTorch and transformers; on a GPU also flash-linear-attention (`pip install fla-core`),
+without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere. Assisted
+decoding and static caches are refused.
+
+License: that of the teacher, whose weights it started from.
+
+Versions: {versions}. Hash of the model code: `{code_hash()}`.
+"""

@@ -1,0 +1,198 @@
+"""The exported folder: loads by transformers' own means where this package is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from hydra_tools import cli  # noqa: E402
+from kit.exported import megatron_logits  # noqa: E402
+from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
+from kit.tiny_qwen3 import write_tiny_teacher  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from megatron_hydra.head_plan import HeadPlan  # noqa: E402
+from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
+from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
+
+TOKENS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(1))
+STRANGER = """
+import json, sys
+for name in ("megatron_hydra", "hydra_kernels", "hydra_tools", "megatron", "nemo"):
+    sys.modules[name] = None  # importing one raises
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+folder, tokens, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+torch.save(model(torch.load(tokens)).logits.detach(), out)
+tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+generate = pipeline("text-generation", folder, trust_remote_code=True)
+options = dict(max_new_tokens=12, do_sample=False, return_full_text=False)
+texts = ["Once upon a time", "a"]
+alone = [generate(text, **options)[0]["generated_text"] for text in texts]
+tokenizer.pad_token = tokenizer.eos_token
+batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+ids = model.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch.input_ids.shape[1]:]
+together = tokenizer.batch_decode(ids, skip_special_tokens=True)
+print(json.dumps({"alone": alone, "together": together, "class": type(model).__module__}))
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Checkpoints `teacher` and `hybrid`; `hf` and, in many files, `sharded`, exported of it."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder, PLAN_OF_KINDS)
+    export = ["export", "--model", f"{folder}/hybrid", "--out"]
+    assert cli.main([*export, f"{folder}/hf"]) == 0
+    assert cli.main([*export, f"{folder}/sharded", "--max-shard-gb", "3e-5"]) == 0
+    return folder
+
+
+def _expected(folder: Path) -> torch.Tensor:
+    initialize_model_parallel()
+    return megatron_logits(load_checkpoint(folder).model.eval(), TOKENS)
+
+
+def _load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize("name", ["hf", "sharded"])
+def test_a_stranger_loads_it_and_generates(models, tmp_path, name):
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    arguments = [models / name, tmp_path / "tokens.pt", tmp_path / "logits.pt"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", STRANGER, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    logits, expected = torch.load(tmp_path / "logits.pt"), _expected(models / "hybrid")
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["class"].startswith("transformers_modules")
+    assert said["alone"] == said["together"] and all(said["alone"])
+
+
+def test_shards_hold_the_same_tensors(models):
+    whole = load_file(models / "hf/model.safetensors")
+    parts = [load_file(path) for path in sorted((models / "sharded").glob("*.safetensors"))]
+    assert len(parts) > 3
+    assert max(sum(t.nbytes for t in part.values()) for part in parts[1:]) <= 30_000
+    together = {name: tensor for part in parts for name, tensor in part.items()}
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(together[name], tensor) for name, tensor in whole.items())
+    index = json.loads((models / "sharded/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+
+
+def test_in_bfloat16_the_few_float32_parameters_stay(models, tmp_path):
+    arguments = ["--model", f"{models}/hybrid", "--out", f"{tmp_path}/hf", "--dtype", "bfloat16"]
+    assert cli.main(["export", *arguments]) == 0
+    model = _load(tmp_path / "hf", dtype="auto")
+    full = _load(models / "hf")
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    words = {name.rpartition(".")[2] for name in wide}
+    assert words == {"A_log", "dt_bias", "head_scale", "sink"}
+    for name, parameter in full.named_parameters():
+        expected = parameter if name in wide else parameter.bfloat16()
+        assert torch.equal(model.get_parameter(name), expected), name
+    for name, parameter in _load(models / "hf", dtype=torch.bfloat16).named_parameters():
+        assert parameter.dtype == model.get_parameter(name).dtype, name
+    agreement = (model(TOKENS).logits.argmax(-1) == full(TOKENS).logits.argmax(-1)).float().mean()
+    assert agreement > 0.9
+
+
+def test_transformers_saves_what_it_has_loaded(models, tmp_path):
+    model = _load(models / "hf")
+    model.save_pretrained(tmp_path / "again")
+    again = _load(tmp_path / "again")
+    assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
+
+
+def test_the_card_tells_the_plans_figures(models):
+    card = (models / "hf/README.md").read_text("utf-8")
+    assert "| heads with full attention | 2 of 8 |" in card
+    assert "| query groups whose keys and values are stored | 2 of 4 |" in card
+    # Two groups of key and value, 16 channels each in float32; the teacher has four.
+    assert "| cache per token, float32 | 256 bytes (teacher: 512) |" in card
+    assert "sliding_window` | 1 |" in card and "transformers" in card
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("qwen3", {}), ("qwen3", {"tie_word_embeddings": False}), ("qwen2", {})],
+)
+def test_a_teacher_goes_back_as_it_came(tmp_path, model_type, fields):
+    source = write_tiny_teacher(tmp_path / "source", model_type, **fields)
+    convert = ["convert", "--teacher", str(source), "--out", f"{tmp_path}/checkpoint"]
+    assert cli.main(convert) == 0
+    export = ["export", "--model", f"{tmp_path}/checkpoint", "--out", f"{tmp_path}/hf"]
+    assert cli.main(export) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "hf"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("source", "hf")]
+    assert type(models[0]) is type(models[1])
+    assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
+
+
+def test_a_family_with_biases_and_its_hybrid(tmp_path):
+    source = write_tiny_teacher(tmp_path / "source", "qwen2", tie_word_embeddings=False)
+    PLAN_OF_KINDS.save(tmp_path / "plan.json")
+    convert = ["convert", "--teacher", str(source), "--plan", f"{tmp_path}/plan.json"]
+    convert += ["--out", f"{tmp_path}/hybrid", "--calibration-tokens", "256", "model.fusion=gate"]
+    assert cli.main(convert) == 0
+    assert cli.main(["export", "--model", f"{tmp_path}/hybrid", "--out", f"{tmp_path}/hf"]) == 0
+    logits = _load(tmp_path / "hf")(TOKENS).logits
+    torch.testing.assert_close(logits, _expected(tmp_path / "hybrid"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "{}/qwen3", "--out", "{}/new"], "is a Hugging Face folder already"),
+        (["--model", "{}/hybrid", "--out", "{}/hf"], "exists: name another, or pass --overwrite"),
+        (
+            ["--model", "{}/hybrid", "--out", "{}/teacher", "--overwrite"],
+            "holds something else: it has no config.json",
+        ),
+        (["--model", "{}/hybrid", "--out", "{}/hybrid/new"], "lies in the input"),
+        (["--model", "{}/hybrid", "--out", "{}/new", "--max-shard-gb", "0"], "must be 1 or more"),
+        (["--model", "{}/gone", "--out", "{}/new"], "gone does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(models, capsys, arguments, sentence):
+    before = sorted(models.rglob("*"))
+    assert cli.main(["export", *(text.format(models) for text in arguments)]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(models.rglob("*")) == before
+
+
+def test_a_failure_on_the_way_leaves_nothing(models, capsys):
+    """Of a checkpoint whose weights are another plan's."""
+    plan = models / "hybrid/plan.json"
+    whole = plan.read_text("utf-8")
+    plan.unlink()
+    HeadPlan.from_fa_heads({0: [0], 1: [0]}, 2, 4, 2).save(plan)
+    try:
+        code = cli.main(["export", "--model", f"{models}/hybrid", "--out", f"{models}/new"])
+    finally:
+        plan.write_text(whole, "utf-8")
+    assert code == 2 and len(capsys.readouterr().err.strip().splitlines()[-1]) > 20
+    assert not [path for path in models.iterdir() if "new" in path.name]
