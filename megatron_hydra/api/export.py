@@ -107,7 +107,7 @@ def export(
         else:
             figures = folder.CardFigures(cache, state, name, versions())
             folder.write_hybrid_parts(
-                temporary, config, plan, loaded.tokenizer_folder, of_weights, figures
+                temporary, config, plan, loaded.meta, loaded.tokenizer_folder, of_weights, figures
             )
             tensors = weights.hybrid_tensors(
                 loaded.model, lambda layers: progress(layers, "weights", "layer")

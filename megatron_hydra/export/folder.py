@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.export.config import exported_config
-from megatron_hydra.files import content_hash
+from megatron_hydra.files import content_hash, write_json
 from megatron_hydra.teachers.config_json import FIELDS
 from megatron_hydra.teachers.families import family_of
 from megatron_hydra.teachers.rope_json import PLAIN_ROPE
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
 
 _CODE = tuple(sorted(Path(__file__).parent.glob("*_hydra.py")))
+PLAN, CHECKPOINT = "plan.json", "checkpoint.json"
+"""What the model's own configuration does not say of the checkpoint that it comes from."""
 _AUTO_MAP = {
     "AutoConfig": "configuration_hydra.HydraHeadConfig",
     "AutoModel": "modeling_hydra.HydraModel",
@@ -56,6 +58,7 @@ def write_hybrid_parts(
     folder: Path,
     config: HydraConfig,
     plan: HeadPlan,
+    meta: Mapping[str, Any],
     tokenizer_folder: Path,
     dtype: torch.dtype,
     figures: CardFigures,
@@ -66,6 +69,7 @@ def write_hybrid_parts(
         folder: Exists.
         config: The hybrid's.
         plan: Its plan.
+        meta: The checkpoint's model.json, kept with the plan for the way back.
         tokenizer_folder: Its tokenizer files are copied.
         dtype: Of the weights.
         figures: For the model card.
@@ -78,6 +82,8 @@ def write_hybrid_parts(
     exported.tokenizer_class = family_of(config).tokenizer_class
     _write_tokenizer(folder, tokenizer_folder)
     exported.save_pretrained(folder)
+    plan.save(folder / PLAN)
+    write_json(folder / CHECKPOINT, dict(meta))
     for file in _CODE:
         shutil.copy(file, folder / file.name)
     (folder / "README.md").write_text(_card(config, plan, figures), "utf-8")

@@ -31,7 +31,6 @@ _PROJECTIONS = {
 }
 _NORMS = {"q_layernorm.weight": "q_norm.weight", "k_layernorm.weight": "k_norm.weight"}
 _FUSION = ("head_scale", "gate_weight")
-_NORM_OF_FUSION = "fusion.norm.weight"
 
 
 def hybrid_tensors(
@@ -48,24 +47,64 @@ def hybrid_tensors(
     Raises:
         UserError: If the weight of a fusion's norm is not one, which the exported model has not.
     """
+    for name, places in _places(model, progress):
+        yield name, torch.cat(places) if len(places) > 1 else places[0]
+
+
+@torch.no_grad()
+def load_hybrid_tensors(
+    model: GPTModel,
+    read: Callable[[str], Tensor],
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> list[str]:
+    """The way back: fill a hybrid with tensors, each read once and written before the next.
+
+    Args:
+        model: As :func:`hybrid_tensors`.
+        read: Gives the tensor of a name.
+        progress: As :func:`hybrid_tensors`.
+
+    Returns:
+        The names that were read.
+
+    Raises:
+        UserError: If a tensor has another shape than its place.
+    """
+    names = []
+    for name, places in _places(model, progress):
+        tensor, rows = read(name), [len(place) for place in places]
+        expected = (sum(rows), *places[0].shape[1:])
+        if tuple(tensor.shape) != expected:
+            raise UserError(
+                f"tensor {name} has shape {tuple(tensor.shape)}; config.json asks for {expected}"
+            )
+        for place, part in zip(places, tensor.split(rows), strict=True):
+            place.copy_(part)
+        names.append(name)
+    return names
+
+
+def _places(
+    model: GPTModel, progress: Callable[[Sequence[Any]], Iterable[Any]]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """By the exported names, views of parameters that lie above each other in the tensor."""
     parameters = dict(model.named_parameters())
     yield from _named([EMBEDDING], parameters)
     for index, layer in enumerate(progress(list(model.decoder.layers))):
         prefix = f"model.layers.{index}.self_attn."
         attention = layer.self_attention
-        for name, tensor in attention_tensors(attention).items():
-            yield prefix + name, tensor
-        yield f"{prefix}o_proj.weight", attention.linear_proj.weight
+        for name, places in _attention_places(attention):
+            yield prefix + name, places
+        yield f"{prefix}o_proj.weight", [attention.linear_proj.weight]
         yield from _named([row.of_layer(index) for row in _rows_beside_attention()], parameters)
     yield from _named([FINAL_NORM], parameters)
     if not model.share_embeddings_and_output_weights:
         yield from _named([OUTPUT_LAYER], parameters)
 
 
-def attention_tensors(attention: HydraAttention) -> dict[str, Tensor]:
-    """What a layer's attention has beside its output projection, by the exported names."""
+def _attention_places(attention: HydraAttention) -> Iterator[tuple[str, list[Tensor]]]:
+    """What a layer's attention has beside its output projection."""
     assert len(attention.placement.heads_per_rank) == 1, "one tensor-parallel rank holds all heads"
-    result = {}
     for kind in ("weight", "bias"):
         joined = getattr(attention.in_proj, kind, None)
         if joined is None:
@@ -74,19 +113,18 @@ def attention_tensors(attention: HydraAttention) -> dict[str, Tensor]:
             if section.units:
                 prefix, _, part = section.name.rpartition("_")
                 rows = [joined[attention.layout.rows(section.name, u)] for u in section.units]
-                result[f"{prefix}.{_PROJECTIONS[part]}.{kind}"] = torch.cat(rows)
+                yield f"{prefix}.{_PROJECTIONS[part]}.{kind}", rows
     for mixer in _mixers(attention):
         prefix = mixer.gate_name.removesuffix("_gate")
         for name, parameter in mixer.named_parameters():
-            result[f"{prefix}.{_NORMS.get(name, name)}"] = parameter
+            yield f"{prefix}.{_NORMS.get(name, name)}", [parameter]
     fusion = attention.fusion
-    result |= {name: getattr(fusion, name) for name in _FUSION if hasattr(fusion, name)}
+    yield from ((name, [getattr(fusion, name)]) for name in _FUSION if hasattr(fusion, name))
     if fusion.norm is not None and not torch.all(fusion.norm.weight == 1):
         raise UserError(
-            f"{_NORM_OF_FUSION} of layer {attention.layer_number - 1} is not 1 everywhere: no "
+            f"fusion.norm.weight of layer {attention.layer_number - 1} is not 1 everywhere: no "
             "release of this package trains it, and the exported model has no place for it"
         )
-    return result
 
 
 def _mixers(attention: HydraAttention) -> list[Mixer]:
@@ -99,8 +137,8 @@ def _rows_beside_attention() -> list[Weight]:
     return [row for row in LAYER if not row.megatron.startswith("self_attention.")]
 
 
-def _named(rows: list[Weight], parameters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _named(rows: list[Weight], parameters: Mapping[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
     """Megatron's parameters by transformers' names; several lie in one, in equal parts."""
     for row in rows:
         parts = parameters[row.megatron].chunk(len(row.hugging_face))
-        yield from zip(row.hugging_face, parts, strict=True)
+        yield from ((name, [part]) for name, part in zip(row.hugging_face, parts, strict=True))

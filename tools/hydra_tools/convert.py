@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra_tools.progress import progress
 from megatron_hydra.api.convert import LONGEST_CALIBRATION, Calibration, Conversion, convert
+from megatron_hydra.api.convert_hybrid import convert_hybrid
 from megatron_hydra.errors import UserError
 from megatron_hydra.schema import read_overrides
 from megatron_hydra.tasks.text_files import add_text_options, text_options
@@ -18,7 +19,11 @@ from megatron_hydra.tasks.text_files import add_text_options, text_options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    parser.add_argument("--teacher", required=True, type=Path, help="Hugging Face folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--teacher", type=Path, help="Hugging Face folder")
+    source.add_argument(
+        "--hybrid", type=Path, help="what `export` wrote of a hybrid; it knows its plan and options"
+    )
     parser.add_argument(
         "--plan", type=Path, help="what `plan` wrote; else the teacher is converted"
     )
@@ -49,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; print what came from the teacher and what is new."""
+    if args.hybrid is not None:
+        return _convert_back(args)
     done = convert(
         args.teacher,
         args.out,
@@ -67,6 +74,20 @@ def run(args: argparse.Namespace) -> int:
         progress=progress,
     )
     print("\n".join(_lines(done)))
+    return 0
+
+
+def _convert_back(args: argparse.Namespace) -> int:
+    """Of an exported hybrid."""
+    if args.plan is not None or args.overrides:
+        raise UserError("an exported hybrid has its plan and its options: give --hybrid alone")
+    command = shlex.join(["megatron-hydra", *sys.argv[1:]])
+    plan = convert_hybrid(
+        args.hybrid, args.out, overwrite=args.overwrite, command=command, progress=progress
+    )
+    num_heads = plan.num_layers * plan.num_heads
+    print(f"heads: {plan.num_fa_heads} with full attention of {num_heads}")
+    print(f"checkpoint: {args.out}")
     return 0
 
 
