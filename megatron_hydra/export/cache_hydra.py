@@ -75,6 +75,8 @@ class HydraLayerCache(CacheLayerMixin):
         """No limit."""
         return -1
 
+    get_max_length = get_max_cache_shape  # as later releases call it
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.keys = self.values = None

@@ -59,7 +59,9 @@ class HydraHeadConfig(PretrainedConfig):
             attention and the others).
         initializer_range: Standard deviation of new weights.
         use_cache: Return a cache.
-        **kwargs: Of transformers' base class, such as `tie_word_embeddings`.
+        tie_word_embeddings: Whether the output layer is the embedding. Releases before 5 leave a
+            true one out of config.json, so that this default must stay.
+        **kwargs: Of transformers' base class.
 
     Raises:
         ValueError: For heads that do not fit, a kind or a choice that is unknown.
@@ -104,6 +106,7 @@ class HydraHeadConfig(PretrainedConfig):
         fusion: str = "scale",
         initializer_range: float = 0.02,
         use_cache: bool = True,
+        tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -143,7 +146,7 @@ class HydraHeadConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self._check()
-        super().__init__(**kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def heads_of(self, layer: int, kind: str) -> list[int]:
         """The heads of a kind in a layer, ascending; both count from 0."""

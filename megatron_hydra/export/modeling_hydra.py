@@ -27,6 +27,9 @@ from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, Stream, index_of, normed
 # Unused here: transformers 4 copies from a folder the files alone that this one names.
 from .recurrence_hydra import gated_delta_rule  # noqa: F401
 
+# What transformers calls the cache: `cache` in its latest releases.
+_IS_RENAMED = "cache" in inspect.signature(CausalLMOutputWithPast).parameters
+CACHE = "cache" if _IS_RENAMED else "past_key_values"
 FLOAT32 = ("A_log", "dt_bias", "head_scale", "gate_weight", "sink")
 """Parameters that are few and change outputs much: float32 as they were trained, in any model."""
 
@@ -138,6 +141,11 @@ class HydraPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = [name for name in FLOAT32 if name in names]
         self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Transformers else looks for its own words in this file."""
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         """New weights, as Gated DeltaNet's code and Megatron start them."""
         std = self.config.initializer_range
@@ -193,9 +201,11 @@ class HydraModel(HydraPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: HydraCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As :meth:`HydraForCausalLM.forward`, to hidden states `[b, t, h]`."""
+        past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -220,8 +230,8 @@ class HydraModel(HydraPreTrainedModel):
         states[-1] = x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(states) if output_hidden_states else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def _stream(
@@ -266,7 +276,7 @@ class HydraModel(HydraPreTrainedModel):
         options: dict[str, Any] = {
             "config": self.config,
             "attention_mask": attention_mask,
-            "past_key_values": cache,
+            CACHE: cache,
             "input_embeds" if "input_embeds" in names else "inputs_embeds": x,
         }
         if "cache_position" in names:
@@ -310,6 +320,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: HydraCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict the next tokens.
@@ -326,6 +337,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
             logits_to_keep: Logits of the last so many tokens, or of these; 0 for all.
             output_hidden_states: Return each layer's input, and the last norm's output.
             return_dict: False for a tuple.
+            cache: `past_key_values` in the words of transformers' latest releases.
             **kwargs: Of other models; `num_items_in_batch` goes to the loss.
 
         Raises:
@@ -335,7 +347,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            past_key_values if cache is None else cache,
             inputs_embeds,
             use_cache,
             output_hidden_states,
@@ -352,8 +364,8 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -373,6 +385,6 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
                 f"cache_implementation is {generation_config.cache_implementation!r}; a hybrid has "
                 "a dynamic cache alone"
             )
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE) is not None
         if generation_config.use_cache is not False and not is_given:
-            model_kwargs["past_key_values"] = HydraCache(self.config)
+            model_kwargs[CACHE] = HydraCache(self.config)
