@@ -55,7 +55,7 @@ COVERING_OF_BIASES = {
     "sequence parallel, ranks of one kind: tp2 sp by_type",
     "distributed optimizer: tp2 sp by_type distopt",
     "packed documents: cp2 micro4 packed",
-    "checkpoint there and back: tp2 sp by_type",
+    "checkpoint there and back: tp2 sp by_type, tp2 sp balanced",
 }
 COVERING_ON_FOUR = {
     "sequence parallel, ranks of one kind: tp4 sp by_type",
@@ -86,7 +86,7 @@ def test_four_kinds_in_a_layer_on_four_ranks(tmp_path):
     """Full attention, Gated DeltaNet, Kimi Delta Attention and sliding windows."""
     wanted = {
         *COVERING_ON_FOUR,
-        "checkpoint there and back: tp2 sp by_type",
+        "checkpoint there and back: tp2 sp by_type, tp2 sp balanced",
         "pipeline: pp2 micro4",
     }
     rows = _certify(tmp_path, 4, WINDOW, TWO_LAYERS, (4, 2, 2), wanted, OTHER_KINDS)
