@@ -10,6 +10,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
+# The newest transformers, which exported models must run in too; it shares PyTorch and all else.
+NEWEST := $(VENV)/transformers-newest
 
 .PHONY: install quickstart test test-slow test-gpu bench-gpu bench-2-gpus checks certificates teacher \
 	clean
@@ -24,13 +26,21 @@ $(INSTALLED): requirements/cpu.txt requirements/dev.txt setup.py
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(NEWEST)/.installed: $(INSTALLED) requirements/transformers_newest.txt
+	test -x $(NEWEST)/bin/python || $(VENV)/bin/python -m venv $(NEWEST)
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(NEWEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(NEWEST)/bin/pip install --quiet --no-deps -r requirements/transformers_newest.txt
+	touch $@
+
 quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
 
 # In the order of testpaths, which has the long files first: else one is left to the end.
-test: $(INSTALLED)
+test: $(INSTALLED) $(NEWEST)/.installed
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not gpu and not exhaustive"
+	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider tests/export/test_decoding.py
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"
