@@ -17,8 +17,10 @@ from kit.exported import ALL_FA, NO_FA, UNEVEN, megatron_logits, twins  # noqa: 
 from kit.tiny import token_batch  # noqa: E402
 
 import megatron_hydra.export  # noqa: E402
+from megatron_hydra.export import configuration_hydra, mixers_hydra  # noqa: E402
 from megatron_hydra.export.config import LEFT_OUT, NAMES, PART_OF_KINDS, SAME  # noqa: E402
 from megatron_hydra.model.config import stored_fields  # noqa: E402
+from megatron_hydra.model.mixers.kinds import KINDS  # noqa: E402
 from megatron_hydra.teachers.config_json import SHAPE_FIELDS  # noqa: E402
 
 QWEN2 = {"qk_layernorm": False, "add_qkv_bias": True}
@@ -92,6 +94,11 @@ def test_queries_are_scaled_where_megatron_scales_them():
 
 def test_every_field_of_a_checkpoint_has_a_place_in_the_exported_configuration():
     assert {*NAMES, *SAME, *PART_OF_KINDS, *LEFT_OUT} == {*stored_fields(), *SHAPE_FIELDS}
+
+
+def test_every_kind_of_head_is_exported_and_in_the_same_order():
+    """The order decides where the fusion finds a head's output."""
+    assert tuple(KINDS) == configuration_hydra.KINDS == tuple(mixers_hydra.MIXERS)
 
 
 def test_model_code_stands_alone():
