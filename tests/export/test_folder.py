@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
+from megatron_hydra.teachers.families import FAMILIES  # noqa: E402
 
 TOKENS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(1))
 NEWEST = f"{sys.prefix}/transformers-newest/bin/python"
@@ -50,6 +51,27 @@ together = tokenizer.batch_decode(ids, skip_special_tokens=True)
 said = {"alone": alone, "together": together, "class": type(model).__module__}
 print(json.dumps({**said, "transformers": transformers.__version__}))
 """
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+sources = pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        *((name, {}) for name in FAMILIES),
+        ("qwen3", {"tie_word_embeddings": False}),
+        *(
+            (name, {"rope_scaling": LLAMA3, "tie_word_embeddings": False})
+            for name, family in FAMILIES.items()
+            if "llama3" in family.rope_types
+        ),
+    ],
+)
+"""Teachers of every family; without and with an output layer of their own; with scaled RoPE."""
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +163,7 @@ def test_the_card_tells_the_plans_figures(models):
     assert "sliding_window` | 1 |" in card and "transformers" in card
 
 
-@pytest.mark.parametrize(
-    ("model_type", "fields"),
-    [("qwen3", {}), ("qwen3", {"tie_word_embeddings": False}), ("qwen2", {})],
-)
+@sources
 def test_a_teacher_goes_back_as_it_came(tmp_path, model_type, fields):
     source = write_tiny_teacher(tmp_path / "source", model_type, **fields)
     convert = ["convert", "--teacher", str(source), "--out", f"{tmp_path}/checkpoint"]
@@ -159,11 +178,13 @@ def test_a_teacher_goes_back_as_it_came(tmp_path, model_type, fields):
     assert torch.equal(models[0](TOKENS).logits, models[1](TOKENS).logits)
 
 
-def test_a_family_with_biases_and_its_hybrid(tmp_path):
-    source = write_tiny_teacher(tmp_path / "source", "qwen2", tie_word_embeddings=False)
+@sources
+def test_hybrids_of_every_family(tmp_path, model_type, fields):
+    source = write_tiny_teacher(tmp_path / "source", model_type, **fields)
     PLAN_OF_KINDS.save(tmp_path / "plan.json")
     convert = ["convert", "--teacher", str(source), "--plan", f"{tmp_path}/plan.json"]
     convert += ["--out", f"{tmp_path}/hybrid", "--calibration-tokens", "256", "model.fusion=gate"]
+    convert += ["model.fa_rope=true"]
     assert cli.main(convert) == 0
     assert cli.main(["export", "--model", f"{tmp_path}/hybrid", "--out", f"{tmp_path}/hf"]) == 0
     logits = _load(tmp_path / "hf")(TOKENS).logits
