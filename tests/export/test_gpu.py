@@ -13,7 +13,10 @@ from megatron_hydra.export.configuration_hydra import HydraHeadConfig
 from megatron_hydra.export.modeling_hydra import CACHE, HydraForCausalLM
 from megatron_hydra.export.recurrence_hydra import _fla, gated_delta_rule
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 KINDS = [
     ["fa", "gated_delta_net", "fa", "gated_delta_net", "gated_delta_net", "fa", "fa", "kda"],
     ["sliding_window", "kda", "kda", "fa", "gated_delta_net", "sliding_window", "kda", "kda"],
