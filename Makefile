@@ -38,9 +38,9 @@ quickstart: $(INSTALLED)
 
 # In the order of testpaths, which has the long files first: else one is left to the end.
 test: $(INSTALLED) $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider tests/export/test_decoding.py
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not gpu and not exhaustive"
-	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider tests/export/test_decoding.py
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"
