@@ -161,7 +161,9 @@ def test_the_readmes_lines_for_plain_megatron_build_the_hybrid(
     assert "output_layer.weight" not in dict(model.named_parameters()), "tied, as the teacher's"
 
 
+# `make test` runs the same with a Llama, in teachers/test_families.py.
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_main_job_in_python(tmp_path: Path) -> None:
     """In a process of its own, as three trainings follow one another there, of unequal batches."""
     program = f"""

@@ -59,6 +59,7 @@ def test_context_parallel_does_not_show(alone: Any, cp_size: int, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # test_hydra_attention.py and test_la_preparation.py hold the kernels alone
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs kernels in Triton's interpreter")
 def test_triton_kernels_do_not_show(tmp_path: Path) -> None:
     """Two ranks with our kernels against one without: two pieces per rank, and moved documents."""

@@ -70,12 +70,14 @@ def test_a_covering_part_of_the_matrix_on_two_ranks(tmp_path):
     assert _names(rows) == COVERING_ON_TWO
 
 
+@pytest.mark.exhaustive  # tensor parallelism and a checkpoint of biases: test_families.py
 def test_biases_of_a_teacher_without_norms_on_two_ranks(tmp_path):
     variant = VARIANTS["biases, no norms, scaled RoPE"]
     rows = _certify(tmp_path, 2, variant, TWO_LAYERS, (2, 2, 1), COVERING_OF_BIASES)
     assert _names(rows) == COVERING_OF_BIASES
 
 
+@pytest.mark.exhaustive  # the same checks with four kinds are below
 def test_a_covering_part_of_the_matrix_on_four_ranks(tmp_path):
     variant = VARIANTS["dynamic gate, RoPE on FA"]
     rows = _certify(tmp_path, 4, variant, TWO_LAYERS, (4, 2, 1), COVERING_ON_FOUR)
@@ -86,7 +88,7 @@ def test_four_kinds_in_a_layer_on_four_ranks(tmp_path):
     """Full attention, Gated DeltaNet, Kimi Delta Attention and sliding windows."""
     wanted = {
         *COVERING_ON_FOUR,
-        "checkpoint there and back: tp2 sp by_type, tp2 sp balanced",
+        "checkpoint there and back: tp4 sp by_type, tp4 sp balanced",
         "pipeline: pp2 micro4",
     }
     rows = _certify(tmp_path, 4, WINDOW, TWO_LAYERS, (4, 2, 2), wanted, OTHER_KINDS)

@@ -88,7 +88,7 @@ def _layout(tied: str, world_size: int, *sizes: str, fast: bool = False) -> Any:
         _layout("untied", 4, f"{PIPELINE}=2", f"{TENSOR}=2"),
         _layout("untied", 4, f"{CONTEXT}=2", f"{TENSOR}=2", f"{SEQUENCE}=true"),
         _layout("untied", 4, f"{CONTEXT}=4"),
-        _layout("padded", 2, f"{TENSOR}=2", f"{SEQUENCE}=true", fast=True),
+        _layout("padded", 2, f"{TENSOR}=2", f"{SEQUENCE}=true"),
     ],
     indirect=["inputs"],
 )

@@ -124,7 +124,8 @@ def drawn_effects(
 
 
 @pytest.mark.parametrize(
-    ("num_pairs", "skewed"), [(8, False), (12, False), (12, True), (40, False)]
+    ("num_pairs", "skewed"),
+    [(8, False), (12, False), (12, True), pytest.param(40, False, marks=pytest.mark.exhaustive)],
 )
 def test_intervals_of_95_percent_cover(num_pairs: int, skewed: bool) -> None:
     """The share of heads with an effect whose interval holds the score of the true effects.
