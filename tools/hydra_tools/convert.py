@@ -110,9 +110,13 @@ def model_options(overrides: Sequence[str]) -> dict[str, Any]:
     """Read ``model.key=value`` arguments, as every verb's; ``model.`` may be left out.
 
     Raises:
-        UserError: For an argument of another form, and for another section.
+        UserError: For an argument of another form, another section, and a name that stands twice.
     """
     full = [text if "." in text.partition("=")[0] else f"model.{text}" for text in overrides]
+    names = [text.partition("=")[0] for text in full]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"option {name} is given twice")
     sections = read_overrides(full)
     for section in sections:
         if section != "model":
