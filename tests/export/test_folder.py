@@ -202,6 +202,7 @@ def test_hybrids_of_every_family(tmp_path, model_type, fields):
         ),
         (["--model", "{}/hybrid", "--out", "{}/hybrid/new"], "lies in the input"),
         (["--model", "{}/hybrid", "--out", "{}/new", "--max-shard-gb", "0"], "must be 1 or more"),
+        (["--model", "{}/hybrid", "--out", "{}/new", "--max-shard-gb", "nan"], "a finite number"),
         (["--model", "{}/gone", "--out", "{}/new"], "gone does not exist"),
     ],
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from hydra_tools.progress import progress
 from megatron_hydra.api.export import Exported, export
+from megatron_hydra.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export; print what was written."""
+    if not math.isfinite(args.max_shard_gb):
+        raise UserError(f"--max-shard-gb is {args.max_shard_gb}; it must be a finite number")
     done = export(
         args.model,
         args.out,
@@ -47,8 +51,8 @@ def _lines(done: Exported) -> list[str]:
     if done.plan is not None:
         hybrid, teacher = done.cache_bytes_per_token
         lines += [
-            f"cache: {hybrid:,} bytes a token (teacher: {teacher:,}), and {done.state_bytes:,} "
-            "bytes of state a sequence",
+            f"cache: {hybrid:,} bytes per token (teacher: {teacher:,}), and {done.state_bytes:,} "
+            "bytes of state per sequence",
             "load it by AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
         ]
     return [*lines, f"Hugging Face folder: {done.folder}"]
