@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.schema import from_json
@@ -113,35 +115,33 @@ def inspect(
 
 
 def draw(
-    plan: Path,
-    scores: Path,
+    found: Inspection,
     folder: Path,
-    against: Path | None = None,
     pareto: Path | None = None,
     *,
+    keep: Sequence[Path | None] = (),
     overwrite: bool = False,
 ) -> list[Path]:
     """Write the pictures of a plan's choice; return their paths.
 
     Args:
-        plan: A plan's file.
-        scores: Those it was made from.
+        found: What :func:`inspect` returned, with scores.
         folder: For the pictures.
-        against: A plan that must not be overwritten.
         pareto: What :func:`~megatron_hydra.api.pareto.pareto` wrote, for one more picture.
+        keep: Files that were read, onto which no picture may be written.
         overwrite: Replace existing pictures.
 
     Raises:
-        UserError: As :func:`inspect`, or if a picture exists or cannot be written.
+        UserError: Without scores, or if a picture exists or cannot be written.
     """
+    if found.scores is None:
+        raise UserError("pictures need the scores that the plan was made from")
     # matplotlib takes a while to import.
     from megatron_hydra.report.pictures import PICTURES, save_selection_pictures
 
-    check_outputs([folder / name for name in PICTURES], (plan, scores, against, pareto))
-    found = HeadPlan.load(plan)
-    own = scores_as_planned(HeadScores.load(scores), found)
+    check_outputs([folder / name for name in PICTURES], (*keep, pareto))
     table = None if pareto is None else ParetoTable.load(pareto)
-    return list(save_selection_pictures(folder, own, found, overwrite, table))
+    return list(save_selection_pictures(folder, found.scores, found.plan, overwrite, table))
 
 
 def _left_out(plan: HeadPlan, explanation: Explanation) -> tuple[tuple[int, int, float], ...]:

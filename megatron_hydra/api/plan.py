@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_hydra.files import check_output, check_outputs
-from megatron_hydra.model.mixers.costs import LA_KINDS
+from megatron_hydra.model.mixers.costs import LAKind
 from megatron_hydra.schema import Limits, read_config
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
@@ -99,7 +99,7 @@ class LAHeads:
         sliding_window_tokens: The same.
     """
 
-    la_kind: Annotated[str, Limits(choices=LA_KINDS)]
+    la_kind: LAKind
     sliding_window_tokens: Annotated[int, Limits(least=1)]
 
 

@@ -109,7 +109,7 @@ def certify(
     Raises:
         UserError: If no check is left.
     """
-    checks, not_run = plan_checks(run.fields, run.plan, world_size, limits)
+    checks, not_run = plan_checks(run.fields, run.resolved_plan, world_size, limits)
     checks = [check for check in checks if select(check)]
     if not checks:
         raise UserError(f"no check of that name fits {world_size} ranks and this model")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.mixers.costs import LA_KINDS, CostModel
+from megatron_hydra.model.mixers.costs import CostModel, LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.schema import MAY_LACK, Limits, check_fields
 
@@ -51,9 +51,7 @@ class ModelShape:
     vocab_size: _Count
     tied_embeddings: bool
     conv_kernel_size: Annotated[int, Limits(least=0)] = 4
-    la_kind: Annotated[str, Limits(choices=LA_KINDS)] = field(
-        default="gated_delta_net", metadata=MAY_LACK
-    )
+    la_kind: LAKind = field(default="gated_delta_net", metadata=MAY_LACK)
     sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
 
     def __post_init__(self) -> None:

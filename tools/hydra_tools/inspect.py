@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
         names = str(args.plan), str(args.against)
         print("\n" + "\n".join(describe_comparison(found.comparison, *names)))
     if args.pictures:
-        inputs = (args.plan, args.scores, args.pictures, args.against, args.pareto)
-        for path in draw(*inputs, overwrite=args.overwrite):
+        keep = (args.plan, args.scores, args.against)
+        for path in draw(found, args.pictures, args.pareto, keep=keep, overwrite=args.overwrite):
             print(f"picture: {path}")
     return 0
 

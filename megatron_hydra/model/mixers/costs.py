@@ -9,8 +9,10 @@ Legend: T = tokens of a sequence, h = hidden size, d = head dimension, w = a win
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_hydra.head_plan import HeadKind
+from megatron_hydra.schema import Limits
 
 _STATE_BYTES_PER_VALUE = 4  # a recurrent state is float32
 
@@ -206,3 +208,5 @@ COSTS: dict[HeadKind, KindCosts] = {
     "sliding_window": SlidingWindowCosts(),
 }
 LA_KINDS = tuple(kind for kind in COSTS if kind != "fa")
+LAKind = Annotated[str, Limits(choices=LA_KINDS)]
+"""The type of a field that says what LA heads are."""
