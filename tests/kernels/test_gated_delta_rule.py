@@ -274,3 +274,14 @@ def test_fla_refuses_cpu_tensors():
 def test_bad_input_is_named(changes: dict, message: str):
     with pytest.raises(ValueError, match=message):
         gated_delta_rule(**(make_inputs(5) | {"impl": "reference"} | changes))
+
+
+@pytest.mark.parametrize("of_channels", [False, True])
+def test_runs_under_autocast(of_channels: bool):
+    """Whose products are bfloat16, which no triangular system is solved in on a GPU."""
+    inputs = make_inputs(70, torch.float32, of_channels=of_channels)
+    expected = values_and_gradients(chunked, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = values_and_gradients(chunked, inputs)
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 0.05 * value.norm(), name

@@ -182,7 +182,7 @@ def chunk_gated_delta_rule(
         from_start, to_end = from_start[..., None], to_end[..., None]
 
     # solve_triangular reads the strictly lower part alone.
-    system = _decayed_products(k * beta, k, between)
+    system = _decayed_products(k * beta, k, between).to(dtype)  # autocast's products are bfloat16
     right_side = torch.cat((v, k * from_start), dim=-1) * beta
     solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     u_v, w = solved.split((d_v, d_k), dim=-1)
