@@ -1,7 +1,9 @@
-"""What a run records of each step: TensorBoard scalars, and a call for the progress line."""
+"""What a run records of each step: scalars, for people and programs, and the progress line."""
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,9 @@ ShowStep = Callable[[int, dict[str, float]], None]
 class ScalarsCallback(pl.Callback):
     """Writes each step's scalars to TensorBoard as `train/<name>`, on rank 0.
 
+    And as a line of JSON, with `step` and `time`, to a file that programs read. A number that is
+    none, of a bad step, is null there.
+
     Scalars: `loss`, the stage's parts (`alignment/layer_00`, `alignment`, `kl`, `ce`),
     `grad_norm`, `lr` and `tokens_per_s`, each the value of the step that it stands at. At a step
     that is skipped also `skipped_steps`, their number so far, and at one whose loss jumps
@@ -24,6 +29,7 @@ class ScalarsCallback(pl.Callback):
 
     Args:
         folder: Of the event files.
+        metrics: The file of lines; lines of steps that are run again stand behind the earlier ones.
         tokens_per_step: Tokens of a global batch.
         every_n_steps: Steps between two points.
         show: Called after each step with the number of finished steps and the scalars.
@@ -33,12 +39,13 @@ class ScalarsCallback(pl.Callback):
     def __init__(
         self,
         folder: Path,
+        metrics: Path,
         tokens_per_step: int,
         every_n_steps: int,
         show: ShowStep,
         watch: NumberWatch,
     ) -> None:
-        self.folder, self.tokens_per_step = folder, tokens_per_step
+        self.folder, self.metrics, self.tokens_per_step = folder, metrics, tokens_per_step
         self.every_n_steps, self.show, self.watch = every_n_steps, show, watch
         self._writer: Any = None
         self._step_start = self._lr = 0.0
@@ -70,6 +77,7 @@ class ScalarsCallback(pl.Callback):
         scalars["tokens_per_s"] = self.tokens_per_step / seconds
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._write_line(step, scalars)
             for name, value in scalars.items():
                 self._writer.add_scalar(f"train/{name}", value, step)
         if self.watch.is_skipped:
@@ -78,6 +86,13 @@ class ScalarsCallback(pl.Callback):
         if spike is not None:
             self._writer.add_scalar("train/loss_spike", spike, step)
         self.show(step, scalars)
+
+    def _write_line(self, step: int, scalars: dict[str, float]) -> None:
+        numbers = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+        # At one stroke: a run that is killed leaves whole lines.
+        with self.metrics.open("ab", buffering=0) as stream:
+            line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers})
+            stream.write(f"{line}\n".encode())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the event file."""

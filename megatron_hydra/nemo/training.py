@@ -192,6 +192,7 @@ class TrainingRun:
         config = self.config
         scalars = ScalarsCallback(
             self.folder.tensorboard,
+            self.folder.metrics,
             config.data.global_batch_size * config.data.seq_length,
             config.log.every_n_steps,
             show,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from megatron_hydra.training.config import RunConfig
 
 OUTPUT_FOLDERS = ("checkpoints", "tensorboard", "hybrid", "data_index", "nemo_logs")
 RUN_CONFIG = "run_config.yaml"
+METRICS = "metrics.jsonl"
 HEADER = "# The resolved configuration of a training run: written and read by megatron-hydra train."
 """The first line of a run's own configuration file."""
 
@@ -48,6 +50,8 @@ def written_files(folder: Path) -> Iterator[Path]:
         for file in files_below(folder / name):
             if _WRITTEN[name].fullmatch(file.relative_to(folder / name).as_posix()):
                 yield file
+    if is_metrics(folder / METRICS):
+        yield folder / METRICS
     for path in folder.glob(".*"):
         if _PARTIAL.fullmatch(path.name):
             yield from files_below(path) if path.is_dir() else [path]
@@ -67,6 +71,17 @@ def trained_steps(hybrid: Path) -> int | None:
         return int(provenance["max_steps"]) if "stage" in provenance else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def is_metrics(file: Path) -> bool:
+    """Whether a run wrote this: its first line is one of a step, or there is none."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            line = stream.readline()
+        first = json.loads(line) if line else {"step": 0, "time": 0}
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and {"step", "time"} <= set(first)
 
 
 def is_run_config(file: Path) -> bool:

@@ -12,10 +12,12 @@ from megatron_hydra.files import check_output, check_outputs, lock, read_json, w
 from megatron_hydra.training.config import MAY_CHANGE, RunConfig, differences, load_config
 from megatron_hydra.training.run_files import (
     HEADER,
+    METRICS,
     OUTPUT_FOLDERS,
     RUN_CONFIG,
     checkpoint_step,
     files_below,
+    is_metrics,
     is_run_config,
     trained_steps,
     written_files,
@@ -50,6 +52,7 @@ class RunFolder:
         self.hybrid = self.path / "hybrid"
         self.data_index = self.path / "data_index"
         self.nemo_logs = self.path / "nemo_logs"
+        self.metrics = self.path / METRICS
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the folder, so that one run at a time writes it; makes it if it is not there.
@@ -222,18 +225,19 @@ class RunFolder:
         ):
             inputs.append(self.config_file)
         outputs = [self.path / name for name in OUTPUT_FOLDERS]
-        check_outputs([*outputs, self.run_config, self.lock_file], inputs, _WAY_OUT)
+        check_outputs([*outputs, self.run_config, self.metrics, self.lock_file], inputs, _WAY_OUT)
 
     def _check_in_the_way(self) -> None:
         """Check that nothing that no run wrote stands where this one writes."""
         for folder in (self.path / name for name in OUTPUT_FOLDERS):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file, and a run makes a folder there: {_WAY_OUT}")
-        if self.run_config.exists() and not is_run_config(self.run_config):
-            raise UserError(
-                f"{self.run_config} was not written by a run, which would replace it: rename it, "
-                f"or {_WAY_OUT}"
-            )
+        for file, is_own in ((self.run_config, is_run_config), (self.metrics, is_metrics)):
+            if file.exists() and not is_own(file):
+                raise UserError(
+                    f"{file} was not written by a run, which would write there: rename it, or "
+                    f"{_WAY_OUT}"
+                )
         if self.hybrid.is_symlink():
             raise UserError(
                 f"{self.hybrid} is a link, and a run moves the trained model there: remove it, or "

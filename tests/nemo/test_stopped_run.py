@@ -64,9 +64,10 @@ def test_stopped_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     # Each sample once, in the data's order, however many a micro-batch has.
     assert [sample for _, sample in order(run)] == _quiet_order(run)
+    assert _recorded_losses(run.folder) == pytest.approx(_scalars(run.folder, "train/loss"))
     schedule = load_config(run.folder / "run_config.yaml").optim.learning_rate
     expected = {step + 1: schedule(step, 10 if step < 10 else 12) for step in range(12)}
-    assert _rates(run.folder) == pytest.approx(expected)
+    assert _scalars(run.folder, "train/lr") == pytest.approx(expected)
 
 
 def _wait_for(run: Run, process: subprocess.Popen) -> None:
@@ -97,11 +98,17 @@ def _quiet_order(run: Run) -> list[int]:
     return [int(sample) for sample in shuffled[0][: 12 * BATCH]]
 
 
-def _rates(folder: Path) -> dict[int, float]:
-    """The learning rate at each step, by all event files."""
-    rates = {}
+def _scalars(folder: Path, tag: str) -> dict[int, float]:
+    """A scalar at each step, by all event files."""
+    found = {}
     for file in folder.glob("tensorboard/events*"):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
-        rates.update({point.step: point.value for point in events.Scalars("train/lr")})
-    return rates
+        found.update({point.step: point.value for point in events.Scalars(tag)})
+    return found
+
+
+def _recorded_losses(folder: Path) -> dict[int, float]:
+    """The same of the loss, by the file that programs read."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}

@@ -30,6 +30,7 @@ VERBS = {
     "preprocess": "write text as Megatron's indexed token files",
     "warm-up": "compile the kernels of LA heads before they are needed; for GPUs",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
+    "status": "tell how far trainings are, from their folders",
     "certify": "hold a model to itself at every parallel layout; start it with torchrun",
     "export": "write a checkpoint as a Hugging Face folder that runs without this package",
     "evaluate": "measure retrieval and perplexity of models",
