@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra_tools import stops
 from hydra_tools.stops import EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
@@ -34,18 +36,23 @@ STEPS = """
 """
 
 
-def _start(before: str = "", work: str = STEPS, **environment: str) -> subprocess.Popen:
+def _start(
+    before: str = "",
+    work: str = STEPS,
+    preexec: Callable[[], object] | None = None,
+    **environment: str,
+) -> subprocess.Popen:
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools"))
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(before=before, work=work)],
         env={**os.environ, "PYTHONPATH": paths, **environment},
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, text=True, preexec_fn=preexec,
     )  # fmt: skip
     assert process.stdout.readline().startswith("ready")
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_before_a_step_is_finished_nothing_is_saved(number: signal.Signals) -> None:
     process = _start(work=WAIT_IN_C)
     process.send_signal(number)
@@ -57,7 +64,7 @@ def test_before_a_step_is_finished_nothing_is_saved(number: signal.Signals) -> N
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_the_first_asks_and_its_like_are_one(number: signal.Signals) -> None:
     """A scheduler, `timeout` and torchrun each hand the same signal on."""
     process = _start(before="asked.is_asked()", work=f"time.sleep(0.5)\n{STEPS}")
@@ -66,6 +73,35 @@ def test_the_first_asks_and_its_like_are_one(number: signal.Signals) -> None:
     said, _ = process.communicate(timeout=10)
     assert process.returncode == EXIT_CODE
     assert said == f"{number.name}: saving after this step; a second signal ends at once\n"
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGHUP"])
+def test_under_nohup_only_a_terminal_that_closes_is_not_heard(signal_name: str) -> None:
+    process = _start(
+        before="asked.is_asked()",
+        work=f"""os.kill(os.getpid(), stops.signal.{signal_name}); time.sleep(0.5)
+    assert bool(asked.name) is {signal_name != "SIGHUP"}""",
+        preexec=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "restarts", "ends"),
+    [("SIGUSR1", "03", True), ("", "13", True), ("SIGTERM", "03", False), ("SIGUSR1", "33", False),
+     ("SIGUSR1", "00", False)],
+)  # fmt: skip
+def test_torchrun_does_not_start_anew_what_has_stopped(
+    monkeypatch: pytest.MonkeyPatch, name: str, restarts: str, ends: bool
+) -> None:
+    """Catches a run that goes on though it was asked to end, and a second signal in its end."""
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda *call: sent.append(call))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts[0])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts[1])
+    stops.keep_from_restarting(name)
+    assert sent == ([(os.getppid(), signal.SIGTERM)] if ends else [])
 
 
 def test_a_later_one_ends_at_once() -> None:

@@ -14,7 +14,8 @@ from megatron_hydra.processes import end_with_parent
 EXIT_CODE = os.EX_TEMPFAIL  # 75: try again later
 """Of a training that was stopped and goes on when its command is given again."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+_RESTARTS = ("RESTART_COUNT", "MAX_RESTARTS")
 # A scheduler, `timeout` and torchrun each hand on the same signal.
 _SECONDS_OF_ONE_STOP = 2.0
 _SECONDS_FOR_AN_ORPHAN = 300.0
@@ -67,6 +68,7 @@ class Stops:
                 f"{self.name} before a step was finished: nothing was saved; the same command "
                 "begins again where this one began"
             )
+            keep_from_restarting(self.name)
             os._exit(EXIT_CODE)
 
 
@@ -90,7 +92,12 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
     thread = threading.Thread(target=_take_all, args=(stops, reader, parent), daemon=True)
     thread.start()
     earlier_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    earlier = {number: signal.signal(number, _leave_to_the_thread) for number in _SIGNALS}
+    earlier = {
+        number: signal.signal(number, _leave_to_the_thread)
+        for number in _SIGNALS
+        # `nohup` has it ignored; the others a launcher ignores for itself alone.
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    }
     # A process that torch forks to load data shares the pipe: it must not answer for its parent.
     os.register_at_fork(after_in_child=_forget)
     try:
@@ -102,6 +109,18 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
         os.close(writer)  # ends the thread
+
+
+def keep_from_restarting(name: str) -> None:
+    """Have torchrun end, where it would start ranks that have stopped anew (`--max-restarts`).
+
+    Args:
+        name: Of the signal that has come; other signals than SIGUSR1 torchrun has had itself, and
+            a second one would disturb its end. Empty: another rank has had it.
+    """
+    restarts = [os.environ.get(f"TORCHELASTIC_{number}", "0") for number in _RESTARTS]
+    if restarts[0] != restarts[1] and name in ("", "SIGUSR1"):
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 def end_with_launcher() -> None:

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start anew: first remove what an earlier run wrote to log.folder, and nothing else",
     )
     parser.epilog = (
-        "The same command again goes on from the newest checkpoint. SIGTERM, SIGINT and SIGUSR1 "
-        "save after the step in progress (torchrun gives that 30 seconds, or what "
+        "The same command again goes on from the newest checkpoint. SIGTERM, SIGINT, SIGHUP and "
+        "SIGUSR1 save after the step in progress (torchrun gives that 30 seconds, or what "
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT says); a second one ends at once. Exit codes: 0 when the "
         f"trained model is written, 2 for bad input, {stops.EXIT_CODE} when stopped by a signal "
         "(torchrun has a code of its own for that, which is not 0)."
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         finally:
             shown.close()
         if not done.is_complete:
+            stops.keep_from_restarting(asked.name)
             return stops.EXIT_CODE
         if launch.rank() == 0:
             folder = done.folder
