@@ -82,31 +82,70 @@ def test_the_line_in_each_yaml_starts_it(path: Path) -> None:
     _check(launch)
 
 
+SLURM = EXAMPLES / "slurm/transfer.sbatch"
+NODE_LIST = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NAME": "transfer", "SLURM_GPUS_ON_NODE": "8"}  # fmt: skip
+
+
 def test_the_slurm_script_starts_three_stages_that_fit(tmp_path: Path) -> None:
     """With Slurm's programs replaced by ones that show their arguments, and its own sizes.
 
     So many nodes are listed that a reader of the first one alone would break the pipe.
     """
-    script = EXAMPLES / "slurm/transfer.sbatch"
-    (num_nodes,) = re.findall(r"^#SBATCH --nodes=(\d+)$", script.read_text(), re.MULTILINE)
-    (num_gpus,) = re.findall(r"^#SBATCH --gpus-per-node=(\d+)$", script.read_text(), re.MULTILINE)
+    sizes = dict(re.findall(r"^#SBATCH --(\S+)=(\d+)$", SLURM.read_text(), re.MULTILINE))
+    assert (sizes["nodes"], sizes["gpus-per-node"]) == ("2", "8")
+    more = "stage1_align.optim.lr=5e-4 stage3_long_context.data.seed=3 resume.keep=2"
     printed = _run_with_stubs(
         tmp_path,
-        f"bash {script} resume.keep=2",
+        f"bash {SLURM} {more}",
         {"srun": SHOW, "scontrol": "#!/bin/sh\nseq -f node%g 0 19999\n"},
-        SLURM_JOB_NUM_NODES=num_nodes,
-        SLURM_JOB_NODELIST="node[0-1]",
-        SLURM_JOB_ID="7",
+        **NODE_LIST,
+        SLURM_CPUS_PER_TASK=sizes["cpus-per-task"],
+        SRUN_OPTIONS="--container-image=an.sqsh --mpi=none",
+        TORCHRUN_OPTIONS="--max-restarts=3",
     )
-    lines = [line for line in printed if line.startswith("srun ")]
+    lines = [line for line in printed if " hydra_tools.train " in line]
     launches = [Launch.read(line) for line in lines]
     assert [launch.config for launch in launches] == sorted(EXAMPLES.glob("qwen3_1p7b/stage*.yaml"))
     for line, launch in zip(lines, launches, strict=True):
-        assert launch.num_ranks == int(num_nodes) * int(num_gpus) == 16
-        assert "--rdzv-endpoint=node0:" in line
-        assert line.endswith("resume.keep=2 ")
+        assert launch.num_ranks == 16
+        assert "--rdzv-endpoint=node0:10007 " in line and "--max-restarts=3 -m hydra_" in line
         _check(launch)
+    options = (
+        "srun --kill-on-bad-exit=1 --cpus-per-task=64 --container-image=an.sqsh --mpi=none bash "
+    )
+    assert sum(line.startswith(options) for line in printed) == 3
+    overrides = [line.split(".yaml ")[1].split() for line in lines]
+    assert overrides == [
+        ["optim.lr=5e-4", "resume.keep=2"], ["resume.keep=2"], ["data.seed=3", "resume.keep=2"]
+    ]  # fmt: skip
     assert len(set(re.findall(r"--rdzv-id=\S+", " ".join(lines)))) == 3
+
+
+@pytest.mark.parametrize(
+    ("saved", "restarts", "code", "said"),
+    [
+        ("date +%N", "0", 75, "stage1_align failed with code 3, but steps were saved since this"),
+        ("echo 40", "0", 3, "stage1_align failed with code 3, and no step was saved since this"),
+        ("date +%N", "2", 3, "stage1_align failed with code 3, after MAX_RESTARTS starts"),
+    ],
+)
+def test_the_slurm_script_requeues_what_gets_on(
+    tmp_path: Path, saved: str, restarts: str, code: int, said: str
+) -> None:
+    """Catches a next stage without its input, and a job that fails for ever."""
+    srun = f"#!/bin/sh\ncase $* in *hydra_tools.status*) {saved} ;; *) exit 3 ;; esac\n"
+    printed = _run_with_stubs(
+        tmp_path,
+        f"bash {SLURM}; echo code $?",
+        {"srun": srun, "scontrol": '#!/bin/sh\necho "scontrol $*"\n'},
+        **NODE_LIST,
+        SLURM_RESTART_COUNT=restarts,
+        MAX_RESTARTS="2",
+    )
+    assert printed[-1] == f"code {code}"
+    assert ("scontrol requeue 7" in printed) is (code == 75)
+    assert said in "\n".join(printed) and "stage2" not in "\n".join(printed)
 
 
 def test_the_script_for_several_machines_starts_what_its_head_shows(tmp_path: Path) -> None:
