@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import nemo.lightning as nl
@@ -17,7 +17,11 @@ from megatron_hydra.training.config import StrategySection, TrainerSection
 
 
 def make_strategy(
-    section: StrategySection, backend: str, dtype: torch.dtype, async_save: bool
+    section: StrategySection,
+    backend: str,
+    dtype: torch.dtype,
+    async_save: bool,
+    when_joined: Callable[[], None],
 ) -> HydraStrategy:
     """The strategy of the YAML's section.
 
@@ -26,6 +30,7 @@ def make_strategy(
         backend: Of the process groups: `gloo` or `nccl`.
         dtype: Of the hidden states that go from one pipeline stage to the next.
         async_save: Write checkpoints while the training goes on.
+        when_joined: Called once the ranks can talk, before anything is built.
     """
     strategy = HydraStrategy(
         tensor_model_parallel_size=section.tensor_model_parallel_size,
@@ -43,6 +48,7 @@ def make_strategy(
         ckpt_async_save=async_save,
         ckpt_optim_fully_reshardable=True,
     )
+    strategy.when_joined = when_joined
     strategy.log_train_loss = False  # it is the last pipeline stage's part alone
     return strategy
 
@@ -99,6 +105,13 @@ def fp8_fields(section: TrainerSection) -> dict[str, str]:
 
 class HydraStrategy(nl.MegatronStrategy):
     """`nl.MegatronStrategy` for a HydraModel, whose optimizer state loads without CUDA."""
+
+    when_joined: Callable[[], None]
+
+    def setup_environment(self) -> None:
+        """Make the process groups, and look at what the ranks have in common."""
+        super().setup_environment()
+        self.when_joined()
 
     def training_step(
         self, dataloader_iter: Any, *args: Any, **kwargs: Any

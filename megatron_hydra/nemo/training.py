@@ -23,6 +23,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import release_cuda_graphs
 from megatron_hydra.model.config import HydraFields, recompute_fields
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
+from megatron_hydra.nemo.agreement import check_ranks_agree
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
@@ -128,7 +129,7 @@ class TrainingRun:
         )
         # In a function, which NeMo's copies of its arguments leave alone.
         watch = NumberWatch(config, lambda: asks_to_stop())
-        trainer = self._trainer(show, watch)
+        trainer = self._trainer(show, watch, checkpoint)
         with disk_full_named(self.folder.checkpoints):
             try:
                 self._fit(model, trainer, watch, end_of_document, checkpoint)
@@ -188,8 +189,9 @@ class TrainingRun:
         """Raise what keeps the run from going on now, before anything is written."""
         _ = self.checkpoint
 
-    def _trainer(self, show: ShowStep, watch: NumberWatch) -> nl.Trainer:
+    def _trainer(self, show: ShowStep, watch: NumberWatch, checkpoint: Path | None) -> nl.Trainer:
         config = self.config
+        facts = {**self.identity.inputs, "checkpoint to go on from": str(checkpoint)}
         scalars = ScalarsCallback(
             self.folder.tensorboard,
             self.folder.metrics,
@@ -208,6 +210,7 @@ class TrainingRun:
                 "nccl" if self.on_gpu else "gloo",
                 torch.bfloat16 if self._bf16 else torch.float32,
                 config.resume.async_save,
+                when_joined=lambda: check_ranks_agree(self.folder.path, facts),
             ),
             plugins=make_plugins(config.trainer),
             callbacks=[

@@ -30,7 +30,9 @@ _WRITTEN = {
     "nemo_logs": re.compile(r"(cmd-args|git-info)\.log|(lightning_logs|nemo_\w+[\w-]*)\.txt"),
 }
 # What a killed run leaves of an output that it was writing.
-_PARTIAL = re.compile(r"\.(hybrid|run_config\.yaml)\.\d+\.(partial|old)")
+_PARTIAL = re.compile(
+    r"\.(hybrid|run_config\.yaml)\.\d+\.(partial|old)|\.seen_by_all\.[0-9a-f]{16}"
+)
 
 
 def checkpoint_step(folder: Path) -> int | None:

@@ -99,6 +99,20 @@ def test_ranks_that_a_shell_has_kept_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_machine_that_trains_alone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torchrun has it start where the other's clock is behind: without an error."""
+    _write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HYDRA_NUM_NODES": "2", "GROUP_WORLD_SIZE": "1", "RANK": "0",
+                        "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "7"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--config", "run.yaml"]) == 2
+    assert "torchrun has brought together 1 of the 2 machines" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

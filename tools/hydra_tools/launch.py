@@ -15,6 +15,8 @@ from hydra_tools.cli import log_to_stderr, run_verb
 from megatron_hydra.errors import UserError
 
 _SECONDS_FOR_RANK_0 = 30
+# What the launch scripts ask for: torchrun takes a machine whose clock is behind for a dead one.
+_NODES = "HYDRA_NUM_NODES"
 _ALONE = [{"RANK": rank, "WORLD_SIZE": size} for rank in (None, "0") for size in (None, "1")]
 
 
@@ -24,10 +26,11 @@ def rank() -> int:
 
 
 def check_launcher(verb: str) -> None:
-    """Check that ranks, if the environment tells of any, are torchrun's and not a left-over.
+    """Check that ranks, if the environment tells of any, are torchrun's, and as many as asked for.
 
     Raises:
-        UserError: If a shell has kept them: rank 1 of nobody would write no more than half.
+        UserError: If a shell has kept them: rank 1 of nobody would write no more than half. If
+            torchrun has started with fewer machines.
     """
     found = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if "TORCHELASTIC_RUN_ID" not in os.environ and found not in _ALONE:
@@ -35,6 +38,13 @@ def check_launcher(verb: str) -> None:
         raise UserError(
             f"the environment has {values}, but torchrun has not started this process: unset "
             f"RANK and WORLD_SIZE, or start it with torchrun -m hydra_tools.{verb}"
+        )
+    asked, found_nodes = os.environ.get(_NODES), os.environ.get("GROUP_WORLD_SIZE")
+    if asked and found_nodes and asked != found_nodes:
+        raise UserError(
+            f"torchrun has brought together {found_nodes} of the {asked} machines that {_NODES} "
+            "asks for: are their clocks within 15 seconds of each other, and do they all run the "
+            "same line?"
         )
 
 
