@@ -153,7 +153,9 @@ def test_the_script_for_several_machines_starts_what_its_head_shows(tmp_path: Pa
     line = re.search(r"HEAD_NODE=.*\\\n.*--config \S+", text)
     assert line is not None
     command = line[0].replace("\\\n#", "")
-    (printed,) = _run_with_stubs(tmp_path, command, {"torchrun": SHOW})
+    options = {"IS_HEAD": "0", "TORCHRUN_OPTIONS": "--max-restarts=3"}
+    (printed,) = _run_with_stubs(tmp_path, command, {"torchrun": SHOW}, **options)
+    assert " --rdzv-conf=is_host=0 --max-restarts=3 -m hydra_tools.train " in printed
     launch = Launch.read(printed)
     assert launch.num_ranks == 16
     for stage in sorted(launch.config.parent.glob("stage*.yaml")):
