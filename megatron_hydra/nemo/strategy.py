@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import nemo.lightning as nl
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
+from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader
 
 from megatron_hydra.errors import UserError
@@ -49,8 +51,18 @@ def make_strategy(
         ckpt_optim_fully_reshardable=True,
     )
     strategy.when_joined = when_joined
+    strategy.limit = timedelta(minutes=section.timeout_minutes)
     strategy.log_train_loss = False  # it is the last pipeline stage's part alone
     return strategy
+
+
+def limit_groups(limit: timedelta) -> None:
+    """Have every group of this process wait so long for its ranks, then raise or, on GPUs, abort.
+
+    NeMo and Megatron make them with limits of their own, 10 and 30 minutes.
+    """
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(limit, group)
 
 
 def use_gpu(section: TrainerSection) -> bool:
@@ -107,10 +119,12 @@ class HydraStrategy(nl.MegatronStrategy):
     """`nl.MegatronStrategy` for a HydraModel, whose optimizer state loads without CUDA."""
 
     when_joined: Callable[[], None]
+    limit: timedelta
 
     def setup_environment(self) -> None:
         """Make the process groups, and look at what the ranks have in common."""
         super().setup_environment()
+        limit_groups(self.limit)
         self.when_joined()
 
     def training_step(

@@ -129,6 +129,9 @@ class StrategySection:
     ring. What LA heads exchange does not depend on it."""
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
+    timeout_minutes: Annotated[float, Limits(above=0, most=1440)] = 30.0
+    """How long a rank waits for others before all end: a hang is noticed by it. The first steps,
+    which compile kernels, and the slowest rank's part of a checkpoint have to fit."""
 
     @property
     def model_parallel_size(self) -> int:
