@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.packed_seq_params import PackedSeqParams
 from nemo.collections import llm
 from torch import Tensor
@@ -21,15 +17,9 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.model.sequence import pad_documents, padded_lengths
 from megatron_hydra.teachers.token_ids import end_of_document
 from megatron_hydra.training.config import DataSection
-from megatron_hydra.training.indexed_dataset import EndOfDocument, dataset_files, read_notes
+from megatron_hydra.training.dataset_checks import read_tokens, token_blocks
+from megatron_hydra.training.indexed_dataset import EndOfDocument, read_notes
 from megatron_hydra.training.run_inputs import datasets_hash
-
-# Magic and version, the type of a token, the number of sequences and of documents. Then follow
-# the sequences' lengths (int32) and places (int64), and each document's first sequence (int64).
-_INDEX_HEADER = struct.Struct("<17sBQQ")
-_INDEX_START = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
-_SCANNED_TOKENS = 2**24
-"""Tokens of a dataset that are looked at in one go."""
 
 
 def make_data_module(
@@ -115,91 +105,6 @@ class _EndOfDocument:
         self.unique_identifiers = {"end_of_document": end_of_document}
 
 
-def check_datasets(section: DataSection, vocab_size: int) -> None:
-    """Check that every dataset is there and whole, long enough, and made for this vocabulary.
-
-    Raises:
-        UserError: On the first that is not.
-    """
-    for path in section.paths:
-        try:
-            tokens = read_tokens(path)
-        except OSError as error:
-            raise UserError(f"cannot read the dataset {path}: {error.strerror}") from error
-        if len(tokens) < section.seq_length + 1:
-            raise UserError(
-                f"data.seq_length is {section.seq_length}, but the dataset {path} has "
-                f"{len(tokens)} tokens: at least data.seq_length + 1 are needed"
-            )
-        _check_vocabulary(path, tokens, vocab_size)
-
-
-def read_tokens(prefix: str) -> np.ndarray:
-    """All tokens of the indexed dataset ``prefix``, mapped from disk.
-
-    Raises:
-        UserError: If one of its two files is missing, cut off, or no such dataset.
-    """
-    index, tokens, _ = dataset_files(prefix)
-    for file in (index, tokens):
-        if not file.is_file():
-            bare = re.sub(r"\.(bin|idx)$", "", prefix)
-            way_out = f"name its prefix, {bare}" if bare != prefix else "see preprocess --help"
-            raise UserError(f"no indexed dataset {prefix}: {file} is missing; {way_out}")
-    dtype, num_tokens = _read_index(index)
-    if tokens.stat().st_size != num_tokens * dtype.itemsize:
-        raise UserError(
-            f"{tokens} has {tokens.stat().st_size:,} bytes, but {index} tells of {num_tokens:,} "
-            f"tokens of {dtype.itemsize} bytes: write the dataset anew"
-        )
-    return np.memmap(tokens, dtype, "r") if num_tokens else np.empty(0, dtype)
-
-
-def _read_index(index: Path) -> tuple[np.dtype, int]:
-    """The type of a token and the number of tokens."""
-    with index.open("rb") as stream:
-        header = stream.read(_INDEX_HEADER.size)
-    if not header.startswith(_INDEX_START) or len(header) < _INDEX_HEADER.size:
-        raise UserError(f"{index} is no index of a Megatron dataset")
-    _, code, num_sequences, num_documents = _INDEX_HEADER.unpack(header)
-    is_known = code in [kind.value for kind in DType]
-    dtype = np.dtype(DType.dtype_from_code(code) if is_known else np.float32)
-    if dtype.kind not in "iu":
-        raise UserError(f"{index} says that tokens are of type {code}, which is no integer type")
-    if index.stat().st_size < len(header) + 12 * num_sequences + 8 * num_documents:
-        raise UserError(f"{index} is cut off: write the dataset anew")
-    if num_sequences == 0:
-        return dtype, 0
-    lengths = np.memmap(index, "<i4", "r", offset=len(header), shape=(num_sequences,))
-    return dtype, int(lengths.sum(dtype=np.int64))
-
-
-def _check_vocabulary(path: str, tokens: np.ndarray, vocab_size: int) -> None:
-    notes = read_notes(path)
-    if notes is not None:
-        if notes["num_tokens"] != len(tokens):
-            raise UserError(
-                f"{dataset_files(path)[2]} tells of {notes['num_tokens']:,} tokens, but the "
-                f"dataset {path} has {len(tokens):,}: write it anew, or remove the notes of another"
-            )
-        if notes["vocab_size"] > vocab_size:
-            raise UserError(
-                f"the dataset {path} was made with a tokenizer whose ids go up to "
-                f"{notes['vocab_size'] - 1}, but the model has {vocab_size} tokens"
-            )
-        if notes["largest_token"] is not None:
-            return
-    # What another tool or an earlier release has written does not say what it holds; an id outside
-    # the embedding would end the run midway.
-    for block in _blocks(tokens):
-        for token in (block.min(), block.max()):
-            if not 0 <= token < vocab_size:
-                raise UserError(
-                    f"the dataset {path} holds token {token}, but the model has {vocab_size} "
-                    f"tokens: allowed are 0 to {vocab_size - 1}"
-                )
-
-
 def find_end_of_document(section: DataSection, tokenizer: Any) -> tuple[str, int]:
     """The token that ends the documents of all datasets, each of which holds it: its text and id.
 
@@ -237,17 +142,12 @@ def _check_ends(path: str, token: str, token_id: int, noted: EndOfDocument | Non
         )
     if noted and noted.num_documents:
         return
-    if not any((block == token_id).any() for block in _blocks(read_tokens(path))):
+    if not any((block == token_id).any() for block in token_blocks(read_tokens(path))):
         raise UserError(
             f"the dataset {path} has not a single {token}, so its documents have no end to reset "
             "or mask at: preprocess it anew, or name the token that ends them in "
             "data.end_of_document"
         )
-
-
-def _blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(tokens), _SCANNED_TOKENS):
-        yield tokens[start : start + _SCANNED_TOKENS]
 
 
 def _blend(section: DataSection) -> list[Any]:

@@ -27,7 +27,7 @@ from megatron_hydra.nemo.agreement import check_ranks_agree
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
-from megatron_hydra.nemo.data import check_datasets, find_end_of_document, make_data_module
+from megatron_hydra.nemo.data import find_end_of_document, make_data_module
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
@@ -43,6 +43,8 @@ from megatron_hydra.teachers.distributed_weights import check_weights
 from megatron_hydra.teachers.loading import megatron_fields
 from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import ModelSection, RunConfig
+from megatron_hydra.training.config_checks import check_ranks
+from megatron_hydra.training.dataset_checks import check_datasets
 from megatron_hydra.training.going_on import newest_checkpoint, run_identity
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present
@@ -260,26 +262,8 @@ class TrainingRun:
         )
 
     def _check_layout(self) -> None:
-        config, strategy, data = self.config, self.config.strategy, self.config.data
-        if self.world_size % strategy.model_parallel_size:
-            raise UserError(
-                f"{self.world_size} ranks are not divisible by tensor_model_parallel_size x "
-                "pipeline_model_parallel_size x context_parallel_size = "
-                f"{strategy.model_parallel_size}"
-            )
-        data_parallel = self.world_size // strategy.model_parallel_size
-        if data.global_batch_size % (data.micro_batch_size * data_parallel):
-            raise UserError(
-                f"data.global_batch_size {data.global_batch_size} is not divisible by "
-                f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel "
-                "ranks"
-            )
-        if self._bf16 and not strategy.use_distributed_optimizer:
-            raise UserError(
-                f"trainer.precision {config.trainer.precision} needs "
-                "strategy.use_distributed_optimizer: Megatron's plain optimizer cannot save "
-                "bfloat16 and float32 parameters side by side"
-            )
+        config, strategy = self.config, self.config.strategy
+        check_ranks(config, self.world_size)
         uses_te = self.on_gpu and config.model.backend != "local"
         for wanted, is_wanted in (
             ("trainer.precision fp8", config.trainer.precision == "fp8"),

@@ -56,6 +56,33 @@ def check(config: RunConfig) -> None:
         _check_fp8(data, config.strategy)
 
 
+def check_ranks(config: RunConfig, num_ranks: int) -> None:
+    """Check that a run can be laid out on so many ranks.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    strategy, data = config.strategy, config.data
+    if num_ranks % strategy.model_parallel_size:
+        raise UserError(
+            f"{num_ranks} ranks are not divisible by tensor_model_parallel_size x "
+            "pipeline_model_parallel_size x context_parallel_size = "
+            f"{strategy.model_parallel_size}"
+        )
+    data_parallel = num_ranks // strategy.model_parallel_size
+    if data.global_batch_size % (data.micro_batch_size * data_parallel):
+        raise UserError(
+            f"data.global_batch_size {data.global_batch_size} is not divisible by "
+            f"data.micro_batch_size {data.micro_batch_size} x {data_parallel} data-parallel ranks"
+        )
+    if config.trainer.precision != "fp32" and not strategy.use_distributed_optimizer:
+        raise UserError(
+            f"trainer.precision {config.trainer.precision} needs "
+            "strategy.use_distributed_optimizer: Megatron's plain optimizer cannot save "
+            "bfloat16 and float32 parameters side by side"
+        )
+
+
 def _check_fp8(data: DataSection, strategy: StrategySection) -> None:
     """Check that a rank's tokens fit FP8 products; packed documents are padded to fit."""
     ranks = strategy.context_parallel_size

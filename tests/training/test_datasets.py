@@ -8,18 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
 from megatron_hydra.errors import UserError  # noqa: E402
-from megatron_hydra.nemo.data import (  # noqa: E402
-    check_datasets,
-    find_end_of_document,
-    make_data_module,
-)
+from megatron_hydra.nemo.data import find_end_of_document, make_data_module  # noqa: E402
 from megatron_hydra.training.config import DataSection  # noqa: E402
+from megatron_hydra.training.dataset_checks import check_datasets, read_tokens  # noqa: E402
 from megatron_hydra.training.indexed_dataset import write_indexed_dataset  # noqa: E402
 from megatron_hydra.training.run_inputs import datasets_hash  # noqa: E402
 from megatron_hydra.training.samples import documents  # noqa: E402
@@ -163,3 +161,14 @@ def test_notes_of_another_dataset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"d\.json tells of 18 tokens, but the dataset .* has 24"):
         check_datasets(data, 259)
     assert np.fromfile(tmp_path / "d.bin", np.uint16).size == 24
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64])
+def test_tokens_are_read_as_megatron_wrote_them(tmp_path: Path, dtype: type) -> None:
+    """Whatever the integer type, of which we write two ourselves."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=dtype)
+    builder.add_document(torch.tensor([3, 1, 100]), [2, 1])
+    builder.finalize(str(tmp_path / "x.idx"))
+    assert read_tokens(str(tmp_path / "x")).tolist() == [3, 1, 100]
