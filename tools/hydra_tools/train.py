@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra_tools import launch, stops
 from megatron_hydra.api.train import Training, train
+from megatron_hydra.errors import UserError
 from megatron_hydra.training.config import RunConfig, load_config
 
 _SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
@@ -22,6 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start anew: first remove what an earlier run wrote to log.folder, and nothing else",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check configuration, plan, data, layout and disk, predict the memory, and end; needs "
+        "neither GPU nor torchrun",
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="with --dry-run: GPUs in all (default: the fewest of the layout)"
+    )
     parser.epilog = (
         "The same command again goes on from the newest checkpoint. SIGTERM, SIGINT, SIGHUP and "
         "SIGUSR1 save after the step in progress (torchrun gives that 30 seconds, or what "
@@ -33,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or go on with, one stage; return the exit code."""
+    if args.ranks is not None and (not args.dry_run or args.ranks < 1):
+        raise UserError("--ranks is the number of GPUs, 1 or more, that --dry-run is to assume")
+    if args.dry_run:
+        return _dry_run(args)
     with stops.listening(_say) as asked:
         config = load_config(args.config, args.overrides)
         launch.check_launcher("train")
@@ -62,6 +76,35 @@ def run(args: argparse.Namespace) -> int:
             folder = done.folder
             print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
         return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from megatron_hydra.api.dry_run import dry_run
+
+    config = load_config(args.config, args.overrides)
+    found = dry_run(config, args.ranks, args.config)
+    max_steps = config.trainer.max_steps
+    start = f", going on from step {found.saved_step:,}" if found.saved_step else ""
+    seen = found.num_tokens / max(1, found.dataset_tokens)
+    print(f"{found.folder}: {config.transfer.stage}, {max_steps:,} steps{start}")
+    print(f"  plan: {found.fa_heads} of {found.total_heads} heads keep full attention")
+    print(f"  ranks: {found.num_ranks}, of which {found.data_parallel} data-parallel replicas")
+    print(
+        f"  tokens: {found.num_tokens:,}, {seen:.3g} times the {found.dataset_tokens:,} there are"
+    )
+    print(
+        f"  disk: {found.checkpoint_bytes / 2**30:.3g} GiB or more for each checkpoint, of which "
+        f"{config.resume.keep} are kept, {found.hybrid_bytes / 2**30:.3g} GiB for the model"
+    )
+    if found.memory is None:
+        print(f"  memory: not predicted, as {found.why_no_memory}")
+    else:
+        print(
+            f"  memory: {found.memory.peak / 2**30:.3g} GiB predicted on the GPU that needs most: "
+            f"{found.memory.state / 2**30:.3g} for weights, gradients and optimizer, the rest for "
+            "activations"
+        )
+    return 0
 
 
 def _words_on_a_stop(stopped: Training, signal_name: str, overwrite: bool) -> str:

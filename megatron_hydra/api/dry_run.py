@@ -1,0 +1,148 @@
+"""`train --dry-run`: all that can be known of a run before a GPU is taken; imports nothing slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.teachers.model_folder import peek_metadata
+from megatron_hydra.training.config import RunConfig
+from megatron_hydra.training.config_checks import check_ranks
+from megatron_hydra.training.dataset_checks import check_datasets, read_tokens
+from megatron_hydra.training.memory import TrainingMemory, training_memory
+from megatron_hydra.training.run_folder import RunFolder
+from megatron_hydra.training.run_inputs import check_present, result_bytes
+
+# Of a model.json that an earlier release wrote, or that is a teacher's.
+_LAYER_DEFAULTS = {
+    "la_short_conv": True,
+    "la_conv_kernel_size": 4,
+    "la_kind": "gated_delta_net",
+    "sliding_window_tokens": 512,
+}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would be.
+
+    Attributes:
+        folder: Of the run.
+        num_ranks: GPUs, or processes, in all.
+        data_parallel: Replicas.
+        num_tokens: That the run trains on, and that its datasets hold.
+        dataset_tokens: See there.
+        fa_heads: Of all heads, those that keep full attention.
+        total_heads: All.
+        saved_step: Finished steps that it would go on from.
+        checkpoint_bytes: At the least, of one.
+        hybrid_bytes: Of the trained model.
+        memory: Predicted for the GPU that needs most; None where the formula does not reach.
+        why_no_memory: Then says why.
+    """
+
+    folder: Path
+    num_ranks: int
+    data_parallel: int
+    num_tokens: int
+    dataset_tokens: int
+    fa_heads: int
+    total_heads: int
+    saved_step: int
+    checkpoint_bytes: int
+    hybrid_bytes: int
+    memory: TrainingMemory | None
+    why_no_memory: str
+
+
+def dry_run(
+    config: RunConfig, num_ranks: int | None = None, config_file: str | Path | None = None
+) -> DryRun:
+    """Check a run as its start would, as far as that takes neither GPU nor Megatron.
+
+    Nothing is written.
+
+    Args:
+        config: Of the run.
+        num_ranks: It is to have; None takes the fewest that its layout allows.
+        config_file: It was read from, which the run must not replace.
+
+    Raises:
+        UserError: On the first fault.
+    """
+    folder = RunFolder(config, config_file)
+    folder.check()
+    check_present(config)
+    model = _model(config.transfer.init_from, "hybrid", "transfer.init_from")
+    if config.transfer.teacher is not None:
+        _model(config.transfer.teacher, "teacher", "transfer.teacher")
+    plan = HeadPlan.load(f"{config.transfer.init_from}/plan.json")
+    num_ranks = num_ranks or config.strategy.model_parallel_size
+    check_ranks(config, num_ranks)
+    check_datasets(config.data, model["vocab_size"])
+    folder.check_room()
+    hybrid_bytes, checkpoint_bytes = result_bytes(config)
+    data_parallel = num_ranks // config.strategy.model_parallel_size
+    shape = ModelShape.from_config(SimpleNamespace(**{**_LAYER_DEFAULTS, **model}))  # type: ignore
+    memory, why_no_memory = _memory(config, shape, plan, data_parallel)
+    finished = folder.finished_checkpoints()
+    return DryRun(
+        folder=folder.path,
+        num_ranks=num_ranks,
+        data_parallel=data_parallel,
+        num_tokens=config.trainer.max_steps
+        * config.data.global_batch_size
+        * config.data.seq_length,
+        dataset_tokens=sum(len(read_tokens(path)) for path in config.data.paths),
+        fa_heads=sum(len(layer.fa_heads) for layer in plan.layers),
+        total_heads=shape.total_heads,
+        saved_step=int(finished[0].name.removeprefix("step_")) if finished else 0,
+        checkpoint_bytes=checkpoint_bytes,
+        hybrid_bytes=hybrid_bytes,
+        memory=memory,
+        why_no_memory=why_no_memory,
+    )
+
+
+def _model(folder: str, kind: str, key: str) -> dict[str, Any]:
+    """The configuration of a checkpoint folder's model."""
+    meta = peek_metadata(folder)
+    if meta.get("kind") != kind or not isinstance(meta.get("config"), dict):
+        found = meta.get("kind", "damaged")
+        raise UserError(f"{key} {folder} is a {found} checkpoint; a {kind} is needed")
+    config: dict[str, Any] = meta["config"]
+    return config
+
+
+def _memory(
+    config: RunConfig, shape: ModelShape, plan: HeadPlan, data_parallel: int
+) -> tuple[TrainingMemory | None, str]:
+    """What a GPU needs, or why that is not known."""
+    strategy, model, data = config.strategy, config.model, config.data
+    for is_so, why in (
+        (config.trainer.precision == "fp32", "trainer.precision is fp32"),
+        (strategy.pipeline_model_parallel_size > 1, "pipeline stages are not counted"),
+        (model.recompute == "selective", "model.recompute selective is not counted"),
+        (model.backend == "local", "model.backend is local"),
+    ):
+        if is_so:
+            return None, why
+    memory = training_memory(
+        shape,
+        plan,
+        config.transfer.stage,
+        data.micro_batch_size * data.seq_length,
+        recompute="full" if model.recompute == "full" else "none",
+        chunk_tokens=config.transfer.chunk_tokens,
+        dp_size=data_parallel,
+        recompute_layers=model.recompute_layers,
+        tp_size=strategy.tensor_model_parallel_size,
+        cp_size=strategy.context_parallel_size,
+        seq_length=data.seq_length,
+    )
+    return memory, ""

@@ -1,0 +1,75 @@
+"""`megatron-hydra train --dry-run`: what it says of a run, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra_tools import cli
+from kit.lives import write_inputs
+
+from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.training.memory import training_memory
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _command(inputs: Path, *more: str) -> list[str]:
+    stage = ["transfer.stage=distill", f"log.folder={inputs}/run"]
+    return ["train", "--config", str(inputs / "run.yaml"), "--dry-run", *stage, *more]
+
+
+def test_it_says_what_a_run_would_be_without_pytorch(inputs: Path) -> None:
+    program = (
+        "import sys; from hydra_tools import cli; cli.main(sys.argv[1:]); "
+        "print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, *_command(inputs, "--ranks", "4")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert said[0] == f"{inputs}/run: distill, 14 steps"
+    assert said[1] == "  plan: 2 of 8 heads keep full attention"
+    assert said[2] == "  ranks: 4, of which 2 data-parallel replicas"
+    assert said[3] == "  tokens: 448, 0.998 times the 449 there are"
+    assert said[5:] == ["  memory: not predicted, as trainer.precision is fp32", "set()"]
+    assert not (inputs / "run").exists()
+
+
+def test_its_memory_is_the_formulas(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_hydra.head_plan import HeadPlan
+    from megatron_hydra.model.config import HydraConfig
+    from megatron_hydra.teachers.checkpoint import model_fields, read_metadata
+
+    assert cli.main(_command(inputs, "trainer.precision=bf16", "--ranks", "4")) == 0
+    config = HydraConfig(**model_fields(read_metadata(inputs / "hybrid")))
+    plan = HeadPlan.load(inputs / "hybrid/plan.json")
+    shape = ModelShape.from_config(config)
+    expected = training_memory(shape, plan, "distill", 16, dp_size=2, tp_size=2).peak
+    assert f"memory: {expected / 2**30:.3g} GiB predicted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--ranks", "3"], "3 ranks are not divisible by tensor_model_parallel_size x"),
+        (["--ranks", "8"], "global_batch_size 2 is not divisible by data.micro_batch_size 1 x 4"),
+        (["--ranks", "0"], "--ranks is the number of GPUs, 1 or more"),
+        (["transfer.init_from=IN/teacher"], "IN/teacher is a teacher checkpoint; a hybrid is"),
+        (["data.seq_length=512"], "data.seq_length is 512, but"),
+        (["trainer.precision=bf16", "strategy.use_distributed_optimizer=false"], "bf16 needs"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_is_refused(
+    inputs: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
+    assert cli.main(_command(inputs, *(word.replace("IN", str(inputs)) for word in more))) == 2
+    assert sentence.replace("IN", str(inputs)) in capsys.readouterr().err
+    assert not (inputs / "run").exists()
