@@ -39,6 +39,7 @@ setup(
         "tqdm",
         "matplotlib",
         "jinja2>=3.1",
+        "packaging",
     ],
     extras_require={
         # What its language-model parts import beside its own requirements. nemo-toolkit's extras

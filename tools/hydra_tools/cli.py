@@ -22,6 +22,7 @@ from megatron_hydra.errors import UserError
 # `add_arguments(parser)` and `run(args) -> int`; importing one may be slow (PyTorch, Megatron), so
 # only the called one is.
 VERBS = {
+    "doctor": "tell what is installed here, missing or slow, and what mends it",
     "score": "measure how much each attention head of a teacher matters",
     "plan": "choose the heads that keep full attention, from scores and a budget",
     "inspect": "tell what a plan keeps, what it costs, and how sure its choice is",
