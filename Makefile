@@ -2,6 +2,7 @@
 #   make quickstart   the main job, from the shipped teacher to a report (about 11 minutes)
 #   make test         all tests that need no GPU, but for the long matrix
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
+#   make test-cluster on Debian, as root: the launch scripts on a real Slurm over two hosts
 #   make certificates certify the quickstart's model anew, and the table of docs/layouts.md from it
 #   make checks       formatter, linter, types, and the pages of docs/ with their links
 #   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 # The newest transformers, which exported models must run in too; it shares PyTorch and all else.
 NEWEST := $(VENV)/transformers-newest
 
-.PHONY: install quickstart test test-slow test-gpu bench-gpu bench-2-gpus checks certificates teacher \
+.PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus checks certificates teacher \
 	clean
 
 install: $(INSTALLED)
@@ -41,6 +42,12 @@ test: $(INSTALLED) $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider tests/export/test_decoding.py
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not gpu and not exhaustive"
+
+# As root on Debian; testpaths has no tests/cluster, which starts a Slurm over hosts that are namespaces.
+test-cluster: $(INSTALLED)
+	apt-get update -qq
+	apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest -q --show-capture=no tests/cluster
 
 test-slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"

@@ -1,0 +1,122 @@
+"""`examples/slurm/transfer.sbatch` on a real Slurm: how it ends, goes on, and that nothing is lost.
+
+Catches: work thrown away at a time limit, a next stage on a stopped one, a crash that ends the job
+for good or requeues it for ever, another result than that of an undisturbed job.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from kit.cluster import HOSTS, Job, call, kill_rank, until
+from kit.lives import read_tensors, write_inputs
+
+from megatron_hydra.api.status import status_of
+from megatron_hydra.training.config import RunConfig, load_config
+
+pytestmark = [pytest.mark.cluster]
+
+STAGES = {
+    "stage1_align": "align",
+    "stage2_distill": "distill",
+    "stage3_long_context": "long_context",
+}
+STEPS = {"stage1_align": 90, "stage2_distill": 30, "stage3_long_context": 3}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _configs(folder: Path, inputs: Path) -> Path:
+    """The three stages' YAML files, one rank on each host, and their run folders."""
+    folder.mkdir()
+    previous = inputs / "hybrid"
+    for name, stage in STAGES.items():
+        config = yaml.safe_load((inputs / "run.yaml").read_text())
+        config["transfer"] |= {"stage": stage, "init_from": str(previous)}
+        config["trainer"]["max_steps"] = STEPS[name]
+        config["resume"]["save_every_n_steps"] = 20
+        config["log"]["folder"] = f"{folder}/{name}"
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        previous = folder / name / "hybrid"
+    return folder
+
+
+def _config(folder: Path, stage: str) -> RunConfig:
+    return load_config(folder / f"{stage}.yaml")
+
+
+def _wait_for_step(folder: Path, stage: str, step: int, saved: int = 0) -> None:
+    def is_there() -> bool:
+        found = status_of(_config(folder, stage))
+        return found.step >= step and found.saved_step >= saved
+
+    until(is_there, 480, f"step {step} of {stage} in {folder}")
+
+
+def test_whatever_ends_a_job_it_goes_on_to_the_same_models(tmp_path: Path, inputs: Path) -> None:
+    quiet = _configs(tmp_path / "quiet", inputs)
+    assert Job(quiet).wait_for_end() == ("COMPLETED", "0:0")
+
+    hurt = _configs(tmp_path / "hurt", inputs)
+    job = Job(hurt)
+    _wait_for_step(hurt, "stage1_align", 5)
+    call("scancel", "--batch", "--signal=USR1", job.number)
+    _check_is_requeued(job, hurt)
+    stopped = status_of(_config(hurt, "stage1_align"))
+
+    next_save = stopped.saved_step // 20 * 20 + 20
+    _wait_for_step(hurt, "stage1_align", next_save + 1, saved=next_save)
+    kill_rank(HOSTS[1])
+    job.wait_for_restart(2)
+    assert "failed with code 1, but steps were saved since this start" in job.said()
+
+    _wait_for_step(hurt, "stage2_distill", 5)
+    call("scancel", "--batch", "--signal=TERM", job.number)
+    assert job.wait_for_end() == ("FAILED", "75:0")
+    assert "stage2_distill was asked to stop; the same sbatch command goes on" in job.said()
+    stopped = status_of(_config(hurt, "stage2_distill"))
+    assert 5 <= stopped.saved_step == stopped.step < STEPS["stage2_distill"]
+    assert not (hurt / "stage3_long_context").exists()
+
+    assert Job(hurt).wait_for_end() == ("COMPLETED", "0:0")
+    for stage in STAGES:
+        there, here = (read_tensors(run / stage / "hybrid/weights") for run in (quiet, hurt))
+        assert there.keys() == here.keys()
+        assert [key for key in there if not _is_equal(there[key], here[key])] == []
+
+
+def test_the_time_limit_throws_no_step_away(tmp_path: Path, inputs: Path) -> None:
+    folder = _configs(tmp_path / "long", inputs)
+    more = ["stage1_align.trainer.max_steps=100000", "resume.save_every_n_steps=100000"]
+    job = Job(folder, ["--signal=B:USR1@60", "--time=3"], more)
+    _check_is_requeued(job, folder, 100000)
+    call("scancel", job.number)
+
+
+def _check_is_requeued(job: Job, folder: Path, max_steps: int = STEPS["stage1_align"]) -> None:
+    """After all steps of stage 1 are saved, and before another stage."""
+    job.wait_for_restart(1)
+    assert "requeued: stage1_align was asked to stop" in job.said()
+    stopped = status_of(_config(folder, "stage1_align"))
+    assert 0 < stopped.saved_step == stopped.step < max_steps
+    assert not (folder / "stage2_distill").exists()
+
+
+def _is_equal(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return isinstance(one, dict) or one == other
+
+
+def test_what_cannot_go_on_is_not_started_again(tmp_path: Path, inputs: Path) -> None:
+    job = Job(_configs(tmp_path / "bad", inputs), more=["stage1_align.optim.lrr=1"])
+    assert job.wait_for_end(300) == ("FAILED", "1:0")
+    assert "unknown config key optim.lrr: did you mean optim.lr?" in job.said()
+    assert "no step was saved since this start: not requeued" in job.said()
+    assert job.record("Restarts") == "0"
