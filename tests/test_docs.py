@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from megatron_hydra.certify.tables import CertificateFile, NotRun, Row
+from megatron_hydra.evaluation.generation import Answered, GeneratedResult, Generation
 from megatron_hydra.evaluation.reading import _Model, _Task
 from megatron_hydra.evaluation.results import NeedleGrid
 from megatron_hydra.head_plan import _File as PlanFile
@@ -30,6 +31,7 @@ from megatron_hydra.selection.pareto import ParetoRow
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig
 from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.tasks.generation import GenerationSample
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.indexed_dataset import EndOfDocument
 
@@ -120,6 +122,10 @@ def test_every_key_of_a_certificate_is_explained() -> None:
         ((PlanFile, _FileLayer, Budget, Constraints, Costs, Explanation, ChosenHead), _PLAN),
         ((ParetoRow,), (*_PLAN, "Pareto table")),
         ((_Model, _Task, NeedleGrid), ("Evaluation",)),
+        (
+            (Generation, GeneratedResult, Answered, GenerationSample),
+            ("Rules for all of them", "Generation"),
+        ),
         ((CertificateFile, Row, NotRun), ("Rules for all of them", "Certificate")),
     ],
 )

@@ -216,10 +216,15 @@ def format_table(models: Sequence[ModelResult], serve_dtype: ServeDtype) -> str:
     for model in models:
         rows.append(
             [model.name, f"{model.num_fa_heads}/{model.num_heads}"]
-            + [_percent(model.accuracy[cell]) for cell in models[0].accuracy]
+            + [percent_text(model.accuracy[cell]) for cell in models[0].accuracy]
             + [format_perplexity(model.loss_nats[length]) for length in models[0].loss_nats]
             + [f"{model.cache_bytes_per_token:,}", f"{model.state_bytes:,}"]
         )
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -230,6 +235,7 @@ def format_table(models: Sequence[ModelResult], serve_dtype: ServeDtype) -> str:
     )
 
 
-def _percent(accuracy: Accuracy) -> str:
+def percent_text(accuracy: Accuracy) -> str:
+    """Percent with the 95% interval: `80 [71, 87]`."""
     low, high = accuracy.interval
     return f"{100 * accuracy.value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"

@@ -15,8 +15,9 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.export.code import AUTO_MAP, CODE, code_hash
 from megatron_hydra.export.config import exported_config
-from megatron_hydra.files import content_hash, write_json
+from megatron_hydra.files import write_json
 from megatron_hydra.teachers.config_json import FIELDS
 from megatron_hydra.teachers.families import family_of
 from megatron_hydra.teachers.rope_json import PLAIN_ROPE
@@ -27,14 +28,8 @@ if TYPE_CHECKING:
     from megatron_hydra.head_plan import HeadPlan
     from megatron_hydra.model.config import HydraConfig
 
-_CODE = tuple(sorted(Path(__file__).parent.glob("*_hydra.py")))
 PLAN, CHECKPOINT = "plan.json", "checkpoint.json"
 """What the model's own configuration does not say of the checkpoint that it comes from."""
-_AUTO_MAP = {
-    "AutoConfig": "configuration_hydra.HydraHeadConfig",
-    "AutoModel": "modeling_hydra.HydraModel",
-    "AutoModelForCausalLM": "modeling_hydra.HydraForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ def write_hybrid_parts(
     """
     exported = exported_config(config, plan)
     exported.architectures = ["HydraForCausalLM"]
-    exported.auto_map = _AUTO_MAP
+    exported.auto_map = AUTO_MAP
     exported.dtype = dtype
     # For a tokenizer that names no class.
     exported.tokenizer_class = family_of(config).tokenizer_class
@@ -84,7 +79,7 @@ def write_hybrid_parts(
     exported.save_pretrained(folder)
     plan.save(folder / PLAN)
     write_json(folder / CHECKPOINT, dict(meta))
-    for file in _CODE:
+    for file in CODE:
         shutil.copy(file, folder / file.name)
     (folder / "README.md").write_text(_card(config, plan, figures), "utf-8")
 
@@ -131,11 +126,6 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
         pad_token_id=ends[-1] if pad is None and ends else pad,
     )
     settings.save_pretrained(folder)
-
-
-def code_hash() -> str:
-    """Hash (hex) of the model code's files."""
-    return content_hash(_CODE)
 
 
 def _card(config: HydraConfig, plan: HeadPlan, figures: CardFigures) -> str:

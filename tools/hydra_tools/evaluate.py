@@ -1,4 +1,4 @@
-"""``megatron-hydra evaluate``: needle tasks, perplexity and cache size of a list of models."""
+"""``megatron-hydra evaluate``: models on needles and text, or on generation tasks (`--hf`)."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from pathlib import Path
 
 from hydra_tools.progress import progress
 from megatron_hydra.api.evaluate import PERPLEXITY_TOKENS, Questions, evaluate
+from megatron_hydra.api.generate import Prompts, generate
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.generation import generation_table
 from megatron_hydra.evaluation.lengths import LONGEST_UNASKED
 from megatron_hydra.evaluation.results import format_table
 from megatron_hydra.selection.cost import SERVE_DTYPES
+from megatron_hydra.tasks.generation import GENERATION_TASKS
 from megatron_hydra.tasks.needles import TASKS
 from megatron_hydra.tasks.text import STAND_IN
 from megatron_hydra.tasks.text_files import FILES_HELP, add_text_options, text_options
+from megatron_hydra.tasks.wording import WORDINGS
+
+NEEDLES = "single,multi_key"
+_GENERATION_ONLY = ("wording", "batch_size", "dump", "trust_remote_code")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
         "--model",
-        required=True,
         action="append",
         metavar="NAME=FOLDER",
         help="a model and its name in the results; give as many as are to be compared",
     )
-    parser.add_argument("--out", required=True, type=Path, help="the results to write (JSON)")
+    parser.add_argument("--out", type=Path, help="the results to write (JSON)")
     parser.add_argument(
         "--tasks",
-        default="single,multi_key",
         metavar="LIST",
         help=f"of {', '.join(TASKS)}, multi_key:N; the first one's needle grid is kept "
-        "(default: %(default)s)",
+        f"(default: {NEEDLES}). With --hf of {', '.join(GENERATION_TASKS)} (default: all)",
     )
     parser.add_argument(
         "--lengths",
@@ -61,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-samples", type=int, default=100, metavar="N", help="of each task at each length"
     )
-    parser.add_argument("--depths", type=int, default=5, metavar="N", help="of the needle grid")
+    parser.add_argument("--depths", type=int, metavar="N", help="of the needle grid (default: 5)")
     parser.add_argument("--seed", type=int, default=1, help="of the samples")
     parser.add_argument(
         "--text",
@@ -78,16 +83,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"predicted at most (default: {PERPLEXITY_TOKENS}, or one window of the longest)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_generation_arguments(parser)
+
+
+def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation by generation, in place of --model")
+    group.add_argument(
+        "--hf",
+        action="append",
+        metavar="[NAME=]FOLDER",
+        help="a Hugging Face folder, of `export` or another, that answers RULER-style tasks by "
+        "transformers' generate, greedily; give as many as are to be compared",
+    )
+    group.add_argument(
+        "--wording",
+        choices=tuple(WORDINGS),
+        help="of the prompts: RULER's (default), or short, as the needles of `preprocess`",
+    )
+    group.add_argument("--batch-size", type=int, metavar="N", help="prompts answered together")
+    group.add_argument(
+        "--dump", type=Path, metavar="FILE", help="write the prompts (JSON lines), for any engine; "
+        "without --out nothing else"
+    )  # fmt: skip
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run a folder's model code even if it is not what this release exports",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
+    if bool(args.model) == bool(args.hf):
+        raise UserError("name the models with --model, or with --hf to have them generate text")
+    _check_options(args)
+    return _generate(args) if args.hf else _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
     questions = Questions(
-        tasks=tuple(args.tasks.split(",")),
+        tasks=tuple((args.tasks or NEEDLES).split(",")),
         lengths=args.lengths,
         training_length=args.training_length,
         num_samples=args.num_samples,
-        num_depths=args.depths,
+        num_depths=5 if args.depths is None else args.depths,
         seed=args.seed,
         texts=tuple(args.text),
         text_options=text_options(args),
@@ -109,6 +148,67 @@ def run(args: argparse.Namespace) -> int:
         print(f"text: {STAND_IN} (--text)")
     print(f"\nevaluation: {args.out}")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """See that no option stands with the wrong kind of evaluation."""
+    wrong, owner = _GENERATION_ONLY, "--hf"
+    if args.hf:
+        wrong, owner = ("depths", "training_length", "perplexity_tokens"), "--model"
+    for name in wrong:
+        if getattr(args, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} goes with {owner} alone")
+    if args.out is None and not args.dump:
+        raise UserError("--out is missing: name the file of the results")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    prompts = Prompts(
+        tasks=tuple(args.tasks.split(",")) if args.tasks else tuple(GENERATION_TASKS),
+        lengths=args.lengths,
+        num_samples=args.num_samples,
+        seed=args.seed,
+        wording=args.wording or "ruler",
+        texts=tuple(args.text),
+        text_options=text_options(args),
+    )
+    found = generate(
+        parse_folders(args.hf),
+        args.out,
+        prompts,
+        dump=args.dump,
+        batch_size=args.batch_size,
+        trust_remote_code=args.trust_remote_code,
+        serve_dtype=args.serve_dtype,
+        overwrite=args.overwrite,
+        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
+        progress=progress,
+        tell=print,
+    )
+    if args.dump:
+        print(f"prompts: {args.dump}")
+    if found is not None:
+        print(f"{generation_table(found)}\n\nevaluation: {args.out}")
+    return 0
+
+
+def parse_folders(arguments: Sequence[str]) -> dict[str, Path]:
+    """Read ``NAME=FOLDER`` or ``FOLDER`` arguments, the latter named by the folder.
+
+    Raises:
+        UserError: For a repeated name.
+    """
+    folders: dict[str, Path] = {}
+    for argument in arguments:
+        before, equals, after = argument.partition("=")
+        # A folder's own name may have the sign.
+        is_named = before and after and not Path(argument).is_dir()
+        name, folder = (before, after) if equals and is_named else ("", argument)
+        name = name or Path(folder).resolve().name
+        if name in folders:
+            raise UserError(f"--hf names {name!r} twice: each model needs its own name")
+        folders[name] = Path(folder)
+    return folders
 
 
 def parse_models(arguments: Sequence[str]) -> dict[str, Path]:

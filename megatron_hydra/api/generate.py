@@ -1,0 +1,372 @@
+"""`evaluate --hf`: RULER-style tasks that Hugging Face folders answer by generating text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.generation import (
+    Answered,
+    GeneratedResult,
+    Generation,
+    UnfinishedCells,
+)
+from megatron_hydra.evaluation.lengths import Choice, Reach, default_lengths
+from megatron_hydra.export.code import brings_code
+from megatron_hydra.files import (
+    check_output,
+    check_outputs,
+    content_hash,
+    parse_json,
+    versions,
+    write_beside,
+)
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.selection.cost import (
+    ModelShape,
+    ServeDtype,
+    cache_bytes_per_token,
+    state_bytes,
+)
+from megatron_hydra.tasks.generation import (
+    GENERATION_TASKS,
+    GenerationSample,
+    answers_found,
+    find_generation_tasks,
+    make_generation_samples,
+    not_comparable,
+)
+from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
+from megatron_hydra.tasks.text_files import TextOptions, find_texts
+from megatron_hydra.teachers.config_json import read_config, shape_fields
+from megatron_hydra.teachers.families import FAMILIES
+from megatron_hydra.teachers.model_folder import is_checkpoint_folder, weight_files
+
+if TYPE_CHECKING:
+    from megatron_hydra.export.generating import Generator
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 16384
+"""Tokens of the prompts that are answered together, where the user says nothing."""
+_COMPARED_CHARACTERS = 20_000
+_ANY_LENGTH = 2**62
+_NO_HYBRID = {
+    "la_conv_kernel_size": 0, "la_short_conv": False, "la_kind": "gated_delta_net",
+    "sliding_window_tokens": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the models are asked.
+
+    Attributes:
+        tasks: By RULER's names.
+        lengths: In tokens, prompt and answer together; None for what all models are built for,
+            its half and its quarter, up to 8,192.
+        num_samples: Of each task at each length.
+        seed: Of all that is drawn.
+        wording: `ruler`, or `short` for models trained on `preprocess`'s needles.
+        texts: Files, folders or patterns of text for haystacks, of which a tenth, held out, is
+            used; empty for Python's documentation.
+        text_options: How they are read.
+    """
+
+    tasks: tuple[str, ...] = tuple(GENERATION_TASKS)
+    lengths: tuple[int, ...] | None = None
+    num_samples: int = 100
+    seed: int = 1
+    wording: Literal["ruler", "short"] = "ruler"
+    texts: tuple[str, ...] = ()
+    text_options: TextOptions = field(default_factory=TextOptions)
+
+
+def generate(
+    models: Mapping[str, Path],
+    out: Path | None,
+    prompts: Prompts = Prompts(),
+    *,
+    dump: Path | None = None,
+    batch_size: int | None = None,
+    trust_remote_code: bool = False,
+    serve_dtype: ServeDtype = "bf16",
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress = no_progress,
+    tell: Callable[[str], None] = logger.info,
+) -> Generation | None:
+    """Let every model answer the same prompts greedily, and write what was found.
+
+    Finished cells are kept beside the output until it is written: called again after an
+    interruption, it goes on.
+
+    Args:
+        models: Hugging Face folders by the names that the results give them.
+        out: The results' JSON file; None writes the prompts alone.
+        prompts: What is asked.
+        dump: JSON lines of the prompts, for another engine.
+        batch_size: Prompts that are answered together; None for as many as have
+            :data:`BATCH_TOKENS`.
+        trust_remote_code: Run model code that is not what this release exports.
+        serve_dtype: Number format of the caches when they serve, in which bytes are told.
+        overwrite: Replace existing outputs.
+        command: For provenance; None takes the process's own.
+        progress: Shows how far it is.
+        tell: Gets a line on each thing that was chosen, before the work.
+
+    Returns:
+        The results; None without `out`.
+
+    Raises:
+        UserError: For a model, task, length or text that cannot be used, or an output that is in
+            the way; nothing is written then.
+    """
+    texts = find_texts(prompts.texts, prompts.text_options)
+    check_outputs([out, dump], (*models.values(), *prompts.texts, *texts))
+    for output in (out, dump):
+        if output is not None:
+            check_output(output, overwrite, "file")
+    _check(prompts, batch_size)
+    have_code = {name: _check_folder(path, trust_remote_code) for name, path in models.items()}
+    chosen = _choose_lengths(prompts, models)
+    # Imported here: PyTorch and transformers take seconds, and what is wrong above is said before.
+    from megatron_hydra.export.generating import Generator
+
+    generators = {name: Generator(path, have_code[name]) for name, path in models.items()}
+    text = read_text(texts, prompts.text_options) if texts else stand_in_text("--text")
+    _check_tokenizers(generators, text)
+    tell(f"lengths: {', '.join(f'{n:,}' for n in chosen.lengths)} tokens ({chosen.words})")
+    cells = _draw(prompts, chosen.lengths, next(iter(generators.values())), text, progress)
+    lines = [json.dumps(asdict(sample), ensure_ascii=False) for cell in cells for sample in cell]
+    if dump is not None:
+        with write_beside(dump, overwrite) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if out is None:
+        return None
+    prompts_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    hashes = {name: content_hash(weight_files(path).paths) for name, path in models.items()}
+    unfinished = UnfinishedCells(out, {"prompts": prompts_hash, "models": hashes}, overwrite)
+    results = []
+    for position, (name, generator) in enumerate(generators.items()):
+        _tell_beyond(name, models[name], chosen.lengths, tell)
+        answered = []
+        for number, cell in enumerate(cells, position * len(cells)):
+            found = unfinished.load(number)
+            if found is None:
+                found = _answer(name, generator, cell, batch_size, progress)
+                unfinished.save(number, found)
+            answered.append(found)
+        results.append(_result(name, models[name], serve_dtype, answered))
+        generator.release()
+    named_text = " ".join(prompts.texts) or STAND_IN
+    provenance = {
+        "command": command or shlex.join(sys.argv),
+        "text": named_text,
+        "lengths": chosen.words,
+        "wording": prompts.wording,
+        "seed": prompts.seed,
+        "weights": hashes,
+        "versions": versions(),
+    }
+    head = not_comparable(prompts.wording, ", ".join(prompts.texts) or "Python's documentation")
+    generation = Generation(tuple(results), head, serve_dtype, prompts_hash, provenance)
+    generation.save(out, overwrite)
+    unfinished.remove()
+    return generation
+
+
+def _check(prompts: Prompts, batch_size: int | None) -> None:
+    find_generation_tasks(prompts.tasks)
+    for name, value in (
+        ("the number of samples", prompts.num_samples),
+        ("the batch size", 1 if batch_size is None else batch_size),
+    ):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be above 0")
+
+
+def _check_folder(folder: Path, is_trusted: bool) -> bool:
+    """Whether the folder brings model code that may run; UserError if it cannot be used."""
+    if is_checkpoint_folder(folder):
+        raise UserError(
+            f"{folder} is a checkpoint folder: `export` makes a Hugging Face folder of it; "
+            "or name it with --model"
+        )
+    _config(folder)
+    weight_files(folder)
+    return brings_code(folder, is_trusted)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path}: it holds no object")
+    return found
+
+
+def _built_for(folder: Path) -> int | None:
+    """Tokens that the model is built for; None where its configuration does not say."""
+    config = _config(folder)
+    if config.get("model_type") == "hydra_head":
+        from megatron_hydra.export.configuration_hydra import HydraHeadConfig
+
+        return int(HydraHeadConfig.from_pretrained(folder).max_position_embeddings)
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) else None
+
+
+def _choose_lengths(prompts: Prompts, models: Mapping[str, Path]) -> Choice:
+    if prompts.lengths is not None:
+        return Choice(prompts.lengths, "as asked for")
+    reaches = {}
+    for name, folder in models.items():
+        built_for = _built_for(folder)
+        if built_for is None:
+            raise UserError(f"{folder} does not say what length it is built for: give --lengths")
+        reaches[name] = Reach(built_for)
+    return default_lengths(reaches, None, _ANY_LENGTH)
+
+
+def _tell_beyond(
+    name: str, folder: Path, lengths: Sequence[int], tell: Callable[[str], None]
+) -> None:
+    built_for = _built_for(folder)
+    beyond = [length for length in lengths if built_for is not None and length > built_for]
+    if beyond:
+        tell(
+            f"{name} is built for {built_for} tokens: its results at "
+            f"{', '.join(map(str, beyond))} tokens are beyond that"
+        )
+
+
+def _check_tokenizers(generators: Mapping[str, Generator], text: str) -> None:
+    """Prompts are shared, so all tokenizers must cut text alike."""
+    compared = text[:_COMPARED_CHARACTERS]
+    found = {
+        name: generator.tokenizer(compared, verbose=False)["input_ids"]
+        for name, generator in generators.items()
+    }
+    first, *others = found
+    for name in others:
+        if found[name] != found[first]:
+            raise UserError(
+                f"models {first!r} and {name!r} have different tokenizers: "
+                "models evaluated together share their prompts"
+            )
+
+
+def _draw(
+    prompts: Prompts, lengths: Sequence[int], generator: Generator, text: str, progress: Progress
+) -> list[list[GenerationSample]]:
+    # Held out, as far as the models were trained on the same text.
+    held_out = "".join(split_held_out(text)[1])  # type: ignore[arg-type]
+    tasks = find_generation_tasks(prompts.tasks)
+    pairs = [(task, length) for task in tasks for length in lengths]
+    cells: list[list[GenerationSample]] = []
+    for task, length in progress(pairs, "prompts", "cell"):
+        cells += make_generation_samples(
+            generator.num_tokens,
+            held_out,
+            [task],
+            [length],
+            prompts.num_samples,
+            prompts.seed,
+            prompts.wording,
+        )
+    return cells
+
+
+def _answer(
+    name: str,
+    generator: Generator,
+    cell: Sequence[GenerationSample],
+    batch_size: int | None,
+    progress: Progress,
+) -> Answered:
+    task, length = cell[0].task, cell[0].length
+    texts = generator.generate(
+        [sample.prompt for sample in cell],
+        cell[0].max_new_tokens,
+        batch_size or max(1, BATCH_TOKENS // length),
+        progress,
+        f"{name}: {task} {length}",
+    )
+    found = [answers_found(text, sample.answers) for text, sample in zip(texts, cell, strict=True)]
+    return Answered.count((task, length), found, [len(sample.answers) for sample in cell])
+
+
+def _result(
+    name: str, folder: Path, dtype: ServeDtype, answered: Sequence[Answered]
+) -> GeneratedResult:
+    """With what the model keeps of a sequence, as far as it is of a kind that is known here."""
+    shape, plan = _shape(folder)
+    if shape is None:
+        return GeneratedResult(name, str(folder), None, None, None, None, tuple(answered))
+    return GeneratedResult(
+        name=name,
+        path=str(folder),
+        fa_heads=shape.total_heads if plan is None else plan.num_fa_heads,
+        total_heads=shape.total_heads,
+        cache_bytes_per_token=int(cache_bytes_per_token(shape, dtype).of(plan)),
+        state_bytes=int(state_bytes(shape, dtype).of(plan)),
+        tasks=tuple(answered),
+    )
+
+
+def _shape(folder: Path) -> tuple[ModelShape | None, HeadPlan | None]:
+    model_type = _config(folder).get("model_type")
+    if model_type == "hydra_head":
+        return _hybrid_shape(folder)
+    if model_type not in FAMILIES:
+        return None, None
+    # A teacher's costs are those of its shape, and what a hybrid of it would be has no part in it.
+    config: Any = SimpleNamespace(**_NO_HYBRID, **shape_fields(read_config(folder)))
+    return ModelShape.from_config(config), None
+
+
+def _hybrid_shape(folder: Path) -> tuple[ModelShape, HeadPlan]:
+    from megatron_hydra.export.configuration_hydra import HydraHeadConfig
+
+    config = HydraHeadConfig.from_pretrained(folder)
+    layers = range(config.num_hidden_layers)
+    shape = ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_query_groups=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings,
+        conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
+        sliding_window_tokens=config.sliding_window_tokens,
+    )
+    others: dict[int, dict[Any, list[int]]] = {
+        n: {
+            kind: heads for kind in ("kda", "sliding_window") if (heads := config.heads_of(n, kind))
+        }
+        for n in layers
+    }
+    plan = HeadPlan.from_fa_heads(
+        {n: config.heads_of(n, "fa") for n in layers},
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        other_kinds=others,
+    )
+    return shape, plan

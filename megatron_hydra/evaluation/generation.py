@@ -1,0 +1,238 @@
+"""Results of evaluation by generation: their file, their table, and cells of a run that was killed.
+
+Free of PyTorch at import, so that the report starts quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.results import Accuracy, Cell, aligned, percent_text
+from megatron_hydra.files import lock, parse_json, write_json
+from megatron_hydra.schema import Limits, from_json, load_json, named
+
+SCHEMA_VERSION = 1
+FILE_KIND = "generation"
+_RECORD, _LOCK = "run.json", ".lock"
+_UNIT = re.compile(r"\d+\.json|run\.json|\.lock|\..*\.\d+\.partial")
+_Count = Annotated[int, Limits(least=1)]
+_Share = Annotated[float, Limits(least=0, most=1)]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """How a model did in a cell: a task at a length.
+
+    Attributes:
+        task: RULER's name.
+        length: In tokens, prompt and answer together.
+        num_right: Samples with every answer in the generated text.
+        num_samples: Samples.
+        accuracy: `num_right` of `num_samples`.
+        interval: Wilson's 95% interval of it.
+        match_all: RULER's `string_match_all`, the mean share of a sample's answers that are found.
+        match_part: RULER's `string_match_part`, the share of samples with one answer or more.
+    """
+
+    task: str
+    length: _Count
+    num_right: Annotated[int, Limits(least=0)]
+    num_samples: _Count
+    accuracy: float
+    interval: tuple[float, float]
+    match_all: _Share
+    match_part: _Share
+
+    @classmethod
+    def count(cls, cell: Cell, found: Sequence[int], asked: Sequence[int]) -> Answered:
+        """Count a cell.
+
+        Args:
+            cell: Task and length.
+            found: Of each sample, how many answers the text contains.
+            asked: Of each sample, how many there are.
+        """
+        pairs = list(zip(found, asked, strict=True))
+        right = Accuracy(sum(there == wanted for there, wanted in pairs), len(pairs))
+        share = sum(there / wanted for there, wanted in pairs) / len(pairs)
+        part = sum(there > 0 for there in found) / len(pairs)
+        counts = (right.num_right, right.num_samples, right.value, right.interval)
+        return cls(*cell, *counts, match_all=min(1.0, share), match_part=part)
+
+    @property
+    def cell(self) -> Cell:
+        """Task and length."""
+        return self.task, self.length
+
+
+@dataclass(frozen=True)
+class GeneratedResult:
+    """One model.
+
+    Attributes:
+        name: In tables.
+        path: Its folder.
+        fa_heads: Heads with full attention in the whole model; None: unknown.
+        total_heads: Query heads in the whole model; None: unknown.
+        cache_bytes_per_token: Keys and values that a token adds; None: unknown.
+        state_bytes: That a sequence keeps whatever its length; None: unknown.
+        tasks: One for each cell.
+    """
+
+    name: str
+    path: str
+    fa_heads: int | None
+    total_heads: int | None
+    cache_bytes_per_token: int | None
+    state_bytes: int | None
+    tasks: tuple[Answered, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All models, on the same prompts.
+
+    Attributes:
+        models: One or more.
+        head: Why the figures are not those of published RULER.
+        serve_dtype: Number format of the caches' bytes.
+        prompts_hash: SHA-256 of the prompts as they are dumped.
+        provenance: Command, versions, seed; JSON values.
+    """
+
+    models: tuple[GeneratedResult, ...]
+    head: str
+    serve_dtype: str
+    prompts_hash: str
+    provenance: Mapping[str, Any]
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Tasks and lengths, in the order of the file."""
+        return tuple(task.cell for task in self.models[0].tasks)
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write it as JSON; UserError if that cannot be."""
+        heading = {"schema_version": SCHEMA_VERSION, "kind": FILE_KIND}
+        write_json(path, {**heading, **asdict(self)}, overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Generation:
+        """Read and check what :meth:`save` wrote.
+
+        Raises:
+            UserError: If a key is missing, figures contradict one another, or models were not
+                asked the same; names file and model.
+        """
+        found = load_json(cls, path, FILE_KIND, SCHEMA_VERSION)
+        with named(os.fspath(path)):
+            if not found.models or not found.models[0].tasks:
+                raise UserError("it holds no results")
+            for model in found.models:
+                with named(f"model {model.name!r}"):
+                    if tuple(task.cell for task in model.tasks) != found.cells:
+                        raise UserError(f"its cells are not those of {found.models[0].name!r}")
+                    for task in model.tasks:
+                        _check(task)
+        return found
+
+
+def _check(task: Answered) -> None:
+    with named(f"task {task.task} at {task.length} tokens"):
+        if task.num_right > task.num_samples:
+            raise UserError(f"num_right is {task.num_right} of {task.num_samples} samples")
+        counted = Accuracy(task.num_right, task.num_samples)
+        if (task.accuracy, tuple(task.interval)) != (counted.value, counted.interval):
+            raise UserError(f"accuracy is {task.accuracy}; its counts give {counted.value}")
+        if task.match_part < task.accuracy or task.match_all < task.accuracy:
+            raise UserError("match_all and match_part cannot be below accuracy")
+
+
+def generation_table(result: Generation) -> str:
+    """A text table, a task at a length per row: accuracy with interval, and `string_match_all`."""
+    rows = [["task", "tokens", *(model.name for model in result.models)]]
+    for position, (task, length) in enumerate(result.cells):
+        found = (model.tasks[position] for model in result.models)
+        texts = (
+            f"{percent_text(Accuracy(each.num_right, each.num_samples))} {100 * each.match_all:.0f}"
+            for each in found
+        )
+        rows.append([task, f"{length:,}", *texts])
+    heading = "samples with every answer in % with 95% interval, and RULER's string_match_all"
+    return "\n".join([result.head, heading, aligned(rows)])
+
+
+class UnfinishedCells:
+    """What a run has measured, in `OUT.partial/`, so that one that is killed goes on.
+
+    Args:
+        out: The output.
+        fingerprint: JSON values that make two runs the same; a folder of another run is refused.
+        start_anew: Whether cells of an earlier run are to go.
+    """
+
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], start_anew: bool) -> None:
+        self.path = out.with_name(f"{out.name}.partial")
+        self._lock = ExitStack()
+        entries = list(self.path.iterdir()) if self.path.is_dir() else []
+        if foreign := sorted(p.name for p in entries if not _UNIT.fullmatch(p.name)):
+            raise UserError(
+                f"{self.path} holds {foreign[0]}, which no evaluation wrote: move it, or name "
+                "another output"
+            )
+        self._lock.enter_context(lock(self.path / _LOCK, f"the unfinished evaluation {self.path}"))
+        wanted = json.loads(json.dumps(fingerprint))
+        record = self.path / _RECORD
+        if start_anew or not record.is_file():
+            self._clear()
+            write_json(record, wanted)
+            return
+        found = _parsed(record)
+        for key in (*wanted, *found):
+            if found.get(key) != wanted.get(key):
+                self._lock.close()
+                raise UserError(
+                    f"{self.path} holds an unfinished evaluation with another {key}: run that to "
+                    "its end, name another output, or pass --overwrite to leave what it measured"
+                )
+
+    def load(self, number: int) -> Answered | None:
+        """A finished cell; None if it is to be measured."""
+        path = self.path / f"{number}.json"
+        if not path.is_file():
+            return None
+        return from_json(Answered, _parsed(path), os.fspath(path))
+
+    def save(self, number: int, cell: Answered) -> None:
+        """Keep a cell."""
+        write_json(self.path / f"{number}.json", asdict(cell), overwrite=True)
+
+    def remove(self) -> None:
+        """Delete the folder, once the output is written."""
+        self._clear()
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self._lock.close()
+        self.path.rmdir()
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.name != _LOCK:
+                path.unlink()
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}, of an unfinished evaluation: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path}, of an unfinished evaluation: it holds no object")
+    return found

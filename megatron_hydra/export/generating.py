@@ -1,0 +1,98 @@
+"""Text that a Hugging Face folder's model generates, by transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.progress import Progress, no_progress
+
+
+class Generator:
+    """A model and its tokenizer.
+
+    Args:
+        folder: Of Hugging Face.
+        has_code: Whether transformers is to run the folder's own model code.
+    """
+
+    def __init__(self, folder: Path, has_code: bool) -> None:
+        self.folder = folder
+        self._options = {"trust_remote_code": has_code, "local_files_only": True}
+        self._model: Any = None
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, padding_side="left", **self._options
+            )
+        except Exception as error:  # transformers raises whatever it meets
+            raise UserError(f"cannot load a tokenizer from {folder}: {_first(error)}") from error
+        if self.tokenizer.pad_token_id is None:
+            if self.tokenizer.eos_token_id is None:
+                raise UserError(f"the tokenizer of {folder} has no token to fill batches up with")
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def num_tokens(self, text: str) -> int:
+        """Of a prompt, with what the tokenizer puts before it."""
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        batch_size: int,
+        progress: Progress = no_progress,
+        description: str = "",
+    ) -> Iterator[str]:
+        """Go on with each prompt greedily; yields texts without the prompt.
+
+        Args:
+            prompts: Texts.
+            max_new_tokens: Most tokens of each.
+            batch_size: Prompts that are answered together.
+            progress: Shows the batches.
+            description: What it shows.
+        """
+        model = self._load()
+        batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+        for batch in progress(batches, description, "batch"):
+            inputs = self.tokenizer(
+                list(batch), return_tensors="pt", padding=True, return_token_type_ids=False
+            ).to(model.device)
+            with torch.inference_mode():
+                found = model.generate(**inputs, max_new_tokens=max_new_tokens)
+            new = found[:, inputs["input_ids"].shape[1] :]
+            yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def release(self) -> None:
+        """Give the model's memory back."""
+        self._model = None
+
+    def _load(self) -> Any:
+        """The model, when it is first needed."""
+        if self._model is not None:
+            return self._model
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype="auto", use_safetensors=True, **self._options
+            )
+        except Exception as error:  # as above
+            raise UserError(f"cannot load the model of {self.folder}: {_first(error)}") from error
+        # Greedy, whatever the folder's settings sample or penalise.
+        ends = model.generation_config.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=ends, pad_token_id=pad
+        )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = model.to(device).eval()
+        return self._model
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
