@@ -66,9 +66,14 @@ step "evaluate" $out/evaluation.json megatron-hydra evaluate --num-samples 60 --
     --model "hybrid, untrained=$out/converted" \
     --model "hybrid, trained=$out/stage3_long_context/hybrid" \
     --model "random heads, trained=$out/random/stage3_long_context/hybrid"
+step "export the hybrid for transformers" $out/hydra-hf \
+    megatron-hydra export --model $out/stage3_long_context/hybrid --out $out/hydra-hf
+step "evaluate by generation" $out/generation.json megatron-hydra evaluate --wording short \
+    --tasks niah_single_2,niah_multikey_1 --lengths 256,1024 --num-samples 20 "${serve[@]}" \
+    --hf "teacher=$teacher" --hf "hybrid, exported=$out/hydra-hf" --out $out/generation.json
 rm -f $out/report.html
 step "report" $out/report.html megatron-hydra report --out $out/report.html \
     --scores $out/scores.json --plan $out/plan.json --evaluation $out/evaluation.json --teacher $teacher \
-    --pareto $out/pareto.json \
+    --pareto $out/pareto.json --generation $out/generation.json \
     --run stage1=$out/stage1_align --run stage2=$out/stage2_distill --run stage3=$out/stage3_long_context
 printf '== done in %d:%02d: %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$PWD/$out/report.html"

@@ -23,6 +23,7 @@ def report(
     evaluation: Path,
     runs: Mapping[str, Path],
     pareto: Path | None = None,
+    generation: Path | None = None,
     teacher: Path | None = None,
     overwrite: bool = False,
     command: str | None = None,
@@ -36,6 +37,7 @@ def report(
         evaluation: What :func:`~megatron_hydra.api.evaluate.evaluate` wrote.
         runs: Run folders by the names that the page gives them, in order.
         pareto: What :func:`~megatron_hydra.api.pareto.pareto` wrote; None leaves it out.
+        generation: What :func:`~megatron_hydra.api.generate.generate` wrote; None leaves it out.
         teacher: Folder of the teacher that plan and scores must be of, and which names it.
         overwrite: Replace an existing page.
         command: For provenance; None takes the process's own.
@@ -46,7 +48,7 @@ def report(
     """
     # The page may stand in a run's folder, beside what is read there.
     read = [folder / part for folder in runs.values() for part in _READ_OF_RUN]
-    check_outputs([out], (scores, plan, evaluation, pareto, teacher, *read))
+    check_outputs([out], (scores, plan, evaluation, pareto, generation, teacher, *read))
     return write_report(
         out,
         scores=scores,
@@ -54,6 +56,7 @@ def report(
         evaluation=evaluation,
         runs=runs,
         pareto=pareto,
+        generation=generation,
         command=command or shlex.join(sys.argv),
         teacher_config_hash=config_hash(teacher) if teacher else "",
         teacher_name=teacher.resolve().name if teacher else "",

@@ -8,6 +8,7 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.generation import Generation
 from megatron_hydra.evaluation.reading import in_one_format, read_evaluation
 from megatron_hydra.evaluation.results import Evaluation
 from megatron_hydra.files import check_output, write_beside
@@ -18,6 +19,7 @@ from megatron_hydra.report.heatmap import head_map_figure, scorer_names
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import (
     evaluation_section,
+    generation_section,
     memory_section,
     provenance_section,
     training_section,
@@ -37,6 +39,7 @@ def write_report(
     evaluation: str | os.PathLike[str],
     runs: Mapping[str, str | os.PathLike[str]],
     pareto: str | os.PathLike[str] | None = None,
+    generation: str | os.PathLike[str] | None = None,
     command: str = "",
     teacher_config_hash: str = "",
     teacher_name: str = "",
@@ -51,6 +54,7 @@ def write_report(
         evaluation: What ``megatron-hydra evaluate`` wrote.
         runs: Run folders by the names that the page gives them, in order.
         pareto: What ``megatron-hydra pareto`` wrote; None leaves it out.
+        generation: What ``megatron-hydra evaluate --hf`` wrote; None leaves it out.
         command: The command that makes the page, for its provenance.
         teacher_config_hash: Hash of the teacher that plan and scores must be of; empty: unchecked.
         teacher_name: What the page calls the teacher; empty: as the scores' file records it.
@@ -68,6 +72,7 @@ def write_report(
         read_evaluation(evaluation),
         [read_run(name, folder) for name, folder in runs.items()],
         pareto=None if pareto is None else ParetoTable.load(pareto),
+        generation=None if generation is None else Generation.load(generation),
         command=command,
         teacher_config_hash=teacher_config_hash,
         teacher_name=teacher_name,
@@ -85,6 +90,7 @@ def render_report(
     runs: Sequence[TrainingRun],
     *,
     pareto: ParetoTable | None = None,
+    generation: Generation | None = None,
     command: str = "",
     teacher_config_hash: str = "",
     teacher_name: str = "",
@@ -103,6 +109,7 @@ def render_report(
         # The section on head selection shows the explanation.
         "plan": {k: v for k, v in plan.provenance.items() if k != "explanation"},
         "evaluation": evaluation.provenance,
+        **({} if generation is None else {"generation": generation.provenance}),
     }
     records = provenance_section(sources, runs, command)
     versions = records["versions"]
@@ -113,6 +120,7 @@ def render_report(
             **headline(scores, plan, evaluation, versions, teacher_name, written),
             **selection_section(scores, plan, pareto),
             **evaluation_section(evaluation),
+            **generation_section(generation),
             **memory_section(evaluation),
             **training_section(runs),
             **records,

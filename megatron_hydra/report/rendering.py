@@ -12,7 +12,17 @@ from megatron_hydra.evaluation.results import format_perplexity
 from megatron_hydra.report import units
 from megatron_hydra.selection.cost import state_format
 
-_TASK_NAMES = {"single": "Single needle", "multi_key": "Multi-key needle"}
+_TASK_NAMES = {
+    "single": "Single needle",
+    "multi_key": "Multi-key needle",
+    **{f"niah_single_{n}": f"Single needle S{n}" for n in (1, 2, 3)},
+    **{f"niah_multikey_{n}": f"Multi-key needle MK{n}" for n in (1, 2, 3)},
+    "niah_multivalue": "Multi-value needle MV",
+    "niah_multiquery": "Multi-query needle MQ",
+    "vt": "Variable tracking VT",
+    "cwe": "Common words CWE",
+    "fwe": "Frequent words FWE",
+}
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_hydra.evaluation.generation import Generation
 from megatron_hydra.evaluation.results import Evaluation, ModelResult
 from megatron_hydra.report.chart_style import Picture, to_picture
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
@@ -41,6 +42,15 @@ def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
         },
         "first_past": next(past, None),
     }
+
+
+def generation_section(generation: Generation | None) -> dict[str, Any]:
+    """What models answered by generating text, with the best of each column; None: no section."""
+    best: list[float] = []
+    if generation is not None:
+        columns = zip(*(model.tasks for model in generation.models), strict=True)
+        best = [max(task.accuracy for task in column) for column in columns]
+    return {"generation": generation, "generation_best": best}
 
 
 def memory_section(evaluation: Evaluation) -> dict[str, Any]:

@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pareto", type=Path, metavar="FILE", help="what `pareto` wrote, to show it on the page"
     )
     parser.add_argument(
+        "--generation", type=Path, metavar="FILE", help="what `evaluate --hf` wrote, likewise"
+    )
+    parser.add_argument(
         "--teacher", type=Path, help="check that plan and scores are of this folder, and name it"
     )
     parser.add_argument("--out", required=True, type=Path, help="the HTML page to write")
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         evaluation=args.evaluation,
         runs=_parse_runs(args.run),
         pareto=args.pareto,
+        generation=args.generation,
         teacher=args.teacher,
         overwrite=args.overwrite,
         command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
