@@ -9,16 +9,16 @@ imported, because megatron binds several of these names when it is imported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-_REWRITTEN = frozenset(("cuda", "pin_memory", "to", "type"))
-_installed: _CudaToCpu | None = None
+_installed = False
 
 
 def install_if_needed() -> bool:
@@ -32,15 +32,14 @@ def install_if_needed() -> bool:
     global _installed
     if torch.cuda.is_available():
         return False
-    if _installed is None:
+    if not _installed:
         if "megatron.core" in sys.modules:
             raise RuntimeError("megatron_hydra.cpu.install_if_needed() must run before megatron")
         _replace_cuda_functions()
-        # PyTorch warns of a look at `.grad` of what is no leaf. Megatron's schedule looks there, by
-        # way of the mode below, which the warning then names.
-        warnings.filterwarnings("ignore", message=r"The \.grad attribute", module=__name__)
-        _installed = _CudaToCpu()
-        _installed.__enter__()
+        _replace_tensor_functions()
+        # Megatron's schedule looks at `.grad` of what is no leaf, of which PyTorch warns.
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute", module=r"megatron\.core")
+        _installed = True
     return True
 
 
@@ -78,39 +77,67 @@ class _CpuGenerators:
         return torch.default_generator
 
 
-class _CudaToCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"`, `.cuda()`, `.to("cuda")`, pinned memory and tensor type names."""
+def _on_cpu(function: Any) -> Any:
+    """A function that makes or moves tensors, told the CPU where it is told CUDA."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs = {**kwargs, "device": _CPU}
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-        else:
-            kwargs = {}
-        name = getattr(func, "__name__", "")
-        if name in _REWRITTEN:  # most are not: millions of calls come here
-            if name == "type":
-                return _tensor_type(func, args, kwargs)
-            if name != "to":
-                return args[0]
-            args = tuple(_CPU if _is_cuda(value) else value for value in args)
-        return func(*args, **kwargs)
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _moved_to_cpu(function: Any) -> Any:
+    """`Tensor.to`, which takes a device by place too."""
+
+    @functools.wraps(function)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *(_CPU if _is_cuda(value) else value for value in args), **kwargs)
+
+    return _on_cpu(to)
 
 
 def _is_cuda(value: Any) -> bool:
     return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
 
 
-def _tensor_type(func: Any, args: tuple, kwargs: dict) -> Any:
-    # Megatron buckets gradients by the names of the CUDA tensor types.
-    if len(args) > 1 and isinstance(args[1], str):
-        return func(args[0], args[1].replace("torch.cuda.", "torch."), **kwargs)
-    result = func(*args, **kwargs)
-    return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+def _typed_as_on_cuda(function: Any) -> Any:
+    """`Tensor.type`: Megatron buckets gradients by the names of the CUDA tensor types."""
+
+    @functools.wraps(function)
+    def type_(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], str):
+            return function(self, args[0].replace("torch.cuda.", "torch."), *args[1:], **kwargs)
+        result = function(self, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    return type_
+
+
+def _replace_tensor_functions() -> None:
+    """All that can be asked for a tensor on a device.
+
+    Each by itself: a mode that sees every call of PyTorch's would take more time than small
+    operators do.
+    """
+    for function in _device_constructors():
+        name = function.__name__
+        if getattr(torch, name, None) is function:
+            setattr(torch, name, _on_cpu(function))
+    for name in dir(torch):
+        if name.endswith("_like"):
+            setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor = torch.Tensor
+    for name in dir(tensor):
+        if name.startswith("new_"):
+            setattr(tensor, name, _on_cpu(getattr(tensor, name)))
+    tensor.to = _moved_to_cpu(tensor.to)  # type: ignore[method-assign]
+    tensor.type = _typed_as_on_cuda(tensor.type)  # type: ignore[method-assign]
+    tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign]
 
 
 def _replace_cuda_functions() -> None:
