@@ -7,6 +7,7 @@ from the same scores, a checkpoint whose tensors have other names, a training th
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra_tools import cli
+from kit import forks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 FILES = Path(__file__).parent / "golden" / "version_0_1.tar.xz"
@@ -101,8 +103,9 @@ def test_the_training_goes_on_to_the_same_weights(golden: Path) -> None:
 @pytest.mark.slow
 def test_training_starts_from_the_converted_models(golden: Path) -> None:
     shutil.rmtree("run")
-    command = [sys.executable, "-m", "hydra_tools.train", "--config", "stage1.yaml"]
-    assert subprocess.run(command).returncode == 0
+    program = ["-m", "hydra_tools.train", "--config", "stage1.yaml"]
+    log = golden / "printed.log"
+    assert forks.start(program, dict(os.environ), log).wait() == 0, log.read_text()
     assert_same_weights(golden / "run/hybrid", golden / "run_complete/hybrid")
 
 

@@ -48,6 +48,8 @@ class Fork:
 def start(program: Sequence[str], environment: dict[str, str], log: Path, ranks: int = 0) -> Fork:
     """Run a program by itself, or under torchrun on so many ranks.
 
+    It starts in the working directory of the caller.
+
     Args:
         program: What follows `python`: a file or `-m` and a module, then arguments.
         environment: All of it.
@@ -55,10 +57,13 @@ def start(program: Sequence[str], environment: dict[str, str], log: Path, ranks:
         ranks: 0 to do without torchrun.
     """
     start_fork_server()
-    return Fork("forkserver", _launch, list(program), environment, log, ranks)
+    return Fork("forkserver", _launch, Path.cwd(), list(program), environment, log, ranks)
 
 
-def _launch(program: list[str], environment: dict[str, str], log: Path, ranks: int) -> None:
+def _launch(
+    folder: Path, program: list[str], environment: dict[str, str], log: Path, ranks: int
+) -> None:
+    os.chdir(folder)
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from kit import forks
 from kit.distributed import run_distributed
 from kit.faults import gradient_fault, head_fault, hidden_states_fault
+from kit.lives import paths
 from kit.recorded_runs import RecordedRun, is_bit_equal, recorded_run
 from kit.tiny_models import write_models
 from torch import nn
@@ -32,7 +32,6 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 BATCH, LENGTH, NUM_DOCUMENTS = 4, 16, 100
 LOSS_PARTS = ("loss", "ce", "kl")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +217,16 @@ def test_command_ends_with_one_sentence(inputs: Path, tmp_path: Path, action: st
     `test_run_stops_goes_on_and_counts` has the error of `stop`, which goes the same way from there.
     """
     run_distributed(_write_bad_hybrid, 1, inputs, tmp_path / "bad")
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
     step, num_skipped = (3, 2) if action == "skip" else (1, 0)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         "2", "-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml",
-         f"transfer.init_from={tmp_path}/bad", f"log.folder={tmp_path}/run",
-         f"bad_numbers.action={action}", "bad_numbers.max_skipped_in_a_row=2"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    log = result.stdout
+    program = [
+        "-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml",
+        f"transfer.init_from={tmp_path}/bad", f"log.folder={tmp_path}/run",
+        f"bad_numbers.action={action}", "bad_numbers.max_skipped_in_a_row=2",
+    ]  # fmt: skip
+    printed = tmp_path / "printed.log"
+    environment = {**os.environ, "PYTHONPATH": paths(), "OMP_NUM_THREADS": "1"}
+    assert forks.start(program, environment, printed, ranks=2).wait(300) == 1
+    log = printed.read_text()
     *_, summary = log.partition("Root Cause")
     bad = f"step {step} of stage distill is bad: NaN in the output of head 1 (LA) of layer 1 on"
     assert f"\nmegatron-hydra: error: {bad} rank " in log, log[-4000:]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ from megatron_hydra import cpu
 
 cpu.install_if_needed()
 
+from kit import forks  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
+from kit.lives import paths  # noqa: E402
 from kit.plans import all_fa  # noqa: E402
 from kit.tiny_qwen3 import edit_config, logits_difference, write_tiny_teacher  # noqa: E402
 
@@ -364,7 +364,9 @@ def _on_two_ranks(folder: Path, expected: Tensor) -> None:
 # The quickstart's own teacher has a test of its own, in test_examples.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen2", marks=pytest.mark.exhaustive)])
-def test_the_main_job_in_python(tmp_path: Path, family: str) -> None:
+def test_the_main_job_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
     """Score to report, with the quickstart's tokenizer; of random weights, so any gap counts."""
     shape = {"vocab_size": 1024, "eos_token_id": 0, "max_position_embeddings": 512}
     folder = write_tiny_teacher(tmp_path / "teacher", family, **shape, **PROOFS[family])
@@ -384,12 +386,12 @@ transfer(
     training=["strategy.tensor_model_parallel_size=1", "trainer.max_steps=2"],
 )
 """
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.chdir(ROOT)
+    log = tmp_path / "printed.log"
+    environment = {**os.environ, "PYTHONPATH": paths()}
+    code = forks.start([str(tmp_path / "program.py")], environment, log).wait()
+    assert code == 0, log.read_text()[-4000:]
     assert "stage3_long_context" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
     results = json.loads((tmp_path / "run/evaluation.json").read_text())["models"]
     assert {model["name"] for model in results} == {"teacher", "untrained", "trained"}
