@@ -18,7 +18,6 @@ cpu.install_if_needed()
 
 from kit import forks  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
-from kit.lives import paths  # noqa: E402
 from kit.plans import all_fa  # noqa: E402
 from kit.tiny_qwen3 import edit_config, logits_difference, write_tiny_teacher  # noqa: E402
 
@@ -386,12 +385,10 @@ transfer(
     training=["strategy.tensor_model_parallel_size=1", "trainer.max_steps=2"],
 )
 """
-    (tmp_path / "program.py").write_text(program)
+    file, log = tmp_path / "program.py", tmp_path / "printed.log"
+    file.write_text(program)
     monkeypatch.chdir(ROOT)
-    log = tmp_path / "printed.log"
-    environment = {**os.environ, "PYTHONPATH": paths()}
-    code = forks.start([str(tmp_path / "program.py")], environment, log).wait()
-    assert code == 0, log.read_text()[-4000:]
+    assert forks.start([str(file)], dict(os.environ), log).wait() == 0, log.read_text()[-4000:]
     assert "stage3_long_context" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
     results = json.loads((tmp_path / "run/evaluation.json").read_text())["models"]
     assert {model["name"] for model in results} == {"teacher", "untrained", "trained"}
