@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 RUN_SECONDS_MAX = 600
 
 
-def write_inputs(folder: Path) -> Path:
+def write_inputs(folder: Path, num_steps: int = NUM_STEPS) -> Path:
     """Write `teacher`, `hybrid`, `run.yaml` and `data`, whose samples say their number."""
     from megatron_hydra.training.indexed_dataset import write_indexed_dataset
 
@@ -33,7 +33,7 @@ def write_inputs(folder: Path) -> Path:
     filler = random.Random(0)
     tokens = [
         token
-        for sample in range(NUM_STEPS * BATCH)  # one epoch, to the last sample
+        for sample in range(num_steps * BATCH)  # one epoch, to the last sample
         for token in (
             sample % SAMPLE_BASE,
             sample // SAMPLE_BASE,
@@ -44,7 +44,7 @@ def write_inputs(folder: Path) -> Path:
     config = {
         "data": {"paths": [f"{folder}/data"], "seq_length": LENGTH, "micro_batch_size": 1,
                  "global_batch_size": BATCH},
-        "trainer": {"max_steps": NUM_STEPS, "num_threads": 1},
+        "trainer": {"max_steps": num_steps, "num_threads": 1},
         "strategy": {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True},
         "optim": {"lr": 1e-3, "warmup_steps": 5, "weight_decay": 0.1},
         "transfer": {"stage": "given by the test", "init_from": f"{folder}/hybrid",
@@ -67,6 +67,7 @@ class Run:
     is_fresh: bool = torch.cuda.is_available()
     """Lives are new Python processes; else forks, which CUDA would not survive."""
     num_lives: int = 0
+    num_steps: int = NUM_STEPS
 
     @property
     def arguments(self) -> list[str]:
@@ -126,7 +127,7 @@ class Run:
         entries = [entry for entry in self.records() if "step" in entry]
         start: dict[int, int] = {}  # of each life
         for entry in entries:
-            start[entry["life"]] = min(entry["step"], start.get(entry["life"], NUM_STEPS))
+            start[entry["life"]] = min(entry["step"], start.get(entry["life"], self.num_steps))
         steps: dict[tuple, dict[int, list]] = {}
         for entry in entries:
             if all(entry["step"] < start[life] for life in start if life > entry["life"]):
@@ -140,7 +141,7 @@ class Run:
 
     def checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """All tensors and random states, and the common state, after the last step."""
-        weights = self.folder / f"checkpoints/step_{NUM_STEPS:08d}/weights"
+        weights = self.folder / f"checkpoints/step_{self.num_steps:08d}/weights"
         common = torch.load(weights / "common.pt", weights_only=False)
         # The first holds the checkpoints' own paths, the second how often Lightning was started.
         return read_tensors(weights), {

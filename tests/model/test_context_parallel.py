@@ -8,6 +8,8 @@ that counts, gradients that stay on one rank, and an exchange that grows with th
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,20 +43,33 @@ DOCUMENTS = {
 TOLERANCE = 2e-5
 
 
-@pytest.fixture(scope="module", params=PLANS)
-def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A plan, and one rank's results with it."""
-    folder = tmp_path_factory.mktemp("alone")
-    run_distributed(_record, 1, request.param, folder)
-    return request.param, folder
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a plan one rank's results; of packed documents, those of each alone too."""
+
+    @cache
+    def of_plan(plan: str) -> Path:
+        folder = tmp_path_factory.mktemp("alone")
+        run_distributed(_record_alone, 1, plan, folder)
+        return folder
+
+    return of_plan
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
-def test_context_parallel_does_not_show(alone: Any, cp_size: int, tmp_path: Path) -> None:
-    plan, folder = alone
+@pytest.mark.parametrize(
+    ("plan", "cp_size"),
+    [
+        *((plan, 2) for plan in PLANS),
+        ("some", 4),
+        *(pytest.param(plan, 4, marks=pytest.mark.exhaustive) for plan in list(PLANS)[1:]),
+    ],
+)
+def test_context_parallel_does_not_show(
+    alone: Callable[[str], Path], plan: str, cp_size: int, tmp_path: Path
+) -> None:
     run_distributed(_record, cp_size, plan, tmp_path)
     for documents in DOCUMENTS:
-        expected, found = (torch.load(f / f"{documents}.pt") for f in (folder, tmp_path))
+        expected, found = (torch.load(f / f"{documents}.pt") for f in (alone(plan), tmp_path))
         _assert_equal(found, expected, documents)
 
 
@@ -76,11 +91,12 @@ def test_triton_kernels_do_not_show(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("documents", [name for name in DOCUMENTS if name != "rows"])
-def test_packed_documents_equal_each_alone(alone: Any, documents: str) -> None:
-    plan, folder = alone
-    lengths, results = DOCUMENTS[documents], torch.load(folder / f"{documents}.pt")
-    run_distributed(_record_each, 1, plan, lengths, folder)
-    _assert_equal(results, torch.load(folder / "each.pt"), documents)
+@pytest.mark.parametrize("plan", PLANS)
+def test_packed_documents_equal_each_alone(
+    alone: Callable[[str], Path], plan: str, documents: str
+) -> None:
+    each, results = (torch.load(alone(plan) / f"{name}{documents}.pt") for name in ("each of ", ""))
+    _assert_equal(results, each, documents)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -131,7 +147,14 @@ def _record(
             torch.save(results, folder / f"{documents}.pt")
 
 
-def _record_each(plan: str, lengths: list[int], folder: Path) -> None:
+def _record_alone(plan: str, folder: Path) -> None:
+    _record(plan, folder)
+    for documents, lengths in DOCUMENTS.items():
+        if lengths is not None:
+            torch.save(_results_of_each(plan, lengths), folder / f"each of {documents}.pt")
+
+
+def _results_of_each(plan: str, lengths: list[int]) -> dict[str, Tensor]:
     """The same of documents that each run alone, put together."""
     model, batch = _model(plan), _batch()
     rows = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
@@ -142,7 +165,7 @@ def _record_each(plan: str, lengths: list[int], folder: Path) -> None:
         runs.append(_run(model, document, None))
     results = {name: sum(run[name] for run in runs) for name in runs[0] if name != "logits"}
     results["logits"] = torch.cat([run["logits"] for run in runs], dim=1)
-    torch.save(results, folder / "each.pt")
+    return results
 
 
 def _run(model: Any, batch: dict[str, Tensor], lengths: list[int] | None) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from megatron_hydra.training.config import load_config
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 STAGES = ("align", "distill", "long_context")
+FEW_STEPS = 8  # enough for the kills that `make test` has
 # In a life, what can be killed at the n-th call, and the largest n; a step calls the first three
 # twice, the others once, and a save comes every other step.
 PHASES = {"data": 6, "forward": 6, "backward": 6, "optimizer": 3, "optimizer_done": 3,
@@ -59,7 +61,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def short_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for runs of few steps."""
+    return write_inputs(tmp_path_factory.mktemp("short_inputs"), FEW_STEPS)
+
+
+def test_killed_chain_ends_bit_equal(short_inputs: Path, tmp_path: Path) -> None:
     """A kill per stage: in the backward pass, in a save in the background, and at the switch.
 
     Before that a signal to one rank of two, and torchrun killed alone: both save, at one step.
@@ -69,8 +77,9 @@ def test_killed_chain_ends_bit_equal(inputs: Path, tmp_path: Path) -> None:
         "distill": ["save_files:2"],
         "long_context": ["backward:5:launcher", "hybrid_move:1"],
     }
-    quiet = _quiet_chain(inputs, tmp_path)
-    killed = _killed_chain(inputs, tmp_path / "killed", kills, ["resume.async_save=true"])
+    quiet = _quiet_chain(short_inputs, tmp_path, FEW_STEPS)
+    killed = _chain(short_inputs, tmp_path / "killed", FEW_STEPS)
+    _kill_chain(killed, kills, ["resume.async_save=true"])
     _compare(quiet, killed, num_kills=5)
 
     run = killed[0]
@@ -95,7 +104,8 @@ def test_thirty_kills_end_bit_equal(inputs: Path, tmp_path: Path) -> None:
             kills[stage] = [f"{phase}:{dice.randint(1, PHASES[phase])}" for phase in phases]
             kills[stage].append(f"{dice.choice(AT_THE_END)}:1")
         # Nothing is removed or loaded in a first life without checkpoints.
-        killed = _killed_chain(inputs, tmp_path / f"killed_{index}", kills, more, is_fresh=True)
+        killed = _chain(inputs, tmp_path / f"killed_{index}")
+        _kill_chain(killed, kills, more, is_fresh=True)
         _compare(quiet, killed, num_kills=15)
 
 
@@ -123,26 +133,21 @@ def test_layout_changes_between_lives(inputs: Path, tmp_path: Path) -> None:
         assert common[part] == expected_common[part]
 
 
-def _quiet_chain(inputs: Path, folder: Path) -> list[Run]:
+def _quiet_chain(inputs: Path, folder: Path, num_steps: int = NUM_STEPS) -> list[Run]:
     """On one pair of ranks that fork with NeMo imported, which takes most of a life."""
-    runs = _chain(inputs, folder / "quiet")
+    runs = _chain(inputs, folder / "quiet", num_steps)
     stages = [(run.arguments, run.environment(), run.log) for run in runs]
     run_distributed(recorded_train.run_stages, 2, stages)
     return runs
 
 
-def _killed_chain(
-    inputs: Path,
-    folder: Path,
-    kills: dict[str, list[str]],
-    more: Sequence[str],
-    is_fresh: bool = False,
-) -> list[Run]:
+def _kill_chain(
+    runs: Sequence[Run], kills: dict[str, list[str]], more: Sequence[str], is_fresh: bool = False
+) -> None:
     """Each stage killed so often, always by the same command, then run to its end.
 
     With ``is_fresh``, lives are new Python processes, as a user's are, and no forks.
     """
-    runs = _chain(inputs, folder)
     for run in runs:
         run.is_fresh |= is_fresh
         for kill in kills[run.stage]:
@@ -156,9 +161,9 @@ def _killed_chain(
             continue
         printed = _live_on(run, "", more)
         assert f"placement balanced at {LENGTH} tokens" in printed  # not at the hybrid's 128
-        if saved_step < NUM_STEPS:
-            assert _steps_of_newest_log(run.folder) == list(range(saved_step + 1, NUM_STEPS + 1))
-    return runs
+        if saved_step < run.num_steps:
+            steps = list(range(saved_step + 1, run.num_steps + 1))
+            assert _steps_of_newest_log(run.folder) == steps
 
 
 def _check_stopped(run: Run) -> None:
@@ -171,8 +176,8 @@ def _check_stopped(run: Run) -> None:
     assert step in (3, 4)  # two backward passes each; a launcher's end takes a moment to be known
     printed = run.printed()
     sentence = (
-        f": stopped after step {step} of {NUM_STEPS}, which is saved in {run.folder}/checkpoints; "
-        "the same command goes on from there"
+        f": stopped after step {step} of {run.num_steps}, which is saved in "
+        f"{run.folder}/checkpoints; the same command goes on from there"
     )
     assert sentence in printed, printed[-4000:]
 
@@ -207,12 +212,13 @@ def _reachable(run: Run, kill: str) -> str:
     return kill if checkpoint_step(run.folder) or not needs_checkpoint else "data:5"
 
 
-def _chain(inputs: Path, folder: Path) -> list[Run]:
+def _chain(inputs: Path, folder: Path, num_steps: int = NUM_STEPS) -> list[Run]:
     """The three stages, each from the one before."""
     folder.mkdir()
     runs, init_from = [], inputs / "hybrid"
     for stage in STAGES:
-        runs.append(Run(inputs, folder / stage, stage, [f"transfer.init_from={init_from}"]))
+        run = Run(inputs, folder / stage, stage, [f"transfer.init_from={init_from}"])
+        runs.append(replace(run, num_steps=num_steps))
         init_from = folder / stage / "hybrid"
     return runs
 
@@ -224,10 +230,12 @@ def _compare(quiet: list[Run], killed: list[Run], num_kills: int) -> None:
     for expected, found in zip(quiet, killed, strict=True):
         what = f"{found.stage} after {found.kills()}"
         samples = [sample for _, sample in order(found)]
-        assert sorted(samples) == list(range(NUM_STEPS * BATCH)), f"{what}: not each sample once"
+        assert sorted(samples) == list(range(found.num_steps * BATCH)), (
+            f"{what}: not each sample once"
+        )
         assert found.consumed() == expected.consumed(), what
         common = found.checkpoint()[1]
-        assert common["PreTrainingDataModule"]["consumed_samples"] == NUM_STEPS * BATCH, what
+        assert common["PreTrainingDataModule"]["consumed_samples"] == found.num_steps * BATCH, what
         for one, other in zip(found.checkpoint(), expected.checkpoint(), strict=True):
             assert not (different := _differences(one, other)), f"{what}: {different}"
         ends = [read_tensors(run.folder / "hybrid/weights") for run in (found, expected)]
@@ -260,10 +268,10 @@ def _steps_of_newest_log(run: Path) -> list[int]:
     return [point.step for point in events.Scalars("train/loss")]
 
 
-def test_bad_input_is_one_sentence_on_every_rank(inputs: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence_on_every_rank(short_inputs: Path, tmp_path: Path) -> None:
     """torchrun itself prints a traceback of its own and exits with 1; nothing of ours does."""
     overrides = [f"log.folder={tmp_path / 'run'}", "transfer.init_from=nowhere"]
-    arguments = ["-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml", *overrides]
+    arguments = ["-m", "hydra_tools.train", "--config", f"{short_inputs}/run.yaml", *overrides]
     finished = subprocess.run(
         [*torchrun(2), *arguments, "transfer.stage=align"],
         capture_output=True, text=True, timeout=RUN_SECONDS_MAX,
