@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from hydra_kernels.la_preparation import la_preparation, reference
 from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_table, write
-from hydra_kernels.short_conv import short_conv
 from torch import Tensor
 
 HEAD_DIM = 128
@@ -134,12 +133,14 @@ def fused(inputs: dict[str, Tensor], heads: int, cu_seqlens: Tensor | None) -> t
 def separate(
     inputs: dict[str, Tensor], heads: int, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """The branch's steps with `fused_kernels` "reference": fla's convolution, the backend's norm.
+    """A step at a time: fla's convolution, Transformer Engine's norm where it is installed.
 
     Megatron's rotation, PyTorch's normalisation and gates; sequence first, then batch first.
     """
-    x = inputs["x"].contiguous()
-    x = short_conv(x, inputs["conv_weight"], cu_seqlens=cu_seqlens, impl="fla").transpose(0, 1)
+    from fla.modules.causal_conv1d import causal_conv1d
+
+    x, weight = inputs["x"].contiguous(), inputs["conv_weight"]
+    x = causal_conv1d(x, weight, activation="silu", cu_seqlens=cu_seqlens)[0].transpose(0, 1)
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in x.chunk(3, dim=-1))
     q, k = rms_norm(q, inputs["q_norm_weight"]), rms_norm(k, inputs["k_norm_weight"])
     angles = torch.cat((inputs["angles"], inputs["angles"]), -1)[:, None, None]

@@ -75,8 +75,8 @@ class HydraFields:
         default="auto", metadata=CHOSEN_AT_LOAD
     )
     """What surrounds the LA kernel, the fusion, and distillation's loss: `triton` (our kernels),
-    `reference` (PyTorch and the backend's norms) or `auto`: triton on a GPU, the reference on a
-    CPU. The fusion `gate` always runs as the reference."""
+    `reference` (PyTorch; the backend's norm in the fusion) or `auto`: triton on a GPU, the
+    reference on a CPU. The fusion `gate` always runs as the reference."""
     overlap_branches: bool | None = field(default=None, metadata=CHOSEN_AT_LOAD)
     """On a GPU, run the LA heads on a stream of their own beside the FA heads. None: up to 32,768
     tokens per micro-batch on one context-parallel rank, where that measured faster."""

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from hydra_kernels.gated_delta_rule import compilation, documents, fla_kernels, gated_delta_rule
 from hydra_kernels.gated_delta_rule.reference import recurrent_gated_delta_rule
-from hydra_kernels.short_conv import short_conv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -232,24 +231,3 @@ def check_gated_delta_rule(
             assert outputs.final_state.dtype == torch.float32
         results.append(outputs_and_gradients(outputs, own))
     assert_at_most_twice_the_error(*results, exact)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("with_state", [False, True])
-@pytest.mark.parametrize("length", [1, 3, 130])
-def test_short_conv(length: int, with_state: bool, activation: str | None, packed: bool):
-    rng = torch.Generator(device="cuda").manual_seed(0)
-    batch, cu_seqlens = (1, documents_of(length)) if packed else (2, None)
-    shapes = {"x": (batch, length, 96), "weight": (96, 4), "initial_state": (batch, 3, 96)}
-    inputs = {
-        name: torch.randn(shape, generator=rng, device="cuda").bfloat16()
-        for name, shape in shapes.items()
-        if with_state or name != "initial_state"
-    }
-    results = []
-    for impl, dtype in (("fla", None), ("reference", None), ("reference", torch.float64)):
-        own = with_grad(inputs, dtype)
-        output = short_conv(**own, activation=activation, cu_seqlens=cu_seqlens, impl=impl)
-        results.append(gradients([output], own))
-    assert_at_most_twice_the_error(*results)

@@ -10,11 +10,8 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from hydra_kernels.gated_delta_rule import gated_delta_rule
 from hydra_kernels.la_preparation import la_preparation
-from hydra_kernels.short_conv import short_conv
-from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
@@ -90,11 +87,10 @@ class GatedDeltaNet(Mixer):
         config = self.config
         self.impl = choose_la_kernel(config.la_kernel)
         check_la_heads(config, self.impl, self.layer_number, len(self.heads))
-        self.is_fused = choose_fused_kernels(config.fused_kernels) == "triton"
-        if self.is_fused and config.la_rope and config.rotary_interleaved:
+        self.preparation = choose_fused_kernels(config.fused_kernels)
+        if config.la_rope and config.rotary_interleaved:
             raise UserError(
-                "rotary_interleaved is True, which fused_kernels 'triton' does not know; "
-                "set fused_kernels to 'reference'"
+                "rotary_interleaved is True, which LA heads do not know: set la_rope to False"
             )
         if config.la_qk_norm:
             self._build_norms(submodules)
@@ -141,18 +137,20 @@ class GatedDeltaNet(Mixer):
             empty = sections[f"{self.prefix}_qkv"].unflatten(-1, (0, self.config.kv_channels))
             return self._stay_in_graph(empty)
         sections = self._own(sections, pieces)
-        prepare = self._prepare_fused if self.is_fused else self._prepare
-        output = self._recur(*prepare(sections, stream.piece_angles, pieces), pieces)
+        output = self._recur(*self._prepare(sections, stream.piece_angles, pieces), pieces)
         return pieces.from_contiguous(pieces.sequence_first(output))
 
-    def _prepare_fused(
+    def _prepare(
         self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces
     ) -> list[Tensor]:
-        """As :meth:`_prepare`, in one kernel that reads the sections where they lie.
+        """The recurrence's inputs, of sections that a kernel reads where they lie.
 
         They are copied once where a rank has two pieces of each of several rows. Their gradients go
         where those of all sections are joined, but for context parallelism, whose last tokens have
         another reader. A decay that is no single number per head is left to :meth:`_log_decay`.
+
+        Returns:
+            Query, key and value `[m b, s / m, n, d]`, log decay and beta `[m b, s / m, n]`.
         """
         config = self.config
         known = ("qkv", "decay", "beta") if self.has_fused_decay else ("qkv", "beta")
@@ -186,7 +184,7 @@ class GatedDeltaNet(Mixer):
             num_heads=len(self.heads),
             norm_eps=config.layernorm_epsilon,
             cu_seqlens=pieces.cu_seqlens,
-            impl="triton",
+            impl=self.preparation,
             **options,
         )
         if log_decay is None:
@@ -194,26 +192,6 @@ class GatedDeltaNet(Mixer):
             log_decay = self._log_decay(rest, query)
         beta = every_head(query, 1.0) if beta is None else beta
         return [query, key, value, log_decay, beta]
-
-    def _prepare(
-        self, sections: dict[str, Tensor], rotary_pos_emb: Tensor | None, pieces: Pieces
-    ) -> list[Tensor]:
-        """The recurrence's inputs, a step at a time with the backend's norm.
-
-        Returns:
-            Query, key and value `[m b, s / m, n, d]`, log decay and beta `[m b, s / m, n]`.
-        """
-        query, key, value = self._convolve(sections["qkv"], pieces)
-        if self.config.la_qk_norm:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if self.config.la_rope:
-            query, key = (
-                apply_rotary_pos_emb(t, rotary_pos_emb, config=self.config) for t in (query, key)
-            )
-        query, key = (F.normalize(t.float(), dim=-1).to(value.dtype) for t in (query, key))
-        log_decay, beta = self._log_decay(sections, query), self._beta(sections, query)
-        # The one change of layout: [s, b, n, ·] -> [b, s, n, ·] and back.
-        return [pieces.batch_first(t) for t in (query, key, value, log_decay, beta)]
 
     def _own(self, sections: Sections, pieces: Pieces) -> Sections:
         """The recurrence's inputs `qkv`, `decay` and `beta` where they run, in one exchange."""
@@ -225,20 +203,6 @@ class GatedDeltaNet(Mixer):
             parts = moved.split([part.shape[-1] for part in parts], dim=-1)
             views = {name: part.view_as(views[name]) for name, part in zip(names, parts)}
         return Sections(views, sections.gradients)
-
-    def _convolve(self, x: Tensor, pieces: Pieces) -> list[Tensor]:
-        if self.config.la_short_conv:
-            x = pieces.batch_first(x).contiguous()
-            x = short_conv(
-                x,
-                self.conv_weight,
-                initial_state=pieces.tokens_before(x, self.config.la_conv_kernel_size - 1),
-                activation="silu",
-                cu_seqlens=pieces.cu_seqlens,
-                impl=self.impl,
-            )
-            x = pieces.sequence_first(x)
-        return [part.unflatten(-1, (len(self.heads), -1)) for part in x.chunk(3, dim=-1)]
 
     def _recur(
         self,
@@ -278,14 +242,8 @@ class GatedDeltaNet(Mixer):
         return from_zeros + torch.einsum("bsnk,bnkv->bsnv", from_identity, state)
 
     def _log_decay(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
-        if not self.config.la_decay:
-            return every_head(like, 0.0)
-        return -self.A_log.exp() * F.softplus(sections["decay"].float() + self.dt_bias)
-
-    def _beta(self, sections: dict[str, Tensor], like: Tensor) -> Tensor:
-        if not self.config.la_beta:
-            return every_head(like, 1.0)
-        return sections["beta"].float().sigmoid()
+        """Where the preparation makes none."""
+        return every_head(like, 0.0)
 
     def _identity_convolution(self) -> Tensor:
         """Depthwise taps `[3 n d, kernel]` that pass each token on unchanged at the start."""
