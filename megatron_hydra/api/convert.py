@@ -25,6 +25,7 @@ from megatron_hydra.teachers.model_folder import check_model_folder, weights_has
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from megatron_hydra.model.config import HydraConfig
     from megatron_hydra.teachers.weight_reuse import ReuseSummary
@@ -131,10 +132,10 @@ def convert(
     config = hydra_config(teacher, **fields, params_dtype=getattr(torch, dtype))
     # At the least: vectors and what the format adds come on top.
     check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
-    check_tokenizer(teacher, config.vocab_size)
+    tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
     if head_plan and config.fusion in ("scale", "gate"):
-        batches = _batches(calibration, teacher, config.seq_length)
+        batches = _batches(calibration, tokenizer, config.seq_length)
     tensors = weights.read_weights(teacher)
     initialize_model_parallel()
     if head_plan is None:
@@ -209,12 +210,13 @@ def _record(calibration: Calibration, batches: Sequence[Tensor]) -> dict[str, An
     return record
 
 
-def _batches(calibration: Calibration, teacher: Path, built_for: int) -> list[Tensor]:
+def _batches(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, built_for: int
+) -> list[Tensor]:
     """The calibration text in token batches `[b, s]`, int64, for a teacher that takes so many."""
     import torch
 
     from megatron_hydra.tasks.text import read_text, stand_in_text
-    from megatron_hydra.teachers.tokenizer import load_tokenizer
 
     wanted = calibration.num_tokens
     length = calibration.length_tokens or min(built_for, LONGEST_CALIBRATION, wanted)
@@ -223,7 +225,6 @@ def _batches(calibration: Calibration, teacher: Path, built_for: int) -> list[Te
         text = stand_in_text(calibration.how_to_name)
     else:
         text = read_text(calibration.text, calibration.options, enough)
-    tokenizer = load_tokenizer(teacher)
     tokens = tokenizer(text[:enough], add_special_tokens=False, verbose=False)["input_ids"]
     if len(tokens) < wanted:
         raise UserError(

@@ -86,8 +86,8 @@ def load_model_tokenizer(
     return tokenizer
 
 
-def check_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> None:
-    """Load what a checkpoint folder would keep of a model folder's tokenizer.
+def check_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Load what a checkpoint folder would keep of a model folder's tokenizer; return it.
 
     Raises:
         UserError: If a later command could not load that, or as :func:`load_model_tokenizer`.
@@ -96,7 +96,9 @@ def check_tokenizer(folder: str | os.PathLike[str], vocab_size: int) -> None:
     with tempfile.TemporaryDirectory() as copy:
         for file in tokenizer_files(source):
             shutil.copy(file, copy)
-        _check_rows(_load(Path(copy), source), vocab_size, source)
+        tokenizer = _load(Path(copy), source)
+    _check_rows(tokenizer, vocab_size, source)
+    return tokenizer
 
 
 def _check_rows(
