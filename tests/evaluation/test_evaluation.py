@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ cpu.install_if_needed()
 
 from hydra_tools.cli import main  # noqa: E402
 from kit.plans import all_fa  # noqa: E402
+from kit.tiny import random_model  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 
@@ -38,8 +38,6 @@ from megatron_hydra.evaluation.ruler import (  # noqa: E402
     needle_depths,
 )
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
-from megatron_hydra.model.build import build_model  # noqa: E402
-from megatron_hydra.model.config import HydraConfig  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import (  # noqa: E402
     ModelShape,
@@ -48,7 +46,6 @@ from megatron_hydra.selection.cost import (  # noqa: E402
 )
 from megatron_hydra.tasks.needles import TASKS, NeedleSample, NeedleTask  # noqa: E402
 from megatron_hydra.teachers.checkpoint import save_checkpoint  # noqa: E402
-from megatron_hydra.teachers.loading import megatron_fields  # noqa: E402
 from megatron_hydra.teachers.tokenizer import load_tokenizer  # noqa: E402
 
 VOCAB = 32
@@ -57,12 +54,8 @@ TWO_KEYS = NeedleTask("multi_key_2", 2)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_process() -> None:
     initialize_model_parallel()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +68,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_qwen3(tmp_path_factory.mktemp("model") / "teacher")
-
-
-def random_model(plan: HeadPlan | None, **fields: object) -> GPTModel:
-    """Random weights large enough that every token and position matters to the logits."""
-    shape = dict(
-        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
-        num_query_groups=2, kv_channels=8, vocab_size=VOCAB,
-    )  # fmt: skip
-    model = build_model(
-        HydraConfig(**{**megatron_fields(), "qk_layernorm": True, **shape, **fields}), plan
-    ).eval()
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model
 
 
 def greedy(model: GPTModel, prompt: list[int], num_tokens: int) -> list[int]:

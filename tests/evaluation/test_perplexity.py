@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from megatron_hydra.errors import UserError
 cpu.install_if_needed()
 
 from hydra_tools.cli import main  # noqa: E402
+from kit.tiny import random_model  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import Qwen3ForCausalLM  # noqa: E402
 
@@ -34,38 +33,15 @@ from megatron_hydra.evaluation.results import (  # noqa: E402
     format_perplexity,
     format_table,
 )
-from megatron_hydra.model.build import build_model  # noqa: E402
-from megatron_hydra.model.config import HydraConfig  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.teachers.loading import load_teacher, megatron_fields  # noqa: E402
+from megatron_hydra.teachers.loading import load_teacher  # noqa: E402
 
 VOCAB = 32
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_process() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_process() -> None:
     initialize_model_parallel()
-    yield
-    torch.set_num_threads(threads)
-
-
-def random_model(**fields: object) -> GPTModel:
-    """A teacher whose random weights are so large that every token matters to the logits."""
-    shape = dict(
-        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
-        num_query_groups=2, kv_channels=8, vocab_size=VOCAB,
-    )  # fmt: skip
-    model = build_model(
-        HydraConfig(**{**megatron_fields(), "qk_layernorm": True, **shape, **fields}), None
-    ).eval()
-    torch.manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
-    return model
 
 
 def random_text(num_tokens: int, vocab: int = VOCAB) -> list[int]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.teachers.loading import megatron_fields
 
@@ -44,6 +46,21 @@ def tiny_plan(
 ) -> HeadPlan:
     """The plan `FA_HEADS`, or another for `tiny_config`."""
     return HeadPlan.from_fa_heads(fa_heads or FA_HEADS, 2, 8, 4, other_kinds=other_kinds)
+
+
+def random_model(plan: HeadPlan | None = None, **fields: Any) -> GPTModel:
+    """Two layers of four heads; random weights so large that every token matters to the logits."""
+    shape = dict(
+        num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
+        num_query_groups=2, kv_channels=8, vocab_size=32, qk_layernorm=True,
+    )  # fmt: skip
+    model = build_model(HydraConfig(**{**megatron_fields(), **shape, **fields}), plan).eval()
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model
 
 
 def token_batch(

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,8 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_process() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_process() -> None:
     initialize_model_parallel()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
