@@ -37,11 +37,14 @@ $(NEWEST)/.installed: $(INSTALLED) requirements/transformers_newest.txt
 quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
 
-# In the order of testpaths, which has the long files first: else one is left to the end.
+# In the order of testpaths, which has the long files first: else one is left to the end. The test in
+# the newest transformers runs beside it, which by itself would leave a core idle.
 test: $(INSTALLED) $(NEWEST)/.installed
-	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider tests/export/test_decoding.py
+	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider tests/export/test_decoding.py \
+		> $(NEWEST)/test.log 2>&1 & newest=$$!; \
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
-		-m "not gpu and not exhaustive"
+		-m "not gpu and not exhaustive"; code=$$?; \
+	wait $$newest || code=1; cat $(NEWEST)/test.log; exit $$code
 
 # As root on Debian; testpaths has no tests/cluster, which starts a Slurm over hosts that are namespaces.
 test-cluster: $(INSTALLED)
