@@ -182,9 +182,10 @@ def case(lengths: list[int] | None) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("parts", OPTIONS.values(), ids=OPTIONS)
-def test_reference_equals_its_definition(parts: tuple[str, ...], lengths: list[int] | None):
+@pytest.mark.parametrize("taps", [1, 3, 4])
+def test_reference_equals_its_definition(taps: int, parts: tuple[str, ...], lengths: Any):
     sizes, options = case(lengths)
-    inputs = make_inputs(17, parts=parts, **sizes)
+    inputs = make_inputs(17, taps=taps, parts=parts, **sizes)
     found = values_and_gradients(
         la_preparation, inputs, torch.float64, 3, impl="reference", **options
     )
