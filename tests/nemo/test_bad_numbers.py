@@ -30,7 +30,7 @@ from megatron_hydra.head_plan import HeadPlan
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-BATCH, LENGTH, NUM_DOCUMENTS = 4, 16, 100
+NUM_STEPS, BATCH, LENGTH, NUM_DOCUMENTS = 3, 4, 16, 100
 LOSS_PARTS = ("loss", "ce", "kl")
 
 
@@ -51,7 +51,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {
         "data": {"paths": [f"{folder}/low", f"{folder}/high"], "weights": [1, 2],
                  "seq_length": LENGTH, "micro_batch_size": 1, "global_batch_size": BATCH},
-        "trainer": {"max_steps": 4, "num_threads": 1},
+        "trainer": {"max_steps": NUM_STEPS, "num_threads": 1},
         "strategy": {"tensor_model_parallel_size": 2},
         "optim": {"lr": 1e-3, "warmup_steps": 1, "min_lr": 1e-4, "weight_decay": 0.1},
         "transfer": {"stage": "distill", "init_from": f"{folder}/hybrid",
@@ -279,7 +279,7 @@ def _rank_of(model: nn.Module, layer: int, head: int) -> int:
 def _check_skipped(skipped: RecordedRun, clean: RecordedRun, samples: list[int]) -> None:
     """Step 2 changed nothing but the schedule and the place in the data; the others trained."""
     states = skipped.states
-    assert len(states) == 4 and skipped.error is None
+    assert len(states) == NUM_STEPS and skipped.error is None
     for number, (before, after) in enumerate(zip(states, states[1:], strict=False)):
         is_same = (
             is_bit_equal(before.weights, after.weights),
