@@ -1,5 +1,6 @@
 """Operators of the linear-attention heads; they know nothing of Megatron."""
 
+import logging
 import os
 
 # Read by packages as they are imported. fla keeps what it looks up of packed rows for four tensors,
@@ -7,3 +8,8 @@ import os
 # it compiles it.
 os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+# Of a kernel that several threads ask for at once TileLang warns that it has it already; it sets its
+# logger's level anew, so a filter.
+logging.getLogger("tilelang.cache.kernel_cache").addFilter(
+    lambda record: "in memory cache" not in record.getMessage()
+)

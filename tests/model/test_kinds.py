@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from hydra_kernels.window_attention import window_attention
 from kit.tiny import tiny_config, tiny_plan
 from kit.tiny_qwen3 import write_tiny_qwen3
 
@@ -18,6 +20,7 @@ from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS  # noqa: E402
 from megatron_hydra.model.mixers.kinds import KINDS  # noqa: E402
+from megatron_hydra.model.mixers.sliding_window import SlidingWindow  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import ModelShape, attention_weight_bytes  # noqa: E402
 from megatron_hydra.teachers.checkpoint import read_metadata  # noqa: E402
@@ -88,3 +91,48 @@ def test_kinds_that_nobody_knows_are_named():
     plan = HeadPlan.from_fa_heads({}, 2, 8, 4, other_kinds={1: {"swa": [3]}})
     with pytest.raises(UserError, match="head 3 of layer 1 of the head plan is of kind 'swa'"):
         build_model(tiny_config(), plan)
+
+
+class CoreAttention(torch.nn.Module):
+    """Takes and gives what Megatron's class for Transformer Engine does, of windows alone."""
+
+    def __init__(self, config, layer_number, softmax_scale, **_kwargs):
+        super().__init__()
+        assert config.softmax_type == "learnable" and config.window_size[1] == 0
+        self.window, self.scale = config.window_size[0] + 1, softmax_scale
+        heads = config.num_attention_heads // config.tensor_model_parallel_size
+        self.softmax_offset = torch.nn.Parameter(torch.zeros(heads))
+
+    def forward(self, *qkv_and_mask, attn_mask_type):
+        q, k, v = (x.transpose(0, 1) for x in qkv_and_mask[:3])
+        assert qkv_and_mask[3] is None and attn_mask_type.name == "causal"
+        assert len(self.softmax_offset) == q.shape[2]
+        options = dict(window=self.window, sink=self.softmax_offset, scale=self.scale)
+        return window_attention(q, k, v, **options).transpose(0, 1).flatten(2)
+
+
+def test_windows_on_anothers_attention_have_the_same_weights(monkeypatch):
+    """The sinks' values reach it, their gradients come back, and checkpoints know nothing of it."""
+    config = tiny_config(la_kind="sliding_window", sliding_window_tokens=3, fusion="none")
+    model = build_model(config, tiny_plan())
+    for name, parameter in model.named_parameters():
+        if name.endswith("sink"):
+            torch.nn.init.normal_(parameter)
+    tokens = torch.arange(20).view(2, 10)
+    positions = torch.arange(10).expand(2, 10)
+    results = []
+    for takes_it in (False, True):
+        monkeypatch.setattr(SlidingWindow, "_takes_transformer_engine", lambda *_, it=takes_it: it)
+        for module in model.modules():
+            if isinstance(module, SlidingWindow):
+                module._core_attention = CoreAttention
+        model.zero_grad(set_to_none=True)
+        logits = model(tokens, positions, None)
+        logits.square().mean().backward()
+        results.append([logits] + [p.grad for p in model.parameters()])
+        names = list(model.state_dict())
+    assert not any("core" in name or "softmax_offset" in name for name in names)
+    sinks = [p for n, p in model.named_parameters() if n.endswith("sink")]
+    assert sinks and all(sink.grad.abs().max() > 0 for sink in sinks)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

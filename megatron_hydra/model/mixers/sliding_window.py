@@ -6,15 +6,19 @@ pieces of the stream (`context_parallel.py`), w = the window in tokens.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from hydra_kernels.window_attention import window_attention
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.local_modules import LocalCoreAttention
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import head_parameter
@@ -28,6 +32,9 @@ class SlidingWindow(Mixer):
     softmax and adds nothing (gpt-oss, arXiv 2508.10925): weight that the teacher's head gave to
     tokens which have left the window, the first above all, need not go to those in it. As it scales
     outputs only, it tells where the fusion has no norm per head (`fusion: none`).
+
+    On a GPU, with the backend `transformer_engine`, whole rows in half precision run on Transformer
+    Engine's windowed attention, else on `hydra_kernels.window_attention`.
     """
 
     kind = "sliding_window"
@@ -54,6 +61,8 @@ class SlidingWindow(Mixer):
         self._build_norms(submodules)
         if self.config.sliding_window_sink and self.heads:
             self.sink = head_parameter(self.config, torch.zeros(len(self.heads)))
+        self._core_attention = submodules.core_attention
+        self._core: tuple[torch.nn.Module, ...] = ()
 
     def parameter_sections(self) -> dict[str, list[Section]]:
         """One sink per head."""
@@ -80,6 +89,8 @@ class SlidingWindow(Mixer):
             apply_rotary_pos_emb(norm(x), stream.piece_angles, config=self.config)
             for norm, x in ((self.q_layernorm, query), (self.k_layernorm, key))
         )
+        if self._takes_transformer_engine(query, stream):
+            return self._on_transformer_engine(query, key, value)
         query, key, value = (pieces.batch_first(x) for x in (query, key, value))
         before, num_before = self._tokens_before(key, value, pieces)
         output = window_attention(
@@ -95,6 +106,45 @@ class SlidingWindow(Mixer):
         )
         return pieces.from_contiguous(pieces.sequence_first(output))
 
+    def _takes_transformer_engine(self, query: Tensor, stream: Stream) -> bool:
+        """Documents and context parallelism have not been tried there; float32 would run over all
+        tokens there, and a sink's gradient is never bit-equal."""
+        return (
+            self._core_attention is not LocalCoreAttention
+            and query.is_cuda
+            and query.dtype in (torch.bfloat16, torch.float16)
+            and stream.packed_seq_params is None
+            and self.pg_collection.cp.size() == 1
+            and not self.config.deterministic_mode
+        )
+
+    def _on_transformer_engine(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        core = self._transformer_engine
+        core.train(self.training)
+        if self.config.sliding_window_sink:
+            core.softmax_offset = self.sink
+        # Views of one buffer could be taken for another layout.
+        inputs = (x.contiguous() for x in (query, key, value))
+        output = core(*inputs, None, attn_mask_type=AttnMaskType.causal)
+        return output.view(query.shape)
+
+    @property
+    def _transformer_engine(self) -> torch.nn.Module:
+        """Made when it is first needed, in a tuple, which hides it from PyTorch: all the weights
+        that it has are the sinks, which are ours."""
+        if not self._core:
+            core = build_module(
+                self._core_attention,
+                config=_of_windows(self.config, len(self.heads), self.tp_group.size()),
+                layer_number=self.layer_number,
+                attn_mask_type=AttnMaskType.causal,
+                attention_type="self",
+                softmax_scale=self.config.softmax_scale,
+                pg_collection=self.pg_collection,
+            )
+            self._core = (core,)
+        return self._core[0]
+
     def _tokens_before(
         self, key: Tensor, value: Tensor, pieces: Pieces
     ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
@@ -107,3 +157,12 @@ class SlidingWindow(Mixer):
         num_before = first.clamp_max(count).repeat_interleave(len(key) // len(pieces.own))
         before = found.unflatten(2, (len(self.heads), -1)).chunk(2, dim=-1)
         return (before[0], before[1]), num_before
+
+
+def _of_windows(config: HydraConfig, heads: int, tp_size: int) -> HydraConfig:
+    """A copy that makes Megatron's core attention one of windows, with `heads` on this rank."""
+    windows = copy.copy(config)
+    windows.num_attention_heads = windows.num_query_groups = heads * tp_size
+    windows.window_size = (config.sliding_window_tokens - 1, 0)
+    windows.softmax_type = "learnable" if config.sliding_window_sink else "vanilla"
+    return windows
