@@ -13,6 +13,8 @@ VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 # The newest transformers, which exported models must run in too; it shares PyTorch and all else.
 NEWEST := $(VENV)/transformers-newest
+# EleutherAI's harness, which shares PyTorch and all else too.
+LM_EVAL := $(VENV)/lm-eval
 
 .PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus checks certificates teacher \
 	clean
@@ -34,6 +36,13 @@ $(NEWEST)/.installed: $(INSTALLED) requirements/transformers_newest.txt
 	$(NEWEST)/bin/pip install --quiet --no-deps -r requirements/transformers_newest.txt
 	touch $@
 
+$(LM_EVAL)/.installed: $(INSTALLED) requirements/lm_eval.txt
+	test -x $(LM_EVAL)/bin/python || $(VENV)/bin/python -m venv $(LM_EVAL)
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$($(LM_EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(LM_EVAL)/bin/pip install --quiet --no-deps -r requirements/lm_eval.txt
+	touch $@
+
 quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
 
@@ -52,7 +61,7 @@ test-cluster: $(INSTALLED)
 	apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest -q --show-capture=no tests/cluster
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(LM_EVAL)/.installed
 	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"
 
 CERTIFY := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node
