@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.generation import Generation, results_markdown
 from megatron_hydra.files import check_output, check_outputs, versions, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
@@ -50,6 +51,7 @@ def export(
     *,
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    results: Path | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Exported:
@@ -63,6 +65,7 @@ def export(
         out: The folder.
         dtype: Of the weights; None leaves them as they are stored.
         max_shard_bytes: Of a file of weights.
+        results: What ``evaluate --hf`` wrote, for the model card; None leaves it out.
         overwrite: Replace an earlier folder.
         progress: Shows how far it is.
 
@@ -70,12 +73,13 @@ def export(
         UserError: For a checkpoint that cannot be read, or an output that is in the way; nothing
             is written then.
     """
-    check_outputs([out], [model])
+    check_outputs([out], [model, results])
     check_output(out, overwrite, "folder", marker="config.json")
     if max_shard_bytes < 1:
         raise UserError(f"a file of weights of {max_shard_bytes} bytes: it must be 1 or more")
     if not check_model_folder(model):
         raise UserError(f"{model} is a Hugging Face folder already")
+    table = "" if results is None else results_markdown(Generation.load(results))
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
@@ -105,7 +109,7 @@ def export(
             parameters = dict(loaded.model.named_parameters())
             tensors = iter(hugging_face_tensors(config, parameters).items())
         else:
-            figures = folder.CardFigures(cache, state, name, versions())
+            figures = folder.CardFigures(cache, state, name, versions(), table)
             folder.write_hybrid_parts(
                 temporary, config, plan, loaded.meta, loaded.tokenizer_folder, of_weights, figures
             )

@@ -170,6 +170,22 @@ def generation_table(result: Generation) -> str:
     return "\n".join([result.head, heading, aligned(rows)])
 
 
+def results_markdown(result: Generation) -> str:
+    """A section of a model card: a row for each task and length, a column for each model."""
+    names = [model.name.replace("|", "\\|") for model in result.models]
+    lines = [
+        "## By generation",
+        f"{result.head} Samples with every answer, in %, with Wilson's 95%",
+    ]
+    lines += ["interval.", "", f"| task | tokens | {' | '.join(names)} |"]
+    lines.append("|---" * (2 + len(names)) + "|")
+    for position, (task, length) in enumerate(result.cells):
+        found = (model.tasks[position] for model in result.models)
+        texts = [percent_text(Accuracy(each.num_right, each.num_samples)) for each in found]
+        lines.append(f"| {task} | {length:,} | {' | '.join(texts)} |")
+    return "\n".join([*lines, "", ""])
+
+
 class UnfinishedCells:
     """What a run has measured, in `OUT.partial/`, so that one that is killed goes on.
 

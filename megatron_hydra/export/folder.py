@@ -41,12 +41,14 @@ class CardFigures:
         state: That a sequence keeps whatever its length.
         dtype: The number format in words.
         versions: Of the packages that wrote the folder.
+        results: Markdown of an evaluation; empty without one.
     """
 
     cache_per_token: tuple[int, int]
     state: int
     dtype: str
     versions: Mapping[str, str]
+    results: str = ""
 
 
 def write_hybrid_parts(
@@ -168,7 +170,7 @@ It needs PyTorch and transformers; on a GPU also flash-linear-attention (`pip in
 without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere. Assisted
 decoding and static caches are refused.
 
-License: that of the teacher, whose weights it started from.
+{figures.results}License: that of the teacher, whose weights it started from.
 
 Versions: {versions}. Hash of the model code: `{code_hash()}`.
 """

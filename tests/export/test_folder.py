@@ -22,6 +22,11 @@ from kit.tiny_qwen3 import write_tiny_teacher  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from megatron_hydra.evaluation.generation import (  # noqa: E402
+    Answered,
+    GeneratedResult,
+    Generation,
+)
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
@@ -161,6 +166,20 @@ def test_the_card_tells_the_plans_figures(models):
     # Two groups of key and value, 16 channels each in float32; the teacher has four.
     assert "| cache per token, float32 | 256 bytes (teacher: 512) |" in card
     assert "sliding_window` | 1 |" in card and "transformers" in card
+
+
+def test_the_card_has_the_results_that_are_named(models, tmp_path, capsys):
+    cell = Answered.count(("vt", 512), [5, 3, 0, 5], [5, 5, 5, 5])
+    row = GeneratedResult("a|b", "b", 2, 8, 64, 0, (cell,))
+    Generation((row,), "Not RULER.", "bf16", "0", {}).save(tmp_path / "results.json")
+    export = ["export", "--model", f"{models}/hybrid", "--out", f"{tmp_path}/hf", "--results"]
+    assert cli.main([*export, f"{tmp_path}/results.json"]) == 0
+    card = (tmp_path / "hf/README.md").read_text("utf-8")
+    assert "## By generation\nNot RULER." in card and "| task | tokens | a\\|b |" in card
+    assert "| vt | 512 | 50 [15, 85] |" in card
+    assert "By generation" not in (models / "hf/README.md").read_text("utf-8")
+    assert cli.main([*export, f"{models}/plan.json", "--overwrite"]) == 2
+    assert "a file of kind 'generation' is needed" in capsys.readouterr().err
 
 
 @sources

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="size of a file of weights (default: 5)",
     )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="what `evaluate --hf` wrote of an earlier export, for a hybrid's model card",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
+        results=args.results,
         overwrite=args.overwrite,
         progress=progress,
     )
