@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hydra_tools import cli
+from hydra_tools import cli, launch
 from hydra_tools.train import _Progress
 
 from megatron_hydra.training.config import load_config
@@ -65,6 +66,21 @@ def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
         process.kill()
     assert (process.returncode, said) == (2, b"")
     assert "cannot read the config nowhere.yaml" in report.read_text()
+
+
+def test_torchruns_summary_says_what_a_rank_died_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise RuntimeError("NCCL communicator was aborted")
+
+    monkeypatch.setattr(launch, "run_verb", fail)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "report.json"))
+    with pytest.raises(RuntimeError):
+        launch.main("train")
+    report = json.loads((tmp_path / "report.json").read_text())["message"]
+    assert report["message"] == "RuntimeError: NCCL communicator was aborted"
+    assert "in fail\n" in report["extraInfo"]["py_callstack"]
 
 
 def _write_run(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,12 +67,16 @@ def main(verb: str) -> int:
             time.sleep(_SECONDS_FOR_RANK_0)
         print(sentence, file=sys.stderr)
         return 2
+    except Exception as error:
+        tell_torchrun(f"{type(error).__name__}: {error}", traceback.format_exc())
+        raise
 
 
-def tell_torchrun(sentence: str) -> None:
-    """Put the sentence into torchrun's own summary, which ends what it prints."""
+def tell_torchrun(sentence: str, stack: str = "") -> None:
+    """Put the sentence, and a Python stack, into torchrun's own summary, the end of its words."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}}
+        more = {"timestamp": int(time.time()), **({"py_callstack": stack} if stack else {})}
+        report = {"message": {"message": sentence, "extraInfo": more}}
         Path(path).write_text(json.dumps(report), encoding="utf-8")
 
 
