@@ -16,7 +16,6 @@ from hydra_tools import report as verb
 from kit.scores import make_scores
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.generation import Answered, GeneratedResult, Generation
 from megatron_hydra.evaluation.reading import read_evaluation
 from megatron_hydra.evaluation.results import Accuracy
 from megatron_hydra.head_plan import HeadPlan
@@ -398,26 +397,3 @@ def test_selection_is_shown_as_planned_and_with_the_pareto_table(arguments, tmp_
     # The file's own combination does not normalise: 0.300.
     assert "0.3 1 1.000" in page.text and "4 FA heads" in page.text
     assert page.tags.count("svg") == 5 + 3 * 3 and len(page.ids) == len(set(page.ids))
-
-
-def test_answers_by_generation_are_on_the_page_where_there_are_any(arguments):
-    page = Path(arguments.out)
-    assert verb.run(arguments) == 0
-    assert "By generation" not in page.read_text("utf-8")
-    cells = [Answered.count(("vt", length), [5, 3, 0, 5], [5] * 4) for length in LENGTHS]
-    worse = [Answered.count(("vt", length), [4, 3, 0, 5], [5] * 4) for length in LENGTHS]
-    rows = (
-        GeneratedResult("teacher", "t", 8, 8, 64, 0, tuple(worse)),
-        GeneratedResult("<exported>", "e", None, None, None, None, tuple(cells)),
-    )
-    path = page.with_name("generation.json")
-    Generation(rows, "not RULER's <own>", "bf16", "0", {"seed": 4711}).save(path)
-    arguments.generation, arguments.overwrite = path, True
-    assert verb.run(arguments) == 0
-    text = page.read_text("utf-8")
-    section = text[
-        text.index("<h2>By generation") : text.index("</section>", text.index("<h2>By g"))
-    ]
-    assert "not RULER&#39;s &lt;own&gt;" in section and "&lt;exported&gt;" in section
-    assert section.count('class="best">50.0') == 2 and section.count("<td>25.0") == 2
-    assert "65.0" in section and "4711" in text
