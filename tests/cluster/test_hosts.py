@@ -1,0 +1,81 @@
+"""`examples/multinode/torchrun.sh` on two hosts: a dead rank that comes back, unshared folders.
+
+Catches: ranks that start anew and read the addresses of the dead, until both hosts wait for ever;
+half a model on each host's own disk, and exit code 0.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from kit.cluster import HERE, HOSTS, ROOT, kill_rank, until
+from kit.lives import write_inputs
+
+from megatron_hydra.api.status import status_of
+from megatron_hydra.training.config import load_config
+
+pytestmark = [pytest.mark.cluster]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class Pair:
+    """The script on both hosts, one rank each.
+
+    Args:
+        inputs: Of the run.
+        folder: Its run folder; logs lie beside it.
+        environment: Of the script.
+        private: Whether the second host has a disk of its own there.
+    """
+
+    def __init__(
+        self, inputs: Path, folder: Path, environment: dict[str, str], private: bool = False
+    ) -> None:
+        self.overrides = ["transfer.stage=align", f"log.folder={folder}"]
+        self.overrides += ["trainer.max_steps=60", "resume.save_every_n_steps=10"]
+        self.config = load_config(inputs / "run.yaml", self.overrides)
+        self.logs = [folder.with_name(f"{folder.name}.{host}.log") for host in HOSTS]
+        self.processes = []
+        for host, log in zip(HOSTS, self.logs, strict=True):
+            own = {"PRIVATE": str(folder)} if private and host == HOSTS[1] else {}
+            self.processes.append(
+                subprocess.Popen(
+                    [f"{HERE}/hosts.sh", "on", host, "timeout", "600",
+                     "examples/multinode/torchrun.sh", "--config", f"{inputs}/run.yaml",
+                     *self.overrides],
+                    cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
+                    env={**os.environ, "HEAD_NODE": HOSTS[0], "NUM_NODES": "2",
+                         "GPUS_PER_NODE": "1", **environment, **own},
+                )
+            )  # fmt: skip
+
+    def codes(self) -> list[int]:
+        return [process.wait(700) for process in self.processes]
+
+    def said(self) -> str:
+        return "".join(log.read_text(errors="replace") for log in self.logs)
+
+
+def test_a_rank_that_died_comes_back_within_the_run(tmp_path: Path, inputs: Path) -> None:
+    pair = Pair(inputs, tmp_path / "run", {"TORCHRUN_OPTIONS": "--max-restarts=2"})
+    until(lambda: status_of(pair.config).saved_step >= 10, 300, "a checkpoint")
+    kill_rank(HOSTS[1])
+    assert pair.codes() == [0, 0], pair.said()[-4000:]
+    assert "going on from" in pair.said() and status_of(pair.config).is_complete
+
+
+def test_hosts_that_share_no_folder_end_with_one_sentence(tmp_path: Path, inputs: Path) -> None:
+    pair = Pair(inputs, tmp_path / "run", {}, private=True)
+    assert 0 not in pair.codes()
+    sentence = (
+        "is not one folder for all machines: rank 1 on node1 does not see what rank 0 on node0"
+    )
+    assert sentence in pair.said()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
