@@ -8,8 +8,8 @@ import os
 # it compiles it.
 os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
 os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
-# Of a kernel that several threads ask for at once TileLang warns that it has it already. It sets its
-# logger's level anew: so a filter.
+# Of a kernel that several threads ask for at once TileLang warns that it has it already. A filter,
+# as it sets its logger's level anew.
 logging.getLogger("tilelang.cache.kernel_cache").addFilter(
     lambda record: "in memory cache" not in record.getMessage()
 )
