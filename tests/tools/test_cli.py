@@ -88,9 +88,9 @@ def test_a_reader_that_leaves_is_no_error(scores: Path) -> None:
     [
         (["--version"], 0, f"megatron-hydra {__version__}"),
         (["--help"], 0, "choose the heads that keep full attention"),
-        ([], 2, "no verb given: use one of score, plan"),
+        ([], 2, "no verb given: use one of doctor, score, plan"),
         (["pln"], 2, "unknown verb 'pln': did you mean 'plan'?"),
-        (["zzz"], 2, "unknown verb 'zzz': use one of score, plan"),
+        (["zzz"], 2, "unknown verb 'zzz': use one of doctor, score, plan"),
         (["plan"], 2, "the following arguments are required: --scores"),
         (["plan", "--scores", "s", "--out", "o", "--fa-ratio", "x"], 2, "'x' is no ratio"),
         (["plan", "--scores", "s", "--out", "o", "--fa-ratio", "1/0"], 2, "'1/0' is no ratio"),
