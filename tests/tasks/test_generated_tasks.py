@@ -119,7 +119,7 @@ def test_a_cell_does_not_depend_on_what_else_is_asked_and_seeds_differ() -> None
 def test_samples_are_the_same_in_another_process() -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "from tasks.test_generation import *\n"
+        "from tasks.test_generated_tasks import *\n"
         "print([draw(name) for name in GENERATION_TASKS])"
     )
     tests = str(Path(__file__).parents[1])
