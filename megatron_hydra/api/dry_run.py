@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from megatron_hydra.errors import UserError
@@ -17,14 +16,6 @@ from megatron_hydra.training.dataset_checks import check_datasets, read_tokens
 from megatron_hydra.training.memory import TrainingMemory, training_memory
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, result_bytes
-
-# Of a model.json that an earlier release wrote, or that is a teacher's.
-_LAYER_DEFAULTS = {
-    "la_short_conv": True,
-    "la_conv_kernel_size": 4,
-    "la_kind": "gated_delta_net",
-    "sliding_window_tokens": 512,
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ def dry_run(
     folder.check_room()
     hybrid_bytes, checkpoint_bytes = result_bytes(config)
     data_parallel = num_ranks // config.strategy.model_parallel_size
-    shape = ModelShape.from_config(SimpleNamespace(**{**_LAYER_DEFAULTS, **model}))  # type: ignore
+    shape = ModelShape.from_fields(model)
     memory, why_no_memory = _memory(config, shape, plan, data_parallel)
     finished = folder.finished_checkpoints()
     return DryRun(

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_hydra.errors import UserError
@@ -61,10 +60,6 @@ BATCH_TOKENS = 16384
 """Tokens of the prompts that are answered together, where the user says nothing."""
 _COMPARED_CHARACTERS = 20_000
 _ANY_LENGTH = 2**62
-_NO_HYBRID = {
-    "la_conv_kernel_size": 0, "la_short_conv": False, "la_kind": "gated_delta_net",
-    "sliding_window_tokens": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -335,8 +330,7 @@ def _shape(folder: Path) -> tuple[ModelShape | None, HeadPlan | None]:
     if model_type not in FAMILIES:
         return None, None
     # A teacher's costs are those of its shape, and what a hybrid of it would be has no part in it.
-    config: Any = SimpleNamespace(**_NO_HYBRID, **shape_fields(read_config(folder)))
-    return ModelShape.from_config(config), None
+    return ModelShape.from_fields(shape_fields(read_config(folder))), None
 
 
 def _hybrid_shape(folder: Path) -> tuple[ModelShape, HeadPlan]:

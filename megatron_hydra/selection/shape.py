@@ -5,8 +5,9 @@ Free of PyTorch, so that planning starts quickly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.mixers.costs import CostModel, LAKind
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
 
 _Count = Annotated[int, Limits(least=1)]
+_OF_KINDS = ("la_kind", "sliding_window_tokens")
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,24 @@ class ModelShape:
     @classmethod
     def from_config(cls, config: HydraConfig) -> ModelShape:
         """The shape of the models that a configuration builds, teacher or hybrid."""
+        return cls.from_fields(vars(config))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ModelShape:
+        """As :meth:`from_config`, of a configuration's fields; those of LA heads may be lacking."""
+        taps = fields.get("la_conv_kernel_size", cls.conv_kernel_size)
+        kinds = {name: fields[name] for name in _OF_KINDS if name in fields}
         return cls(
-            num_layers=config.num_layers,
-            num_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            head_dim=config.kv_channels,
-            hidden_size=config.hidden_size,
-            ffn_hidden_size=config.ffn_hidden_size,
-            vocab_size=config.vocab_size,
-            tied_embeddings=config.share_embeddings_and_output_weights,
-            conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
-            la_kind=config.la_kind,
-            sliding_window_tokens=config.sliding_window_tokens,
+            num_layers=fields["num_layers"],
+            num_heads=fields["num_attention_heads"],
+            num_query_groups=fields["num_query_groups"],
+            head_dim=fields["kv_channels"],
+            hidden_size=fields["hidden_size"],
+            ffn_hidden_size=fields["ffn_hidden_size"],
+            vocab_size=fields["vocab_size"],
+            tied_embeddings=fields["share_embeddings_and_output_weights"],
+            conv_kernel_size=taps if fields.get("la_short_conv", True) else 0,
+            **kinds,
         )
 
     @property
