@@ -29,19 +29,20 @@ $(INSTALLED): requirements/cpu.txt requirements/dev.txt setup.py
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(NEWEST)/.installed: $(INSTALLED) requirements/transformers_newest.txt
-	test -x $(NEWEST)/bin/python || $(VENV)/bin/python -m venv $(NEWEST)
+# An environment beside the other, which shares what lies there; on top come the packages of $(1).
+define beside
+	test -x $(@D)/bin/python || $(VENV)/bin/python -m venv $(@D)
 	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-		$$($(NEWEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
-	$(NEWEST)/bin/pip install --quiet --no-deps -r requirements/transformers_newest.txt
+		$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(@D)/bin/pip install --quiet --no-deps -r $(1)
 	touch $@
+endef
+
+$(NEWEST)/.installed: $(INSTALLED) requirements/transformers_newest.txt
+	$(call beside,requirements/transformers_newest.txt)
 
 $(LM_EVAL)/.installed: $(INSTALLED) requirements/lm_eval.txt
-	test -x $(LM_EVAL)/bin/python || $(VENV)/bin/python -m venv $(LM_EVAL)
-	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
-		$$($(LM_EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
-	$(LM_EVAL)/bin/pip install --quiet --no-deps -r requirements/lm_eval.txt
-	touch $@
+	$(call beside,requirements/lm_eval.txt)
 
 quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
+SHOWN_SCALARS = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
+"""Of a training step, for people, in this order."""
 _SECONDS_BETWEEN_LINES = 30.0
 
 

@@ -6,13 +6,13 @@ import argparse
 import sys
 import time
 
+from hydra_tools.progress import SHOWN_SCALARS
 from megatron_hydra.api.status import Status, status, status_of
 from megatron_hydra.errors import UserError
 from megatron_hydra.training.config import load_config
 
 # A run that says nothing for so many times the usual seconds of a step, and for a minute, hangs.
 _SILENT_STEPS, _SILENT_SECONDS = 5, 60
-_SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +71,7 @@ def _state(found: Status) -> str:
 
 def _scalars(found: Status) -> str:
     return ", ".join(
-        f"{name} {found.scalars[name]:.4g}" for name in _SHOWN if name in found.scalars
+        f"{name} {found.scalars[name]:.4g}" for name in SHOWN_SCALARS if name in found.scalars
     )
 
 

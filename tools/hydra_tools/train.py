@@ -7,11 +7,10 @@ import sys
 from typing import Any
 
 from hydra_tools import launch, stops
+from hydra_tools.progress import SHOWN_SCALARS
 from megatron_hydra.api.train import Training, train
 from megatron_hydra.errors import UserError
 from megatron_hydra.training.config import RunConfig, load_config
-
-_SHOWN = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +155,7 @@ class _Progress:
 
 def _progress_text(scalars: dict[str, float]) -> str:
     """Losses and rates; of the layers' alignment losses the worst, as a line holds no more."""
-    shown = {name: scalars[name] for name in _SHOWN if name in scalars}
+    shown = {name: scalars[name] for name in SHOWN_SCALARS if name in scalars}
     layers = {name: value for name, value in scalars.items() if name.startswith("alignment/")}
     if layers:
         worst = max(layers, key=lambda name: layers[name])
