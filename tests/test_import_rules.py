@@ -19,6 +19,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "errors": set(),
     "disk": {"errors"},
     "files": {"disk", "errors"},
+    "unfinished": {"errors", "files"},
     "yaml_text": set(),
     "schema": {"errors", "files", "yaml_text"},
     "head_plan": {"errors", "files", "schema"},
@@ -30,7 +31,9 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "teachers": {"errors", "files", "head_plan", "processes", "schema", "model"},
     "tasks": {"errors"},
     "transfer": {"errors", "model"},
-    "selection": {"errors", "files", "head_plan", "progress", "schema", "model", "tasks"},
+    "selection": {
+        "errors", "files", "head_plan", "progress", "schema", "model", "tasks", "unfinished",
+    },
     "training": {
         "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "transfer",
         "selection",
@@ -40,6 +43,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     },
     "evaluation": {
         "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",
+        "unfinished",
     },
     "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
     "export": {"errors", "files", "head_plan", "progress", "model", "teachers"},

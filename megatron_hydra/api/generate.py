@@ -152,6 +152,7 @@ def generate(
     prompts_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     hashes = {name: content_hash(weight_files(path).paths) for name, path in models.items()}
     unfinished = UnfinishedCells(out, {"prompts": prompts_hash, "models": hashes}, overwrite)
+    unfinished.open()
     results = []
     for position, (name, generator) in enumerate(generators.items()):
         _tell_beyond(name, models[name], chosen.lengths, tell)

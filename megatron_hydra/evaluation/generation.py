@@ -5,24 +5,19 @@ Free of PyTorch at import, so that the report starts quickly.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.results import Accuracy, Cell, aligned, percent_text
-from megatron_hydra.files import lock, parse_json, write_json
+from megatron_hydra.files import write_json
 from megatron_hydra.schema import Limits, from_json, load_json, named
+from megatron_hydra.unfinished import UnfinishedWork
 
 SCHEMA_VERSION = 1
 FILE_KIND = "generation"
-_RECORD, _LOCK = "run.json", ".lock"
-_UNIT = re.compile(r"\d+\.json|run\.json|\.lock|\..*\.\d+\.partial")
 _Count = Annotated[int, Limits(least=1)]
 _Share = Annotated[float, Limits(least=0, most=1)]
 
@@ -186,69 +181,19 @@ def results_markdown(result: Generation) -> str:
     return "\n".join([*lines, "", ""])
 
 
-class UnfinishedCells:
-    """What a run has measured, in `OUT.partial/`, so that one that is killed goes on.
+class UnfinishedCells(UnfinishedWork):
+    """What an evaluation has measured so far: a file for each of its cells."""
 
-    Args:
-        out: The output.
-        fingerprint: JSON values that make two runs the same; a folder of another run is refused.
-        start_anew: Whether cells of an earlier run are to go.
-    """
-
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], start_anew: bool) -> None:
-        self.path = out.with_name(f"{out.name}.partial")
-        self._lock = ExitStack()
-        entries = list(self.path.iterdir()) if self.path.is_dir() else []
-        if foreign := sorted(p.name for p in entries if not _UNIT.fullmatch(p.name)):
-            raise UserError(
-                f"{self.path} holds {foreign[0]}, which no evaluation wrote: move it, or name "
-                "another output"
-            )
-        self._lock.enter_context(lock(self.path / _LOCK, f"the unfinished evaluation {self.path}"))
-        wanted = json.loads(json.dumps(fingerprint))
-        record = self.path / _RECORD
-        if start_anew or not record.is_file():
-            self._clear()
-            write_json(record, wanted)
-            return
-        found = _parsed(record)
-        for key in (*wanted, *found):
-            if found.get(key) != wanted.get(key):
-                self._lock.close()
-                raise UserError(
-                    f"{self.path} holds an unfinished evaluation with another {key}: run that to "
-                    "its end, name another output, or pass --overwrite to leave what it measured"
-                )
+    what = writer = "evaluation"
+    units = r"\d+\.json"
 
     def load(self, number: int) -> Answered | None:
         """A finished cell; None if it is to be measured."""
         path = self.path / f"{number}.json"
         if not path.is_file():
             return None
-        return from_json(Answered, _parsed(path), os.fspath(path))
+        return from_json(Answered, self.parsed(path.name), os.fspath(path))
 
     def save(self, number: int, cell: Answered) -> None:
         """Keep a cell."""
         write_json(self.path / f"{number}.json", asdict(cell), overwrite=True)
-
-    def remove(self) -> None:
-        """Delete the folder, once the output is written."""
-        self._clear()
-        (self.path / _LOCK).unlink(missing_ok=True)
-        self._lock.close()
-        self.path.rmdir()
-
-    def _clear(self) -> None:
-        for path in self.path.iterdir():
-            if path.name != _LOCK:
-                path.unlink()
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}, of an unfinished evaluation: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}, of an unfinished evaluation: it holds no object")
-    return found

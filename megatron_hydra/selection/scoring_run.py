@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,23 +21,17 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import lock, parse_json, write_beside, write_json
+from megatron_hydra.files import write_beside
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.scorers.base import Scorer, collate
 from megatron_hydra.selection.scores import ProbeRecord
 from megatron_hydra.tasks.probes import Probe
 from megatron_hydra.tasks.readout import answer_logits
+from megatron_hydra.unfinished import UnfinishedWork
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-
-_RECORD, _LOCK = "run.json", ".lock"
-# How a message calls what makes two runs the same, where its key would not be understood.
-_WORDS = {
-    "teacher_config_hash": "shape of the teacher",
-    "weights": "content of the teacher's weight files",
-}
 
 
 @dataclass(frozen=True)
@@ -53,54 +44,14 @@ class _Unit:
         return f"{self.probe.name}.{self.pairs[0]}-{self.pairs[-1]}"
 
 
-class PartialFolder:
-    """What a run has finished so far, beside its output.
+class PartialFolder(UnfinishedWork):
+    """What a scoring run has finished so far: a file for each of its units."""
 
-    Args:
-        out: The output; the folder is ``OUT.partial``.
-        fingerprint: JSON values that make two runs the same; a folder of another run is refused.
-        start_anew: Whether units of an earlier run are to go.
-    """
-
-    def __init__(self, out: Path, fingerprint: Mapping[str, Any], start_anew: bool = False) -> None:
-        self.path = out.with_name(f"{out.name}.partial")
-        self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.start_anew = start_anew
-        self._lock = ExitStack()
-
-    def open(self) -> None:
-        """Make the folder, or check that it is of the same run; for one rank.
-
-        It is locked until :meth:`remove` or the end of the process.
-
-        Raises:
-            UserError: If it is in use, of another run, or holds what no run has written.
-        """
-        if foreign := sorted(path.name for path in self._entries() if not _is_unit(path.name)):
-            raise UserError(
-                f"{self.path} holds {foreign[0]}, which no scoring run wrote, and unfinished "
-                "scores would go there: move it, or name another output"
-            )
-        self._lock.enter_context(lock(self.path / _LOCK, f"the unfinished run {self.path}"))
-        if self.start_anew:
-            self._remove_units()
-        record = self.path / _RECORD
-        if not record.is_file():
-            self._remove_units()  # of a run that was killed as it began, if there are any
-            write_json(record, self.fingerprint)
-            return
-        try:
-            found = _flat(parse_json(record.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {record}, of an unfinished run: {error}") from error
-        own = _flat(self.fingerprint)
-        for key in {**found, **own}:
-            if found.get(key) != own.get(key):
-                raise UserError(
-                    f"{self.path} holds an unfinished run with another {_WORDS.get(key, key)}: "
-                    "run that to its end, name another output, or pass --overwrite to leave what "
-                    "it measured"
-                )
+    what, writer, units = "run", "scoring run", r".*\.npy"
+    words: ClassVar[Mapping[str, str]] = {
+        "teacher_config_hash": "shape of the teacher",
+        "weights": "content of the teacher's weight files",
+    }
 
     def load(self) -> dict[str, Array]:
         """Every finished unit, by name."""
@@ -113,22 +64,6 @@ class PartialFolder:
             temporary.open("wb") as stream,
         ):
             np.save(stream, values)
-
-    def remove(self) -> None:
-        """Delete the folder; for the rank that opened it."""
-        self._remove_units()
-        (self.path / _LOCK).unlink(missing_ok=True)
-        self._lock.close()
-        with suppress(OSError):  # something else has come to lie there
-            self.path.rmdir()
-
-    def _entries(self) -> list[Path]:
-        return list(self.path.iterdir()) if self.path.is_dir() else []
-
-    def _remove_units(self) -> None:
-        for path in self._entries():
-            if _is_unit(path.name) and path.name != _LOCK:
-                path.unlink()
 
 
 class ScoringRun:
@@ -289,26 +224,6 @@ def probes_digest(probes: Sequence[Probe]) -> str:
         [probe.name, [[s.tokens, s.answer] for p in probe.pairs for s in p]] for probe in probes
     ]
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16]
-
-
-def _is_unit(name: str) -> bool:
-    """Whether a run writes files of this name; half-written ones end in `.partial`."""
-    return (
-        name in (_RECORD, _LOCK)
-        or name.endswith(".npy")
-        or re.fullmatch(r"\..*\.\d+\.partial", name) is not None
-    )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as `section.key` -> value."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _gather(found: dict[str, Array]) -> list[dict[str, Array]]:

@@ -1,0 +1,118 @@
+"""What a long command has finished so far, beside its output: one that is killed goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import lock, parse_json, write_json
+
+_RECORD, _LOCK = "run.json", ".lock"
+_HALF_WRITTEN = r"\..*\.\d+\.partial"
+
+
+class UnfinishedWork:
+    """The folder ``OUT.partial``; what a unit of work is, and how it is written, its users say.
+
+    Args:
+        out: The output.
+        fingerprint: JSON values that make two runs the same; a folder of another run is refused.
+        start_anew: Whether units of an earlier run are to go.
+    """
+
+    what: ClassVar[str]
+    """As messages call the unfinished work."""
+    writer: ClassVar[str]
+    """As messages call what writes such a folder."""
+    units: ClassVar[str]
+    """A pattern of the units' file names."""
+    words: ClassVar[Mapping[str, str]] = {}
+    """How a message calls what makes two runs the same, where its key would not be understood."""
+
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any], start_anew: bool = False) -> None:
+        self.path = out.with_name(f"{out.name}.partial")
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.start_anew = start_anew
+        self._lock = ExitStack()
+
+    def open(self) -> None:
+        """Make the folder, or check that it is of the same run; for one rank.
+
+        It is locked until :meth:`remove` or the end of the process.
+
+        Raises:
+            UserError: If it is in use, of another run, or holds what no run has written.
+        """
+        if foreign := sorted(p.name for p in self._entries() if not self._is_own(p.name)):
+            raise UserError(
+                f"{self.path} holds {foreign[0]}, which no {self.writer} wrote, and unfinished "
+                "results would go there: move it, or name another output"
+            )
+        self._lock.enter_context(lock(self.path / _LOCK, f"the unfinished {self.what} {self.path}"))
+        try:
+            self._begin()
+        except UserError:
+            self._lock.close()
+            raise
+
+    def remove(self) -> None:
+        """Delete the folder; for the rank that opened it."""
+        self._remove_units()
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self._lock.close()
+        with suppress(OSError):  # something else has come to lie there
+            self.path.rmdir()
+
+    def parsed(self, name: str) -> dict[str, Any]:
+        """The JSON object in one of the folder's files; UserError if it holds none."""
+        path = self.path / name
+        try:
+            found = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}, of an unfinished {self.what}: {error}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"cannot read {path}, of an unfinished {self.what}: it holds no object")
+        return found
+
+    def _begin(self) -> None:
+        if self.start_anew or not (self.path / _RECORD).is_file():
+            self._remove_units()  # of a run that was killed as it began, if there are any
+            write_json(self.path / _RECORD, self.fingerprint)
+            return
+        found, own = _flat(self.parsed(_RECORD)), _flat(self.fingerprint)
+        for key in {**found, **own}:
+            if found.get(key) != own.get(key):
+                raise UserError(
+                    f"{self.path} holds an unfinished {self.what} with another "
+                    f"{self.words.get(key, key)}: run that to its end, name another output, or "
+                    "pass --overwrite to leave what it measured"
+                )
+
+    def _entries(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+    def _is_own(self, name: str) -> bool:
+        return name in (_RECORD, _LOCK) or any(
+            re.fullmatch(pattern, name) for pattern in (self.units, _HALF_WRITTEN)
+        )
+
+    def _remove_units(self) -> None:
+        for path in self._entries():
+            if self._is_own(path.name) and path.name != _LOCK:
+                path.unlink()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as `section.key` -> value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
