@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from hydra_kernels.gated_delta_rule import compilation
 from hydra_kernels.gated_delta_rule.compilation import Mode, compile_once
 from hydra_kernels.head_fusion import head_fusion
 from hydra_kernels.la_preparation import la_preparation
 
 NUM_HEADS = 16
 _NUM_TAPS = 4
+_MOST_TOKENS = 2**15
 
 
 def warm_up(mode: Mode, device: torch.device) -> Path:
@@ -23,6 +26,20 @@ def warm_up(mode: Mode, device: torch.device) -> Path:
     done = compile_once(mode, device)
     run_layer_operators(mode, device)
     return done
+
+
+@cache
+def load(mode: Mode, num_rows: int, num_tokens: int, device: torch.device) -> None:
+    """Load what a layer calls into this process, compiled or else compiled now; once for a shape.
+
+    Args:
+        mode: The heads'.
+        num_rows: Sequences times heads.
+        num_tokens: Of a sequence; what more than 32,768 need besides is loaded when it is met.
+        device: A GPU.
+    """
+    warm_up(mode, device)
+    compilation.load(mode, num_rows, min(num_tokens, _MOST_TOKENS), device)
 
 
 def run_layer_operators(mode: Mode, device: torch.device, num_tokens: int = 1024) -> None:

@@ -1,7 +1,9 @@
-"""Builds Megatron's GPTModel for a hybrid or for its teacher, and ends its CUDA graphs."""
+"""Builds Megatron's GPTModel for a hybrid or its teacher, loads kernels, ends CUDA graphs."""
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 import torch
@@ -11,8 +13,11 @@ from megatron.core.transformer.cuda_graphs import CudaGraphManager, delete_cuda_
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.layer_specs import get_hydra_block_spec, get_teacher_block_spec
+from megatron_hydra.model.mixers.base import Mixer
 from megatron_hydra.model.padding import PaddedVocabularyModel, needs_padding
 from megatron_hydra.model.rotary import scale_rotary
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(
@@ -62,6 +67,22 @@ def build_model(
     )
     scale_rotary(model.rotary_pos_emb, config)
     return model
+
+
+def load_kernels(model: torch.nn.Module, num_sequences: int) -> None:
+    """Load the kernels that a model's heads would else load in the first step.
+
+    Args:
+        model: This rank's part.
+        num_sequences: Of a micro batch, each of `config.seq_length` tokens.
+    """
+    start = time.monotonic()
+    for mixer in model.modules():
+        if isinstance(mixer, Mixer):
+            config = mixer.config
+            mixer.load_kernels(num_sequences, config.seq_length // config.context_parallel_size)
+    if (seconds := time.monotonic() - start) > 1:
+        logger.info("the heads' kernels are loaded, after %.0f s", seconds)
 
 
 def release_cuda_graphs(model: torch.nn.Module) -> None:

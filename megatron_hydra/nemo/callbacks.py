@@ -11,9 +11,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from megatron_hydra.model.build import load_kernels
 from megatron_hydra.nemo.bad_numbers import NumberWatch
+from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 ShowStep = Callable[[int, dict[str, float]], None]
+
+
+class KernelsCallback(pl.Callback):
+    """Loads the heads' kernels before the first step, which is then as long as the others.
+
+    Args:
+        micro_batch_size: Its sequences.
+    """
+
+    def __init__(self, micro_batch_size: int) -> None:
+        self.micro_batch_size = micro_batch_size
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load, when the weights are on the device."""
+        load_kernels(unwrapped_model(pl_module.module), self.micro_batch_size)
 
 
 class ScalarsCallback(pl.Callback):

@@ -25,7 +25,7 @@ from megatron_hydra.model.config import HydraFields, recompute_fields
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.nemo.agreement import check_ranks_agree
 from megatron_hydra.nemo.bad_numbers import NumberWatch
-from megatron_hydra.nemo.callbacks import ScalarsCallback, ShowStep
+from megatron_hydra.nemo.callbacks import KernelsCallback, ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.data import find_end_of_document, make_data_module
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel
@@ -216,6 +216,7 @@ class TrainingRun:
             ),
             plugins=make_plugins(config.trainer),
             callbacks=[
+                KernelsCallback(config.data.micro_batch_size),
                 watch,
                 scalars,
                 RunStateCallback(self.identity),

@@ -146,6 +146,30 @@ def _run_on_what_is_compiled(_rank: int, with_state: bool) -> None:
                         sum(x.float().sum() for x in outputs if x is not None).backward()
 
 
+def test_a_first_step_loads_nothing():
+    """In a process of its own: what is loaded beforehand is all that such heads call."""
+    pytest.importorskip("flash_qla")
+    torch.multiprocessing.spawn(_run_on_what_is_loaded, nprocs=1)
+
+
+def _run_on_what_is_loaded(_rank: int) -> None:
+    from tilelang.jit import JITImpl
+
+    rows = [(heads, length) for heads in (1, 9, 16) for length in (64, 1000, 2**15)]
+    for heads, length in rows:
+        mode = compilation.Mode(128, 128, torch.bfloat16, False)
+        compilation.load(mode, heads, length, torch.device("cuda", 0))
+
+    def fails(impl, *args, **kwargs):
+        raise AssertionError(f"{impl.func} is loaded for {args} {kwargs}")
+
+    JITImpl.compile = fails
+    for heads, length in rows:
+        inputs, _ = make_inputs(length, heads, 128, "packed")
+        own = with_grad(inputs)
+        gated_delta_rule(**own, impl="fla").output.float().sum().backward()
+
+
 def test_more_chunks_than_a_grid_holds(monkeypatch):
     """Documents of one token each: more chunks than fla can launch its backward kernel for."""
     monkeypatch.setenv("FLA_FLASH_QLA", "0")

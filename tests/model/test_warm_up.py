@@ -10,9 +10,13 @@ from hydra_kernels import warm_up
 from hydra_kernels.gated_delta_rule.compilation import Mode
 from hydra_kernels.la_preparation import triton_la_preparation
 from hydra_tools import cli
+from kit.tiny import tiny_config, tiny_plan
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.model.build import build_model, load_kernels
 from megatron_hydra.model.kernel_choice import check_la_heads
+from megatron_hydra.model.mixers import gated_delta_net
+from megatron_hydra.parallel import initialize_model_parallel
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,29 @@ def test_heads_that_no_kernel_takes_are_named(
 
 def test_ranks_of_a_context_share_a_long_sequence():
     check_la_heads(_config(seq_length=2**24, context_parallel_size=4), "fla", 1, 16)
+
+
+def test_every_layer_loads_what_it_calls(monkeypatch: pytest.MonkeyPatch):
+    """Of layers with different numbers of heads; FA heads and windows have nothing to load."""
+    initialize_model_parallel()
+    kinds = {0: {"kda": (0,), "sliding_window": (3,)}, 1: {}}
+    model = build_model(tiny_config(seq_length=128), tiny_plan(other_kinds=kinds))
+    loaded = []
+    monkeypatch.setattr(gated_delta_net, "load", lambda *args: loaded.append(args))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    load_kernels(model, 2)
+    assert loaded == []  # on the reference
+    for mixer in model.modules():
+        if isinstance(mixer, gated_delta_net.GatedDeltaNet):
+            mixer.impl = "fla"
+    load_kernels(model, 2)
+    modes = [Mode(8, 8, torch.float32, False, of_channels) for of_channels in (False, True)]
+    device = torch.device("cuda", 0)
+    # Layer 0 has three heads of Gated DeltaNet and one of KDA, layer 1 four of Gated DeltaNet.
+    assert sorted(loaded, key=repr) == sorted(
+        [(modes[0], 6, 128, device), (modes[1], 2, 128, device), (modes[0], 8, 128, device)],
+        key=repr,
+    )
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -159,9 +160,12 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
             shown.setdefault(name, {})[step] = value
 
     start = time.monotonic()
-    with _spied_batches() as batches:
+    kernels = "megatron_hydra.nemo.callbacks.load_kernels"
+    with _spied_batches() as batches, patch(kernels) as loading:
+        loading.side_effect = lambda *args: batches == [] or pytest.fail("after the first step")
         run = TrainingRun(config)
         run.run(show)
+    assert [call.args[1] for call in loading.call_args_list] == [config.data.micro_batch_size]
     # A run that goes on is held to the token, also where its name was left open.
     assert run.config.data.end_of_document == "<|endoftext|>"
     seconds = time.monotonic() - start

@@ -58,7 +58,7 @@ def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
     )
     try:
         end = time.monotonic() + 60
-        while not report.exists() and time.monotonic() < end:
+        while not (report.exists() and report.read_text()) and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=10)

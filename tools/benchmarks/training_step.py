@@ -15,7 +15,8 @@ that train replay Megatron's CUDA graphs; nothing is recomputed, and the peak is
 holds on to, as the graphs' memory is not among what it calls allocated. MFU counts the model's own
 operations (no recomputation; the teacher's forward where there is one) against the 989 TFLOP/s of
 an H100 or H200; memory is of the rank that takes most.
-`first step s` is the first step's time, in which kernels that no cache has are compiled.
+`first step s` is the first step's time, after the heads' kernels are loaded as in training, and
+compiled where no cache has them.
 
 `--plan uneven` has as many FA heads as `uniform`, dealt to the layers as a global top-K of scores
 does (`uneven_plan`); with both, `/ uniform` is the ratio of their times. Of
@@ -62,7 +63,7 @@ from step_costs import (
 from uneven_plan import uneven_plan
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.build import build_model, release_cuda_graphs
+from megatron_hydra.model.build import build_model, load_kernels, release_cuda_graphs
 from megatron_hydra.model.sequence import shard_batch
 from megatron_hydra.parallel import initialize_model_parallel
 
@@ -301,6 +302,7 @@ def _training_step(
         finalize_model_grads([ddp])
         optimizer.step()
 
+    load_kernels(student, 1)
     torch.cuda.synchronize()
     start = time.perf_counter()
     step()
@@ -343,7 +345,7 @@ def _model(plan: HeadPlan | None, length: int, args: argparse.Namespace, **more:
     from megatron_hydra.teachers.loading import megatron_fields
 
     fields = megatron_fields(torch.bfloat16) | dict(
-            qk_layernorm=True,
+        qk_layernorm=True,
         num_layers=args.layers, hidden_size=HIDDEN, ffn_hidden_size=FFN,
         num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB,
         rotary_base=1e6, share_embeddings_and_output_weights=True, seq_length=length,

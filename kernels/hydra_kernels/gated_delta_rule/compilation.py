@@ -73,7 +73,7 @@ def compile_once(mode: Mode, device: torch.device) -> Path:
     Returns:
         The file that says so, which is missing if it cannot be written.
     """
-    why_not = fla_kernels.why_not_flash_qla(*_inputs(mode, 1, torch.device("meta")))
+    why_not = why_not_flash_qla(mode)
     logger.info(
         "gated delta rule (%s): %s", mode,
         "FlashQLA" if why_not is None else f"fla's own kernels, as {why_not}",
@@ -108,6 +108,24 @@ def compile_all(mode: Mode, device: torch.device, uses_flash_qla: bool) -> None:
         for _ in threads.map(lambda sample: _call(mode, sample, device, uses_flash_qla), samples):
             pass
     torch.cuda.synchronize(device)
+
+
+def load(mode: Mode, num_rows: int, num_tokens: int, device: torch.device) -> None:
+    """Bring into this process what such rows call, forward and backward, from the cache.
+
+    TileLang goes through each kernel's Python once in every process, compiled or not, which takes
+    a second or two of each.
+    """
+    uses_flash_qla = why_not_flash_qla(mode) is None
+    sample = _Sample(num_rows, num_tokens, False, True)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(_call, mode, sample, device, uses_flash_qla).result()
+    torch.cuda.synchronize(device)
+
+
+def why_not_flash_qla(mode: Mode) -> str | None:
+    """Why a mode runs on fla's own kernels; None if FlashQLA takes it."""
+    return fla_kernels.why_not_flash_qla(*_inputs(mode, 1, torch.device("meta")))
 
 
 def cache_folder(uses_flash_qla: bool) -> Path:

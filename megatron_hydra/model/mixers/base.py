@@ -130,6 +130,12 @@ class Mixer(HeadModule):
         """The heads' outputs `[s, b, n, d]`, of all the in-projection's parts by name."""
         raise NotImplementedError
 
+    def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
+        """Load what :meth:`forward` and its backward pass of such rows would load when first run.
+
+        Here for kernels whose loading takes long.
+        """
+
     def faults_of_weights(self) -> list[str]:
         """For each loaded value that the forward pass cannot take, what it is and what may be."""
         return []

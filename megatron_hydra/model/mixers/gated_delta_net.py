@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import torch
 from hydra_kernels.gated_delta_rule import gated_delta_rule
+from hydra_kernels.gated_delta_rule.compilation import Mode
 from hydra_kernels.la_preparation import la_preparation
+from hydra_kernels.warm_up import load
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
@@ -110,6 +112,16 @@ class GatedDeltaNet(Mixer):
         taps = [Section(name, *heads, d) for name in ("query", "key", "value")]
         one = [Section("", *heads, 1)]
         return {"conv_weight": taps, "A_log": one, "dt_bias": one}
+
+    def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
+        """The gated delta rule's and, for it, the preparation's and the fusion's, on a GPU."""
+        if self.impl != "fla" or not self.heads:
+            return
+        config, d = self.config, self.config.kv_channels
+        is_split = config.context_parallel_size > 1
+        mode = Mode(d, d, config.params_dtype, is_split, not self.has_fused_decay)
+        rows = num_sequences * len(self.heads)
+        load(mode, rows, num_tokens, torch.device("cuda", torch.cuda.current_device()))
 
     def faults_of_weights(self) -> list[str]:
         """Decays that are NaN in the chunked kernels."""
