@@ -87,7 +87,7 @@ WHOLE := distill long_context full "full distill"
 bench-gpu:
 	mkdir -p $(BENCH_OUT)
 	for name in tools/benchmarks/layer tools/benchmarks/training_step kernels/benchmarks/head_fusion \
-			kernels/benchmarks/linear_kl kernels/benchmarks/la_preparation; do \
+			kernels/benchmarks/linear_kl kernels/benchmarks/la_preparation tools/benchmarks/decoding; do \
 		$(PYTHON) $$name.py --out $(BENCH_OUT)/$$(basename $$name).json || exit; \
 	done
 	$(PYTHON) $(STEP) --cuda-graphs --lengths 4096 8192 --stages $(WHOLE) \

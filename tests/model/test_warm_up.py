@@ -10,13 +10,18 @@ from hydra_kernels import warm_up
 from hydra_kernels.gated_delta_rule.compilation import Mode
 from hydra_kernels.la_preparation import triton_la_preparation
 from hydra_tools import cli
+from kit.kernel_launches import call_in_process, recorded_launches, unknown
 from kit.tiny import tiny_config, tiny_plan
+from uneven_plan import PINNED_COUNTS, layers_by_count, uneven_plan
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model, load_kernels
 from megatron_hydra.model.kernel_choice import check_la_heads
 from megatron_hydra.model.mixers import gated_delta_net
+from megatron_hydra.model.sequence import packed_sequence
 from megatron_hydra.parallel import initialize_model_parallel
+from megatron_hydra.teachers.loading import megatron_fields
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,40 @@ def test_every_kernel_of_la_preparation_is_among_those_compiled(head_dim: int):
         for rows in (1, 2, 4):
             for num_tokens in (1, 100, 1024, 3000, 4096, 8192, 20000, 2**17, 2**19):
                 assert kernels(num_heads, rows, num_tokens) <= compiled
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="records on a CPU what a GPU would run")
+def test_a_training_step_launches_what_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """In a process of its own, whose kernels are made for a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET")
+    torch.multiprocessing.spawn(call_in_process, (__name__, "_check_launches"))
+
+
+def _check_launches() -> None:
+    """Of a scored plan's layers, packed or not, batches of one and of several."""
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    with recorded_launches() as compiled:
+        warm_up.run_layer_operators(Mode(128, 128, dtype, False), device)
+    layers = layers_by_count(uneven_plan(112))
+    plan = HeadPlan(tuple(layers[count] for count in PINNED_COUNTS), 8)
+    initialize_model_parallel()
+    with recorded_launches() as launched:
+        config = tiny_config(
+            **{
+                **megatron_fields(dtype), "num_layers": len(plan.layers),
+                "num_attention_heads": 16, "num_query_groups": 8, "kv_channels": 128,
+                "fused_kernels": "triton",
+            }
+        )  # fmt: skip
+        model = build_model(config, plan).bfloat16()
+        for batch, documents in ((1, None), (2, None), (1, [0, 1, 30, 64])):
+            tokens = torch.randint(config.vocab_size, (batch, 64))
+            positions = torch.arange(64).expand(batch, -1)
+            packing = None if documents is None else packed_sequence(torch.tensor(documents))
+            losses = model(tokens, positions, None, labels=tokens, packed_seq_params=packing)
+            losses.float().sum().backward()
+    assert launched
+    assert unknown(launched, compiled) == []
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")

@@ -44,7 +44,8 @@ UNROLL = tl.constexpr(2)
     do_not_specialize=[
         "a_row", "a_token", "b_row", "b_token", "da_row", "da_token", "db_row", "db_token",
         "num_tokens", "num_heads", "rows_per_angle",
-    ]
+    ],
+    do_not_specialize_on_alignment=["a", "b", "da", "db"],
 )  # fmt: skip
 def backward_kernel(
     x, a, b, conv_weight, q_weight, k_weight, cos, sin, a_log, dt_bias, state, reach,

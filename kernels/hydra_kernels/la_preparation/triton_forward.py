@@ -33,7 +33,9 @@ UNROLL = tl.constexpr(4)
 @triton.jit(
     do_not_specialize=[
         "a_row", "a_token", "b_row", "b_token", "num_tokens", "num_heads", "rows_per_angle",
-    ]
+    ],
+    # Where gates begin in an in-projection's rows depends on how many heads there are.
+    do_not_specialize_on_alignment=["a", "b"],
 )  # fmt: skip
 def forward_kernel(
     x, a, b, conv_weight, q_weight, k_weight, cos, sin, a_log, dt_bias, state, reach,
