@@ -9,7 +9,6 @@ FA head uses, k taps.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -33,16 +32,18 @@ class Stream:
     meets padding, wherever it stands; `order` sorts tokens so.
 
     Attributes:
-        positions: `[b, t]`, of real tokens counted from a row's first real one.
-        angles: `[b, t, d / 2]`, of RoPE.
+        cos: `[b, t, 1, d / 2]`, of RoPE's angles, in the model's dtype.
+        sin: As `cos`.
+        query_scale: `[b, t, 1, 1]`, factor on queries of full attention; None for 1.
         num_before: `[b]`, real tokens of each row that came before.
         num_real: `[b]`, real tokens of each row here.
         order: `[b, t]`, None where no token here is padding.
         mask: For full attention, as its implementation takes it.
     """
 
-    positions: Tensor
-    angles: Tensor
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None
     num_before: Tensor
     num_real: Tensor
     order: Tensor | None = None
@@ -50,7 +51,7 @@ class Stream:
 
     def to(self, device: torch.device, **kwargs: Any) -> Stream:
         """The same on another device, where a layer may lie."""
-        if self.positions.device == device:
+        if self.cos.device == device:
             return self
         tensors = {
             item.name: value.to(device, **kwargs)
@@ -63,7 +64,7 @@ class Stream:
         """The same with a row's real tokens first."""
         if self.order is None:
             return self
-        return replace(self, positions=self.pack(self.positions), angles=self.pack(self.angles))
+        return replace(self, cos=self.pack(self.cos), sin=self.pack(self.sin))
 
     def pack(self, x: Tensor) -> Tensor:
         """Move each row's real tokens of `[b, t, ...]` to its start."""
@@ -83,7 +84,7 @@ class HydraRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * normed(x, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Mixer(nn.Module):
@@ -146,10 +147,12 @@ class FullAttention(Mixer):
 
     def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
         """`[b, t, h]` to `[b, t, n, d]`."""
-        query, key = self.q_norm(self._heads(self.q_proj(x))), self._heads(self.k_proj(x))
-        query, key = self._scaled(query, stream.positions), self.k_norm(key)
+        query = self.q_norm(self._heads(self.q_proj(x)))
+        key = self.k_norm(self._heads(self.k_proj(x)))
+        if stream.query_scale is not None:
+            query = query * stream.query_scale
         if self.config.fa_rope:
-            query, key = rotated(query, stream.angles), rotated(key, stream.angles)
+            query, key = rotated(query, stream), rotated(key, stream)
         # [b, t, n, d] -> [b, n, t, d]
         query, key, value = (
             part.transpose(1, 2) for part in (query, key, self._heads(self.v_proj(x)))
@@ -172,15 +175,6 @@ class FullAttention(Mixer):
     def gate(self, x: Tensor) -> Tensor | None:
         """What its outputs are multiplied by."""
         return None if self.gate_proj is None else 2 * self._heads(self.gate_proj(x)).sigmoid()
-
-    def _scaled(self, query: Tensor, positions: Tensor) -> Tensor:
-        when = self.config.fa_query_scale
-        if when == "none" or (when == "inference" and self.training):
-            return query
-        base = self.config.fa_query_scale_base
-        past = (positions.float() - self.config.fa_query_scale_start).clamp_min(0)
-        scale = (past + base).log() / math.log(base)
-        return query * scale.to(query.dtype)[:, :, None, None]
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, heads_per_group: int
@@ -220,14 +214,16 @@ class GatedDeltaNet(Mixer):
         if self.config.la_short_conv:
             qkv = self._convolved(qkv, stream, cache)
         query, key, value = (self._heads(part) for part in qkv.chunk(3, dim=-1))
-        query, key = self.q_norm(query), self.k_norm(key)
+        # Both at once: a step of one token takes as long as its operations are many.
+        both = torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
         if self.config.la_rope:
-            query, key = rotated(query, stream.angles), rotated(key, stream.angles)
-        query, key = (F.normalize(part.float(), dim=-1).to(value.dtype) for part in (query, key))
+            both = rotated(both, stream)
+        query, key = F.normalize(both.float(), dim=-1).to(value.dtype).chunk(2, dim=2)
         log_decay = self._log_decay(x)
-        beta = x.new_ones(*x.shape[:2], len(self.heads), dtype=torch.float32)
         if self.beta_proj is not None:
             beta = self.beta_proj(x).float().sigmoid()
+        else:
+            beta = x.new_ones(*x.shape[:2], len(self.heads), dtype=torch.float32)
         if stream.order is not None:
             # Padding neither decays nor writes.
             is_real = torch.arange(x.shape[1], device=x.device) < stream.num_real[:, None]
@@ -256,13 +252,19 @@ class GatedDeltaNet(Mixer):
         if before is None:
             before = qkv.new_zeros(len(qkv), past, qkv.shape[-1])
         padded = torch.cat((before, qkv), dim=1)
-        if cache is not None:
+        if cache is not None and stream.order is None:
+            cache.states[name] = padded[:, qkv.shape[1] :].clone()
+        elif cache is not None:
             last = stream.num_real[:, None] + torch.arange(past, device=qkv.device)
             cache.states[name] = _take(padded, last)
-        taps, num_tokens = self.conv_weight.float().unbind(1), qkv.shape[1]
         # Summed in float32, as the training kernels do.
-        sums = [padded[:, i : i + num_tokens].float() * tap for i, tap in enumerate(taps)]
-        return F.silu(sum(sums[1:], sums[0])).to(qkv.dtype)
+        taps, num_tokens = self.conv_weight.float(), qkv.shape[1]
+        if num_tokens == 1:
+            return F.silu((padded.float() * taps.mT).sum(1, keepdim=True)).to(qkv.dtype)
+        total = padded[:, :num_tokens].float() * taps[:, 0]
+        for i in range(1, past + 1):
+            total = total.addcmul(padded[:, i : i + num_tokens].float(), taps[:, i])
+        return F.silu(total).to(qkv.dtype)
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """`[b, t, n, 1]` float32."""
@@ -313,8 +315,7 @@ class SlidingWindow(Mixer):
     def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
         """`[b, t, h]` to `[b, t, n, d]`; keys are kept with RoPE on them."""
         query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
-        query = rotated(self.q_norm(query), stream.angles)
-        key = rotated(self.k_norm(key), stream.angles)
+        query, key = rotated(self.q_norm(query), stream), rotated(self.k_norm(key), stream)
         names = ("window_keys", "window_values")
         kept = None
         if cache is not None and names[0] in cache.states:
@@ -351,13 +352,12 @@ def index_of(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 def normed(x: Tensor, eps: float) -> Tensor:
     """x over its root mean square along the last dimension, computed in float32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """RoPE on `[b, t, n, d]`: halves are pairs; angles `[b, t, d / 2]`."""
-    cos, sin = angles.cos().unsqueeze(2).to(x.dtype), angles.sin().unsqueeze(2).to(x.dtype)
+def rotated(x: Tensor, stream: Stream) -> Tensor:
+    """RoPE on `[b, t, n, d]`: halves are pairs."""
+    cos, sin = stream.cos, stream.sin
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

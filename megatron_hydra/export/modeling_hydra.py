@@ -209,8 +209,7 @@ class HydraModel(HydraPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache is None:
-            use_cache = self.config.use_cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
         if past_key_values is None and use_cache:
@@ -264,9 +263,20 @@ class HydraModel(HydraPreTrainedModel):
             positions = position_ids.to(device).expand(b, t)
         if cache is not None:
             cache.check_padding(has_mask, attention_mask is not None)
-        angles = positions[..., None].float() * self._frequencies(device)
+        angles = positions[..., None, None].float() * self._frequencies(device)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = self._mask(x, attention_mask, past, cache)
-        return Stream(positions, angles, num_before, num_real, order, mask)
+        scale = self._query_scale(positions, x.dtype)
+        return Stream(cos, sin, scale, num_before, num_real, order, mask)
+
+    def _query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Of `[b, t]` positions, what `fa_query_scale` says."""
+        when = self.config.fa_query_scale
+        if when == "none" or (when == "inference" and self.training):
+            return None
+        base = self.config.fa_query_scale_base
+        past = (positions[..., None, None].float() - self.config.fa_query_scale_start).clamp_min(0)
+        return ((past + base).log() / math.log(base)).to(dtype)
 
     def _mask(
         self, x: Tensor, attention_mask: Tensor | None, past: int, cache: HydraCache | None

@@ -57,7 +57,7 @@ def test_gradient_checkpointing_changes_nothing():
     calls = []
     exported.gradient_checkpointing_enable()
     mlp = exported.model.layers[0].mlp
-    hook = mlp.register_forward_hook(lambda *_: calls.append(None))
+    hook = mlp.register_forward_pre_hook(lambda *_: calls.append(None))
     loss, gradients = _gradients(exported, tokens, mask)
     hook.remove()
     assert len(calls) == 2, "a layer runs again in the backward pass"
