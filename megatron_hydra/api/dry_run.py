@@ -13,7 +13,7 @@ from megatron_hydra.teachers.model_folder import peek_metadata
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check_ranks
 from megatron_hydra.training.dataset_checks import check_datasets, read_tokens
-from megatron_hydra.training.memory import TrainingMemory, training_memory
+from megatron_hydra.training.memory import TrainingMemory, memory_of_run
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, result_bytes
 
@@ -80,7 +80,7 @@ def dry_run(
     hybrid_bytes, checkpoint_bytes = result_bytes(config)
     data_parallel = num_ranks // config.strategy.model_parallel_size
     shape = ModelShape.from_fields(model)
-    memory, why_no_memory = _memory(config, shape, plan, data_parallel)
+    memory, why_no_memory = memory_of_run(config, shape, plan, num_ranks)
     finished = folder.finished_checkpoints()
     return DryRun(
         folder=folder.path,
@@ -108,32 +108,3 @@ def _model(folder: str, kind: str, key: str) -> dict[str, Any]:
         raise UserError(f"{key} {folder} is a {found} checkpoint; a {kind} is needed")
     config: dict[str, Any] = meta["config"]
     return config
-
-
-def _memory(
-    config: RunConfig, shape: ModelShape, plan: HeadPlan, data_parallel: int
-) -> tuple[TrainingMemory | None, str]:
-    """What a GPU needs, or why that is not known."""
-    strategy, model, data = config.strategy, config.model, config.data
-    for is_so, why in (
-        (config.trainer.precision == "fp32", "trainer.precision is fp32"),
-        (strategy.pipeline_model_parallel_size > 1, "pipeline stages are not counted"),
-        (model.recompute == "selective", "model.recompute selective is not counted"),
-        (model.backend == "local", "model.backend is local"),
-    ):
-        if is_so:
-            return None, why
-    memory = training_memory(
-        shape,
-        plan,
-        config.transfer.stage,
-        data.micro_batch_size * data.seq_length,
-        recompute="full" if model.recompute == "full" else "none",
-        chunk_tokens=config.transfer.chunk_tokens,
-        dp_size=data_parallel,
-        recompute_layers=model.recompute_layers,
-        tp_size=strategy.tensor_model_parallel_size,
-        cp_size=strategy.context_parallel_size,
-        seq_length=data.seq_length,
-    )
-    return memory, ""

@@ -39,17 +39,19 @@ class Device:
         name: Its name in words.
         memory_bytes_per_s: Memory bandwidth.
         flops_per_s: Dense bfloat16 peak.
+        memory_bytes: Memory.
     """
 
     name: str
     memory_bytes_per_s: float
     flops_per_s: float
+    memory_bytes: float
 
 
 DEVICES = {
     # NVIDIA's Tensor Core GPU datasheets, SXM; their 1,979 TFLOP/s are with sparsity.
-    "h100": Device("H100 SXM", 3.35e12, 989e12),
-    "h200": Device("H200 SXM", 4.8e12, 989e12),
+    "h100": Device("H100 SXM", 3.35e12, 989e12, 80e9),
+    "h200": Device("H200 SXM", 4.8e12, 989e12, 141e9),
 }
 
 

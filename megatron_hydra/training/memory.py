@@ -2,18 +2,19 @@
 
 Counted is what Transformer Engine's modules, FlashQLA and our Triton kernels keep for the backward
 pass in bfloat16, each tensor of it listed once by `torch.autograd.graph.saved_tensors_hooks` on an
-H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). All layers lie on the GPU,
-each head and row of weights on one tensor-parallel rank; data- and context-parallel ranks share the
-optimizer's state. Layers may have any numbers of FA heads, and ranks any of a layer's: each counts
-what it has, and the rank that needs most is told of.
+H100 (kernels/benchmarks/RESULTS.md holds prediction beside measurement). Each head and row of
+weights lies on one tensor-parallel rank; data- and context-parallel ranks share the optimizer's
+state. Pipeline stages are counted by the same lists; none has been measured. Layers may have any
+numbers of FA heads, and ranks any of a layer's: each counts what it has, and the rank that needs
+most is told of.
 
 Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = head dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from megatron_hydra.head_plan import HeadKind, HeadPlan
 from megatron_hydra.model.placement import place_heads
@@ -24,6 +25,9 @@ from megatron_hydra.selection.cost import (
     cost_of_heads,
     weight_bytes,
 )
+
+if TYPE_CHECKING:
+    from megatron_hydra.training.config import RunConfig, Stage
 
 _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes per parameter; float32 but for the weights
 _MULTIPROCESSORS = 132  # of an H100 or H200: FlashQLA cuts sequences into as many parts times heads
@@ -50,10 +54,55 @@ class TrainingMemory:
         return self.state + self.kept + self.passing
 
 
+def memory_of_run(
+    config: RunConfig, shape: ModelShape, plan: HeadPlan, num_ranks: int
+) -> tuple[TrainingMemory | None, str]:
+    """Predict what the GPU that needs most needs in a run, or say why that is not known.
+
+    Args:
+        config: Of the run, whose layout fits the ranks.
+        shape: The teacher's.
+        plan: The hybrid's.
+        num_ranks: GPUs in all.
+    """
+    strategy, model, data = config.strategy, config.model, config.data
+    for is_so, why in (
+        (config.trainer.precision == "fp32", "trainer.precision is fp32"),
+        (model.recompute == "selective", "model.recompute selective is not counted"),
+        (model.backend == "local", "model.backend is local"),
+    ):
+        if is_so:
+            return None, why
+    data_parallel = num_ranks // strategy.model_parallel_size
+    memory = training_memory(
+        shape,
+        plan,
+        counted_stage(config),
+        data.micro_batch_size * data.seq_length,
+        recompute="full" if model.recompute == "full" else "none",
+        chunk_tokens=config.transfer.chunk_tokens,
+        dp_size=data_parallel,
+        recompute_layers=model.recompute_layers,
+        tp_size=strategy.tensor_model_parallel_size,
+        cp_size=strategy.context_parallel_size,
+        seq_length=data.seq_length,
+        pp_size=strategy.pipeline_model_parallel_size,
+        num_micro_batches=data.global_batch_size // (data.micro_batch_size * data_parallel),
+    )
+    return memory, ""
+
+
+def counted_stage(config: RunConfig) -> Stage:
+    """The stage as costs know it: with a divergence, the long context's has a teacher too."""
+    if config.transfer.stage == "align":
+        return "align"
+    return "distill" if config.transfer.kl_weight else "long_context"
+
+
 def training_memory(
     shape: ModelShape,
     plan: HeadPlan | None,
-    stage: Literal["align", "distill", "long_context"],
+    stage: Stage,
     num_tokens: int,
     recompute: Literal["none", "full"] = "none",
     chunk_tokens: int = 1024,
@@ -63,8 +112,10 @@ def training_memory(
     tp_size: int = 1,
     cp_size: int = 1,
     seq_length: int | None = None,
+    pp_size: int = 1,
+    num_micro_batches: int = 1,
 ) -> TrainingMemory:
-    """Predict the peak of a training step on the tensor-parallel rank that needs most.
+    """Predict the peak of a training step on the rank that needs most.
 
     Args:
         shape: The teacher's.
@@ -74,20 +125,30 @@ def training_memory(
         recompute: As `model.recompute`.
         chunk_tokens: As `transfer.chunk_tokens`.
         dp_size: Data-parallel ranks, under the distributed optimizer.
-        recompute_layers: As `model.recompute_layers`.
+        recompute_layers: As `model.recompute_layers`: of each pipeline stage.
         tp_size: Tensor-parallel ranks, with sequence parallelism, heads placed `balanced`.
         cp_size: Context-parallel ranks.
         seq_length: Tokens of a sequence, for which heads are placed; None for T.
+        pp_size: Pipeline stages of equally many layers. Embedding, output and loss are counted on
+            each, so that with untied embeddings, or more than two stages, it is an upper bound.
+        num_micro_batches: Of a step. The first stages hold several of a pipeline at a time.
 
     Raises:
         UserError: If the number of heads is not divisible by `tp_size`.
     """
+    num_layers = shape.num_layers // pp_size
     step = _Step(
-        shape, stage, num_tokens, recompute, chunk_tokens, dp_size, recompute_layers,
-        tp_size, cp_size,
+        replace(shape, num_layers=num_layers), stage, num_tokens, recompute, chunk_tokens, dp_size,
+        recompute_layers, tp_size, cp_size,
     )  # fmt: skip
-    ranks = _ranks(shape, plan, tp_size, seq_length or num_tokens)
-    return max((step.on(rank) for rank in ranks), key=lambda memory: memory.peak)
+    predicted = [
+        replace(step, num_held=min(pp_size - index, num_micro_batches)).on(
+            rank.stage(index, num_layers)
+        )
+        for rank in _ranks(shape, plan, tp_size, seq_length or num_tokens)
+        for index in range(pp_size)
+    ]
+    return max(predicted, key=lambda memory: memory.peak)
 
 
 @dataclass(frozen=True)
@@ -104,6 +165,12 @@ class _Rank:
     num_layers: int
     tp_size: int
     heads: tuple[tuple[int, int, tuple[HeadKind, ...]], ...] | None
+
+    def stage(self, index: int, num_layers: int) -> _Rank:
+        """The same of one pipeline stage of so many layers."""
+        first = index * num_layers
+        heads = None if self.heads is None else self.heads[first : first + num_layers]
+        return _Rank(num_layers, self.tp_size, heads)
 
     def of_layers(self, cost: PlanCost) -> list[float]:
         """Its share of each layer's cost."""
@@ -147,7 +214,7 @@ def _ranks(shape: ModelShape, plan: HeadPlan | None, tp_size: int, length: int) 
 
 @dataclass(frozen=True)
 class _Step:
-    """The arguments of :func:`training_memory` that all ranks share."""
+    """The arguments of :func:`training_memory` that all ranks share; ``shape`` of one stage."""
 
     shape: ModelShape
     stage: str
@@ -158,6 +225,7 @@ class _Step:
     recompute_layers: int | None
     tp_size: int
     cp_size: int
+    num_held: int = 1  # micro-batches whose activations wait at a time
 
     def on(self, rank: _Rank) -> TrainingMemory:
         """The peak on a rank."""
@@ -171,8 +239,9 @@ class _Step:
         layers = self._layers(rank, mlp)
         num_recomputed = 0
         if self.recompute != "none":
-            num_recomputed = self.recompute_layers or len(layers)
+            num_recomputed = min(self.recompute_layers or len(layers), len(layers))
         kept = num_recomputed * tokens * layer_input + sum(layers[num_recomputed:])
+        kept *= self.num_held
         # Backward reaches the recomputed (first) layers last: the others' activations are freed by
         # then.
         again = 0.0

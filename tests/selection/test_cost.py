@@ -175,7 +175,7 @@ def test_a_hybrid_with_fa_heads_alone_has_the_teachers_flops_and_gates() -> None
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_decoding_takes_as_long_as_its_bytes_take_to_move(batch: int) -> None:
-    length, device = 512, Device("slow memory", 1e3, 1e15)
+    length, device = 512, Device("slow memory", 1e3, 1e15, 80e9)
     plan, shape = tiny_plan(), ModelShape.from_config(tiny_config())
     weights = sum(value.nbytes for value in matrices(plan).values())
     cache = sum(2 * length * 8 * 4 for layer in range(2) for _ in plan.fa_groups(layer))
@@ -187,7 +187,7 @@ def test_decoding_takes_as_long_as_its_bytes_take_to_move(batch: int) -> None:
 
 def test_decoding_takes_as_long_as_its_arithmetic_where_memory_is_fast() -> None:
     shape, length = ModelShape.from_config(tiny_config()), 512
-    device = Device("slow arithmetic", 1e15, 1e3)
+    device = Device("slow arithmetic", 1e15, 1e3, 80e9)
     last_token = flops_of_sequence(shape, length + 1).of(None)
     last_token -= flops_of_sequence(shape, length).of(None)
     assert decode_seconds(shape, None, length, device) == pytest.approx(last_token / 1e3)

@@ -85,6 +85,49 @@ def test_data_parallel_ranks_share_the_optimizer_alone():
     assert one.state == pytest.approx(18 * trained + 2 * 1.72e9, rel=1e-3)
 
 
+def test_pipeline_stages_share_the_layers_and_hold_several_micro_batches():
+    """Two stages of tied embeddings: each has the vocabulary's matrix and half of the layers."""
+    one = training_memory(SHAPE, PLAN, "long_context", 4096)
+    two, filled = (
+        training_memory(SHAPE, PLAN, "long_context", 4096, pp_size=2, num_micro_batches=num)
+        for num in (1, 8)
+    )
+    vocabulary = 18 * 151936 * 2048
+    assert two.state - vocabulary == pytest.approx((one.state - vocabulary) / 2, rel=1e-3)
+    final_norm = 4096 * 4 * 2048
+    assert two.kept - final_norm == pytest.approx((one.kept - final_norm) / 2, rel=1e-3)
+    assert filled.kept - final_norm == pytest.approx(one.kept - final_norm, rel=1e-3)
+    # A long pipeline's first stage holds as many as there are stages, and no more than there are.
+    kept = [
+        training_memory(SHAPE, PLAN, "distill", 4096, pp_size=7, num_micro_batches=num).kept
+        for num in (1, 3, 7, 100)
+    ]
+    assert kept[0] < kept[1] < kept[2] == kept[3]
+
+
+def test_the_pipeline_stage_that_needs_most_counts():
+    full, linear = tuple(range(16)), ()
+    plans = {
+        "full": [full] * 28,
+        "linear": [linear] * 28,
+        "full first": [full] * 14 + [linear] * 14,
+        "full last": [linear] * 14 + [full] * 14,
+    }
+    peaks = {
+        name: training_memory(
+            SHAPE,
+            HeadPlan.from_fa_heads(dict(enumerate(heads)), 28, 16, 8),
+            "align",
+            4096,
+            pp_size=2,
+        ).peak
+        for name, heads in plans.items()
+    }
+    assert peaks["full"] != pytest.approx(peaks["linear"], rel=1e-3)
+    most = max(peaks["full"], peaks["linear"])
+    assert peaks["full first"] == peaks["full last"] == pytest.approx(most, rel=1e-12)
+
+
 def test_recomputation_keeps_less_in_every_stage():
     for stage in ("align", "distill", "long_context"):
         none, full = (
