@@ -69,9 +69,9 @@ def dry_run(
     folder = RunFolder(config, config_file)
     folder.check()
     check_present(config)
-    model = _model(config.transfer.init_from, "hybrid", "transfer.init_from")
+    model = read_model(config.transfer.init_from, "hybrid", "transfer.init_from")
     if config.transfer.teacher is not None:
-        _model(config.transfer.teacher, "teacher", "transfer.teacher")
+        read_model(config.transfer.teacher, "teacher", "transfer.teacher")
     plan = HeadPlan.load(f"{config.transfer.init_from}/plan.json")
     num_ranks = num_ranks or config.strategy.model_parallel_size
     check_ranks(config, num_ranks)
@@ -100,8 +100,17 @@ def dry_run(
     )
 
 
-def _model(folder: str, kind: str, key: str) -> dict[str, Any]:
-    """The configuration of a checkpoint folder's model."""
+def read_model(folder: str, kind: str, key: str) -> dict[str, Any]:
+    """The configuration of a checkpoint folder's model.
+
+    Args:
+        folder: The checkpoint.
+        kind: It must be of.
+        key: That names it, for the message.
+
+    Raises:
+        UserError: If it is of another kind, or damaged.
+    """
     meta = peek_metadata(folder)
     if meta.get("kind") != kind or not isinstance(meta.get("config"), dict):
         found = meta.get("kind", "damaged")

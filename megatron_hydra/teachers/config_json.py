@@ -110,6 +110,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     file leaves out has transformers' default. Keys that are unknown and not null are named in a
     warning.
 
+    Args:
+        folder: A Hugging Face folder, or the file itself under any name.
+
     Returns:
         With ``model_type``, ``max_position_embeddings`` and, in HydraConfig's names, what
         ``rope_scaling`` holds beside ``rope_theta``.
@@ -117,7 +120,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: If the folder is missing, is of no known family, or uses what is not supported.
     """
-    path = Path(folder) / "config.json"
+    path = Path(folder)
+    if not path.is_file():
+        path /= "config.json"
     raw = _read(path)
     family = FAMILIES[raw["model_type"]]
     _refuse_unsupported(path, raw, family)

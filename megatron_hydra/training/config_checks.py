@@ -83,6 +83,25 @@ def check_ranks(config: RunConfig, num_ranks: int) -> None:
         )
 
 
+def check_model(config: RunConfig, sizes: ParallelSizes) -> None:
+    """Check that a model of such sizes can be cut as a run's layout says, teacher and hybrid.
+
+    For models that are not there yet: of stored ones reading the configuration checks it.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    strategy = config.strategy
+    sizes.check(
+        "the model",
+        strategy.tensor_model_parallel_size,
+        strategy.pipeline_model_parallel_size,
+        section="strategy.",
+    )
+    if config.transfer.teacher is not None and strategy.cp_comm_type == "a2a":
+        _check_head_exchange("the teacher", sizes, strategy)
+
+
 def _check_fp8(data: DataSection, strategy: StrategySection) -> None:
     """Check that a rank's tokens fit FP8 products; packed documents are padded to fit."""
     ranks = strategy.context_parallel_size

@@ -13,10 +13,12 @@ Legend: T = tokens of a micro-batch, h = hidden size, f = the MLP's width, d = h
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from megatron_hydra.head_plan import HeadKind, HeadPlan
+from megatron_hydra.head_plan import HeadKind, HeadPlan, LayerHeadPlan
+from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.placement import place_heads
 from megatron_hydra.selection.cost import (
     ModelShape,
@@ -191,25 +193,27 @@ def _ranks(shape: ModelShape, plan: HeadPlan | None, tp_size: int, length: int) 
     """The tensor-parallel ranks, heads placed `balanced`."""
     if plan is None:
         return [_Rank(shape.num_layers, tp_size, None)]
-    placed = [
-        place_heads(layer, plan.num_query_groups, tp_size, "balanced", length, shape.cost_model)
+    layers = [
+        _heads_of_ranks(layer, plan.num_query_groups, tp_size, length, shape.cost_model)
         for layer in plan.resolved(shape.la_kind).layers
     ]
-    return [
-        _Rank(
-            shape.num_layers,
-            tp_size,
-            tuple(
-                (
-                    len(layer.fa_heads(rank)),
-                    len(layer.owned_groups(rank)),
-                    tuple(layer.layer_plan.kinds[head] for head in layer.heads_per_rank[rank]),
-                )
-                for layer in placed
-            ),
+    return [_Rank(shape.num_layers, tp_size, heads) for heads in zip(*layers, strict=True)]
+
+
+@functools.lru_cache(maxsize=4096)  # a search for a layout asks again and again
+def _heads_of_ranks(
+    layer: LayerHeadPlan, num_groups: int, tp_size: int, length: int, model: CostModel
+) -> tuple[tuple[int, int, tuple[HeadKind, ...]], ...]:
+    """What each tensor-parallel rank has of a layer: FA heads, owned query groups, kinds."""
+    placed = place_heads(layer, num_groups, tp_size, "balanced", length, model)
+    return tuple(
+        (
+            len(placed.fa_heads(rank)),
+            len(placed.owned_groups(rank)),
+            tuple(layer.kinds[head] for head in heads),
         )
-        for rank in range(tp_size)
-    ]
+        for rank, heads in enumerate(placed.heads_per_rank)
+    )
 
 
 @dataclass(frozen=True)

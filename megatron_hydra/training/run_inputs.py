@@ -85,11 +85,16 @@ def result_bytes(config: RunConfig) -> tuple[int, int]:
     stored = sum(file.stat().st_size for file in folder.glob("weights/*") if file.is_file())
     model = _model_fields(folder)
     num_parameters = stored // (4 if model.get("params_dtype") == "float32" else 2)
+    return stored, checkpoint_bytes(config, num_parameters)
+
+
+def checkpoint_bytes(config: RunConfig, num_parameters: int) -> int:
+    """The least that one checkpoint of a run has, whose hybrid has so many parameters."""
     is_float32 = config.trainer.precision == "fp32"
     per_parameter = 4 if is_float32 else 2
     if config.transfer.stage != "align":  # which has optimizer state of the attentions alone
         per_parameter += 8 if is_float32 else 12  # Adam's moments, and float32 weights
-    return stored, num_parameters * per_parameter
+    return num_parameters * per_parameter
 
 
 def _model_fields(folder: Path) -> dict[str, Any]:
