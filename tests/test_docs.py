@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from megatron_hydra.api.estimate import Estimate, LayoutEstimate, StageEstimate
 from megatron_hydra.certify.tables import CertificateFile, NotRun, Row
 from megatron_hydra.evaluation.generation import Answered, GeneratedResult, Generation
 from megatron_hydra.evaluation.reading import _Model, _Task
@@ -126,6 +127,7 @@ def test_every_key_of_a_certificate_is_explained() -> None:
             (Generation, GeneratedResult, Answered, GenerationSample),
             ("Rules for all of them", "Generation"),
         ),
+        ((Estimate, StageEstimate, LayoutEstimate), ("Rules for all of them", "Estimate")),
         ((CertificateFile, Row, NotRun), ("Rules for all of them", "Certificate")),
     ],
 )

@@ -30,6 +30,7 @@ VERBS = {
     "convert": "turn a teacher and a plan into a hybrid checkpoint",
     "preprocess": "write text as Megatron's indexed token files",
     "warm-up": "compile the kernels of LA heads before they are needed; for GPUs",
+    "estimate": "predict memory, time, disk and cost of stages, before any GPU is taken",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
     "status": "tell how far trainings are, from their folders",
     "certify": "hold a model to itself at every parallel layout; start it with torchrun",

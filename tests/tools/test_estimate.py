@@ -1,0 +1,215 @@
+"""`megatron-hydra estimate`: what it says of stages whose models are there, or not yet."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra_tools import cli
+from kit.lives import write_inputs
+
+from megatron_hydra.api.dry_run import dry_run
+from megatron_hydra.api.estimate import Model, estimate
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.training.config import load_config
+from megatron_hydra.training.step_time import ERRORS_PERCENT
+
+ROOT = Path(__file__).parents[2]
+STAGES = sorted(str(path) for path in ROOT.glob("examples/qwen3_1p7b/stage*.yaml"))
+QWEN3_1P7B = dict(
+    model_type="qwen3", num_hidden_layers=28, hidden_size=2048, intermediate_size=6144,
+    num_attention_heads=16, num_key_value_heads=8, head_dim=128, vocab_size=151936,
+    max_position_embeddings=40960, rope_theta=1000000, rms_norm_eps=1e-6, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_1P7B))
+    return tmp_path
+
+
+def _of_teacher(teacher: Path, *more: str) -> list[str]:
+    command = ["estimate", "--config", *STAGES, "--gpu", "h100", "--teacher", str(teacher)]
+    return [*command, "--fa-fraction", "1/4", *more]
+
+
+def _json(command: list[str], path: Path) -> dict[str, Any]:
+    assert cli.main([*command, "--json", str(path), "--overwrite"]) == 0
+    return json.loads(path.read_text())
+
+
+def test_it_says_all_of_stages_that_are_not_converted_without_pytorch(teacher: Path) -> None:
+    program = (
+        "import sys; from hydra_tools import cli; cli.main(sys.argv[1:]); "
+        "print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, *_of_teacher(teacher, "--gpus", "16")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert said.startswith("16 x H100 SXM (80 GB), 8 in each of 2 nodes\n")
+    assert "stage3_long_context: long_context, 477 steps, 1,000,341,504 tokens, 112 of 448" in said
+    assert said.count("as written ") == 3 and said.count("all stages, fastest: ") == 1
+    assert said.splitlines()[-1] == "set()"
+    for what, percent in ERRORS_PERCENT.items():
+        assert f"{what}: {percent}%" in said
+    assert "More than two GPUs were never measured" in said
+    assert "Assumed: 40 GB/s of each GPU to other nodes" in said
+
+
+def test_its_figures_follow_from_one_another(teacher: Path, tmp_path: Path) -> None:
+    command = _of_teacher(teacher, "--gpus", "32", "--nodes", "2", "--price-per-hour", "2.5")
+    found = _json(command, tmp_path / "estimate.json")
+    assert (found["kind"], found["schema_version"]) == ("estimate", 1)
+    assert (found["num_gpus"], found["gpus_per_node"]) == (32, 16)
+    for stage in found["stages"]:
+        for name in ("as_written", "fastest"):
+            layout = stage[name]
+            if layout is None:
+                assert "not divisible by" in stage["why_not_as_written"]
+                continue
+            seconds = layout["step_seconds"] * stage["num_steps"]
+            assert layout["hours"] == pytest.approx(seconds / 3600)
+            assert layout["tokens_per_second"] == pytest.approx(stage["num_tokens"] / seconds)
+            assert layout["gpu_hours"] == pytest.approx(layout["hours"] * layout["num_gpus"])
+            assert layout["cost"] == pytest.approx(layout["gpu_hours"] * 2.5)
+            sizes = ("tensor_parallel", "pipeline_parallel", "context_parallel", "data_parallel")
+            assert math.prod(layout[size] for size in sizes) == layout["num_gpus"] <= 32
+            assert layout["fits"] and layout["memory_bytes"] < 80e9
+        assert stage["disk_bytes"] > 3 * stage["checkpoint_bytes"]
+    # 32 x 512 tokens in micro-batches of 2 x 512 are no more than 16 replicas' work.
+    assert found["stages"][0]["as_written"] is None
+
+
+def test_the_fastest_layouts_overrides_make_it_the_one_that_is_written(
+    teacher: Path, tmp_path: Path
+) -> None:
+    command = _of_teacher(teacher, "--gpus", "8")
+    for index, stage in enumerate(_json(command, tmp_path / "first.json")["stages"]):
+        fastest = stage["fastest"]
+        again = ["estimate", "--config", STAGES[index], *fastest["overrides"], "--gpu", "h100"]
+        again += ["--teacher", str(teacher), "--fa-fraction", "0.25"]
+        again += ["--gpus", str(fastest["num_gpus"])]
+        (found,) = _json(again, tmp_path / "second.json")["stages"]
+        assert found["as_written"] == {**fastest, "overrides": []}
+
+
+def test_an_override_of_a_stage_is_that_stages_alone(teacher: Path, tmp_path: Path) -> None:
+    command = _of_teacher(teacher, "--gpus", "8")
+    command.insert(5, "stage2_distill.trainer.max_steps=7")  # among the words after --config
+    command.append("trainer.max_steps=9")
+    found = _json(command, tmp_path / "estimate.json")
+    assert [stage["num_steps"] for stage in found["stages"]] == [9, 9, 9]
+    found = _json(command[:-1], tmp_path / "estimate.json")
+    assert [stage["num_steps"] for stage in found["stages"]] == [18311, 7, 477]
+
+
+@pytest.mark.parametrize("recompute", [[], ["model.recompute=full", "model.recompute_layers=1"]])
+def test_a_stored_models_memory_and_disk_are_the_dry_runs(
+    inputs: Path, recompute: list[str]
+) -> None:
+    """And a stage whose model an earlier one is to write has that one's."""
+    first = load_config(
+        inputs / "run.yaml",
+        [
+            "transfer.stage=distill",
+            f"log.folder={inputs}/run",
+            "trainer.precision=bf16",
+            *recompute,
+        ],
+    )
+    later = load_config(
+        inputs / "run.yaml",
+        ["transfer.stage=align", f"log.folder={inputs}/later", "trainer.precision=bf16",
+         f"transfer.init_from={inputs}/run/hybrid"],
+    )  # fmt: skip
+    found = estimate([first, later], "h200", 4)
+    expected = dry_run(first, 4)
+    layout = found.stages[0].as_written
+    assert layout is not None and expected.memory is not None
+    assert layout.memory_bytes == expected.memory.peak
+    assert found.stages[0].checkpoint_bytes == expected.checkpoint_bytes
+    assert found.stages[1].fa_heads == expected.fa_heads
+    assert found.price_per_gpu_hour is layout.cost is None
+
+
+def test_a_plan_counts_as_it_is(teacher: Path, tmp_path: Path) -> None:
+    plan = HeadPlan.from_fa_heads({i: range(16) if i < 7 else () for i in range(28)}, 28, 16, 8)
+    plan.save(tmp_path / "plan.json")
+    configs = [load_config(path) for path in STAGES]
+    planned = estimate(configs, "h100", 8, model=Model.of_teacher(teacher, tmp_path / "plan.json"))
+    even = estimate(configs, "h100", 8, model=Model.of_teacher(teacher, fa_fraction=0.25))
+    for one, other in zip(planned.stages, even.stages, strict=True):
+        assert one.fa_heads == other.fa_heads == 112
+        assert one.as_written is not None and other.as_written is not None
+        assert one.as_written.memory_bytes != other.as_written.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--gpus", "8", "--gpu", "a100"], "unknown device 'a100': use one of h100, h200"),
+        (["--gpus", "0"], "the number of GPUs is 0; allowed: 1 to 65536"),
+        (["--gpus", "8", "--nodes", "3"], "8 GPUs are not divisible by 3 nodes"),
+        (["--gpus", "8", "--price-per-hour", "-1"], "the price per hour is -1.0; it must be 0 or"),
+        (["--gpus", "8", "--price-per-hour", "nan"], "the price per hour is nan; it must be 0 or"),
+        (["--gpus", "8", "--fa-fraction", "5/4"], "the fraction of FA heads is 1.25; allowed: 0"),
+        (["--gpus", "8", "--teacher", "nowhere"], "model folder nowhere does not exist"),
+        (["--gpus", "8", "--json", STAGES[0], "--overwrite"], "stage1_align.yaml"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(
+    teacher: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
+    assert cli.main(_of_teacher(teacher, *more)) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], r"transfer.init_from \S+ is no checkpoint folder yet: name the teacher and a head"),
+        (["--fa-fraction", "1/4"], "--plan and --fa-fraction say what is made of a --teacher"),
+        (["--teacher", "TEACHER"], "a teacher needs either a head plan or a fraction of FA heads"),
+    ],
+)
+def test_a_model_that_is_not_there_is_asked_for(
+    teacher: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    words = [word.replace("TEACHER", str(teacher)) for word in words]
+    command = ["estimate", "--config", STAGES[0], "--gpu", "h100", "--gpus", "8", *words]
+    assert cli.main(command) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+def test_an_existing_file_is_not_replaced(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there.json").write_text("mine")
+    command = _of_teacher(teacher, "--gpus", "8", "--json", str(tmp_path / "there.json"))
+    assert cli.main(command) == 2
+    assert (tmp_path / "there.json").read_text() == "mine"
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_layout_that_does_not_fit_is_said_so(
+    teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["stage3_long_context.data.seq_length=1048576", "--gpus", "8"]
+    assert cli.main(_of_teacher(teacher, *more)) == 0
+    assert "as written it does not fit into the GPU's memory" in capsys.readouterr().out
