@@ -94,7 +94,8 @@ def read_config(
 
     Args:
         cls: A dataclass whose fields are dataclasses, one per section; their types are the check.
-        path: The YAML file; None starts from nothing.
+        path: The YAML file, which may name another that holds its `defaults`, see
+            :func:`~megatron_hydra.yaml_text.read_yaml`; None starts from nothing.
         overrides: Each `section.key=value`; the value is read as YAML.
         values: `section.key` -> value, applied between the file and the overrides.
 
@@ -315,17 +316,9 @@ def _figure(value: float) -> str:
 
 
 def _read_yaml(cls: type, path: str | Path) -> dict[str, Any]:
-    from megatron_hydra.yaml_text import parse_yaml
+    from megatron_hydra.yaml_text import read_yaml
 
-    try:
-        raw = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold the sections {', '.join(_hints(cls))}")
-    return raw
+    return read_yaml(path, list(_hints(cls)))
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -1,14 +1,71 @@
-"""YAML text as Python's values, without the surprises of YAML 1.1."""
+"""YAML files and text as Python's values, without the surprises of YAML 1.1."""
 
 from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import expand
+
+DEFAULTS = "defaults"
 _OTHER_BASE = re.compile(r"[-+]?0[0-7_]+$|[^:]+:")
+
+
+def read_yaml(
+    path: str | Path, sections: Sequence[str], above: Sequence[Path] = (), said_by: str = ""
+) -> dict[str, Any]:
+    """A file's sections, with those of the file that it names as its `defaults`.
+
+    `defaults: ../other/stage1.yaml`, a path from this file's folder, stands beside the sections.
+    The keys of that file, which may have defaults of its own, count where this one does not say
+    otherwise: mappings are joined key by key, all else is replaced.
+
+    Args:
+        path: The file.
+        sections: That it may have, for messages.
+        above: Files that led here.
+        said_by: What named the file, for messages.
+
+    Raises:
+        UserError: If a file cannot be read, is no YAML, holds no sections, or leads back to itself.
+    """
+    path, place = Path(path), Path(path).resolve()
+    if place in above:
+        raise UserError(f"{said_by}{path} leads back to itself")
+    try:
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{said_by}cannot read the config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold the sections {', '.join(sections)}")
+    if DEFAULTS not in raw:
+        return raw
+    named = raw.pop(DEFAULTS)
+    if not isinstance(named, str):
+        raise UserError(f"{DEFAULTS} in {path} is {named!r}; the path of a config is needed")
+    said_by = f"{DEFAULTS} in {path}: "
+    defaults = path.parent / expand(named, said_by.removesuffix(": "))
+    return _joined(read_yaml(defaults, sections, (*above, place), said_by), raw)
+
+
+def _joined(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A section that is left empty changes nothing."""
+    joined = dict(defaults)
+    for key, value in own.items():
+        below = joined.get(key)
+        if isinstance(below, Mapping) and (value is None or isinstance(value, Mapping)):
+            joined[key] = _joined(below, value or {})
+        else:
+            joined[key] = value
+    return joined
 
 
 def parse_yaml(text: str) -> Any:

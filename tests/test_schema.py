@@ -64,6 +64,51 @@ def test_merged_keys_may_be_given_anew(file: Path) -> None:
     assert (config.b.rate, config.b.text) == (3.0, "x")
 
 
+def test_a_file_takes_from_its_defaults_what_it_does_not_say(file: Path) -> None:
+    """From two files above, by paths from where each lies; overrides count most."""
+    above = file.parent / "above"
+    above.mkdir()
+    (above / "first.yaml").write_text("a: {rate: 2, text: x, places: [p, q]}\nb: {rate: 5}\n")
+    (above / "second.yaml").write_text("defaults: first.yaml\na: {rate: 3}\nb: {place: there}\n")
+    config = read(file, "defaults: above/second.yaml\na: {places: [r]}\nb:\n", "b.text=y")
+    assert config.a == Section(3.0, None, ["r"], "x")
+    assert config.b == Section(5.0, "there", [], "y")
+    assert read(file, "defaults: above/second.yaml\nb: {place: null}\n").b.place is None
+    same = read(file, f"defaults: {above}/second.yaml\n")
+    assert same == read_config(Config, above / "second.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("defaults: other.yaml\n", r"defaults in \S+/other.yaml: \S+config.yaml leads back"),
+        ("defaults: config.yaml\n", r"defaults in \S+/config.yaml: \S+config.yaml leads back"),
+        ("defaults: nowhere.yaml\n", r"defaults in \S+config.yaml: cannot read the config \S+nowh"),
+        (
+            "defaults: [other.yaml]\n",
+            r"defaults in \S+config.yaml is \['other.yaml'\]; the path of",
+        ),
+        ("defaults: ''\n", r"defaults in \S+config.yaml is empty: name a path"),
+        ("defaults: broken.yaml\n", r"broken.yaml is not valid YAML"),
+        ("defaults: text.yaml\n", r"text.yaml must hold the sections a, b"),
+        ("defaults: unknown.yaml\n", r"unknown config key a.rat: did you mean a.rate"),
+    ],
+)
+def test_defaults_that_cannot_be_read_are_one_sentence(
+    file: Path, text: str, sentence: str
+) -> None:
+    for name, other in (
+        ("other", "defaults: config.yaml\n"),
+        ("broken", "a: ["),
+        ("text", "a"),
+        ("unknown", "a: {rat: 1}\n"),
+    ):
+        (file.parent / f"{name}.yaml").write_text(other)
+    with pytest.raises(UserError, match=sentence) as raised:
+        read(file, text)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "1e999"])
 def test_a_number_is_finite(file: Path, value: str) -> None:
     for arguments in ((f"a: {{rate: {value}}}\n",), ("", f"a.rate={value}")):
