@@ -18,6 +18,7 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
+from kit.published import CONFIGS as PUBLISHED  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
@@ -29,8 +30,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/stage*.yaml"))
 SHOW = '#!/bin/sh\nprintf "%s " "$(basename "$0")" "$@"; echo\n'
-QWEN3_1P7B = {"heads": 16, "vocabulary": 151936, "ffn": 6144}
-TEACHER = {"heads": 8, "vocabulary": 1024, "ffn": 384}
+TEACHER = {"num_attention_heads": 8, "vocab_size": 1024, "intermediate_size": 384}
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def _check(launch: Launch) -> None:
     replicas, rest = divmod(launch.num_ranks, config.strategy.model_parallel_size)
     assert rest == 0 and replicas > 0
     assert data.global_batch_size % (data.micro_batch_size * replicas) == 0
-    shape = TEACHER if "quickstart" in launch.config.parts else QWEN3_1P7B
-    assert all(size % tensor == 0 for size in shape.values())
+    shape = {"quickstart": TEACHER, **PUBLISHED}[launch.config.parent.name]
+    assert all(shape[size] % tensor == 0 for size in TEACHER)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

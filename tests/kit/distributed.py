@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,19 @@ def run_distributed(
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 raise TimeoutError(_kill(context.processes, Path(stacks), limit_s))
+
+
+def as_every_rank(tp_size: int) -> Iterator[int]:
+    """This process as each tensor-parallel rank in turn, which says nothing to the others."""
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend
+    from megatron.core import parallel_state
+
+    for rank in range(tp_size):
+        dist.init_process_group("fake", rank=rank, world_size=tp_size, store=dist.HashStore())
+        parallel_state.initialize_model_parallel(tp_size)
+        yield rank
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def start_fork_server() -> None:

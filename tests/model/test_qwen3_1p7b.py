@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kit.distributed import run_distributed
+from kit.distributed import as_every_rank, run_distributed
+from kit.published import CONFIGS, NUM_PARAMETERS
 from uneven_plan import uneven_plan
 
 from megatron_hydra.head_plan import HeadPlan
@@ -21,20 +21,7 @@ pytestmark = pytest.mark.dist
 
 TP_SIZE = 8
 NUM_LAYERS, NUM_HEADS, NUM_GROUPS, HIDDEN, HEAD_DIM, FFN, VOCAB = 28, 16, 8, 2048, 128, 6144, 151936
-QWEN3_1P7B = dict(
-    model_type="qwen3",
-    num_hidden_layers=NUM_LAYERS,
-    hidden_size=HIDDEN,
-    intermediate_size=FFN,
-    num_attention_heads=NUM_HEADS,
-    num_key_value_heads=NUM_GROUPS,
-    head_dim=HEAD_DIM,
-    vocab_size=VOCAB,
-    max_position_embeddings=40960,
-    rope_theta=1000000,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-)
+QWEN3_1P7B = CONFIGS["qwen3_1p7b"]
 # 112 of 448 heads keep full attention, four per layer, whose groups shift from layer to layer.
 FA_HEADS = {
     layer: sorted((layer * 3 + step) % NUM_HEADS for step in (0, 1, 4, 7))
@@ -46,7 +33,7 @@ def test_parameters_and_heads_at_tp_8(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_1P7B))
     run_distributed(_build_every_rank, 1, tmp_path)
     found = json.loads((tmp_path / "counts.json").read_text())
-    assert found["teacher"] == 1_720_574_976  # Qwen3-1.7B's own count, embeddings tied
+    assert found["teacher"] == NUM_PARAMETERS["qwen3_1p7b"]
     assert found["hybrid"] == _expected_hybrid_parameters()
     for layer, ranks in enumerate(found["fa_heads"]):
         assert sorted(head for rank in ranks for head in rank) == FA_HEADS[layer]
@@ -113,7 +100,7 @@ def _count_uneven_ranks(folder: Path) -> None:
     fields = dict(tensor_model_parallel_size=2, seq_length=4096, placement="balanced")
     config = hydra_config(folder, perform_initialization=False, **fields)
     counts: dict[str, list[dict[str, int]]] = {name: [] for name in _plans()}
-    for _ in _every_rank(2):
+    for _ in as_every_rank(2):
         for name, plan in _plans().items():
             with torch.device("meta"):
                 model = build_model(config, plan)
@@ -130,20 +117,6 @@ def _num_parameters(model: Any) -> dict[str, int]:
     return {kind: sum(p.numel() for p in ps) - padding for kind, ps in of_kinds.items()}
 
 
-def _every_rank(tp_size: int) -> Iterator[int]:
-    """This process as each tensor-parallel rank in turn."""
-    import torch.distributed as dist
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401  registers the backend
-    from megatron.core import parallel_state
-
-    for rank in range(tp_size):
-        dist.init_process_group("fake", rank=rank, world_size=tp_size, store=dist.HashStore())
-        parallel_state.initialize_model_parallel(tp_size)
-        yield rank
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
-
-
 def _build_every_rank(folder: Path) -> None:
     from megatron_hydra.model.build import build_model
     from megatron_hydra.teachers.loading import hydra_config
@@ -157,7 +130,7 @@ def _build_every_rank(folder: Path) -> None:
     plan = HeadPlan.from_fa_heads(FA_HEADS, NUM_LAYERS, NUM_HEADS, NUM_GROUPS)
     counts = {"teacher": 0, "hybrid": 0}
     fa_heads = None
-    for rank in _every_rank(TP_SIZE):
+    for rank in as_every_rank(TP_SIZE):
         for name, of_model in (("teacher", None), ("hybrid", plan)):
             with torch.device("meta"):
                 model = build_model(config, of_model)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hydra_tools import cli
 from kit.lives import write_inputs
+from kit.published import CONFIGS
 
 from megatron_hydra.api.dry_run import dry_run
 from megatron_hydra.api.estimate import Model, estimate
@@ -23,11 +24,6 @@ from megatron_hydra.training.step_time import ERRORS_PERCENT
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(str(path) for path in ROOT.glob("examples/qwen3_1p7b/stage*.yaml"))
-QWEN3_1P7B = dict(
-    model_type="qwen3", num_hidden_layers=28, hidden_size=2048, intermediate_size=6144,
-    num_attention_heads=16, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-    max_position_embeddings=40960, rope_theta=1000000, rms_norm_eps=1e-6, tie_word_embeddings=True,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_1P7B))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3_1p7b"]))
     return tmp_path
 
 

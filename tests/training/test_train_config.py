@@ -225,10 +225,21 @@ def test_examples_are_valid(path: Path) -> None:
     assert config.transfer.stage == path.stem.split("_", 1)[1]
 
 
-def test_qwen3_stages_train_on_the_papers_tokens() -> None:
-    """0.3B, 1.0B and 1.0B tokens (arXiv 2606.20097), within one step."""
-    wanted = {"stage1_align": 0.3e9, "stage2_distill": 1.0e9, "stage3_long_context": 1.0e9}
-    for name, num_tokens in wanted.items():
-        config = load_config(EXAMPLES / "qwen3_1p7b" / f"{name}.yaml")
-        per_step = config.data.seq_length * config.data.global_batch_size
-        assert abs(config.trainer.max_steps * per_step - num_tokens) <= per_step
+RECIPES = sorted({path.parent.name for path in EXAMPLES.glob("*/stage*.yaml")} - {"quickstart"})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_train_on_the_papers_tokens(recipe: str) -> None:
+    """0.3B, 1.0B and 1.0B tokens (arXiv 2606.20097), within one step, at its batches and rates."""
+    wanted = {
+        "stage1_align": (0.3e9, 32, 512, 1e-3, 1e-5),
+        "stage2_distill": (1.0e9, 96, 512, 1e-4, 1e-5),
+        "stage3_long_context": (1.0e9, 128, 16384, 1e-5, 1e-5),
+    }
+    for name, (num_tokens, batch, length, first, last) in wanted.items():
+        config = load_config(EXAMPLES / recipe / f"{name}.yaml")
+        data, optim, max_steps = config.data, config.optim, config.trainer.max_steps
+        assert (data.global_batch_size, data.seq_length) == (batch, length)
+        assert abs(max_steps * batch * length - num_tokens) <= batch * length
+        assert optim.learning_rate(optim.warmup_steps, max_steps) == pytest.approx(first)
+        assert optim.learning_rate(max_steps, max_steps) == pytest.approx(last)
