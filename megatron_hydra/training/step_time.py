@@ -69,7 +69,7 @@ ERRORS_PERCENT = {
     "two tensor-parallel GPUs, 4,096 and 16,384 tokens": 44,
 }
 """By how much the prediction was off at most, over measured steps that are not used above; tokens
-are a micro-batch's. Where the processor decides, steps differ as much from machine to machine."""
+are a micro-batch's. Where the processor decides, machines alone differ by a quarter."""
 
 _LAYERS = 28  # of the calibrating model
 _SHAPE = ModelShape(_LAYERS, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True)

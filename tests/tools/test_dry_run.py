@@ -56,6 +56,14 @@ def test_its_memory_is_the_formulas(inputs: Path, capsys: pytest.CaptureFixture[
     assert f"memory: {expected / 2**30:.3g} GiB predicted" in capsys.readouterr().out
 
 
+def test_the_memory_of_a_pipeline_is_said_to_be_unmeasured(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["trainer.precision=bf16", "strategy.pipeline_model_parallel_size=2", "--ranks", "4"]
+    assert cli.main(_command(inputs, *more)) == 0
+    assert "activations (of pipeline stages: counted, never measured)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [

@@ -63,7 +63,7 @@ def test_it_says_all_of_stages_that_are_not_converted_without_pytorch(teacher: P
     assert said.splitlines()[-1] == "set()"
     for what, percent in ERRORS_PERCENT.items():
         assert f"{what}: {percent}%" in said
-    assert "More than two GPUs were never measured" in said
+    assert "Never measured: more than two GPUs, replicas, pipelines," in said
     assert "Assumed: 40 GB/s of each GPU to other nodes" in said
 
 

@@ -28,6 +28,7 @@ from megatron_hydra.training.step_time import (
 )
 
 RESULTS = Path(__file__).parents[2] / "kernels/benchmarks/RESULTS.md"
+LAYOUTS = Path(__file__).parents[2] / "docs/layouts.md"
 SHAPE = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True)
 TP2, CP2, GRAPHS = {"tensor": 2}, {"context": 2}, {"cuda_graphs": True}
 ONE_GPU = "one GPU, stages 2 and 3"
@@ -96,6 +97,14 @@ def test_the_claimed_errors_are_those_of_the_rows_held_out() -> None:
     for group, *row in HELD_OUT:
         worst[group] = max(worst[group], abs(_error(*row)))
     assert {name: math.ceil(100 * error) for name, error in worst.items()} == ERRORS_PERCENT
+
+
+def test_the_page_on_layouts_claims_the_same_errors() -> None:
+    text = " ".join(LAYOUTS.read_text(encoding="utf-8").split())
+    one, two = ERRORS_PERCENT[ONE_GPU], ERRORS_PERCENT[CONTEXT]
+    assert f"stages 2 and 3 were off by {one}% at most on one GPU and {two}% on two context" in text
+    launched, tensor = ERRORS_PERCENT[LAUNCHED], ERRORS_PERCENT[TENSOR]
+    assert f"it is {launched}% and, on two tensor-parallel GPUs, {tensor}%" in text
 
 
 def test_the_rows_held_out_are_in_the_results_and_not_in_the_calibration() -> None:

@@ -118,9 +118,10 @@ def _lines(found: Estimate) -> list[str]:
         *lines,
         "",
         "Times are predicted from rates that were measured with random weights of Qwen3-1.7B's "
-        "shape. Against measured steps that they are not calibrated by, they were off by at most: "
-        f"{errors}.",
-        "More than two GPUs were never measured, nor were other shapes and pipelines. Assumed: "
+        "shape, one sequence per step. Against measured steps that they are not calibrated by, "
+        f"they were off by at most: {errors}.",
+        "Never measured: more than two GPUs, replicas, pipelines, several sequences or "
+        "micro-batches per step, other shapes. Assumed: "
         f"{found.network_bytes_per_s / 1e9:.0f} GB/s of each GPU to other nodes, no exchange "
         "hidden behind computation.",
         "FP8 counts as bf16, which needs less memory. Memory leaves out CUDA's context, NCCL and "

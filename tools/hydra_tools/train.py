@@ -102,6 +102,8 @@ def _dry_run(args: argparse.Namespace) -> int:
             f"  memory: {found.memory.peak / 2**30:.3g} GiB predicted on the GPU that needs most: "
             f"{found.memory.state / 2**30:.3g} for weights, gradients and optimizer, the rest for "
             "activations"
+            + " (of pipeline stages: counted, never measured)"
+            * (config.strategy.pipeline_model_parallel_size > 1)
         )
     return 0
 
