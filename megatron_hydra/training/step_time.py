@@ -69,7 +69,8 @@ ERRORS_PERCENT = {
     "two tensor-parallel GPUs, 4,096 and 16,384 tokens": 44,
 }
 """By how much the prediction was off at most, over measured steps that are not used above; tokens
-are a micro-batch's. Where the processor decides, machines alone differ by a quarter."""
+are a micro-batch's. No rate comes from these steps, but they were in sight when the formula was
+given its form. Where the processor decides, machines alone differ by a quarter."""
 
 _LAYERS = 28  # of the calibrating model
 _SHAPE = ModelShape(_LAYERS, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True)
@@ -266,9 +267,8 @@ class _Step:
         passes = _STUDENT_PASSES + self._recomputed_share
         share = self.work.la_heads * shape.head_dim / (12 * 128) / layout.tensor
         seconds = CP_SECONDS * self._tokens * self._layers * passes * share
-        if not self._is_within_node(
-            layout.context, layout.tensor
-        ):  # else it is in what was measured
+        # Within a node the keys' and values' way is in what was measured.
+        if not self._is_within_node(layout.context, layout.tensor):
             groups = self.work.stored_groups * passes
             groups += shape.num_query_groups * self.work.teacher_passes
             sent = self._tokens * (layout.context - 1) * groups * 4 * shape.head_dim
