@@ -45,8 +45,10 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",
         "unfinished",
     },
-    "certify": {"errors", "files", "head_plan", "parallel", "schema", "model", "teachers"},
     "export": {"errors", "files", "head_plan", "progress", "model", "teachers"},
+    "certify": {
+        "errors", "files", "head_plan", "parallel", "schema", "model", "teachers", "export",
+    },
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
         "selection", "evaluation", "report", "schema", "training", "nemo", "processes", "progress",

@@ -15,7 +15,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.model.placement import place_heads
 
-Against = Literal["one rank", "documents alone", "bits", "checkpoint"]
+Against = Literal["one rank", "documents alone", "bits", "checkpoint", "exported folder"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Check:
     """One comparison.
 
     `one rank` and `documents alone` hold a layout to a reference within a tolerance; `bits` wants
-    the same bits as `other`; `checkpoint` saves at `layout`, loads at `other` and comes back.
+    the same bits as `other`; `checkpoint` saves at `layout`, loads at `other` and comes back;
+    `exported folder` saves at `layout`, and lets transformers run what is exported of it.
     """
 
     name: str
@@ -69,6 +70,7 @@ def plan_checks(
     planner.packed()
     planner.same_bits()
     planner.checkpoints()
+    planner.exported()
     return planner.checks, planner.not_run
 
 
@@ -195,6 +197,13 @@ class _Planner:
                 self._add("checkpoint there and back", here, "checkpoint", other)
         if here == Layout():
             self._add("checkpoint there and back", here, "checkpoint", here)
+
+    def exported(self) -> None:
+        layouts = [Layout(), self._split(tp=self.tp)]
+        if self.num_layers % self.pp == 0:
+            layouts.append(self._split(pp=self.pp))
+        for layout in dict.fromkeys(layouts):
+            self._add("exported and reloaded", layout, "exported folder")
 
     def _rich(self) -> list[Layout]:
         """The layout that splits in most ways at once; several where none has all ways."""

@@ -178,10 +178,11 @@ class Trainer:
                     parameter.mul_(1 + eps * signs.to(parameter))
         self.optimizer.reload_model_params()
 
-    def save(self, folder: Path) -> None:
-        """Save weights and optimizer state; collective."""
+    def save(self, folder: Path, with_optimizer: bool = True) -> None:
+        """Save weights, and the optimizer's state where that is wanted; collective."""
         state = self._model_state()
-        state["optimizer"] = self._optimizer_state(state, is_loading=False)
+        if with_optimizer:
+            state["optimizer"] = self._optimizer_state(state, is_loading=False)
         _save(state, folder)
 
     def load(self, folder: Path) -> None:
@@ -199,7 +200,7 @@ class Trainer:
     def record(self, num_steps: int) -> Record:
         """Logits, then `num_steps` steps, and what came out; collective."""
         record = Record()
-        logits = assemble(self._logits(), self.run.scratch)
+        logits = assemble(self.logits(), self.run.scratch)
         record.logits = logits.tensors
         for _ in range(num_steps):
             loss, norm = self.step()
@@ -257,7 +258,8 @@ class Trainer:
             **options,
         )
 
-    def _logits(self) -> list[Piece]:
+    def logits(self) -> list[Piece]:
+        """This rank's part of the batch's, in evaluation mode; collective."""
         for chunk in self.wrapped:
             chunk.eval()
         with torch.no_grad():

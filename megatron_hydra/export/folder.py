@@ -71,19 +71,37 @@ def write_hybrid_parts(
         dtype: Of the weights.
         figures: For the model card.
     """
+    _write_tokenizer(folder, tokenizer_folder)
+    write_model_parts(folder, config, plan, dtype, family_of(config).tokenizer_class)
+    plan.save(folder / PLAN)
+    write_json(folder / CHECKPOINT, dict(meta))
+    (folder / "README.md").write_text(_card(config, plan, figures), "utf-8")
+
+
+def write_model_parts(
+    folder: Path,
+    config: HydraConfig,
+    plan: HeadPlan,
+    dtype: torch.dtype,
+    tokenizer_class: str | None = None,
+) -> None:
+    """Of a hybrid what transformers needs beside the weights to run it: configuration and code.
+
+    Args:
+        folder: As the others of :func:`write_hybrid_parts`.
+        config: See there.
+        plan: See there.
+        dtype: See there.
+        tokenizer_class: For a tokenizer that names no class.
+    """
     exported = exported_config(config, plan)
     exported.architectures = ["HydraForCausalLM"]
     exported.auto_map = AUTO_MAP
     exported.dtype = dtype
-    # For a tokenizer that names no class.
-    exported.tokenizer_class = family_of(config).tokenizer_class
-    _write_tokenizer(folder, tokenizer_folder)
+    exported.tokenizer_class = tokenizer_class
     exported.save_pretrained(folder)
-    plan.save(folder / PLAN)
-    write_json(folder / CHECKPOINT, dict(meta))
     for file in CODE:
         shutil.copy(file, folder / file.name)
-    (folder / "README.md").write_text(_card(config, plan, figures), "utf-8")
 
 
 def write_teacher_parts(

@@ -43,6 +43,7 @@ DEFECTS = {
         "loaded back",
         "exp_avg_sq",
     ),
+    "exported heads swapped": ("exported and reloaded: tp2 sp by_type", "logits", "document"),
 }
 
 
@@ -116,6 +117,7 @@ def _put_in(defect: str, patch: pytest.MonkeyPatch) -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_hydra.certify import training
+    from megatron_hydra.export import reloading
     from megatron_hydra.model import context_parallel, fusion
     from megatron_hydra.model.mixers import gated_delta_net
 
@@ -204,5 +206,17 @@ def _put_in(defect: str, patch: pytest.MonkeyPatch) -> None:
                     state["exp_avg_sq"] *= 0.5
 
         after(training.Trainer, "load", halve)
+    elif defect == "exported heads swapped":
+
+        def swapped(hybrid):  # of layer 0, which has five LA heads of eight channels
+            for name, tensor in original_tensors(hybrid):
+                is_query = name == "model.layers.0.self_attn.la.q_proj.weight"
+                yield (
+                    name,
+                    torch.cat((tensor[8:16], tensor[:8], tensor[16:])) if is_query else tensor,
+                )
+
+        original_tensors = reloading.hybrid_tensors
+        patch.setattr(reloading, "hybrid_tensors", swapped)
     else:
         raise AssertionError(defect)

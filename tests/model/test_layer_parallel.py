@@ -90,6 +90,7 @@ def test_four_kinds_in_a_layer_on_four_ranks(tmp_path):
         *COVERING_ON_FOUR,
         "checkpoint there and back: tp4 sp by_type, tp4 sp balanced",
         "pipeline: pp2 micro4",
+        "exported and reloaded: tp4 sp by_type",
     }
     rows = _certify(tmp_path, 4, WINDOW, TWO_LAYERS, (4, 2, 2), wanted, OTHER_KINDS, num_steps=2)
     assert _names(rows) == wanted
