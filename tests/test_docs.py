@@ -33,6 +33,8 @@ from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.tasks.generation import GenerationSample
+from megatron_hydra.teachers.checkpoint import _File as _Checkpoint
+from megatron_hydra.teachers.license import License
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.indexed_dataset import EndOfDocument
 
@@ -121,6 +123,7 @@ def test_every_key_of_a_certificate_is_explained() -> None:
     [
         ((HeadScores, ProbeRecord, ModelShape, Combination), _SCORES),
         ((PlanFile, _FileLayer, Budget, Constraints, Costs, Explanation, ChosenHead), _PLAN),
+        ((_Checkpoint, License), ("Rules for all of them", "Checkpoint folder")),
         ((ParetoRow,), (*_PLAN, "Pareto table")),
         ((_Model, _Task, NeedleGrid), ("Evaluation",)),
         (

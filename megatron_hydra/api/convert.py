@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
 from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.config_json import config_hash, read_config
+from megatron_hydra.teachers.license import read_license
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def convert(
     _check_calibration(calibration)
     if check_model_folder(teacher):
         raise UserError(f"the teacher {teacher} is a checkpoint folder: it is converted already")
-    hash_of_weights = weights_hash(teacher)
+    hash_of_weights, license_of_teacher = weights_hash(teacher), read_license(teacher)
     head_plan = None if plan is None else _load_plan(plan, teacher, hash_of_weights)
     from megatron_hydra import cpu
 
@@ -149,7 +150,7 @@ def convert(
     }
     checkpoint.save_checkpoint(
         out, model, config, head_plan, teacher, provenance, overwrite,
-        teacher_weights_hash=hash_of_weights,
+        teacher_weights_hash=hash_of_weights, teacher_license=asdict(license_of_teacher),
     )  # fmt: skip
     return Conversion(
         folder=out,

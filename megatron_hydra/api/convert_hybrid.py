@@ -66,5 +66,6 @@ def convert_hybrid(
     save_checkpoint(
         out, model, config, plan, hybrid, provenance, overwrite,
         teacher_weights_hash=meta["teacher_weights_hash"],
+        teacher_license=meta["teacher_license"],
     )  # fmt: skip
     return plan

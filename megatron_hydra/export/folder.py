@@ -20,6 +20,7 @@ from megatron_hydra.export.config import exported_config
 from megatron_hydra.files import write_json
 from megatron_hydra.teachers.config_json import FIELDS
 from megatron_hydra.teachers.families import family_of
+from megatron_hydra.teachers.license import license_of
 from megatron_hydra.teachers.rope_json import PLAIN_ROPE
 from megatron_hydra.teachers.token_ids import end_of_document
 from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer, tokenizer_files
@@ -27,6 +28,7 @@ from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer, to
 if TYPE_CHECKING:
     from megatron_hydra.head_plan import HeadPlan
     from megatron_hydra.model.config import HydraConfig
+    from megatron_hydra.teachers.license import License
 
 PLAN, CHECKPOINT = "plan.json", "checkpoint.json"
 """What the model's own configuration does not say of the checkpoint that it comes from."""
@@ -75,7 +77,9 @@ def write_hybrid_parts(
     write_model_parts(folder, config, plan, dtype, family_of(config).tokenizer_class)
     plan.save(folder / PLAN)
     write_json(folder / CHECKPOINT, dict(meta))
-    (folder / "README.md").write_text(_card(config, plan, figures), "utf-8")
+    (folder / "README.md").write_text(
+        _card(config, plan, figures, license_of(meta, "model.json")), "utf-8"
+    )
 
 
 def write_model_parts(
@@ -148,7 +152,9 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
     settings.save_pretrained(folder)
 
 
-def _card(config: HydraConfig, plan: HeadPlan, figures: CardFigures) -> str:
+def _card(
+    config: HydraConfig, plan: HeadPlan, figures: CardFigures, license: License | None
+) -> str:
     """The model card, Markdown with the hub's front matter."""
     kinds = Counter(kind for layer in plan.resolved(config.la_kind).layers for kind in layer.kinds)
     total = plan.num_layers * plan.num_heads
@@ -159,8 +165,14 @@ def _card(config: HydraConfig, plan: HeadPlan, figures: CardFigures) -> str:
         f"| heads of kind `{kind}` | {count} |\n" for kind, count in kinds.items() if kind != "fa"
     )
     versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
+    header = "" if license is None else license.front_matter
+    sentence = (
+        "Which that is, the checkpoint of an earlier release does not say."
+        if license is None
+        else license.sentence
+    )
     return f"""---
-library_name: transformers
+{header}library_name: transformers
 pipeline_tag: text-generation
 tags: [hybrid-attention, linear-attention, custom_code]
 ---
@@ -188,7 +200,7 @@ It needs PyTorch and transformers; on a GPU also flash-linear-attention (`pip in
 without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere. Assisted
 decoding and static caches are refused.
 
-{figures.results}License: that of the teacher, whose weights it started from.
+{figures.results}License: that of the teacher, whose weights it started from. {sentence}
 
 Versions: {versions}. Hash of the model code: `{code_hash()}`.
 """

@@ -19,6 +19,7 @@ from megatron_hydra.files import parse_json, read_json
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.teachers.checkpoint import SCHEMA_VERSION, model_fields
+from megatron_hydra.teachers.license import license_of
 from megatron_hydra.teachers.model_folder import weight_files
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def read_exported(folder: Path) -> tuple[HydraConfig, HeadPlan, Mapping[str, Any
                 f"{path} has {name} {found[name]!r}, but {PLAN} and {CHECKPOINT} beside it "
                 f"make it {expected[name]!r}"
             )
-    return config, plan, meta
+    license_of(meta, f"{CHECKPOINT} in {folder}")  # says what is wrong with it
+    return config, plan, {**meta, "teacher_license": meta.get("teacher_license")}
 
 
 # What transformers writes of the file rather than of the model.

@@ -260,6 +260,7 @@ class TrainingRun:
             provenance,
             overwrite=True,
             teacher_weights_hash=self.meta["teacher_weights_hash"],
+            teacher_license=self.meta["teacher_license"],
         )
 
     def _check_layout(self) -> None:

@@ -27,6 +27,7 @@ from megatron_hydra.teachers.distributed_weights import (
     load_weights,
     sharded_weights,
 )
+from megatron_hydra.teachers.license import License
 from megatron_hydra.teachers.loading import check_overrides, load_teacher, megatron_fields
 from megatron_hydra.teachers.model_folder import is_checkpoint_folder as is_checkpoint_folder
 from megatron_hydra.teachers.model_folder import weights_hash as weights_hash
@@ -52,6 +53,7 @@ class _File:
     teacher_config_hash: str
     provenance: Mapping[str, Any]
     teacher_weights_hash: str = field(default="", metadata=MAY_LACK)
+    teacher_license: License | None = field(default=None, metadata=MAY_LACK)
 
 
 @functools.cache
@@ -96,6 +98,7 @@ def save_checkpoint(
     overwrite: bool = False,
     *,
     teacher_weights_hash: str = "",
+    teacher_license: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint folder that any tensor and pipeline layout can load.
 
@@ -112,6 +115,8 @@ def save_checkpoint(
         overwrite: Replace an existing folder.
         teacher_weights_hash: :func:`weights_hash` of the Hugging Face folder that the model was
             converted from, however it was trained since; empty if unknown.
+        teacher_license: A :class:`~megatron_hydra.teachers.license.License` of that folder as plain
+            JSON; None if unknown.
 
     Raises:
         UserError: On every rank, before anything is written: no tokenizer, existing output,
@@ -124,6 +129,7 @@ def save_checkpoint(
         "config": _plain_config(config, _STORED_FIELDS[kind]),
         "teacher_config_hash": teacher_hash(config),
         "teacher_weights_hash": teacher_weights_hash,
+        "teacher_license": teacher_license,
         "provenance": dict(provenance),
     }
     tokenizer = tokenizer_files(find_tokenizer(tokenizer_folder))
@@ -144,7 +150,8 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``schema_version``, ``kind`` (`teacher` or `hybrid`), ``config`` (HydraConfig's fields as
         plain JSON), ``teacher_config_hash``, ``teacher_weights_hash`` (empty in a folder that an
-        earlier release wrote: unknown), ``provenance``.
+        earlier release wrote: unknown), ``teacher_license`` (plain
+        JSON of a :class:`~megatron_hydra.teachers.license.License`; None alike), ``provenance``.
 
     Raises:
         UserError: If the folder is no checkpoint folder, or of another schema version.
@@ -157,7 +164,11 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     config = from_json(_config_type(data["kind"]), file.config, f"the config in {path}")
     if teacher_hash(config) != file.teacher_config_hash:
         raise UserError(f"{path}: the config does not match its teacher_config_hash")
-    return {**data, "teacher_weights_hash": file.teacher_weights_hash}
+    return {
+        **data,
+        "teacher_weights_hash": file.teacher_weights_hash,
+        "teacher_license": data.get("teacher_license"),
+    }
 
 
 def check_stored(kind: str, overrides: Mapping[str, Any]) -> None:

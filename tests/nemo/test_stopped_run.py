@@ -59,9 +59,12 @@ def test_stopped_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     longer = run.live(ranks=0, more=["trainer.max_steps=12"])
     assert "trainer.max_steps is 12, and was 10: from here on the learning rate is that" in longer
-    assert (
-        json.loads((run.folder / "hybrid/model.json").read_text())["provenance"]["max_steps"] == 12
+    start, end = (
+        json.loads((folder / "hybrid/model.json").read_text()) for folder in (inputs, run.folder)
     )
+    assert end["provenance"]["max_steps"] == 12
+    for key in ("teacher_weights_hash", "teacher_license"):
+        assert end[key] == start[key] is not None
     # Each sample once, in the data's order, however many a micro-batch has.
     assert [sample for _, sample in order(run)] == _quiet_order(run)
     assert _recorded_losses(run.folder) == pytest.approx(_scalars(run.folder, "train/loss"))
