@@ -19,6 +19,7 @@ import pytest
 from megatron_hydra.api.estimate import Estimate, LayoutEstimate, StageEstimate
 from megatron_hydra.certify.tables import CertificateFile, NotRun, Row
 from megatron_hydra.evaluation.generation import Answered, GeneratedResult, Generation
+from megatron_hydra.evaluation.positions import PositionLoss
 from megatron_hydra.evaluation.reading import _Model, _Task
 from megatron_hydra.evaluation.results import NeedleGrid
 from megatron_hydra.head_plan import _File as PlanFile
@@ -127,7 +128,7 @@ def test_every_key_of_a_certificate_is_explained() -> None:
         ((ParetoRow,), (*_PLAN, "Pareto table")),
         ((_Model, _Task, NeedleGrid), ("Evaluation",)),
         (
-            (Generation, GeneratedResult, Answered, GenerationSample),
+            (Generation, GeneratedResult, Answered, PositionLoss, GenerationSample),
             ("Rules for all of them", "Generation"),
         ),
         ((Estimate, StageEstimate, LayoutEstimate), ("Rules for all of them", "Estimate")),

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from megatron_hydra.api.hugging_face import built_for, folder_config, folder_shape
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import (
     Answered,
@@ -20,19 +21,21 @@ from megatron_hydra.evaluation.generation import (
     UnfinishedCells,
 )
 from megatron_hydra.evaluation.lengths import Choice, Reach, default_lengths
+from megatron_hydra.evaluation.positions import (
+    PositionLoss,
+    loss_by_position,
+    position_windows,
+)
 from megatron_hydra.export.code import brings_code
 from megatron_hydra.files import (
     check_output,
     check_outputs,
     content_hash,
-    parse_json,
     versions,
     write_beside,
 )
-from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import (
-    ModelShape,
     ServeDtype,
     cache_bytes_per_token,
     state_bytes,
@@ -47,8 +50,6 @@ from megatron_hydra.tasks.generation import (
 )
 from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
-from megatron_hydra.teachers.config_json import read_config, shape_fields
-from megatron_hydra.teachers.families import FAMILIES
 from megatron_hydra.teachers.model_folder import is_checkpoint_folder, weight_files
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Prompts:
         lengths: In tokens, prompt and answer together; None for what all models are built for,
             its half and its quarter, up to 8,192.
         num_samples: Of each task at each length.
+        perplexity_tokens: Of held-out text, predicted at most in windows of the longest length,
+            for the loss by position; None measures none.
         seed: Of all that is drawn.
         wording: `ruler`, or `short` for models trained on `preprocess`'s needles.
         texts: Files, folders or patterns of text for haystacks, of which a tenth, held out, is
@@ -81,6 +84,7 @@ class Prompts:
     tasks: tuple[str, ...] = tuple(GENERATION_TASKS)
     lengths: tuple[int, ...] | None = None
     num_samples: int = 100
+    perplexity_tokens: int | None = None
     seed: int = 1
     wording: Literal["ruler", "short"] = "ruler"
     texts: tuple[str, ...] = ()
@@ -142,6 +146,7 @@ def generate(
     text = read_text(texts, prompts.text_options) if texts else stand_in_text("--text")
     _check_tokenizers(generators, text)
     tell(f"lengths: {', '.join(f'{n:,}' for n in chosen.lengths)} tokens ({chosen.words})")
+    windows = _windows(prompts, max(chosen.lengths), next(iter(generators.values())), text)
     cells = _draw(prompts, chosen.lengths, next(iter(generators.values())), text, progress)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) for cell in cells for sample in cell]
     if dump is not None:
@@ -151,7 +156,8 @@ def generate(
         return None
     prompts_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     hashes = {name: content_hash(weight_files(path).paths) for name, path in models.items()}
-    unfinished = UnfinishedCells(out, {"prompts": prompts_hash, "models": hashes}, overwrite)
+    same = {"prompts": prompts_hash, "models": hashes, "windows": _hash(windows)}
+    unfinished = UnfinishedCells(out, same, overwrite)
     unfinished.open()
     results = []
     for position, (name, generator) in enumerate(generators.items()):
@@ -163,7 +169,11 @@ def generate(
                 found = _answer(name, generator, cell, batch_size, progress)
                 unfinished.save(number, found)
             answered.append(found)
-        results.append(_result(name, models[name], serve_dtype, answered))
+        losses = unfinished.load_positions(position)
+        if losses is None:
+            losses = _losses(name, generator, windows, batch_size, progress)
+            unfinished.save_positions(position, losses)
+        results.append(_result(name, models[name], serve_dtype, answered, losses))
         generator.release()
     named_text = " ".join(prompts.texts) or STAND_IN
     provenance = {
@@ -172,6 +182,7 @@ def generate(
         "lengths": chosen.words,
         "wording": prompts.wording,
         "seed": prompts.seed,
+        "perplexity_tokens": sum(len(window) - 1 for window in windows),
         "weights": hashes,
         "versions": versions(),
     }
@@ -187,6 +198,10 @@ def _check(prompts: Prompts, batch_size: int | None) -> None:
     for name, value in (
         ("the number of samples", prompts.num_samples),
         ("the batch size", 1 if batch_size is None else batch_size),
+        (
+            "the number of perplexity tokens",
+            1 if prompts.perplexity_tokens is None else prompts.perplexity_tokens,
+        ),
     ):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be above 0")
@@ -199,31 +214,9 @@ def _check_folder(folder: Path, is_trusted: bool) -> bool:
             f"{folder} is a checkpoint folder: `export` makes a Hugging Face folder of it; "
             "or name it with --model"
         )
-    _config(folder)
+    folder_config(folder)
     weight_files(folder)
     return brings_code(folder, is_trusted)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it holds no object")
-    return found
-
-
-def _built_for(folder: Path) -> int | None:
-    """Tokens that the model is built for; None where its configuration does not say."""
-    config = _config(folder)
-    if config.get("model_type") == "hydra_head":
-        from megatron_hydra.export.configuration_hydra import HydraHeadConfig
-
-        return int(HydraHeadConfig.from_pretrained(folder).max_position_embeddings)
-    found = config.get("max_position_embeddings")
-    return found if isinstance(found, int) else None
 
 
 def _choose_lengths(prompts: Prompts, models: Mapping[str, Path]) -> Choice:
@@ -231,21 +224,21 @@ def _choose_lengths(prompts: Prompts, models: Mapping[str, Path]) -> Choice:
         return Choice(prompts.lengths, "as asked for")
     reaches = {}
     for name, folder in models.items():
-        built_for = _built_for(folder)
-        if built_for is None:
+        num_tokens = built_for(folder)
+        if num_tokens is None:
             raise UserError(f"{folder} does not say what length it is built for: give --lengths")
-        reaches[name] = Reach(built_for)
+        reaches[name] = Reach(num_tokens)
     return default_lengths(reaches, None, _ANY_LENGTH)
 
 
 def _tell_beyond(
     name: str, folder: Path, lengths: Sequence[int], tell: Callable[[str], None]
 ) -> None:
-    built_for = _built_for(folder)
-    beyond = [length for length in lengths if built_for is not None and length > built_for]
+    most = built_for(folder)
+    beyond = [length for length in lengths if most is not None and length > most]
     if beyond:
         tell(
-            f"{name} is built for {built_for} tokens: its results at "
+            f"{name} is built for {most} tokens: its results at "
             f"{', '.join(map(str, beyond))} tokens are beyond that"
         )
 
@@ -287,6 +280,32 @@ def _draw(
     return cells
 
 
+def _windows(prompts: Prompts, length: int, generator: Generator, text: str) -> list[Sequence[int]]:
+    """Held-out text for the loss by position; none if it was not asked for."""
+    if prompts.perplexity_tokens is None:
+        return []
+    tokens = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return position_windows(split_held_out(tokens)[1], length, prompts.perplexity_tokens)
+
+
+def _hash(windows: Sequence[Sequence[int]]) -> str | None:
+    return hashlib.sha256(json.dumps(windows).encode()).hexdigest() if windows else None
+
+
+def _losses(
+    name: str,
+    generator: Generator,
+    windows: Sequence[Sequence[int]],
+    batch_size: int | None,
+    progress: Progress,
+) -> tuple[PositionLoss, ...]:
+    if not windows:
+        return ()
+    size = batch_size or max(1, BATCH_TOKENS // len(windows[0]))
+    losses = generator.position_losses(windows, size, progress, f"{name}: perplexity")
+    return loss_by_position(losses, len(windows))
+
+
 def _answer(
     name: str,
     generator: Generator,
@@ -307,12 +326,16 @@ def _answer(
 
 
 def _result(
-    name: str, folder: Path, dtype: ServeDtype, answered: Sequence[Answered]
+    name: str,
+    folder: Path,
+    dtype: ServeDtype,
+    answered: Sequence[Answered],
+    losses: tuple[PositionLoss, ...],
 ) -> GeneratedResult:
     """With what the model keeps of a sequence, as far as it is of a kind that is known here."""
-    shape, plan = _shape(folder)
+    shape, plan = folder_shape(folder)
     if shape is None:
-        return GeneratedResult(name, str(folder), None, None, None, None, tuple(answered))
+        return GeneratedResult(name, str(folder), None, None, None, None, tuple(answered), losses)
     return GeneratedResult(
         name=name,
         path=str(folder),
@@ -321,47 +344,5 @@ def _result(
         cache_bytes_per_token=int(cache_bytes_per_token(shape, dtype).of(plan)),
         state_bytes=int(state_bytes(shape, dtype).of(plan)),
         tasks=tuple(answered),
+        loss_by_position=losses,
     )
-
-
-def _shape(folder: Path) -> tuple[ModelShape | None, HeadPlan | None]:
-    model_type = _config(folder).get("model_type")
-    if model_type == "hydra_head":
-        return _hybrid_shape(folder)
-    if model_type not in FAMILIES:
-        return None, None
-    # A teacher's costs are those of its shape, and what a hybrid of it would be has no part in it.
-    return ModelShape.from_fields(shape_fields(read_config(folder))), None
-
-
-def _hybrid_shape(folder: Path) -> tuple[ModelShape, HeadPlan]:
-    from megatron_hydra.export.configuration_hydra import HydraHeadConfig
-
-    config = HydraHeadConfig.from_pretrained(folder)
-    layers = range(config.num_hidden_layers)
-    shape = ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        tied_embeddings=config.tie_word_embeddings,
-        conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
-        sliding_window_tokens=config.sliding_window_tokens,
-    )
-    others: dict[int, dict[Any, list[int]]] = {
-        n: {
-            kind: heads for kind in ("kda", "sliding_window") if (heads := config.heads_of(n, kind))
-        }
-        for n in layers
-    }
-    plan = HeadPlan.from_fa_heads(
-        {n: config.heads_of(n, "fa") for n in layers},
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        other_kinds=others,
-    )
-    return shape, plan

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.results import Accuracy, Cell, aligned, percent_text
+from megatron_hydra.evaluation.positions import PositionLoss
+from megatron_hydra.evaluation.results import (
+    Accuracy,
+    Cell,
+    aligned,
+    format_perplexity,
+    percent_text,
+)
 from megatron_hydra.files import write_json
-from megatron_hydra.schema import Limits, from_json, load_json, named
+from megatron_hydra.schema import MAY_LACK, Limits, from_json, load_json, named
 from megatron_hydra.unfinished import UnfinishedWork
 
 SCHEMA_VERSION = 1
@@ -80,6 +87,7 @@ class GeneratedResult:
         cache_bytes_per_token: Keys and values that a token adds; None: unknown.
         state_bytes: That a sequence keeps whatever its length; None: unknown.
         tasks: One for each cell.
+        loss_by_position: On held-out text; empty where that was not asked for.
     """
 
     name: str
@@ -89,6 +97,12 @@ class GeneratedResult:
     cache_bytes_per_token: int | None
     state_bytes: int | None
     tasks: tuple[Answered, ...]
+    loss_by_position: tuple[PositionLoss, ...] = field(default=(), metadata=MAY_LACK)
+
+    @property
+    def buckets(self) -> tuple[tuple[int, int, int], ...]:
+        """First and last position and number of tokens of each loss."""
+        return tuple((each.first, each.last, each.num_tokens) for each in self.loss_by_position)
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,8 @@ class Generation:
                 with named(f"model {model.name!r}"):
                     if tuple(task.cell for task in model.tasks) != found.cells:
                         raise UserError(f"its cells are not those of {found.models[0].name!r}")
+                    if model.buckets != found.models[0].buckets:
+                        raise UserError(f"its positions are not those of {found.models[0].name!r}")
                     for task in model.tasks:
                         _check(task)
         return found
@@ -162,7 +178,21 @@ def generation_table(result: Generation) -> str:
         )
         rows.append([task, f"{length:,}", *texts])
     heading = "samples with every answer in % with 95% interval, and RULER's string_match_all"
-    return "\n".join([result.head, heading, aligned(rows)])
+    lines = [result.head, heading, aligned(rows)]
+    if result.models[0].loss_by_position:
+        names = [model.name for model in result.models]
+        rows = [["tokens before", *names], *_perplexities(result)]
+        lines += ["perplexity of held-out text by position", aligned(rows)]
+    return "\n".join(lines)
+
+
+def _perplexities(result: Generation) -> list[list[str]]:
+    """A row for each bucket of positions: which, and each model's perplexity."""
+    return [
+        [f"{first:,} to {last:,}"]
+        + [format_perplexity(model.loss_by_position[i].loss_nats) for model in result.models]
+        for i, (first, last, _) in enumerate(result.models[0].buckets)
+    ]
 
 
 def results_markdown(result: Generation) -> str:
@@ -178,6 +208,10 @@ def results_markdown(result: Generation) -> str:
         found = (model.tasks[position] for model in result.models)
         texts = [percent_text(Accuracy(each.num_right, each.num_samples)) for each in found]
         lines.append(f"| {task} | {length:,} | {' | '.join(texts)} |")
+    if result.models[0].loss_by_position:
+        lines += ["", "## Perplexity by position", "Of held-out text, by the tokens before.", ""]
+        lines += [f"| tokens before | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in _perplexities(result)]
     return "\n".join([*lines, "", ""])
 
 
@@ -185,7 +219,8 @@ class UnfinishedCells(UnfinishedWork):
     """What an evaluation has measured so far: a file for each of its cells."""
 
     what = writer = "evaluation"
-    units = r"\d+\.json"
+    units = r"(positions_)?\d+\.json"
+    words: ClassVar = {"windows": "perplexity text"}
 
     def load(self, number: int) -> Answered | None:
         """A finished cell; None if it is to be measured."""
@@ -197,3 +232,20 @@ class UnfinishedCells(UnfinishedWork):
     def save(self, number: int, cell: Answered) -> None:
         """Keep a cell."""
         write_json(self.path / f"{number}.json", asdict(cell), overwrite=True)
+
+    def load_positions(self, number: int) -> tuple[PositionLoss, ...] | None:
+        """A model's finished losses; None if they are to be measured."""
+        path = self.path / f"positions_{number}.json"
+        if not path.is_file():
+            return None
+        return from_json(_Positions, self.parsed(path.name), os.fspath(path)).loss_by_position
+
+    def save_positions(self, number: int, losses: tuple[PositionLoss, ...]) -> None:
+        """Keep a model's losses."""
+        path = self.path / f"positions_{number}.json"
+        write_json(path, asdict(_Positions(losses)), overwrite=True)
+
+
+@dataclass(frozen=True)
+class _Positions:
+    loss_by_position: tuple[PositionLoss, ...]

@@ -82,5 +82,15 @@ def check_window(longest: int, max_tokens: int) -> None:
         )
 
 
+def check_held_out(longest: int, num_tokens: int) -> None:
+    """Raise a UserError if held-out text of so many tokens has not one window of the longest."""
+    if longest > num_tokens - 1:
+        raise UserError(
+            f"a length of {longest} tokens needs {longest + 1} tokens of held-out text, and there "
+            f"are {num_tokens}: ask for --lengths up to {max(0, num_tokens - 1)}, or give "
+            "more --text"
+        )
+
+
 def _built_for(models: Mapping[str, Reach]) -> int:
     return min(reach.built_for for reach in models.values())

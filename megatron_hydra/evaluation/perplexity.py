@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.evaluation.lengths import check_window
+from megatron_hydra.evaluation.lengths import check_held_out, check_window
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.transfer.hidden_states import final_hidden_states
 
@@ -43,14 +43,8 @@ def text_windows(text_tokens: Sequence[int], lengths: Sequence[int], max_tokens:
     """
     longest = max(lengths)
     check_window(longest, max_tokens)
-    num_predicted = len(text_tokens) - 1
-    if longest > num_predicted:
-        raise UserError(
-            f"a length of {longest} tokens needs {longest + 1} tokens of held-out text, and there "
-            f"are {len(text_tokens)}: ask for --lengths up to {max(0, num_predicted)}, or give "
-            "more --text"
-        )
-    count = min(num_predicted, max_tokens) // longest * longest
+    check_held_out(longest, len(text_tokens))
+    count = min(len(text_tokens) - 1, max_tokens) // longest * longest
     return torch.tensor(text_tokens[: count + 1])
 
 

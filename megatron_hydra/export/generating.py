@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.progress import Progress, no_progress
+
+_POSITIONS = 256
 
 
 class Generator:
@@ -67,6 +70,41 @@ class Generator:
                 found = model.generate(**inputs, max_new_tokens=max_new_tokens)
             new = found[:, inputs["input_ids"].shape[1] :]
             yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def position_losses(
+        self,
+        windows: Sequence[Sequence[int]],
+        batch_size: int,
+        progress: Progress = no_progress,
+        description: str = "",
+    ) -> list[float]:
+        """Next-token losses in nats by position, the mean over windows, by whole forward passes.
+
+        A batch's logits are held at once, in the model's number format.
+
+        Args:
+            windows: Tokens, in each as many; the first of each is not predicted.
+            batch_size: Windows of a forward pass.
+            progress: Shows the batches.
+            description: What it shows.
+        """
+        model = self._load()
+        total = torch.zeros(len(windows[0]) - 1, dtype=torch.float64)
+        batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+        for batch in progress(batches, description, "batch"):
+            tokens = torch.tensor(batch, device=model.device)
+            logits = model(tokens[:, :-1], use_cache=False).logits  # [b, s, v]
+            # In float32 a few positions' at a time.
+            for start in range(0, len(total), _POSITIONS):
+                part = slice(start, start + _POSITIONS)
+                losses = F.cross_entropy(
+                    logits[:, part].float().transpose(1, 2),
+                    tokens[:, 1:][:, part],
+                    reduction="none",
+                )
+                total[part] += losses.double().sum(0).cpu()
+        return (total / len(windows)).tolist()
 
     def release(self) -> None:
         """Give the model's memory back."""

@@ -46,11 +46,13 @@ def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
 
 def generation_section(generation: Generation | None) -> dict[str, Any]:
     """What models answered by generating text, with the best of each column; None: no section."""
-    best: list[float] = []
+    best, least = [], []
     if generation is not None:
         columns = zip(*(model.tasks for model in generation.models), strict=True)
         best = [max(task.accuracy for task in column) for column in columns]
-    return {"generation": generation, "generation_best": best}
+        buckets = zip(*(model.loss_by_position for model in generation.models), strict=True)
+        least = [min(bucket.loss_nats for bucket in column) for column in buckets]
+    return {"generation": generation, "generation_best": best, "least_by_position": least}
 
 
 def memory_section(evaluation: Evaluation) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perplexity-tokens",
         type=int,
         metavar="N",
-        help=f"predicted at most (default: {PERPLEXITY_TOKENS}, or one window of the longest)",
+        help=f"predicted at most (default: {PERPLEXITY_TOKENS}, or one window of the longest); "
+        "with --hf: by position, in windows of the longest (default: none)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     _add_generation_arguments(parser)
@@ -154,7 +155,7 @@ def _check_options(args: argparse.Namespace) -> None:
     """See that no option stands with the wrong kind of evaluation."""
     wrong, owner = _GENERATION_ONLY, "--hf"
     if args.hf:
-        wrong, owner = ("depths", "training_length", "perplexity_tokens"), "--model"
+        wrong, owner = ("depths", "training_length"), "--model"
     for name in wrong:
         if getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')} goes with {owner} alone")
@@ -167,6 +168,7 @@ def _generate(args: argparse.Namespace) -> int:
         tasks=tuple(args.tasks.split(",")) if args.tasks else tuple(GENERATION_TASKS),
         lengths=args.lengths,
         num_samples=args.num_samples,
+        perplexity_tokens=args.perplexity_tokens,
         seed=args.seed,
         wording=args.wording or "ruler",
         texts=tuple(args.text),
