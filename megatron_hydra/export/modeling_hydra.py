@@ -368,9 +368,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         logits, loss = self.lm_head(outputs.last_hidden_state[:, kept]), None
         if labels is not None:
             options = {k: kwargs[k] for k in ("num_items_in_batch",) if k in kwargs}
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.vocab_size, **options
-            )
+            loss = self.loss_function(logits, labels, self.vocab_size, **options)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
