@@ -34,9 +34,7 @@ _SAME_SCORE = 1e-6
 _DASHES = (0, (4, 3))
 # Why a head that stands behind the budget by its score is FA: words, marker.
 _REASONS = {
-    "layer minimum": ("for its layer's minimum", "D"),
-    "group": ("for its query group", "s"),
-    "multiple": ("for its layer's multiple", "^"),
+    "constraint": ("by a constraint", "D"),
     "random": ("by lot, behind the budget", "D"),
     "": ("for another reason than score", "D"),
 }

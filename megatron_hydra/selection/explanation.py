@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -27,7 +27,9 @@ from megatron_hydra.selection.uncertainty import (
     split_half_correlation,
 )
 
-Reason = Literal["score", "tie", "layer minimum", "group", "multiple", "random"]
+Reason = Literal["score", "tie", "constraint", "random"]
+FORMER_REASONS = ("layer minimum", "group", "multiple")
+"""Constraints that earlier releases told apart."""
 Choose = Callable[[Problem, Array, Array], frozenset[Head] | None]
 """A policy: problem, scores and effect sizes [layers, heads] to FA heads."""
 
@@ -51,9 +53,9 @@ class ChosenHead:
         chosen_again: Share of resamples that choose it again; None likewise, or at random.
         above_noise_floor: Whether a notable effect is no accident of the pairs.
         reason: `score`: it is among as many heads with the highest scores. `tie`: the same, but a
-            head left out has the same score. `layer minimum`: its layer had to have so many.
-            `group`: its query group is stored anyway, or had to be whole. `multiple`: its layer
-            had to have a multiple of some number. `random`: drawn.
+            head left out has the same score. `constraint`: scores alone would not have chosen it,
+            but what was asked of layers and groups, or its query group, which is stored anyway.
+            `random`: drawn.
         effects: Scorer -> mean effect on each of the explanation's probes; None where not read.
     """
 
@@ -259,24 +261,11 @@ def _reasons(
     choose: Choose,
     ties: frozenset[Head],
 ) -> dict[Head, Reason]:
-    """The first of a row of ever narrower problems that chooses a head names its reason."""
-    asked, none = problem.constraints, Constraints()
-    in_layer = Constraints(asked.min_fa_per_layer, asked.per_layer)
-    steps: list[tuple[Reason, Problem]] = [("score", Problem(problem.shape, none, len(chosen)))]
-    if problem.limits:
-        steps.append(("group", replace(problem, constraints=none)))
-    if in_layer != none:
-        steps.append(("layer minimum", replace(problem, constraints=in_layer)))
-    if asked.whole_groups:
-        steps.append(("group", replace(problem, constraints=replace(asked, multiple_of=1))))
-    reasons: dict[Head, Reason] = {}
-    for reason, wider in steps:
-        # A greedy policy may find nothing for a wider problem: then the next one names reasons.
-        found = choose(wider, scores.scores, scores.effect_size) or frozenset()
-        for head in chosen & found:
-            reasons.setdefault(head, "tie" if reason == "score" and head in ties else reason)
-    last: Reason = "multiple" if asked.multiple_of > 1 else "group"
-    return {head: reasons.get(head, last) for head in chosen}
+    """Whether the policy would choose a head too if nothing but their number were asked."""
+    free = Problem(problem.shape, Constraints(), len(chosen))
+    by_score = choose(free, scores.scores, scores.effect_size) or frozenset()
+    reasons: dict[Head, Reason] = dict.fromkeys(chosen, "constraint")
+    return reasons | {head: "tie" if head in ties else "score" for head in chosen & by_score}
 
 
 def _chosen_again(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -18,7 +20,12 @@ from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints, Problem
 from megatron_hydra.selection.combination import Array, Combination
 from megatron_hydra.selection.cost import SERVE_DTYPES, ModelShape, costs_of
-from megatron_hydra.selection.explanation import NUM_RESAMPLES, Explanation, explain
+from megatron_hydra.selection.explanation import (
+    FORMER_REASONS,
+    NUM_RESAMPLES,
+    Explanation,
+    explain,
+)
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
 
@@ -148,8 +155,14 @@ def read_explanation(plan: HeadPlan) -> Explanation | None:
         UserError: If it is malformed.
     """
     found = plan.provenance.get("explanation")
-    where = "the explanation in the head plan"
-    return None if found is None else from_json(Explanation, found, where)
+    if found is None:
+        return None
+    found = copy.deepcopy(found)
+    with suppress(TypeError, AttributeError, KeyError):  # what is malformed is named below
+        for head in found["heads"]:
+            if head.get("reason") in FORMER_REASONS:
+                head["reason"] = "constraint"
+    return from_json(Explanation, found, "the explanation in the head plan")
 
 
 def read_shape(plan: HeadPlan) -> ModelShape | None:

@@ -184,19 +184,15 @@ def test_each_capability_has_a_map_on_one_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("constraints", "label"),
-    [
-        (Constraints(min_fa_per_layer=1), "full attention for its layer's minimum"),
-        (Constraints(whole_groups=True), "full attention for its query group"),
-    ],
+    "constraints", [Constraints(min_fa_per_layer=1), Constraints(whole_groups=True)]
 )
 def test_heads_the_scores_alone_would_not_choose_are_marked_by_their_reason(
-    constraints: Constraints, label: str
+    constraints: Constraints,
 ) -> None:
     values = [[0.9, 0.0, 0.8, 0.1], [0.7, 0.0, 0.6, 0.0], [0.0, 0.2, 0.0, 0.0]]
     scores = make_scores(values, GROUPS)
     plan = plan_from_scores(scores, Budget("fa_heads", 4), constraints).plan
-    ring = marks(draw(scores, plan))[label]
+    ring = marks(draw(scores, plan))["full attention by a constraint"]
     order = sorted(np.ndindex(3, 4), key=lambda head: -values[head[0]][head[1]])
     forced = [
         rank

@@ -73,8 +73,8 @@ def test_the_reason_of_a_head_that_the_scores_alone_would_not_choose_is_told(sco
     weighted = scores.with_combination(Combination(("path_patching",), weights={"next_token": 0.1}))
     page = show(weighted, plan_from_scores(weighted, TWO_HEADS, ONE_A_LAYER).plan)
     _, second = rows_after(page, "Why each head is in the plan")
-    assert second.startswith("1.3 3 ") and second.endswith("layer minimum")
-    assert "full attention for its layer's minimum (1)" in page
+    assert second.startswith("1.3 3 ") and second.endswith("constraint")
+    assert "full attention by a constraint (1)" in page
 
 
 def test_a_random_plan_says_that_its_heads_were_drawn(scores) -> None:

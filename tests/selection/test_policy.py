@@ -59,24 +59,24 @@ def test_layer_minimum_displaces_the_weakest_of_other_layers() -> None:
     assert chosen(plan_heads(rows, 3).plan) == [(0, 0), (0, 1), (0, 2)]
     summary = plan_heads(rows, 3, min_fa_per_layer=1)
     assert chosen(summary.plan) == [(0, 0), (0, 1), (1, 0)]
-    assert reasons(summary) == {(0, 0): "score", (0, 1): "score", (1, 0): "layer minimum"}
+    assert reasons(summary) == {(0, 0): "score", (0, 1): "score", (1, 0): "constraint"}
     assert summary.explanation.num_tie_filled == 0
-    assert reasons(plan_heads(rows, 4, per_layer=2))[1, 1] == "layer minimum"
+    assert reasons(plan_heads(rows, 4, per_layer=2))[1, 1] == "constraint"
 
 
-def test_whole_groups_and_multiples_name_their_reason() -> None:
+def test_whole_groups_and_multiples_are_a_reason() -> None:
     rows = [[0.9, 0.1, 0.2, 0.3], [0.8, 0.7, 0.0, 0.0]]
     summary = plan_heads(rows, 4, whole_groups=True)
     assert reasons(summary) == {
         (0, 0): "score",
-        (0, 1): "group",
+        (0, 1): "constraint",
         (1, 0): "score",
         (1, 1): "score",
     }
     rows = [[0.9, 0.5, 0.0, 0.0], [0.8, 0.7, 0.6, 0.0]]
     assert reasons(plan_heads(rows, 4)) == dict.fromkeys([(0, 0), (1, 0), (1, 1), (1, 2)], "score")
     summary = plan_heads(rows, 4, multiple_of=2)
-    assert reasons(summary)[0, 1] == "multiple"
+    assert reasons(summary)[0, 1] == "constraint"
     assert (1, 2) not in reasons(summary)
 
 
@@ -86,13 +86,13 @@ def test_under_a_cache_budget_a_stored_group_keeps_what_has_a_score_and_no_more(
     summary = plan_from_scores(scores, Budget("kv_cache_ratio", Fraction(3, 4)))
     assert reasons(summary) == {
         (0, 0): "score",
-        (0, 1): "group",
+        (0, 1): "constraint",
         (0, 2): "score",
         (1, 0): "score",
     }
     scores = make_scores([[0.9, 0.1, 0.2, 0.2], [0.3, 0.0, 0.0, 0.0]], num_query_groups=2)
     summary = plan_from_scores(scores, Budget("kv_cache_ratio", Fraction(1, 2)), Constraints(1))
-    assert reasons(summary) == {(0, 0): "score", (0, 1): "group", (1, 0): "score"}
+    assert reasons(summary) == {(0, 0): "score", (0, 1): "constraint", (1, 0): "score"}
 
 
 def test_heads_without_evidence_are_ordered_by_effect_size_then_index() -> None:

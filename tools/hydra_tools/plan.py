@@ -170,27 +170,10 @@ def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
 
 def _other_reasons(summary: PlanSummary) -> list[str]:
     """Sentences on FA heads that their scores alone would not have kept."""
-    asked, explanation = summary.constraints, summary.explanation
-    minimum = f"--min-fa-per-layer {asked.min_fa_per_layer}"
-    if asked.per_layer is not None:
-        minimum = f"--per-layer {asked.per_layer}"
-    num_for_minimum = explanation.num_for("layer minimum")
-    num_for_group, num_for_multiple = (
-        explanation.num_for("group"),
-        explanation.num_for("multiple"),
-    )
-    lines = []
-    if num_for_minimum:
-        lines.append(f"layer minimum: {num_for_minimum} FA heads are there for {minimum} alone")
-    if num_for_group:
-        lines.append(
-            f"groups: {num_for_group} FA heads are there because others of their query group are"
-        )
-    if num_for_multiple:
-        lines.append(
-            f"multiples: {num_for_multiple} FA heads are there for --multiple-of "
-            f"{asked.multiple_of} alone"
-        )
+    explanation, lines = summary.explanation, []
+    if number := explanation.num_for("constraint"):
+        cause = summary.constraints.words or "others of their query group, which is stored anyway"
+        lines.append(f"constraints: {number} FA heads are there for {cause}, not by score alone")
     num_positive = sum(score > 0 for row in explanation.scores for score in row)
     num_kept = len(explanation.heads) - explanation.num_without_evidence
     if summary.budget.kind not in ("fa_heads", "fa_ratio") and num_kept == num_positive:
