@@ -28,7 +28,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "progress": set(),
     "parallel": set(),
     "model": {"errors", "head_plan", "schema"},
-    "teachers": {"errors", "files", "head_plan", "processes", "schema", "yaml_text", "model"},
+    "teachers": {"errors", "files", "head_plan", "processes", "schema", "model"},
     "tasks": {"errors"},
     "transfer": {"errors", "model"},
     "selection": {

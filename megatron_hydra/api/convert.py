@@ -116,7 +116,8 @@ def convert(
     _check_calibration(calibration)
     if check_model_folder(teacher):
         raise UserError(f"the teacher {teacher} is a checkpoint folder: it is converted already")
-    hash_of_weights, license_of_teacher = weights_hash(teacher), read_license(teacher)
+    hash_of_weights, found = weights_hash(teacher), read_license(teacher)
+    license_of_teacher = None if found is None else asdict(found)
     head_plan = None if plan is None else _load_plan(plan, teacher, hash_of_weights)
     from megatron_hydra import cpu
 
@@ -150,7 +151,7 @@ def convert(
     }
     checkpoint.save_checkpoint(
         out, model, config, head_plan, teacher, provenance, overwrite,
-        teacher_weights_hash=hash_of_weights, teacher_license=asdict(license_of_teacher),
+        teacher_weights_hash=hash_of_weights, teacher_license=license_of_teacher,
     )  # fmt: skip
     return Conversion(
         folder=out,

@@ -167,9 +167,7 @@ def _card(
     versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
     header = "" if license is None else license.front_matter
     sentence = (
-        "Which that is, the checkpoint of an earlier release does not say."
-        if license is None
-        else license.sentence
+        "Which that is, the checkpoint does not say." if license is None else license.sentence
     )
     return f"""---
 {header}library_name: transformers

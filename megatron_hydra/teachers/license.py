@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_hydra.errors import UserError
 from megatron_hydra.schema import from_json
-from megatron_hydra.yaml_text import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -77,37 +78,39 @@ def license_of(meta: Mapping[str, Any], where: str) -> License | None:
     return None if found is None else from_json(License, found, f"the teacher_license in {where}")
 
 
-def read_license(folder: str | os.PathLike[str]) -> License:
-    """What a Hugging Face folder says of its licence.
+def read_license(folder: str | os.PathLike[str]) -> License | None:
+    """What a Hugging Face folder says of its licence; None if what may say it is no YAML.
 
     Raises:
         UserError: If a file that would say it cannot be read.
     """
     folder = Path(folder)
     header = _front_matter(folder / "README.md")
-    found = header.get("license") or []
+    found = (header or {}).get("license") or []
     ids = tuple(map(str, found if isinstance(found, list) else [found]))
-    name, link = (str(header.get(key) or "") for key in ("license_name", "license_link"))
+    name, link = (str((header or {}).get(key) or "") for key in ("license_name", "license_link"))
     files = sorted(
         path for path in folder.iterdir() if _FILE_NAMES.fullmatch(path.name) and path.is_file()
     )
     for path in files:
         if lines := [line.strip() for line in _text(path).splitlines() if line.strip()]:
             return License(ids, name, link, path.name, lines[0][:_LONGEST_LINE])
-    return License(ids, name, link, "", "")
+    return None if header is None else License(ids, name, link, "", "")
 
 
-def _front_matter(path: Path) -> Mapping[str, Any]:
+def _front_matter(path: Path) -> Mapping[str, Any] | None:
     match = _FRONT_MATTER.match(_text(path)) if path.is_file() else None
     if match is None:
         return {}
     try:
-        found = parse_yaml(match[1])
-    except ValueError as error:
+        found = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none
         logger.warning(
-            "%s: its front matter, which may name a licence, is no YAML: %s", path, error
+            "%s: its front matter, which may name a licence, is no YAML: %s",
+            path,
+            " ".join(str(error).split()),
         )
-        return {}
+        return None
     return found if isinstance(found, Mapping) else {}
 
 

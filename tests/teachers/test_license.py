@@ -60,6 +60,13 @@ def test_front_matter_that_is_no_yaml_is_said_and_passed_over(tmp_path, caplog):
     folder = _write(tmp_path / "teacher", "license: [mit", LICENSE="MIT License")
     assert read_license(folder) == License((), "", "", "LICENSE", "MIT License")
     assert "is no YAML" in caplog.text
+    (folder / "LICENSE").unlink()
+    assert read_license(folder) is None, "it may name one"
+    # What PyYAML takes and this package's own configurations may not have.
+    twice = _write(tmp_path / "twice", "a: 1:30\na: 010\nlicense: mit\ndate: 2024-01-31")
+    assert read_license(twice) == License(("mit",), "", "", "", "")
+    wrong = _write(tmp_path / "wrong", "license: mit\ndate: 2024-13-41")
+    assert read_license(wrong) is None
 
 
 def _convert_and_export(teacher: Path, folder: Path) -> ModelCard:
@@ -97,7 +104,7 @@ def test_a_folder_that_states_none_and_a_checkpoint_that_does_not_know(tmp_path,
     assert cli.main(export) == 0
     card = ModelCard.load(tmp_path / "hf/README.md")
     assert card.data.license is None and "states no licence" not in card.text
-    assert "the checkpoint of an earlier release does not say" in card.text
+    assert "Which that is, the checkpoint does not say." in card.text
     back = ["convert", "--hybrid", f"{tmp_path}/hf", "--out", f"{tmp_path}/back"]
     assert cli.main(back) == 0
     assert read_metadata(tmp_path / "back")["teacher_license"] is None
