@@ -336,6 +336,9 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     from megatron_hydra.yaml_text import parse_yaml
 
+    if len(override) > 1 and override[0] == override[-1] == "'":
+        # NeMo-Run's local executor quotes as for a shell, and uses none.
+        override = override[1:-1]
     key, equals, text = override.partition("=")
     *sections, name = key.split(".")
     if not (equals and sections and all((*sections, name))):

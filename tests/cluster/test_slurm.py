@@ -6,6 +6,9 @@ for good or requeues it for ever, another result than that of an undisturbed job
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,9 @@ from megatron_hydra.api.status import status_of
 from megatron_hydra.training.config import RunConfig, load_config
 
 pytestmark = [pytest.mark.cluster]
+
+ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
 
 STAGES = {
     "stage1_align": "align",
@@ -120,3 +126,30 @@ def test_what_cannot_go_on_is_not_started_again(tmp_path: Path, inputs: Path) ->
     assert "unknown config key optim.lrr: did you mean optim.lr?" in job.said()
     assert "no step was saved since this start: not requeued" in job.said()
     assert job.record("Restarts") == "0"
+
+
+def test_nemo_run_goes_on_after_a_signal_and_chains_the_stages(
+    tmp_path: Path, inputs: Path
+) -> None:
+    folder = _configs(tmp_path / "stages", inputs)  # NeMo-Run takes /nemo_run for its own
+    launcher = subprocess.Popen(
+        [
+            sys.executable, ROOT / "examples/nemo_run/slurm.py", "--account", "root",
+            "--partition", "main", "--nodes", "2", "--gpus-per-node", "1", "--time", "00:20:00",
+            "--configs", folder, "--stages", "stage1_align", "stage2_distill",
+        ],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "NEMORUN_HOME": str(tmp_path / "home"), "PYTHONPATH": PYTHONPATH},
+    )  # fmt: skip
+    try:
+        _wait_for_step(folder, "stage1_align", 5)
+        number = call("squeue", "--noheader", "--states=RUNNING", "--format=%A").split()[0]
+        call("scancel", "--signal=TERM", number)  # as at the time limit: to the steps
+        until(lambda: "Restarts=1" in call("scontrol", "show", "job", number), 120, "requeued")
+        stopped = status_of(_config(folder, "stage1_align"))
+        assert 5 <= stopped.saved_step < STEPS["stage1_align"]
+        until(lambda: status_of(_config(folder, "stage2_distill")).is_complete, 600, "trained")
+    finally:
+        launcher.kill()
+        said = launcher.communicate()[0]
+    assert status_of(_config(folder, "stage1_align")).is_complete, said

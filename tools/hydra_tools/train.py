@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -17,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--chdir",
+        metavar="DIR",
+        help="go there first: relative paths are from DIR, where a launcher starts elsewhere",
+    )
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -42,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, or go on with, one stage; return the exit code."""
+    if args.chdir is not None:
+        try:
+            os.chdir(args.chdir)
+        except OSError as error:
+            raise UserError(f"--chdir {args.chdir}: {error.strerror}") from error
     if args.ranks is not None and (not args.dry_run or args.ranks < 1):
         raise UserError("--ranks is the number of GPUs, 1 or more, that --dry-run is to assume")
     if args.dry_run:
