@@ -83,8 +83,11 @@ class DataSection:
     paths: list[PathText]
     """Prefixes: `PREFIX.bin` and `PREFIX.idx` exist for each."""
     seq_length: _Count
+    """Tokens of a sample."""
     micro_batch_size: _Count
+    """Samples that a rank computes at one time."""
     global_batch_size: _Count
+    """Samples of a step, of all replicas together."""
     weights: list[_Positive] = field(default_factory=list)
     """Share of each path in the blend; empty: by size."""
     mask_end_of_document: bool = False
@@ -98,7 +101,9 @@ class DataSection:
     """Text of the token that ends documents; None: the one noted beside the datasets, else
     `<|endoftext|>` or `<|end_of_text|>` where the tokenizer has it, else its `eos_token`."""
     num_workers: _Workers = 0
+    """Processes per rank that read samples; 0 reads them in the rank's own."""
     seed: _Seed = 1234
+    """Of the order of samples."""
 
 
 @dataclass
@@ -106,7 +111,9 @@ class TrainerSection:
     """Length of the run and the device it runs on."""
 
     max_steps: _Count
+    """Optimizer steps of the whole run."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto`: a GPU where there is one."""
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """`bf16` computes in bfloat16; the optimizer's weights are float32 either way. `fp8` is bf16
     with the layers' matrix products in FP8 (Transformer Engine's, on a GPU alone): E4M3 forward,
@@ -114,6 +121,7 @@ class TrainerSection:
     num_threads: _Workers = 0
     """CPU threads per rank; 0 leaves PyTorch's default."""
     seed: _Seed = 1234
+    """Of all random numbers of the run but the order of samples."""
 
 
 @dataclass
@@ -121,14 +129,19 @@ class StrategySection:
     """Megatron's parallel layout; the data-parallel size is what is left of the world size."""
 
     tensor_model_parallel_size: _Count = 1
+    """Ranks that share each layer's heads and matrices."""
     pipeline_model_parallel_size: _Count = 1
+    """Stages that the layers are cut into, equal in size."""
     context_parallel_size: _Count = 1
+    """Ranks that share each sample's tokens."""
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] | None = None
     """How Transformer Engine brings keys and values to the queries of other context-parallel ranks:
     around a ring, by exchanging heads for tokens, or gathered. None is Megatron's own choice, the
     ring. What LA heads exchange does not depend on it."""
     sequence_parallel: bool = False
+    """Share the tokens between layers among the tensor-parallel ranks too."""
     use_distributed_optimizer: bool = False
+    """Split the optimizer's state over the data- and context-parallel ranks."""
     timeout_minutes: Annotated[float, Limits(above=0, most=1440)] = 30.0
     """How long a rank waits for others before all end: a hang is noticed by it. The first steps,
     which compile kernels, and the slowest rank's part of a checkpoint have to fit."""
@@ -148,13 +161,21 @@ class OptimSection:
     """AdamW and its learning-rate schedule."""
 
     lr: _PositiveOr0
+    """The highest learning rate, after the warm-up."""
     min_lr: _PositiveOr0 = 0.0
+    """Where the cosine ends, at `trainer.max_steps`."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: down to `min_lr` along half a cosine, or at `lr` to the end."""
     warmup_steps: _CountOr0 = 0
+    """Steps of a linear rise to `lr`."""
     weight_decay: _PositiveOr0 = 0.0
+    """Of matrices alone: norms, biases and vectors per head are not decayed."""
     beta1: _Below1 = 0.9
+    """AdamW's decay of the gradient's mean."""
     beta2: _Below1 = 0.95
+    """AdamW's decay of the squared gradient's mean."""
     eps: _Positive = 1e-8
+    """What AdamW adds to the root of that mean."""
     clip_grad: _PositiveOr0 = 1.0
     """Largest norm of the whole gradient; 0 turns clipping off."""
 
@@ -174,6 +195,8 @@ class TransferSection:
     """Which stage of the transfer runs, from which weights, held to which teacher."""
 
     stage: Stage
+    """`align` holds each hybrid attention to the teacher's, `distill` the predictions to its
+    predictions; `long_context` trains on long text."""
     init_from: PathText
     """Hybrid checkpoint folder that gives configuration, plan and first weights."""
     teacher: PathText | None = None
@@ -204,8 +227,9 @@ class LogSection:
     """The run folder and what is written there."""
 
     folder: PathText
+    """Of the run: checkpoints, scalars, and the trained model; one run per folder."""
     every_n_steps: _Count = 1
-    """Steps between two points in TensorBoard."""
+    """Steps between two points in TensorBoard and two lines in `metrics.jsonl`."""
 
 
 @dataclass
@@ -213,6 +237,7 @@ class ResumeSection:
     """Checkpoints of the run; the same command again goes on from the newest finished one."""
 
     save_every_n_steps: _Count = 500
+    """Steps between two checkpoints; what the last step gives is the trained model."""
     keep: _Count = 2
     """Checkpoints kept at a time; of two, one is left to go on from if the newest is damaged."""
     async_save: bool = False

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra_tools import cli
 from kit.lives import write_inputs
 
 from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.training.config import load_config
 from megatron_hydra.training.memory import training_memory
 
 
@@ -81,3 +83,48 @@ def test_what_would_fail_is_refused(
     assert cli.main(_command(inputs, *(word.replace("IN", str(inputs)) for word in more))) == 2
     assert sentence.replace("IN", str(inputs)) in capsys.readouterr().err
     assert not (inputs / "run").exists()
+
+
+def test_print_config_tells_what_file_defaults_and_overrides_come_to(tmp_path: Path) -> None:
+    """Read again it is the same run; what it names need not be there; nothing slow is loaded."""
+    (tmp_path / "below.yaml").write_text(
+        "data: {paths: [d], seq_length: 8, micro_batch_size: 1, global_batch_size: 2}\n"
+        "trainer: {max_steps: 3}\n"
+        "optim: {lr: 1e-3}\n"
+        "transfer: {stage: distill, init_from: hybrid, teacher: teacher}\n"
+        "log: {folder: run}\n"
+    )
+    (tmp_path / "run.yaml").write_text("defaults: below.yaml\ntrainer: {max_steps: 7}\n")
+    program = (
+        "import sys; from hydra_tools import cli; code = cli.main(sys.argv[1:]); "
+        "print(code, {'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"
+    )
+    command = ["train", "--config", str(tmp_path / "run.yaml"), "--print-config"]
+    said = subprocess.run(
+        [sys.executable, "-c", program, *command, "optim.lr=2e-3", "resume.keep=4"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    text, _, last = said.rstrip("\n").rpartition("\n")
+    assert last == "0 set()"
+    resolved = yaml.safe_load(text)
+    assert resolved["trainer"]["max_steps"] == 7  # the file's own
+    assert resolved["data"]["seq_length"] == 8  # of the file that it names
+    assert (resolved["optim"]["lr"], resolved["resume"]["keep"]) == (0.002, 4)  # overrides
+    assert resolved["transfer"]["kl_weight"] == 1.0  # by the stage
+    assert resolved["strategy"]["timeout_minutes"] == 30.0  # a default
+    (tmp_path / "printed.yaml").write_text(text)
+    assert load_config(tmp_path / "printed.yaml").to_yaml().strip() == text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "below.yaml", "printed.yaml", "run.yaml",
+    ]  # fmt: skip
+
+
+def test_print_config_refuses_what_a_run_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("data: {}\n")
+    command = ["train", "--config", str(tmp_path / "run.yaml"), "--print-config"]
+    assert cli.main(command) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "config key data.paths is missing" in said.err

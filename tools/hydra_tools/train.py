@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "neither GPU nor torchrun",
     )
     parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the resolved YAML (defaults, what the file takes from others, overrides), and "
+        "end; looks at no other file",
+    )
+    parser.add_argument(
         "--ranks", type=int, help="with --dry-run: GPUs in all (default: the fewest of the layout)"
     )
     parser.epilog = (
@@ -55,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--chdir {args.chdir}: {error.strerror}") from error
     if args.ranks is not None and (not args.dry_run or args.ranks < 1):
         raise UserError("--ranks is the number of GPUs, 1 or more, that --dry-run is to assume")
+    if args.print_config:
+        sys.stdout.write(load_config(args.config, args.overrides).to_yaml())
+        return 0
     if args.dry_run:
         return _dry_run(args)
     with stops.listening(_say) as asked:
