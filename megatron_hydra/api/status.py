@@ -29,6 +29,7 @@ class Status:
         folder: Of the run.
         stage: As `transfer.stage`.
         max_steps: Of the whole run.
+        tokens_per_step: Tokens of a global batch.
         step: The newest finished step that is recorded; 0 where there is none.
         scalars: Of that step, as `metrics.jsonl` has them; None for what is no number.
         seconds_since_step: Since it was recorded; None where there is none.
@@ -42,6 +43,7 @@ class Status:
     folder: Path
     stage: str
     max_steps: int
+    tokens_per_step: int
     step: int
     scalars: Mapping[str, float | None]
     seconds_since_step: float | None
@@ -50,6 +52,16 @@ class Status:
     seconds_since_save: float | None
     holder: str
     is_complete: bool
+
+    @property
+    def tokens(self) -> int:
+        """That the recorded steps have seen."""
+        return self.step * self.tokens_per_step
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the whole run."""
+        return self.max_steps * self.tokens_per_step
 
     @property
     def seconds_left(self) -> float | None:
@@ -81,6 +93,7 @@ def status_of(config: RunConfig) -> Status:
         folder=folder.path,
         stage=config.transfer.stage,
         max_steps=config.trainer.max_steps,
+        tokens_per_step=config.data.global_batch_size * config.data.seq_length,
         step=int(newest.get("step", 0)),
         scalars={key: value for key, value in newest.items() if key not in ("step", "time")},
         seconds_since_step=now - newest["time"] if records else None,

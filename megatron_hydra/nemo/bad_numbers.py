@@ -45,6 +45,8 @@ class NumberWatch(pl.Callback):
         is_skipped: Whether the step in progress, or the last one, is skipped.
         num_skipped: Skipped steps of the run, those before a resume counted too.
         grad_norm: Of the last step's whole gradient, before clipping.
+        peak_memory_gib: The most that tensors took of a GPU's memory, on the rank where it was
+            most, from this start of the run to the last step's gradients; 0 on a CPU.
         is_stopping: Whether the run is to end after this step; the same on every rank.
 
     Args:
@@ -58,7 +60,7 @@ class NumberWatch(pl.Callback):
         self.asks_to_stop = asks_to_stop
         self.is_skipped = self.is_stopping = False
         self.num_skipped = self._skipped_in_a_row = self._step = 0
-        self.grad_norm = 0.0
+        self.grad_norm = self.peak_memory_gib = 0.0
         self._dataset: Any = None
         self._chunks: Sequence[Any] = ()
         self._attentions: list[HydraAttention] = []
@@ -120,12 +122,15 @@ class NumberWatch(pl.Callback):
         watched = [*self._largest_outputs, *self._largest_gradients, *losses]
         is_bad = ~torch.cat([x.flatten().float() for x in watched]).isfinite().all()
         is_bad |= not math.isfinite(grad_norm)
-        flags = torch.stack([is_bad, torch.full_like(is_bad, self.asks_to_stop())]).float()
+        told = torch.tensor([self.asks_to_stop(), _peak_memory_gib()], device=is_bad.device)
+        flags = torch.cat([is_bad.float()[None], told.float()])
         # Over all ranks: a loss is known on the last pipeline stage only, and a gradient norm
         # leaves out the replicated parameters of all tensor-parallel ranks but the first. A signal
-        # to stop reaches ranks at different steps, or one rank alone.
+        # to stop reaches ranks at different steps, or one rank alone. The memory goes with it, as
+        # a message of its own would cost what these few bytes do not.
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        self.is_skipped, self.is_stopping = map(bool, flags.tolist())
+        is_skipped, is_stopping, self.peak_memory_gib = flags.tolist()
+        self.is_skipped, self.is_stopping = bool(is_skipped), bool(is_stopping)
         if not self.is_skipped:
             self._skipped_in_a_row = 0
             return False
@@ -230,6 +235,12 @@ class NumberWatch(pl.Callback):
         """Go on counting."""
         self.num_skipped = state_dict["num_skipped"]
         self._skipped_in_a_row = state_dict["skipped_in_a_row"]
+
+
+def _peak_memory_gib() -> float:
+    if not torch.cuda.is_initialized():
+        return 0.0
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def _keep_largest(largest: Tensor) -> Any:

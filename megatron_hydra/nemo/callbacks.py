@@ -40,8 +40,11 @@ class ScalarsCallback(pl.Callback):
     none, of a bad step, is null there.
 
     Scalars: `loss`, the stage's parts (`alignment/layer_00`, `alignment`, `kl`, `ce`),
-    `grad_norm`, `lr` and `tokens_per_s`, each the value of the step that it stands at. At a step
-    that is skipped also `skipped_steps`, their number so far, and at one whose loss jumps
+    `grad_norm`, `lr`, `step_s` (seconds) and `tokens_per_s`, each the value of the step that it
+    stands at; `tokens`, of all steps so far; on a GPU `peak_memory_gib`, as
+    :class:`~megatron_hydra.nemo.bad_numbers.NumberWatch` says, and where its peak is known `mfu`,
+    0 to 1.
+    At a step that is skipped also `skipped_steps`, their number so far, and at one whose loss jumps
     `loss_spike`, how many times the usual loss it is.
 
     Args:
@@ -51,6 +54,7 @@ class ScalarsCallback(pl.Callback):
         every_n_steps: Steps between two points.
         show: Called after each step with the number of finished steps and the scalars.
         watch: Has looked at the step's numbers.
+        seconds_at_peak: Of a step, see `megatron_hydra.training.utilization`; None: not known.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class ScalarsCallback(pl.Callback):
         every_n_steps: int,
         show: ShowStep,
         watch: NumberWatch,
+        seconds_at_peak: float | None = None,
     ) -> None:
         self.folder, self.metrics, self.tokens_per_step = folder, metrics, tokens_per_step
         self.every_n_steps, self.show, self.watch = every_n_steps, show, watch
+        self.seconds_at_peak = seconds_at_peak
         self._writer: Any = None
         self._step_start = self._lr = 0.0
 
@@ -89,10 +95,9 @@ class ScalarsCallback(pl.Callback):
             return
         seconds = time.perf_counter() - self._step_start
         scalars = {name: float(value) for name, value in outputs.items() if name != "num_tokens"}
-        scalars["grad_norm"] = self.watch.grad_norm
-        scalars["lr"] = self._lr
-        scalars["tokens_per_s"] = self.tokens_per_step / seconds
         step = trainer.global_step
+        scalars |= {"grad_norm": self.watch.grad_norm, "lr": self._lr}
+        scalars |= self._resources(step, seconds)
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._write_line(step, scalars)
             for name, value in scalars.items():
@@ -103,6 +108,19 @@ class ScalarsCallback(pl.Callback):
         if spike is not None:
             self._writer.add_scalar("train/loss_spike", spike, step)
         self.show(step, scalars)
+
+    def _resources(self, step: int, seconds: float) -> dict[str, float]:
+        """What the step took, as far as it is known."""
+        found = {
+            "tokens": float(step * self.tokens_per_step),
+            "step_s": seconds,
+            "tokens_per_s": self.tokens_per_step / seconds,
+        }
+        if self.watch.peak_memory_gib:
+            found["peak_memory_gib"] = self.watch.peak_memory_gib
+        if self.seconds_at_peak is not None:
+            found["mfu"] = self.seconds_at_peak / seconds
+        return found
 
     def _write_line(self, step: int, scalars: dict[str, float]) -> None:
         numbers = {name: x if math.isfinite(x) else None for name, x in scalars.items()}

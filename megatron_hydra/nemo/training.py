@@ -33,6 +33,7 @@ from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_plugins, make_strategy, use_gpu
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.checkpoint import (
     model_fields,
     read_metadata,
@@ -48,6 +49,7 @@ from megatron_hydra.training.dataset_checks import check_datasets
 from megatron_hydra.training.going_on import newest_checkpoint, run_identity
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present
+from megatron_hydra.training.utilization import seconds_at_peak
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 logger = logging.getLogger(__name__)
@@ -201,6 +203,7 @@ class TrainingRun:
             config.log.every_n_steps,
             show,
             watch,
+            self._seconds_at_peak(),
         )
         trainer = nl.Trainer(
             accelerator="gpu" if self.on_gpu else "cpu",
@@ -233,6 +236,13 @@ class TrainingRun:
         # Lightning's handlers end the loop with exit code 0, on the one rank that got the signal.
         trainer._signal_connector.register_signal_handlers = lambda: None
         return trainer
+
+    def _seconds_at_peak(self) -> float | None:
+        if not self.on_gpu:
+            return None
+        shape = ModelShape.from_config(self.model_config)  # type: ignore[arg-type]
+        name = torch.cuda.get_device_name()
+        return seconds_at_peak(self.config, shape, self.model_config.plan, name, self.world_size)
 
     def _write_hybrid(self, model: HydraModel, command: Sequence[str]) -> None:
         provenance = {

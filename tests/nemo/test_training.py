@@ -179,7 +179,7 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
     expected, trained = _plain_loop(inputs, steps, config.transfer)
 
     recorded = {f"train/{name}": values for name, values in shown.items()}
-    assert all(value >= BATCH * LENGTH / seconds for value in shown.pop("tokens_per_s").values())
+    _check_resources(shown, seconds)
     torch.testing.assert_close(shown, expected, rtol=1e-4, atol=1e-7)
     every = config.log.every_n_steps
     assert _tensorboard(folder / "tensorboard") == {
@@ -197,6 +197,17 @@ def _check_run(inputs: Path, folder: Path, overrides: list[str]) -> None:
     assert hybrid.meta["provenance"]["seq_length"] == LENGTH  # where it is to be evaluated
     # Heads are placed for the run's length; the stored model reaches as far as it did before.
     assert (run.model_config.seq_length, hybrid.config.seq_length) == (LENGTH, 128)
+
+
+def _check_resources(shown: Scalars, seconds: float) -> None:
+    """What the steps took, which is taken out; a CPU has neither a known peak nor GPU memory."""
+    step_s, tokens_per_s = shown.pop("step_s"), shown.pop("tokens_per_s")
+    assert all(value > 0 for value in step_s.values()) and sum(step_s.values()) < seconds
+    per_s = {step: BATCH * LENGTH / value for step, value in step_s.items()}
+    assert tokens_per_s == pytest.approx(per_s)
+    tokens = {step: step * BATCH * LENGTH for step in range(1, NUM_STEPS + 1)}
+    assert shown.pop("tokens") == tokens
+    assert not {"peak_memory_gib", "mfu"} & set(shown)
 
 
 def _split(tokens: Tensor) -> list[list[int]]:

@@ -121,7 +121,7 @@ def _shown(run: Path) -> dict[str, dict[str, float]]:
     """What rank 0 showed after each step, but for the speed."""
     shown = json.loads((run / "shown.json").read_text())
     for scalars in shown.values():
-        assert scalars.pop("tokens_per_s") > 0
+        assert scalars.pop("tokens_per_s") > 0 and scalars.pop("step_s") > 0
     return shown
 
 

@@ -85,9 +85,10 @@ def test_a_run_is_alive_silent_or_dead(
     _save(folder, 20, ago=1)
     with _held(folder) as holder:
         who = f"process {holder.pid} on {os.uname().nodename}"
-        first, steps, rate, saved = _say(capsys, str(folder.path))
+        first, steps, tokens, rate, saved = _say(capsys, str(folder.path))
         assert first == f"{folder.path}: distill, running ({who})"
         assert re.fullmatch(r"  step 150 of 1,000, \d+ s ago; loss 37.5", steps)
+        assert tokens == "  307,200 of 2,048,000 tokens"
         end = time.strftime("%Y-%m-%d %H:", time.localtime(time.time() + 850 * 2))
         assert rate.startswith(f"  2 s per step, 28 min 20 s left, done about {end}")
         assert saved == "  saved at step 100, 2 h 1 min ago"
@@ -95,9 +96,20 @@ def test_a_run_is_alive_silent_or_dead(
         _record(folder, range(101, 151), last_ago=90)
         assert f"SILENT, though {who} is alive" in _say(capsys, str(folder.path))[0]
         holder.stdin.close()
-    first, _, rate, _ = _say(capsys, str(folder.path))
+    first, _, _, rate, _ = _say(capsys, str(folder.path))
     assert first.endswith("not running: the same command goes on") and "done about" not in rate
     assert _say(capsys, "--steps", str(folder.path), str(folder.path)) == ["100", "100"]
+
+
+def test_what_a_gpu_took_is_told_as_far_as_it_is_known(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {"step": 3, "time": time.time(), "loss": None, "peak_memory_gib": 71.25}
+    for more, told in (({}, ""), ({"mfu": 0.4123}, ", MFU 41.2%")):
+        folder.metrics.write_text(json.dumps({**known, **more}) + "\n")
+        _, step, line, *_ = _say(capsys, str(folder.path))
+        assert step.endswith("; loss no number")  # of a step that was skipped
+        assert line == f"  6,144 of 2,048,000 tokens, 71.2 GiB of memory at the peak{told}"
 
 
 def test_a_configuration_names_a_run_that_has_not_begun(

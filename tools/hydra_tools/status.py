@@ -44,6 +44,7 @@ def _lines(found: Status) -> list[str]:
     if found.step:
         ago = _ago(found.seconds_since_step)
         lines.append(f"  step {found.step:,} of {found.max_steps:,}, {ago}; {_scalars(found)}")
+        lines.append(f"  {found.tokens:,} of {found.max_tokens:,} tokens{_resources(found)}")
     if found.seconds_per_step is not None and not found.is_complete:
         left = found.seconds_left or 0.0
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
@@ -70,9 +71,18 @@ def _state(found: Status) -> str:
 
 
 def _scalars(found: Status) -> str:
+    shown = {name: found.scalars[name] for name in SHOWN_SCALARS if name in found.scalars}
     return ", ".join(
-        f"{name} {found.scalars[name]:.4g}" for name in SHOWN_SCALARS if name in found.scalars
+        f"{name} {'no number' if value is None else format(value, '.4g')}"
+        for name, value in shown.items()
     )
+
+
+def _resources(found: Status) -> str:
+    """What the newest step took, as far as it is known: of a GPU alone."""
+    memory, mfu = found.scalars.get("peak_memory_gib"), found.scalars.get("mfu")
+    told = "" if memory is None else f", {memory:.3g} GiB of memory at the peak"
+    return told if mfu is None else f"{told}, MFU {mfu:.1%}"
 
 
 def _ago(seconds: float | None) -> str:
