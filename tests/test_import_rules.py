@@ -39,7 +39,8 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "selection",
     },
     "nemo": {
-        "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "training",
+        "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "selection",
+        "training",
     },
     "evaluation": {
         "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",
