@@ -12,7 +12,7 @@ from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.model_folder import peek_metadata
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check_ranks
-from megatron_hydra.training.dataset_checks import check_datasets, read_tokens
+from megatron_hydra.training.dataset_checks import check_all_datasets, read_tokens
 from megatron_hydra.training.memory import TrainingMemory, memory_of_run
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, result_bytes
@@ -75,7 +75,7 @@ def dry_run(
     plan = HeadPlan.load(f"{config.transfer.init_from}/plan.json")
     num_ranks = num_ranks or config.strategy.model_parallel_size
     check_ranks(config, num_ranks)
-    check_datasets(config.data, model["vocab_size"])
+    check_all_datasets(config, model["vocab_size"])
     folder.check_room()
     hybrid_bytes, checkpoint_bytes = result_bytes(config)
     data_parallel = num_ranks // config.strategy.model_parallel_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ class Status:
         tokens_per_step: Tokens of a global batch.
         step: The newest finished step that is recorded; 0 where there is none.
         scalars: Of that step, as `metrics.jsonl` has them; None for what is no number.
+        validation: Steps and value of the newest loss on held-out samples; None where none is.
         seconds_since_step: Since it was recorded; None where there is none.
         seconds_per_step: The median of the newest; None where fewer than two are recorded.
         saved_step: Finished steps of the newest checkpoint, or of the trained hybrid; 0 for none.
@@ -46,6 +48,7 @@ class Status:
     tokens_per_step: int
     step: int
     scalars: Mapping[str, float | None]
+    validation: tuple[int, float | None] | None
     seconds_since_step: float | None
     seconds_per_step: float | None
     saved_step: int
@@ -96,6 +99,7 @@ def status_of(config: RunConfig) -> Status:
         tokens_per_step=config.data.global_batch_size * config.data.seq_length,
         step=int(newest.get("step", 0)),
         scalars={key: value for key, value in newest.items() if key not in ("step", "time")},
+        validation=_newest_validation(folder.metrics),
         seconds_since_step=now - newest["time"] if records else None,
         seconds_per_step=_seconds_per_step(records),
         saved_step=0 if saved is None else saved[0],
@@ -123,6 +127,23 @@ def _newest_records(file: Path) -> Sequence[Mapping[str, Any]]:
         return [json.loads(line) for line in whole[-_STEPS_OF_A_RATE - 1 :]]
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
+
+
+def _newest_validation(file: Path) -> tuple[int, float | None] | None:
+    """Step and loss of the last line that has one, which may lie far above the end."""
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        last = text.rfind(b"\n")  # what stands behind it is being written
+        place = text.rfind(b'"validation/loss"', 0, max(0, last))
+        if place < 0:
+            return None
+        line = text[text.rfind(b"\n", 0, place) + 1 : text.find(b"\n", place)]
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    return record["step"], record["validation/loss"]
 
 
 def _seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:

@@ -33,6 +33,7 @@ from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.strategy import fp8_fields, make_plugins, make_strategy, use_gpu
+from megatron_hydra.nemo.validation import Validation
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.checkpoint import (
     model_fields,
@@ -45,10 +46,10 @@ from megatron_hydra.teachers.loading import megatron_fields
 from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import ModelSection, RunConfig
 from megatron_hydra.training.config_checks import check_ranks
-from megatron_hydra.training.dataset_checks import check_datasets
+from megatron_hydra.training.dataset_checks import check_all_datasets
 from megatron_hydra.training.going_on import newest_checkpoint, run_identity
 from megatron_hydra.training.run_folder import RunFolder
-from megatron_hydra.training.run_inputs import check_present
+from megatron_hydra.training.run_inputs import check_present, datasets_hash
 from megatron_hydra.training.utilization import seconds_at_peak
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
@@ -88,7 +89,7 @@ class TrainingRun:
         if config.transfer.teacher is not None:
             self._check_teacher(_metadata(config.transfer.teacher, "teacher", "transfer.teacher"))
         self.model_config = self._model_config()
-        check_datasets(config.data, self.model_config.vocab_size)
+        check_all_datasets(config, self.model_config.vocab_size)
         self._document_end, self._document_end_id = self._end_of_document()
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
@@ -195,7 +196,11 @@ class TrainingRun:
 
     def _trainer(self, show: ShowStep, watch: NumberWatch, checkpoint: Path | None) -> nl.Trainer:
         config = self.config
-        facts = {**self.identity.inputs, "checkpoint to go on from": str(checkpoint)}
+        facts = {
+            **self.identity.inputs,
+            "data.validation_paths": datasets_hash(config.data.validation),
+            "checkpoint to go on from": str(checkpoint),
+        }
         scalars = ScalarsCallback(
             self.folder.tensorboard,
             self.folder.metrics,
@@ -203,6 +208,7 @@ class TrainingRun:
             config.log.every_n_steps,
             show,
             watch,
+            Validation(config, self._document_end_id, self.folder.data_index),
             self._seconds_at_peak(),
         )
         trainer = nl.Trainer(
@@ -374,7 +380,8 @@ class TrainingRun:
         is_read = data.mask_end_of_document or data.reset_at_document_end
         if not is_read and data.end_of_document is None:
             return None, -1  # never read
-        return find_end_of_document(data, load_tokenizer(self._tokenizer))
+        every = replace(data, paths=[*data.paths, *data.validation_paths])
+        return find_end_of_document(every, load_tokenizer(self._tokenizer))
 
 
 def _metadata(folder: str, kind: str, key: str) -> dict[str, Any]:

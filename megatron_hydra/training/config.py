@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,8 +31,11 @@ MAY_CHANGE = (
     "model.cuda_graphs",
     "data.micro_batch_size",
     "data.num_workers",
+    "data.validation_paths",
     "trainer.max_steps",
     "trainer.num_threads",
+    "trainer.validate_every_n_steps",
+    "trainer.validation_steps",
     "transfer.chunk_tokens",
     "strategy",
     "log",
@@ -104,6 +107,13 @@ class DataSection:
     """Processes per rank that read samples; 0 reads them in the rank's own."""
     seed: _Seed = 1234
     """Of the order of samples."""
+    validation_paths: list[PathText] = field(default_factory=list)
+    """Prefixes of held-out datasets, whose loss is measured now and then; empty: none is."""
+
+    @property
+    def validation(self) -> DataSection:
+        """The same of the held-out datasets, blended by size."""
+        return replace(self, paths=self.validation_paths, weights=[], validation_paths=[])
 
 
 @dataclass
@@ -122,6 +132,11 @@ class TrainerSection:
     """CPU threads per rank; 0 leaves PyTorch's default."""
     seed: _Seed = 1234
     """Of all random numbers of the run but the order of samples."""
+    validate_every_n_steps: _CountOr0 = 0
+    """Steps between two measurements of the loss on `data.validation_paths`, which is measured
+    after the last step too; 0: never."""
+    validation_steps: _Count = 10
+    """Global batches of a measurement, each time the same samples."""
 
 
 @dataclass

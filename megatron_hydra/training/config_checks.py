@@ -33,6 +33,7 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.paths)} data.paths"
         )
+    _check_validation(config)
     if data.global_batch_size % data.micro_batch_size:
         raise UserError(
             f"data.global_batch_size {data.global_batch_size} is not divisible by "
@@ -54,6 +55,26 @@ def check(config: RunConfig) -> None:
     _check_parallel_sizes(transfer, config.strategy)
     if config.trainer.precision == "fp8" and not data.reset_at_document_end:
         _check_fp8(data, config.strategy)
+
+
+def _check_validation(config: RunConfig) -> None:
+    paths, every = config.data.validation_paths, config.trainer.validate_every_n_steps
+    if bool(paths) != bool(every):
+        raise UserError(
+            f"data.validation_paths is {paths} and trainer.validate_every_n_steps is {every}: a "
+            "validation loss needs both, a run without one neither"
+        )
+    for path in paths:
+        if path in config.data.paths:
+            raise UserError(
+                f"data.validation_paths names {path}, which data.paths has too: the loss on what "
+                "is trained on tells nothing of other text"
+            )
+    if every and config.model.cuda_graphs:
+        raise UserError(
+            "trainer.validate_every_n_steps does not go with model.cuda_graphs, whose graphs are "
+            "of training steps alone"
+        )
 
 
 def check_ranks(config: RunConfig, num_ranks: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.training.config import DataSection
+from megatron_hydra.training.config import DataSection, RunConfig
 from megatron_hydra.training.indexed_dataset import dataset_files, read_notes
 
 # Magic and version, the type of a token, the number of sequences and of documents. Then follow
@@ -21,6 +21,26 @@ _INDEX_START = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1)
 _INTEGER_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _SCANNED_TOKENS = 2**24
 """Tokens of a dataset that are looked at in one go."""
+
+
+def check_all_datasets(config: RunConfig, vocab_size: int) -> None:
+    """As :func:`check_datasets`, of what a run trains on and of what it holds out.
+
+    Raises:
+        UserError: On the first that is wrong, or if less is held out than is asked for.
+    """
+    check_datasets(config.data, vocab_size)
+    held_out = config.data.validation
+    if not held_out.paths:
+        return
+    check_datasets(held_out, vocab_size)
+    num_samples = config.trainer.validation_steps * held_out.global_batch_size
+    there = sum((len(read_tokens(path)) - 1) // held_out.seq_length for path in held_out.paths)
+    if there < num_samples:
+        raise UserError(
+            f"trainer.validation_steps {config.trainer.validation_steps} takes {num_samples:,} "
+            f"samples, but data.validation_paths hold {there:,}: choose fewer steps or more text"
+        )
 
 
 def check_datasets(section: DataSection, vocab_size: int) -> None:

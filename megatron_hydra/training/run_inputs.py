@@ -21,8 +21,12 @@ def input_paths(config: RunConfig) -> list[tuple[str, Path]]:
     found = [("transfer.init_from", Path(config.transfer.init_from))]
     if config.transfer.teacher is not None:
         found.append(("transfer.teacher", Path(config.transfer.teacher)))
-    for prefix in config.data.paths:
-        found += [("data.paths", Path(f"{prefix}{ending}")) for ending in _DATASET_ENDINGS]
+    for key, prefixes in (
+        ("data.paths", config.data.paths),
+        ("data.validation_paths", config.data.validation_paths),
+    ):
+        for prefix in prefixes:
+            found += [(key, Path(f"{prefix}{ending}")) for ending in _DATASET_ENDINGS]
     return found
 
 
@@ -35,7 +39,7 @@ def check_present(config: RunConfig) -> None:
         UserError: On the first that is not.
     """
     for key, path in input_paths(config):
-        if key == "data.paths":
+        if key.startswith("data."):
             if path.suffix != ".json" and not path.is_file():
                 prefix = str(path).removesuffix(path.suffix)
                 raise UserError(
@@ -122,7 +126,8 @@ def moved_inputs(old: RunConfig, new: RunConfig) -> set[str]:
     def places(config: RunConfig) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {key: [] for key in HELD_BY_CONTENT}
         for key, path in input_paths(config):
-            found[key].append(path.resolve())
+            if key in found:
+                found[key].append(path.resolve())
         return found
 
     there, here = places(old), places(new)

@@ -57,6 +57,7 @@ class Alignment:
         self._received: Tensor | None = None
         self._stage_output: Tensor | None = None
         self._layer_input: Tensor | None = None
+        self._with_gradients = True
         config = student.config
         for i, (student_layer, teacher_layer) in enumerate(
             zip(student.decoder.layers, teacher.decoder.layers, strict=True)
@@ -90,7 +91,7 @@ class Alignment:
             of the attention output; float32 scalars. The stage's loss is their sum. Under
             sequence or context parallelism a rank's tokens are its share.
         """
-        self.losses = {}
+        self.losses, self._with_gradients = {}, torch.is_grad_enabled()
         self._token_weights = self._as_hidden_states(token_weights)
         with torch.no_grad():
             self._stage_output = stage_hidden_states(
@@ -150,8 +151,8 @@ class Alignment:
                 errors = (found.float() - target.float()).square().mean(dim=-1)
                 return (errors if weights is None else errors * weights).sum()
 
-            with torch.enable_grad():
-                if recomputes:
+            with torch.set_grad_enabled(self._with_gradients):  # the teacher runs without
+                if recomputes and self._with_gradients:
                     # Reentrant: the other kind keeps what a kernel stores beside its saved
                     # tensors, as FlashQLA does. It wants an input that has a gradient.
                     anchor = layer_input.new_empty(0).requires_grad_()

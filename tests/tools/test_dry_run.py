@@ -74,6 +74,8 @@ def test_the_memory_of_a_pipeline_is_said_to_be_unmeasured(
         (["--ranks", "0"], "--ranks is the number of GPUs, 1 or more"),
         (["transfer.init_from=IN/teacher"], "IN/teacher is a teacher checkpoint; a hybrid is"),
         (["data.seq_length=512"], "data.seq_length is 512, but"),
+        (["data.validation_paths=[IN/none]", "trainer.validate_every_n_steps=1"],
+         "no indexed dataset IN/none: IN/none.idx is missing"),
         (["trainer.precision=bf16", "strategy.use_distributed_optimizer=false"], "bf16 needs"),
     ],
 )  # fmt: skip

@@ -112,6 +112,22 @@ def test_what_a_gpu_took_is_told_as_far_as_it_is_known(
         assert line == f"  6,144 of 2,048,000 tokens, 71.2 GiB of memory at the peak{told}"
 
 
+def test_the_newest_validation_is_found_far_above_the_end(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a look at the newest step alone, which seldom has one."""
+    filler = "x" * 2000
+    with folder.metrics.open("w") as stream:
+        for step in range(1, 101):
+            record = {"step": step, "time": 1.0, "loss": 1.0, "filler": filler}
+            record |= {"validation/loss": step / 8} if step in (10, 20) else {}
+            stream.write(json.dumps(record) + "\n")
+        stream.write('{"step": 101, "validation/loss": 9')  # being written
+    assert "  validation loss 2.5 at step 20" in _say(capsys, str(folder.path))
+    folder.metrics.write_text("")
+    assert not any("validation loss" in line for line in _say(capsys, str(folder.path)))
+
+
 def test_a_configuration_names_a_run_that_has_not_begun(
     folder: RunFolder, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

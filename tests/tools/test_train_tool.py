@@ -42,6 +42,15 @@ def test_distillation_shows_its_parts(capsys: pytest.CaptureFixture[str]) -> Non
     assert "loss 3, kl 1, ce 2, grad_norm 0.5" in line and "worst" not in line
 
 
+def test_the_newest_validation_loss_stays_on_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = _Progress(load_config(EXAMPLES / "stage2_distill.yaml"))
+    for step, more in enumerate(({"validation/loss": 2.5}, {"validation/loss": 2.25}, {}), start=1):
+        progress.show(step, {"loss": 3.0, **RATES, **more})
+    progress.close()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert " 3/" in line and "loss 3, " in line and line.endswith("validation/loss 2.25]")
+
+
 def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
     """It waits until torchrun ends it, then leaves with 2 and without a word or a stack."""
     report = tmp_path / "report.json"

@@ -16,8 +16,19 @@ install_if_needed()
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.nemo.data import find_end_of_document, make_data_module  # noqa: E402
-from megatron_hydra.training.config import DataSection  # noqa: E402
-from megatron_hydra.training.dataset_checks import check_datasets, read_tokens  # noqa: E402
+from megatron_hydra.training.config import (  # noqa: E402
+    DataSection,
+    LogSection,
+    OptimSection,
+    RunConfig,
+    TrainerSection,
+    TransferSection,
+)
+from megatron_hydra.training.dataset_checks import (  # noqa: E402
+    check_all_datasets,
+    check_datasets,
+    read_tokens,
+)
 from megatron_hydra.training.indexed_dataset import write_indexed_dataset  # noqa: E402
 from megatron_hydra.training.run_inputs import datasets_hash  # noqa: E402
 from megatron_hydra.training.samples import documents  # noqa: E402
@@ -172,3 +183,39 @@ def test_tokens_are_read_as_megatron_wrote_them(tmp_path: Path, dtype: type) -> 
     builder.add_document(torch.tensor([3, 1, 100]), [2, 1])
     builder.finalize(str(tmp_path / "x.idx"))
     assert read_tokens(str(tmp_path / "x")).tolist() == [3, 1, 100]
+
+
+@pytest.mark.parametrize(
+    ("documents", "sentence"),
+    [
+        (
+            [[1] * 16],
+            "trainer.validation_steps 2 takes 2 samples, but data.validation_paths hold 1",
+        ),
+        ([[1] * 8], r"at least data.seq_length \+ 1 are needed"),
+        (
+            [[1] * 16 + [200]],
+            "the dataset .*held_out holds token 200, but the model has 200 tokens",
+        ),
+    ],
+)
+def test_what_is_held_out_is_checked_too(
+    tmp_path: Path, documents: list[list[int]], sentence: str
+) -> None:
+    data = section(write(tmp_path / "d", [[1] * 9]))
+    config = RunConfig(
+        data,
+        TrainerSection(3, validate_every_n_steps=1, validation_steps=2),
+        OptimSection(1e-3),
+        TransferSection("long_context", "hybrid"),
+        LogSection("run"),
+    )
+    for name in ("d", "held_out"):  # without notes
+        write(tmp_path / name, [[1] * 17])
+        (tmp_path / f"{name}.json").unlink()
+    data.validation_paths = [str(tmp_path / "held_out")]
+    check_all_datasets(config, 200)
+    write(tmp_path / "held_out", documents)
+    (tmp_path / "held_out.json").unlink()
+    with pytest.raises(UserError, match=sentence):
+        check_all_datasets(config, 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 from itertools import pairwise
@@ -115,6 +116,11 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("data.paths=text", "data.paths is 'text'; a list is needed"),
         ("data.paths=[]", "data.paths is empty"),
         ("data.weights=[1, 2]", "data.weights has 2 values for 1 data.paths"),
+        (
+            "data.validation_paths=[v]",
+            "trainer.validate_every_n_steps is 0: a validation loss needs",
+        ),
+        ("trainer.validate_every_n_steps=5", "data.validation_paths is [] and trainer.validate"),
         ("data.micro_batch_size=3", "data.global_batch_size 2 is not divisible"),
         ("transfer.stage=align1", "transfer.stage is 'align1'; allowed: align, distill, long_c"),
         ("optim.beta1=1.5", "optim.beta1 is 1.5; it must be 0 or more, and below 1"),
@@ -243,3 +249,25 @@ def test_recipes_train_on_the_papers_tokens(recipe: str) -> None:
         assert abs(max_steps * batch * length - num_tokens) <= batch * length
         assert optim.learning_rate(optim.warmup_steps, max_steps) == pytest.approx(first)
         assert optim.learning_rate(max_steps, max_steps) == pytest.approx(last)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.validation_paths=[v, d]", "data.validation_paths names d, which data.paths has too"),
+        ("model.cuda_graphs=true", "validate_every_n_steps does not go with model.cuda_graphs"),
+    ],
+)
+def test_validation_refuses_what_tells_nothing(
+    config_file: Path, override: str, sentence: str
+) -> None:
+    validation = ["data.validation_paths=[v]", "trainer.validate_every_n_steps=5"]
+    load_config(config_file, validation)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_config(config_file, [*validation, override])
+
+
+def test_validation_may_change_when_a_run_goes_on(config_file: Path) -> None:
+    validation = ["data.validation_paths=[v]", "trainer.validate_every_n_steps=5"]
+    old, new = (load_config(config_file, more) for more in ([], validation))
+    assert list(differences(old, new)) == list(differences(new, old)) == []

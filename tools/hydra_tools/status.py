@@ -45,6 +45,9 @@ def _lines(found: Status) -> list[str]:
         ago = _ago(found.seconds_since_step)
         lines.append(f"  step {found.step:,} of {found.max_steps:,}, {ago}; {_scalars(found)}")
         lines.append(f"  {found.tokens:,} of {found.max_tokens:,} tokens{_resources(found)}")
+    if found.validation is not None:
+        step, loss = found.validation
+        lines.append(f"  validation loss {_figure(loss)} at step {step:,}")
     if found.seconds_per_step is not None and not found.is_complete:
         left = found.seconds_left or 0.0
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
@@ -72,10 +75,11 @@ def _state(found: Status) -> str:
 
 def _scalars(found: Status) -> str:
     shown = {name: found.scalars[name] for name in SHOWN_SCALARS if name in found.scalars}
-    return ", ".join(
-        f"{name} {'no number' if value is None else format(value, '.4g')}"
-        for name, value in shown.items()
-    )
+    return ", ".join(f"{name} {_figure(value)}" for name, value in shown.items())
+
+
+def _figure(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4g}"
 
 
 def _resources(found: Status) -> str:

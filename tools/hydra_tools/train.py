@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from hydra_tools import launch, stops
-from hydra_tools.progress import SHOWN_SCALARS
+from hydra_tools.progress import SHOWN_SCALARS, VALIDATION
 from megatron_hydra.api.train import Training, train
 from megatron_hydra.errors import UserError
 from megatron_hydra.training.config import RunConfig, load_config
@@ -158,6 +158,7 @@ class _Progress:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.bar: Any = None
+        self.validation: dict[str, float] = {}  # the newest
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
         """Move the line to ``step`` finished steps."""
@@ -166,7 +167,9 @@ class _Progress:
         if self.bar is None:
             stage, max_steps = self.config.transfer.stage, self.config.trainer.max_steps
             self.bar = meter(stage, "step", max_steps, initial=step - 1)
-        self.bar.set_postfix_str(_progress_text(scalars), refresh=False)
+        if VALIDATION in scalars:
+            self.validation = {VALIDATION: scalars[VALIDATION]}
+        self.bar.set_postfix_str(_progress_text({**scalars, **self.validation}), refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
@@ -182,6 +185,8 @@ def _progress_text(scalars: dict[str, float]) -> str:
     if layers:
         worst = max(layers, key=lambda name: layers[name])
         shown = {"loss": shown.pop("loss"), f"worst {worst}": layers[worst], **shown}
+    if VALIDATION in scalars:
+        shown[VALIDATION] = scalars[VALIDATION]
     return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
