@@ -105,6 +105,17 @@ def _check_runs(inputs: Path, folder: Path) -> None:
         assert sorted(rest) == [3]
         _check_same_run(rest, {3: quiet[3]}, folder / f"{name}_stopped", folder / f"{name}_without")
         assert rest[3]["validation/loss"] == shown[3]["validation/loss"]
+    _check_bf16(inputs, folder)
+
+
+def _check_bf16(inputs: Path, folder: Path) -> None:
+    """Where the optimizer has weights of its own, split over the ranks."""
+    bf16 = ["trainer.precision=bf16", "strategy.use_distributed_optimizer=true"]
+    quiet = _train(inputs, folder / "bf16_without", bf16)
+    shown = _train(inputs, folder / "bf16", [*bf16, *_overrides(inputs, every=1)])
+    losses = [shown[step]["validation/loss"] for step in range(1, NUM_STEPS + 1)]
+    assert len(set(losses)) == NUM_STEPS, "each of other weights"
+    _check_same_run(shown, quiet, folder / "bf16", folder / "bf16_without")
 
 
 def _check_same_run(
