@@ -39,16 +39,25 @@ def check_present(config: RunConfig) -> None:
         UserError: On the first that is not.
     """
     for key, path in input_paths(config):
-        if key.startswith("data."):
-            if path.suffix != ".json" and not path.is_file():
-                prefix = str(path).removesuffix(path.suffix)
+        if not key.startswith("data.") and not (path / "model.json").is_file():
+            raise UserError(f"{path} is not a checkpoint folder: it has no model.json")
+    check_datasets(config.data)
+    _check_sequence_length(config)
+
+
+def check_datasets(section: DataSection) -> None:
+    """Check that the datasets are there.
+
+    Raises:
+        UserError: On the first that is not.
+    """
+    for prefix in (*section.paths, *section.validation_paths):
+        for ending in _TOKEN_ENDINGS:
+            if not Path(f"{prefix}{ending}").is_file():
                 raise UserError(
-                    f"no indexed dataset {prefix}: {path} is missing "
+                    f"no indexed dataset {prefix}: {prefix}{ending} is missing "
                     "(see megatron-hydra preprocess)"
                 )
-        elif not (path / "model.json").is_file():
-            raise UserError(f"{path} is not a checkpoint folder: it has no model.json")
-    _check_sequence_length(config)
 
 
 def input_hashes(config: RunConfig) -> dict[str, str]:

@@ -32,6 +32,7 @@ VERBS = {
     "warm-up": "compile the kernels of LA heads before they are needed; for GPUs",
     "estimate": "predict memory, time, disk and cost of stages, before any GPU is taken",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
+    "transfer": "run all steps from score to report by one YAML file, what is done excepted",
     "status": "tell how far trainings are, from their folders",
     "certify": "hold a model to itself at every parallel layout; start it with torchrun",
     "export": "write a checkpoint as a Hugging Face folder that runs without this package",
