@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from hydra_tools.transfer import Record
+from hydra_tools.transfer import _File as TransferFile
 
 from megatron_hydra.api.estimate import Estimate, LayoutEstimate, StageEstimate
 from megatron_hydra.certify.tables import CertificateFile, NotRun, Row
@@ -132,6 +134,7 @@ def test_every_key_of_a_certificate_is_explained() -> None:
             ("Rules for all of them", "Generation"),
         ),
         ((Estimate, StageEstimate, LayoutEstimate), ("Rules for all of them", "Estimate")),
+        ((TransferFile, Record), ("Rules for all of them", "State of a transfer")),
         ((CertificateFile, Row, NotRun), ("Rules for all of them", "Certificate")),
     ],
 )

@@ -303,8 +303,9 @@ def test_the_whole_chain_killed_gone_on_with_and_changed(tmp_path: Path) -> None
         "score.probes={names: [niah_single_1], pairs: 2, pairs_of: {}, length: 256}",
         f"score.probes.text={text}", "score.scorers.names=[activation_patching]",
         f"convert.calibration_text={text}", "convert.calibration_length=128",
-        "convert.calibration_tokens=256", f"evaluate.text=[{text}]", "evaluate.lengths=128", "evaluate.tasks=single",
-        "evaluate.num_samples=5", "evaluate.training_length=128", "evaluate.perplexity_tokens=256",
+        "convert.calibration_tokens=256", f"evaluate.text=[{text}]", "evaluate.lengths=128",
+        "evaluate.tasks=single", "evaluate.num_samples=5", "evaluate.training_length=128",
+        "evaluate.perplexity_tokens=256",
     ]  # fmt: skip
     run = tmp_path / "run"
 
