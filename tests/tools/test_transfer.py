@@ -256,6 +256,8 @@ def test_the_examples_hand_on_what_their_stages_name(
     for stage in STAGES:
         (step,) = (step for step in steps if step.name == stage)
         assert step.run == load_config(path.parent / f"{stage}.yaml")
+        # A release that adds a key with a default must not have a stage train again.
+        assert f"{stage}.optim.lr" in step.settings and f"{stage}.optim.beta1" not in step.settings
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
