@@ -1,14 +1,18 @@
 """The pages for readers: their links, and what they say of files and fields, held to the code.
 
-Catches: a page that leads nowhere or that nobody finds, a key of a file without an explanation, a
-field that a page names and that is no longer there. `make checks` builds the site, with anchors.
+Catches: a page that leads nowhere or that nobody finds, a command that its verb would refuse, a key
+of a file without an explanation, a field that a page names and that is no longer there. `make
+checks` builds the site, with anchors.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import importlib
 import json
 import re
+import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +59,28 @@ def test_links_lead_to_files_that_are_there(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
     own = [link for link in links if "://" not in link]
     assert [link for link in own if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_command_is_one_that_its_verb_takes(page: Path) -> None:
+    for command in _commands(page.read_text(encoding="utf-8")):
+        words = shlex.split(command, comments=True)
+        verb = words[words.index("-m") + 1].rpartition(".")[2] if "-m" in words else words[1]
+        options = words[words.index("-m") + 2 :] if "-m" in words else words[2:]
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        module = importlib.import_module(f"hydra_tools.{verb.replace('-', '_')}")
+        module.add_arguments(parser)
+        try:
+            parser.parse_args(options)
+        except SystemExit:
+            pytest.fail(f"{page.name}: {command}")
+
+
+def _commands(text: str) -> list[str]:
+    """Lines of code blocks that run a verb, by itself or by torchrun."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [x for x in lines if x.startswith("megatron-hydra ") or "-m hydra_tools." in x]
 
 
 def test_every_page_is_named_in_the_readme_and_in_the_overview() -> None:
