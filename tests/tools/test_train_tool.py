@@ -106,9 +106,17 @@ def _write_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [{"RANK": "1"}, {"RANK": "0", "WORLD_SIZE": "4"}])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --config run.yaml data.global_batch_size=4",
+        "score --teacher teacher --out scores.json",
+        "certify --config run.yaml --out certificate.json",
+    ],
+)
 def test_ranks_that_a_shell_has_kept_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    left: dict[str, str],
+    left: dict[str, str], command: str,
 ) -> None:  # fmt: skip
     """Catches a rank 1 of nobody, which trains without a lock, a word or a run_config.yaml."""
     _write_run(tmp_path)
@@ -117,8 +125,7 @@ def test_ranks_that_a_shell_has_kept_are_refused(
         monkeypatch.delenv(name, raising=False)
     for name, value in left.items():
         monkeypatch.setenv(name, value)
-    batch = "data.global_batch_size=4"
-    assert cli.main(["train", "--config", "run.yaml", batch]) == 2
+    assert cli.main(command.split()) == 2
     values = " and ".join(f"{name}={value}" for name, value in left.items())
     assert f"the environment has {values}, but torchrun has not" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

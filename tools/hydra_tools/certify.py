@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return _tabulate(args)
     if args.config is None or args.out is None:
         raise UserError("--config and --out are needed, or --table with certificates")
+    launch.check_launcher("certify")
     trial = Trial(
         tp=args.tp,
         cp=args.cp,

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score every head; write the file; print a summary."""
+    launch.check_launcher("score")
     given = {"model.teacher": args.teacher, "run.out": args.out}
     values = {key: value for key, value in given.items() if value is not None}
     config = load_scoring_config(args.config, args.overrides, values)
