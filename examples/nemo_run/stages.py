@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import nemo_run as run
@@ -41,7 +42,10 @@ def launch(args: argparse.Namespace, executor: run.Executor) -> None:
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         # Seconds that torchrun gives a save, once it has had a signal.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
-    } | {name: os.environ[name] for name in ("PYTHONPATH", "PATH") if name in os.environ}
+        # Of this very environment.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
     is_local = isinstance(executor, run.LocalExecutor)
     tasks = {
         stage: (args.configs / f"{stage}.yaml", _of_stage(stage, args.overrides))

@@ -275,8 +275,10 @@ with _Child.hears_signals() as child:
     print(code, child.stopped)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=_environment()
-    )
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=_environment(),
+        # A shell has what it starts in the background ignore SIGINT.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.communicate(timeout=60)[0] == f"7 {number.name}\n"
