@@ -35,7 +35,7 @@ class UnfinishedWork:
     """How a message calls what makes two runs the same, where its key would not be understood."""
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], start_anew: bool = False) -> None:
-        self.path = out.with_name(f"{out.name}.partial")
+        self.path = _folder(out)
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.start_anew = start_anew
         self._lock = ExitStack()
@@ -105,6 +105,15 @@ class UnfinishedWork:
         for path in self._entries():
             if self._is_own(path.name) and path.name != _LOCK:
                 path.unlink()
+
+
+def forget_unfinished(out: Path) -> None:
+    """Have the next run of an output begin anew, whatever another has left of it."""
+    (_folder(out) / _RECORD).unlink(missing_ok=True)
+
+
+def _folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

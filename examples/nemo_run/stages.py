@@ -10,7 +10,7 @@ from pathlib import Path
 import nemo_run as run
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.training.config import load_config
+from megatron_hydra.training.config import load_config, overrides_of_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("stage1_align", "stage2_distill", "stage3_long_context")
@@ -48,7 +48,7 @@ def launch(args: argparse.Namespace, executor: run.Executor) -> None:
     }
     is_local = isinstance(executor, run.LocalExecutor)
     tasks = {
-        stage: (args.configs / f"{stage}.yaml", _of_stage(stage, args.overrides))
+        stage: (args.configs / f"{stage}.yaml", overrides_of_stage(stage, STAGES, args.overrides))
         for stage in args.stages
     }
     for config, overrides in tasks.values():
@@ -72,15 +72,3 @@ def launch(args: argparse.Namespace, executor: run.Executor) -> None:
             experiment.dryrun()
         else:
             experiment.run(sequential=is_local, tail_logs=True)
-
-
-def _of_stage(stage: str, overrides: list[str]) -> list[str]:
-    """Those of all stages, and its own without their prefix."""
-    found = []
-    for override in overrides:
-        prefix, _, rest = override.partition(".")
-        if prefix in STAGES:
-            found += [rest] if prefix == stage else []
-        else:
-            found.append(override)
-    return found

@@ -17,6 +17,7 @@ _NUM_TAPS = 4
 _MOST_TOKENS = 2**15
 
 
+@cache
 def warm_up(mode: Mode, device: torch.device) -> Path:
     """Compile the gated delta rule, LA preparation and head fusion of a mode, on a GPU.
 

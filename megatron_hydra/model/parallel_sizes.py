@@ -9,6 +9,11 @@ from typing import Any
 from megatron_hydra.errors import UserError
 
 
+def divisors(number: int) -> list[int]:
+    """Of a whole number above 0, ascending; none of 0."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def padded_size(size: int, tp_size: int) -> int:
     """`size`, or the next multiple of `tp_size`: what equal parts for all ranks come to."""
     return -(-size // tp_size) * tp_size

@@ -13,6 +13,7 @@ from typing import Literal
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
 from megatron_hydra.model.mixers.costs import CostModel as CostModel
+from megatron_hydra.model.parallel_sizes import divisors
 
 PlacementPolicy = Literal["balanced", "by_type"]
 
@@ -131,16 +132,12 @@ def _check_arguments(
     if tp_size < 1 or num_heads % tp_size:
         raise UserError(
             f"{num_heads} heads are not divisible by tensor parallel size {tp_size}: "
-            f"use one of {', '.join(str(n) for n in _divisors(num_heads))}"
+            f"use one of {', '.join(str(n) for n in divisors(num_heads))}"
         )
     if num_query_groups < 1 or num_heads % num_query_groups:
         raise UserError(f"{num_heads} heads are not divisible by {num_query_groups} query groups")
     if length < 1:
         raise UserError(f"sequence length {length} must be positive")
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 # --- balanced ---------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -313,6 +313,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config: RunConfig = read_config(RunConfig, path, overrides)
     check(config)
     return config
+
+
+def overrides_of_stage(stage: str, stages: Collection[str], overrides: Sequence[str]) -> list[str]:
+    """Of overrides for several stages those of one: for all, and its own without its name.
+
+    Args:
+        stage: One of ``stages``.
+        stages: Names that an override may begin with, as `stage2_distill.optim.lr=1e-4`.
+        overrides: Each `[stage.]section.key=value`.
+    """
+    own = []
+    for override in overrides:
+        name, _, rest = override.partition(".")
+        if name not in stages:
+            own.append(override)
+        elif name == stage:
+            own.append(rest)
+    return own
 
 
 def differences(old: RunConfig, new: RunConfig) -> Iterator[tuple[str, Any, Any]]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.parallel_sizes import divisors
 from megatron_hydra.selection.cost import Device, ModelShape
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check, check_model, check_ranks
@@ -184,14 +185,14 @@ def _layouts(
     """All whose numbers divide one another."""
     batch, length = config.data.global_batch_size, config.data.seq_length
     tensors = [size for size in shape.parallel_sizes.tensor if size <= cluster.gpus_per_node]
-    for used in _divisors(cluster.num_gpus):
+    for used in divisors(cluster.num_gpus):
         for tensor, pipeline in itertools.product(tensors, pipelines):
             ranks, rest = divmod(used, tensor * pipeline)
-            for data in _divisors(0 if rest else math.gcd(ranks, batch)):
+            for data in divisors(0 if rest else math.gcd(ranks, batch)):
                 context = ranks // data
                 if length % context:
                     continue
-                for micro_batch in _divisors(batch // data):
+                for micro_batch in divisors(batch // data):
                     yield from _recomputations(
                         Layout(
                             tensor, pipeline, context, data, micro_batch,
@@ -205,7 +206,3 @@ def _recomputations(layout: Layout, layers_per_stage: int) -> Iterator[Layout]:
     numbers = {layers_per_stage * quarter // 4 for quarter in _RECOMPUTED_QUARTERS}
     for number in numbers:
         yield replace(layout, recomputed_layers=number * layout.pipeline)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

@@ -41,11 +41,11 @@ def check_present(config: RunConfig) -> None:
     for key, path in input_paths(config):
         if not key.startswith("data.") and not (path / "model.json").is_file():
             raise UserError(f"{path} is not a checkpoint folder: it has no model.json")
-    check_datasets(config.data)
+    check_datasets_present(config.data)
     _check_sequence_length(config)
 
 
-def check_datasets(section: DataSection) -> None:
+def check_datasets_present(section: DataSection) -> None:
     """Check that the datasets are there.
 
     Raises:

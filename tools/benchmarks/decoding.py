@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from hydra_kernels.measure import device_figures, print_table, write
-from step_costs import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, VOCAB
+from step_costs import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, SHAPE, VOCAB
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from uneven_plan import uneven_plan
 
@@ -33,9 +33,7 @@ from megatron_hydra.export.configuration_hydra import HydraHeadConfig
 from megatron_hydra.export.modeling_hydra import CACHE, HydraForCausalLM
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import total_cache_bytes
-from megatron_hydra.selection.shape import ModelShape
 
-SHAPE = ModelShape(LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, True)
 KIND, SCHEMA_VERSION = "megatron_hydra.decoding_benchmark", 1
 
 

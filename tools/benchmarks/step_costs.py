@@ -5,6 +5,7 @@ Counted from the plan: layers, and tensor-parallel ranks, may have any numbers o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from megatron_hydra.head_plan import HeadPlan
@@ -12,6 +13,7 @@ from megatron_hydra.selection.cost import ModelShape, num_stored_groups
 from megatron_hydra.training.memory import training_memory
 
 LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
+SHAPE = ModelShape(LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True)
 MODELOPT = "distill, modelopt"
 PEAK_TFLOP_PER_S = 989.0  # dense bf16, NVIDIA's data sheets of H100 SXM and H200 SXM
 # The transfer's stage with the same losses.
@@ -31,9 +33,8 @@ def predicted_gib(
     """The peak by formula, workspaces left out; None for ModelOpt, which it does not know."""
     if stage == MODELOPT:
         return None
-    shape = ModelShape(layers, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True)
     memory = training_memory(
-        shape, plan, _OF_TRANSFER.get(stage, stage), length,
+        replace(SHAPE, num_layers=layers), plan, _OF_TRANSFER.get(stage, stage), length,
         "full" if recompute_layers else "none", chunk_tokens,
         recompute_layers=recompute_layers or None, tp_size=tp_size, cp_size=cp_size,
     )  # fmt: skip

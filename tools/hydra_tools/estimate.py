@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_tools.on_plans import align, read_ratio
@@ -13,7 +12,7 @@ from megatron_hydra.api.estimate import Estimate, LayoutEstimate, Model, StageEs
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.selection.cost import DEVICES, find_device
-from megatron_hydra.training.config import load_config
+from megatron_hydra.training.config import load_config, overrides_of_stage
 from megatron_hydra.training.step_time import ERRORS_PERCENT
 
 _HEADINGS = [
@@ -67,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     # `--config` takes all words that follow it.
     configs = [word for word in args.config if "=" not in word]
     overrides = [word for word in args.config if "=" in word] + args.overrides
+    stages = {Path(path).stem for path in configs}
     if args.teacher is None and (args.plan or args.fa_fraction is not None):
         raise UserError("--plan and --fa-fraction say what is made of a --teacher: name it")
     if args.json:
@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
         fraction = None if args.fa_fraction is None else float(args.fa_fraction)
         model = Model.of_teacher(args.teacher, args.plan, fraction)
     found = estimate(
-        [load_config(path, _overrides_of(path, configs, overrides)) for path in configs],
+        [
+            load_config(path, overrides_of_stage(Path(path).stem, stages, overrides))
+            for path in configs
+        ],
         args.gpu,
         args.gpus,
         args.nodes,
@@ -87,19 +90,6 @@ def run(args: argparse.Namespace) -> int:
         found.save(args.json, args.overwrite, shlex.join(["megatron-hydra", *sys.argv[1:]]))
     print("\n".join(_lines(found)))
     return 0
-
-
-def _overrides_of(path: str, paths: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Those of all stages, and a stage's own without its name."""
-    stages = {Path(each).stem for each in paths}
-    own = []
-    for override in overrides:
-        stage, _, rest = override.partition(".")
-        if stage not in stages:
-            own.append(override)
-        elif stage == Path(path).stem:
-            own.append(rest)
-    return own
 
 
 def _lines(found: Estimate) -> list[str]:

@@ -14,10 +14,10 @@ from megatron_hydra.processes import end_with_parent
 EXIT_CODE = os.EX_TEMPFAIL  # 75: try again later
 """Of a training that was stopped and goes on when its command is given again."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _RESTARTS = ("RESTART_COUNT", "MAX_RESTARTS")
 # A scheduler, `timeout` and torchrun each hand on the same signal.
-_SECONDS_OF_ONE_STOP = 2.0
+SECONDS_OF_ONE_STOP = 2.0
 _SECONDS_FOR_AN_ORPHAN = 300.0
 
 
@@ -55,7 +55,7 @@ class Stops:
         """Act on one signal; on the thread."""
         with self._lock:
             now = time.monotonic()
-            is_again = bool(self.name) and now - self._first > _SECONDS_OF_ONE_STOP
+            is_again = bool(self.name) and now - self._first > SECONDS_OF_ONE_STOP
             if self._is_over or (self.name and not is_again):
                 return
             if is_again:
@@ -94,7 +94,7 @@ def listening(say: Callable[[str], None]) -> Iterator[Stops]:
     earlier_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     earlier = {
         number: signal.signal(number, _leave_to_the_thread)
-        for number in _SIGNALS
+        for number in SIGNALS
         # `nohup` has it ignored; the others a launcher ignores for itself alone.
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
     }
@@ -135,7 +135,7 @@ def _leave_to_the_thread(*_: object) -> None: ...
 def _take_all(stops: Stops, reader: int, parent: int) -> None:
     while numbers := os.read(reader, 1):
         number = numbers[0]
-        if number not in _SIGNALS:
+        if number not in SIGNALS:
             continue
         if os.getppid() != parent:
             # The ranks of this machine end together; those of others may wait for it for ever.
@@ -151,5 +151,5 @@ def _forget() -> None:
     if signal.getsignal(signal.SIGTERM) is not _leave_to_the_thread:
         return
     signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

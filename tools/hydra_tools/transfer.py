@@ -28,12 +28,11 @@ from megatron_hydra.files import check_output, lock, write_json
 from megatron_hydra.processes import end_with_parent
 from megatron_hydra.schema import load_json
 from megatron_hydra.teachers.model_folder import check_model_folder
-from megatron_hydra.training.run_inputs import check_datasets
+from megatron_hydra.training.run_inputs import check_datasets_present
 
 _STATE = "transfer.json"
 _KIND, _SCHEMA_VERSION = "transfer", 1
 _SECONDS_TO_SAVE = "600"
-_SECONDS_OF_ONE_STOP = 2.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _check(
         if verdicts[step.name] == "done":
             continue
         if step.run is not None:  # what stands in its folder, the stage itself looks at
-            check_datasets(step.run.data)
+            check_datasets_present(step.run.data)
         elif step.name not in state.steps and step.output.exists():
             raise UserError(
                 f"{step.output} exists, but {state.path} does not tell what it was made of: move "
@@ -240,8 +239,7 @@ class _Child:
     def hears_signals(cls) -> Iterator[_Child]:
         """Hand signals on inside the block."""
         child = cls()
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-        heard = [each for each in numbers if signal.getsignal(each) is not signal.SIG_IGN]
+        heard = [each for each in stops.SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
         earlier = {number: signal.signal(number, child.take) for number in heard}
         try:
             yield child
@@ -252,7 +250,7 @@ class _Child:
     def take(self, number: int, _frame: FrameType | None) -> None:
         """Act on a signal; schedulers send one several times."""
         now = time.monotonic()
-        if self.stopped and now - self._first < _SECONDS_OF_ONE_STOP:
+        if self.stopped and now - self._first < stops.SECONDS_OF_ONE_STOP:
             return
         if not self.stopped:
             self.stopped, self._first = signal.Signals(number).name, now

@@ -21,6 +21,7 @@ from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.training.config import HELD_BY_CONTENT, MAY_CHANGE, RunConfig, load_config
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import datasets_hash
+from megatron_hydra.unfinished import forget_unfinished
 
 STAGES = ("stage1_align", "stage2_distill", "stage3_long_context")
 _Options = dict[str, Any] | None
@@ -113,9 +114,7 @@ class Step:
     def clear(self) -> None:
         """Remove what an earlier run of this step left, made of other inputs; nothing else."""
         if self.run is None:
-            # Without its record an unfinished scoring begins anew.
-            partial = self.output.with_name(f"{self.output.name}.partial")
-            (partial / "run.json").unlink(missing_ok=True)
+            forget_unfinished(self.output)
             self.output.unlink(missing_ok=True)
             return
         folder = RunFolder(self.run)
