@@ -2,13 +2,14 @@
 
 Copied into every exported folder: imports PyTorch and transformers alone.
 
-Legend: b rows, t tokens, g query groups that some FA head uses, n heads of a kind, d channels,
-k taps of the short convolution, w tokens of a sliding window.
+Legend: b rows, t tokens seen, l tokens that a static cache has room for, g query groups that some
+FA head uses, n heads of a kind, d channels, k taps of the short convolution, w tokens of a sliding
+window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,27 +17,32 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_hydra import HydraHeadConfig
+from .recurrence_hydra import PIECES
 
 
 class HydraLayerCache(CacheLayerMixin):
     """Of one layer.
 
+    Args:
+        max_length: l, where the cache is static: room for as many tokens from the start, written in
+            place, so that every step has the same shapes and addresses. None to grow.
+
     Attributes:
-        keys: `[b, g, t, d]`, None in a layer without an FA head.
+        keys: `[b, g, t, d]`, in a static cache `[b, g, l, d]`; None in a layer without an FA head.
         values: As `keys`.
         states: By name, of kinds with a state, of a size that no number of tokens changes:
             recurrent states `[b, n, d, d]` in float32, the convolution's last inputs
             `[b, k - 1, 3 n d]`, a window's keys and values `[b, w, n, d]`.
-        num_tokens: Seen so far, padding counted in.
+        num_tokens: Seen so far, padding counted in; of a static cache that has seen some a tensor.
     """
 
     is_sliding = False
-    is_compileable = False
 
-    def __init__(self) -> None:
+    def __init__(self, max_length: int | None = None) -> None:
         super().__init__()
+        self.max_length, self.is_compileable = max_length, max_length is not None
         self.states: dict[str, Tensor] = {}
-        self.num_tokens = 0
+        self.num_tokens: int | Tensor = 0
 
     def lazy_initialization(self, key_states: Tensor, *args: Any) -> None:
         """Nothing is allocated before the first token."""
@@ -44,36 +50,67 @@ class HydraLayerCache(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values `[b, g, t, d]`; return all so far."""
+        """Add keys and values `[b, g, t, d]`; return all so far, a static cache's step all room."""
+        if self.max_length is not None:
+            return self._write(key_states, value_states)
         if self.keys is not None:
             key_states = torch.cat((self.keys, key_states), dim=2)
             value_states = torch.cat((self.values, value_states), dim=2)
         self.keys, self.values = key_states, value_states
         return key_states, value_states
 
-    def advance(self, num_tokens: int) -> None:
+    def _write(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        b, g, num_tokens, d = key_states.shape
+        if self.keys is None:
+            shape = (b, g, self.max_length, d)
+            self.keys = _fixed(key_states.new_zeros(shape))
+            self.values = _fixed(value_states.new_zeros(shape))
+        places = torch.arange(num_tokens, device=key_states.device) + self.num_tokens
+        self.keys.index_copy_(2, places, key_states)
+        self.values.index_copy_(2, places, value_states)
+        if self.takes_step(num_tokens):
+            return self.keys, self.values
+        end = self.get_seq_length() + num_tokens
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, name: str, state: Tensor) -> None:
+        """Take a state `[b, ...]` in place of the one of this name."""
+        if self.max_length is None:
+            self.states[name] = state
+        elif name in self.states:
+            self.states[name].copy_(state)
+        else:
+            self.states[name] = _fixed(state.clone())
+
+    def advance(self, num_tokens: int, device: torch.device) -> None:
         """Count the tokens of a forward pass, once all heads have seen them."""
+        if self.max_length is not None and not self.is_initialized:
+            self.num_tokens = _fixed(torch.zeros((), dtype=torch.int64, device=device))
         self.num_tokens += num_tokens
         self.is_initialized = True
 
+    def takes_step(self, num_tokens: int) -> bool:
+        """Whether as many tokens are a step: one, into a static cache that has seen some."""
+        return self.max_length is not None and self.is_initialized and num_tokens == 1
+
     def tensors(self) -> list[Tensor]:
-        """All that is kept."""
+        """All that is kept of tokens."""
         shared = [] if self.keys is None else [self.keys, self.values]
         return [*shared, *self.states.values()]
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens seen so far, padding counted in."""
-        return self.num_tokens
+        return int(self.num_tokens)
 
     def get_mask_sizes(self, cache_position: Tensor | int) -> tuple[int, int]:
         """Number of keys that the coming tokens meet, and the first one's place."""
         is_count = isinstance(cache_position, int)
         coming = cache_position if is_count else cache_position.shape[0]  # type: ignore[union-attr]
-        return self.num_tokens + coming, 0
+        return self.get_seq_length() + coming, 0
 
     def get_max_cache_shape(self) -> int:
-        """No limit."""
-        return -1
+        """l, or -1 for no limit."""
+        return -1 if self.max_length is None else self.max_length
 
     get_max_length = get_max_cache_shape  # as later releases call it
 
@@ -88,17 +125,21 @@ class HydraLayerCache(CacheLayerMixin):
         Raises:
             ValueError: Where heads have a state, which cannot be taken back.
         """
+        seen = self.get_seq_length()
         if max_length < 0:
-            max_length = self.num_tokens + max_length
-        if max_length >= self.num_tokens:
+            max_length = seen + max_length
+        if max_length >= seen:
             return
         if self.states:
             raise ValueError(
-                f"the cache cannot be cropped from {self.num_tokens} to {max_length} tokens: "
+                f"the cache cannot be cropped from {seen} to {max_length} tokens: "
                 "recurrent heads and sliding windows do not keep the states of earlier tokens"
             )
-        self.num_tokens = max_length
-        self._map(lambda x: x[:, :, :max_length].clone())
+        if isinstance(self.num_tokens, Tensor):
+            self.num_tokens.fill_(max_length)
+        else:
+            self.num_tokens = max_length
+            self._map(lambda x: x[:, :, :max_length].clone())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows, as beam search does; `[rows]`, indices of the present ones."""
@@ -113,9 +154,15 @@ class HydraLayerCache(CacheLayerMixin):
         self._map(lambda x: x[indices.to(x.device)])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        def changed(old: Tensor) -> Tensor:
+            new = change(old)
+            if self.max_length is None:
+                return new
+            return old.copy_(new) if new.shape == old.shape else _fixed(new)
+
         if self.keys is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
-        self.states = {name: change(state) for name, state in self.states.items()}
+            self.keys, self.values = changed(self.keys), changed(self.values)
+        self.states = {name: changed(state) for name, state in self.states.items()}
 
 
 class HydraCache(Cache):
@@ -123,19 +170,52 @@ class HydraCache(Cache):
 
     Args:
         config: Of the model that it is for.
+        max_length: Tokens that a static cache has room for, rounded up to a number divisible by 64;
+            None for a cache that grows.
+
+    Attributes:
+        max_length: As given, rounded.
     """
 
-    def __init__(self, config: HydraHeadConfig) -> None:
-        super().__init__(layers=[HydraLayerCache() for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: HydraHeadConfig, max_length: int | None = None) -> None:
+        if max_length is not None:
+            max_length = -(-max_length // PIECES) * PIECES
+        super().__init__(
+            layers=[HydraLayerCache(max_length) for _ in range(config.num_hidden_layers)]
+        )
+        self.max_length = max_length
         self._made_for = _marks(config)
         self._has_padding = False
 
-    def check_padding(self, has_mask: bool, has_padding: bool) -> None:
+    def takes_step(self, num_tokens: int) -> bool:
+        """Whether as many tokens are a step, as :meth:`HydraLayerCache.takes_step` has it."""
+        return bool(self.layers[0].takes_step(num_tokens))
+
+    def check_room(self, num_tokens: int, mask_shape: Sequence[int] | None = None) -> None:
+        """See that a static cache has room for tokens, and that a step's mask knows of them.
+
+        Raises:
+            ValueError: If not.
+        """
+        if self.max_length is None:
+            return
+        end = self.get_seq_length() + num_tokens
+        if end > self.max_length:
+            raise ValueError(
+                f"the static cache has room for {self.max_length} tokens, not for {end}"
+            )
+        if mask_shape is not None and not (len(mask_shape) == 2 and mask_shape[1] >= end):
+            raise ValueError(
+                f"attention_mask is {tuple(mask_shape)}; a step of a static cache needs a row per "
+                f"sequence and {end} to {self.max_length} columns"
+            )
+
+    def check_padding(self, has_mask: bool, has_padding: bool | None) -> None:
         """See that padding among earlier tokens is not forgotten.
 
         Args:
             has_mask: Whether a mask says which tokens are real, earlier ones too.
-            has_padding: Whether it marks some as padding.
+            has_padding: Whether it marks some as padding; None where that is not looked up.
 
         Raises:
             ValueError: If there was padding and there is no mask.
@@ -144,7 +224,8 @@ class HydraCache(Cache):
             raise ValueError(
                 "the cache has seen padding: attention_mask must say which of its tokens are real"
             )
-        self._has_padding = has_padding
+        if has_padding is not None:
+            self._has_padding = has_padding
 
     def check(self, config: HydraHeadConfig) -> None:
         """See that it is of this model.
@@ -162,6 +243,13 @@ class HydraCache(Cache):
         """Memory that it holds, in bytes, of all rows together."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _fixed(x: Tensor) -> Tensor:
+    """Tell PyTorch's compiler that x stays where it is, as CUDA graphs ask of what they change."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+    return x
 
 
 def _marks(config: HydraHeadConfig) -> tuple[Any, ...]:

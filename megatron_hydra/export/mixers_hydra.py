@@ -9,70 +9,21 @@ FA head uses, k taps.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_hydra import HydraLayerCache
 from .configuration_hydra import HydraHeadConfig
-from .recurrence_hydra import gated_delta_rule, window_attention
+from .recurrence_hydra import attention_of_a_token, gated_delta_rule, window_attention
+from .stream_hydra import Stream, take
 
 _FEWEST_DECAY_ROWS_AT = 8
-
-
-@dataclass
-class Stream:
-    """Where the tokens of a forward pass belong.
-
-    Heads with a state see each row's real tokens first and padding last, so that a state never
-    meets padding, wherever it stands; `order` sorts tokens so.
-
-    Attributes:
-        cos: `[b, t, 1, d / 2]`, of RoPE's angles, in the model's dtype.
-        sin: As `cos`.
-        query_scale: `[b, t, 1, 1]`, factor on queries of full attention; None for 1.
-        num_before: `[b]`, real tokens of each row that came before.
-        num_real: `[b]`, real tokens of each row here.
-        order: `[b, t]`, None where no token here is padding.
-        mask: For full attention, as its implementation takes it.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    query_scale: Tensor | None
-    num_before: Tensor
-    num_real: Tensor
-    order: Tensor | None = None
-    mask: Any = None
-
-    def to(self, device: torch.device, **kwargs: Any) -> Stream:
-        """The same on another device, where a layer may lie."""
-        if self.cos.device == device:
-            return self
-        tensors = {
-            item.name: value.to(device, **kwargs)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        return replace(self, **tensors)
-
-    def packed(self) -> Stream:
-        """The same with a row's real tokens first."""
-        if self.order is None:
-            return self
-        return replace(self, cos=self.pack(self.cos), sin=self.pack(self.sin))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Move each row's real tokens of `[b, t, ...]` to its start."""
-        return x if self.order is None else _take(x, self.order)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """The way back."""
-        return x if self.order is None else _take(x, self.order.argsort(dim=1))
 
 
 class HydraRMSNorm(nn.Module):
@@ -134,10 +85,14 @@ class FullAttention(Mixer):
         counts = [group_of.count(group) for group in range(len(groups))]
         self.most, self.is_even = max(counts), min(counts) == max(counts)
         self.group_of_head = tuple(group_of)
-        # Where a head lies if every group had as many heads as the largest has.
-        slots = (g * self.most + group_of[:i].count(g) for i, g in enumerate(group_of))
+        # Where a head lies if every group had as many heads as the largest has, and which head lies
+        # where: one after the last, of zeros, where there is none.
+        slots = [g * self.most + group_of[:i].count(g) for i, g in enumerate(group_of)]
         self.slots = tuple(slots)
-        self.num_slots = len(groups) * self.most
+        self.head_of_slot = tuple(
+            slots.index(slot) if slot in slots else len(heads)
+            for slot in range(len(groups) * self.most)
+        )
         self.num_key_value_groups = self.most
         self.q_proj, self.k_proj, self.v_proj = (
             self._linear(count * d) for count in (len(heads), len(groups), len(groups))
@@ -159,22 +114,28 @@ class FullAttention(Mixer):
         )
         if cache is not None:
             key, value = cache.update(key, value)
+        if query.shape[2] == 1:
+            return self._attend_once(query, key, value, stream)
         if self.is_even:
             return self._attend(query, key, value, stream.mask, self.most)
-        if query.shape[2] == 1:
-            # A step reads all keys once: queries are filled up rather than keys copied.
-            slots = index_of(self.slots, query.device)
-            filled = query.new_zeros(len(query), self.num_slots, *query.shape[2:])
-            filled = filled.index_copy(1, slots, query)
-            output = self._attend(filled, key, value, stream.mask, self.most)
-            return output.index_select(2, slots)
-        groups = index_of(self.group_of_head, query.device)
-        key, value = key.index_select(1, groups), value.index_select(1, groups)
+        key, value = (rearranged(part, self.group_of_head, dim=1) for part in (key, value))
         return self._attend(query, key, value, stream.mask, 1)
 
     def gate(self, x: Tensor) -> Tensor | None:
         """What its outputs are multiplied by."""
         return None if self.gate_proj is None else 2 * self._heads(self.gate_proj(x)).sigmoid()
+
+    def _attend_once(self, query: Tensor, key: Tensor, value: Tensor, stream: Stream) -> Tensor:
+        """A token reads all keys once: queries are filled up to as many per group, not keys."""
+        if not self.is_even:
+            query = rearranged(F.pad(query, (0, 0, 0, 0, 0, 1)), self.head_of_slot, dim=1)
+        if stream.is_step:
+            grouped = query.squeeze(2).unflatten(1, (-1, self.most))
+            output = attention_of_a_token(grouped, key, value, stream.mask).flatten(1, 2)[:, None]
+        else:
+            with _without_plans(query):
+                output = self._attend(query, key, value, stream.mask, self.most)
+        return output if self.is_even else rearranged(output, self.slots, dim=2)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, heads_per_group: int
@@ -224,7 +185,7 @@ class GatedDeltaNet(Mixer):
             beta = self.beta_proj(x).float().sigmoid()
         else:
             beta = x.new_ones(*x.shape[:2], len(self.heads), dtype=torch.float32)
-        if stream.order is not None:
+        if stream.is_padded:
             # Padding neither decays nor writes.
             is_real = torch.arange(x.shape[1], device=x.device) < stream.num_real[:, None]
             log_decay = log_decay * is_real[:, :, None, None]
@@ -235,7 +196,7 @@ class GatedDeltaNet(Mixer):
             state = x.new_zeros(len(x), len(self.heads), d, d, dtype=torch.float32)
         output, state = gated_delta_rule(query, key, value, log_decay, beta, state)
         if cache is not None:
-            cache.states[f"{self.name}_recurrent"] = state
+            cache.keep(f"{self.name}_recurrent", state)
         return output
 
     def gate(self, x: Tensor) -> Tensor | None:
@@ -252,11 +213,11 @@ class GatedDeltaNet(Mixer):
         if before is None:
             before = qkv.new_zeros(len(qkv), past, qkv.shape[-1])
         padded = torch.cat((before, qkv), dim=1)
-        if cache is not None and stream.order is None:
-            cache.states[name] = padded[:, qkv.shape[1] :].clone()
+        if cache is not None and not stream.is_padded:
+            cache.keep(name, padded[:, qkv.shape[1] :].clone())
         elif cache is not None:
             last = stream.num_real[:, None] + torch.arange(past, device=qkv.device)
-            cache.states[name] = _take(padded, last)
+            cache.keep(name, take(padded, last))
         # Summed in float32, as the training kernels do.
         taps, num_tokens = self.conv_weight.float(), qkv.shape[1]
         if num_tokens == 1:
@@ -331,7 +292,8 @@ class SlidingWindow(Mixer):
             stream.num_real,
         )
         if cache is not None:
-            cache.states |= zip(names, kept, strict=True)
+            for name, tensor in zip(names, kept, strict=True):
+                cache.keep(name, tensor)
         return output
 
 
@@ -343,11 +305,26 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 
+def rearranged(x: Tensor, order: tuple[int, ...], dim: int) -> Tensor:
+    """x with the entries `order` of a dimension, in that order."""
+    if torch.compiler.is_compiling():  # where an index would be made, and moved, at every step
+        return torch.cat([x.narrow(dim, i, 1) for i in order], dim=dim)
+    return x.index_select(dim, _index(order, x.device))
+
+
 @functools.cache
 @torch.inference_mode(False)
-def index_of(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Indices as a tensor, made once for each device."""
-    return torch.tensor(values, device=device)
+def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once for each device."""
+    return torch.tensor(order, device=device)
+
+
+def _without_plans(query: Tensor) -> AbstractContextManager[None]:
+    """Keep cuDNN from a token's attention: it plans anew, for 25 ms, whenever keys become more."""
+    if not query.is_cuda:
+        return nullcontext()
+    kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(kernels))
 
 
 def normed(x: Tensor, eps: float) -> Tensor:
@@ -377,9 +354,3 @@ def eager_attention(
     if mask is not None:
         scores = scores + mask[..., : key.shape[2]]
     return (scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2), None
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens of `[b, t, ...]` by `index` `[b, tokens]`."""
-    shape = (*index.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.view(shape).expand(*index.shape, *x.shape[2:]))

@@ -7,7 +7,6 @@ Legend: b rows, t tokens, h hidden size, n heads of all kinds, d channels of a h
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -15,21 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
 from .cache_hydra import HydraCache, HydraLayerCache
 from .configuration_hydra import KINDS, HydraHeadConfig
-from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, Stream, index_of, normed
+from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, normed, rearranged
 
 # Unused here: transformers 4 copies from a folder the files alone that this one names.
 from .recurrence_hydra import gated_delta_rule  # noqa: F401
+from .stream_hydra import CACHE, Stream, padded_mask, stream_of
 
-# What transformers calls the cache: `cache` in its latest releases.
-_IS_RENAMED = "cache" in inspect.signature(CausalLMOutputWithPast).parameters
-CACHE = "cache" if _IS_RENAMED else "past_key_values"
 FLOAT32 = ("A_log", "dt_bias", "head_scale", "gate_weight", "sink")
 """Parameters that are few and change outputs much: float32 as they were trained, in any model."""
 
@@ -73,11 +69,11 @@ class HydraAttention(nn.Module):
                 output * (first if name == "fa" else others)
                 for name, output in zip(self.mixer_names, outputs, strict=True)
             ]
-        heads = torch.cat(outputs, dim=2).index_select(2, index_of(self.order, x.device))
+        heads = rearranged(torch.cat(outputs, dim=2), self.order, dim=2)
         if self.config.fusion in ("scale", "gate"):
             heads = heads * self.head_scale.to(heads.dtype)[:, None]
         if cache is not None:
-            cache.advance(x.shape[1])
+            cache.advance(x.shape[1], x.device)
         return self.o_proj(heads.flatten(2))
 
     def _gated(
@@ -221,7 +217,11 @@ class HydraModel(HydraPreTrainedModel):
                     "own HydraCache, which generate makes where none is given"
                 )
             past_key_values.check(self.config)
-        stream = self._stream(x, attention_mask, position_ids, past_key_values)
+            if not past_key_values.takes_step(x.shape[1]):
+                past_key_values.check_room(x.shape[1])
+        stream = stream_of(
+            self.config, x, attention_mask, position_ids, past_key_values, self.training
+        )
         states = [x]
         for layer in self.layers:
             x = layer(x, stream, past_key_values=past_key_values)
@@ -232,78 +232,6 @@ class HydraModel(HydraPreTrainedModel):
             hidden_states=tuple(states) if output_hidden_states else None,
             **{CACHE: past_key_values if use_cache else None},
         )
-
-    def _stream(
-        self,
-        x: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: HydraCache | None,
-    ) -> Stream:
-        b, t, past = *x.shape[:2], 0 if cache is None else cache.get_seq_length()
-        device, has_mask, order = x.device, attention_mask is not None, None
-        num_before = torch.full((b,), past, device=device)
-        num_real = torch.full((b,), t, device=device)
-        positions = torch.arange(past, past + t, device=device).expand(b, t)
-        if attention_mask is not None:
-            if attention_mask.shape != (b, past + t):
-                raise ValueError(
-                    f"attention_mask is {tuple(attention_mask.shape)}; a hybrid needs "
-                    f"{(b, past + t)}: for each row, which of the tokens seen and coming are real"
-                )
-            is_real = attention_mask.to(device=device, dtype=torch.bool)
-            if is_real.all():
-                attention_mask = None
-            else:
-                num_before, num_real = is_real[:, :past].sum(1), is_real[:, past:].sum(1)
-                positions = (is_real.cumsum(1)[:, past:] - 1).clamp_min(0)
-                if not is_real[:, past:].all():
-                    order = (~is_real[:, past:]).int().argsort(dim=1, stable=True)
-        if position_ids is not None:
-            positions = position_ids.to(device).expand(b, t)
-        if cache is not None:
-            cache.check_padding(has_mask, attention_mask is not None)
-        angles = positions[..., None, None].float() * self._frequencies(device)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = self._mask(x, attention_mask, past, cache)
-        scale = self._query_scale(positions, x.dtype)
-        return Stream(cos, sin, scale, num_before, num_real, order, mask)
-
-    def _query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Of `[b, t]` positions, what `fa_query_scale` says."""
-        when = self.config.fa_query_scale
-        if when == "none" or (when == "inference" and self.training):
-            return None
-        base = self.config.fa_query_scale_base
-        past = (positions[..., None, None].float() - self.config.fa_query_scale_start).clamp_min(0)
-        return ((past + base).log() / math.log(base)).to(dtype)
-
-    def _mask(
-        self, x: Tensor, attention_mask: Tensor | None, past: int, cache: HydraCache | None
-    ) -> Any:
-        """For full attention, as transformers makes it for the implementation that is chosen."""
-        names = inspect.signature(create_causal_mask).parameters
-        options: dict[str, Any] = {
-            "config": self.config,
-            "attention_mask": attention_mask,
-            CACHE: cache,
-            "input_embeds" if "input_embeds" in names else "inputs_embeds": x,
-        }
-        if "cache_position" in names:
-            options["cache_position"] = torch.arange(past, past + x.shape[1], device=x.device)
-        return create_causal_mask(**options)
-
-    def _frequencies(self, device: torch.device) -> Tensor:
-        """Of RoPE `[d / 2]`, radians a token; with Llama 3.1's scaling where there is one."""
-        config = self.config
-        exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-        frequencies = 1.0 / config.rope_theta**exponents
-        if config.rope_scaling_factor == 1.0:
-            return frequencies
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        turns = frequencies * (config.rope_original_length / (2 * math.pi))
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        return torch.lerp(frequencies / config.rope_scaling_factor, frequencies, kept)
 
 
 class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
@@ -384,15 +312,32 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
             inputs.pop("position_ids", None)
         return inputs
 
+    def create_masks_for_generate(
+        self, config: Any, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor | None:
+        """Of a static cache: the mask itself, at every step as wide as the cache."""
+        cache = kwargs.get(CACHE)
+        embeddings = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))
+        if attention_mask is None or cache is None or not cache.takes_step(embeddings.shape[1]):
+            return attention_mask
+        return padded_mask(attention_mask, cache.max_length)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Our cache where transformers would make its own."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        wanted = generation_config.cache_implementation
+        if wanted not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation is {generation_config.cache_implementation!r}; a hybrid has "
-                "a dynamic cache alone"
+                f"cache_implementation is {wanted!r}; a hybrid has a dynamic and a static cache"
             )
         is_given = model_kwargs.get(CACHE) is not None
+        if is_given and wanted is not None:
+            raise ValueError(
+                f"{CACHE} and cache_implementation={wanted!r} were both given; one of them decides"
+            )
         if generation_config.use_cache is not False and not is_given:
-            model_kwargs[CACHE] = HydraCache(self.config)
+            # The last argument in every release.
+            length = kwargs.get("max_cache_length", args[-1] if args else None)
+            length = max(length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE] = HydraCache(self.config, length if wanted == "static" else None)

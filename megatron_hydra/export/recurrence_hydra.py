@@ -1,8 +1,9 @@
-"""The gated delta rule and the window's softmax, from and to the states that decoding keeps.
+"""The gated delta rule and softmax attention, from and to what decoding keeps.
 
 Copied into every exported folder: imports PyTorch alone, and fla where it is used.
 
-Legend: b rows, t tokens, n heads, d channels, c tokens of a chunk, w tokens of a window.
+Legend: b rows, t tokens, n heads, g query groups, m heads per group, d channels, c tokens of a
+chunk, w tokens of a window.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 _CHUNK = 64
 _CHUNK_OF_CHANNELS = 16  # a decay per channel is held for each pair of a chunk's tokens
 _SHORTEST_BLOCK = 128
+PIECES = 64
+"""In which attention of one token reads a static cache."""
+_LOWEST = -1e30
+_CAN_ROUND_ONCE = "dtype" in torch.ops.aten.bmm.overloads()  # PyTorch 2.8 and later, on a GPU
 
 
 def gated_delta_rule(
@@ -29,8 +34,8 @@ def gated_delta_rule(
 
         S = exp(g) S;  S = S + k (beta (v - S^T k))^T;  o = S^T q / sqrt(d)
 
-    By fla on a GPU in half precision where it is installed; by PyTorch, in float32, elsewhere. One
-    token is a step of the recurrence, several are solved a chunk at a time.
+    One token is a step of the recurrence, in float32. Several are solved a chunk at a time: by fla
+    on a GPU in half precision where it is installed; by PyTorch, in float32, elsewhere.
 
     Args:
         query: `[b, t, n, d]`.
@@ -43,10 +48,10 @@ def gated_delta_rule(
     Returns:
         `[b, t, n, d]` in the value's dtype, and the state after the last token, float32.
     """
-    if query.is_cuda and query.dtype != torch.float32:
-        kernels = _fla(log_decay.shape[-1] > 1)
-        if kernels is not None:
-            return _by_fla(kernels, query, key, value, log_decay, beta, state)
+    if query.is_cuda and query.dtype != torch.float32 and query.shape[1] > 1:
+        rule = _fla(log_decay.shape[-1] > 1)
+        if rule is not None:
+            return _by_fla(rule, query, key, value, log_decay, beta, state)
     # [b, t, n, ·] -> [b, n, t, ·]
     parts = (query, key, value, log_decay, beta.unsqueeze(-1))
     q, k, v, g, strength = (part.float().transpose(1, 2) for part in parts)
@@ -102,7 +107,7 @@ def _chunk(
 
 
 def _by_fla(
-    kernels: tuple[Any, Any],
+    rule: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -118,8 +123,6 @@ def _by_fla(
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).reshape(b * n, t, 1, *x.shape[3:])
 
-    chunk, recurrent = kernels
-    rule = recurrent if t == 1 and not torch.is_grad_enabled() else chunk
     output, state = rule(
         q=rows(query),
         k=rows(key),
@@ -135,22 +138,17 @@ def _by_fla(
 
 
 @functools.cache
-def _fla(of_channels: bool) -> tuple[Any, Any] | None:
-    """fla's chunked and recurrent kernel; None where it is not installed, which is logged once."""
+def _fla(of_channels: bool) -> Any:
+    """fla's chunked kernel; None where it is not installed, which is logged once."""
     try:
-        from fla.ops.gated_delta_rule import (
-            chunk_gated_delta_rule,
-            fused_recurrent_gated_delta_rule,
-        )
-        from fla.ops.kda import chunk_kda, fused_recurrent_kda
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.kda import chunk_kda
     except ImportError as error:
         logger.warning(
             "recurrent heads run on PyTorch, which is slow: fla is not installed (%s)", error
         )
         return None
-    if of_channels:
-        return chunk_kda, fused_recurrent_kda
-    return chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+    return chunk_kda if of_channels else chunk_gated_delta_rule
 
 
 def window_attention(
@@ -234,3 +232,44 @@ def _softmax_attention(
         scores = torch.cat((scores, logit), dim=-1)
     weights = F.softmax(scores, dim=-1)[..., : keys.shape[1]].to(values.dtype)
     return torch.einsum("bnij,bjnd->bind", weights, values)
+
+
+def attention_of_a_token(query: Tensor, keys: Tensor, values: Tensor, is_seen: Tensor) -> Tensor:
+    """Softmax attention of one token over a cache with room for t.
+
+    The cache is read in pieces, each with a softmax of its own, which are then put together by
+    their sums: many of a GPU's units read at once, however few the groups are (as Flash-Decoding
+    does).
+
+    Args:
+        query: `[b, g, m, d]`.
+        keys: `[b, g, t, d]`, t divisible by `PIECES`.
+        values: As `keys`.
+        is_seen: `[b, t]`, which places of the cache the token sees.
+
+    Returns:
+        `[b, g, m, d]` in the query's dtype.
+    """
+    b, g, m, d = query.shape
+
+    def pieces(x: Tensor) -> Tensor:
+        return x.reshape(b * g * PIECES, -1, d)
+
+    queries = pieces(query.unsqueeze(2).expand(b, g, PIECES, m, d))
+    scores = _float_products(queries, pieces(keys).mT).view(b, g, PIECES, m, -1) * d**-0.5
+    # A number, as a piece that is not seen at all has no largest score but this.
+    scores = scores.masked_fill(~is_seen.view(b, 1, PIECES, 1, -1), _LOWEST)
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    mixed = _float_products(weights.to(values.dtype).flatten(0, 2), pieces(values))
+    share = (top - top.amax(dim=2, keepdim=True)).exp()
+    output = (mixed.view(b, g, PIECES, m, d) * share).sum(2) / (total * share).sum(2)
+    return output.to(query.dtype)
+
+
+def _float_products(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of `[rows, ·, ·]` in float32, from what they hold: rounded once, at the end."""
+    if x.is_cuda and x.dtype != torch.float32 and _CAN_ROUND_ONCE:
+        return torch.bmm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()

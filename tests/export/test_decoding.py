@@ -16,12 +16,14 @@ from kit.tiny import tiny_config, token_batch  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from megatron_hydra.export.cache_hydra import HydraCache  # noqa: E402
+from megatron_hydra.export.stream_hydra import padded_mask  # noqa: E402
 from megatron_hydra.selection.cost import (  # noqa: E402
     ModelShape,
     cache_bytes_per_token,
     state_bytes,
 )
 
+CACHES = pytest.param(None, id="dynamic"), pytest.param(150, id="static")
 LENGTH = 150  # beyond the tiny model's 64, and beyond a block of the window's
 
 
@@ -34,10 +36,10 @@ def _tokens(batch=2, length=LENGTH):
     return token_batch(tiny_config(), batch, length)[0]
 
 
-def _in_pieces(model, tokens, sizes, mask=None, cache=None):
-    """Logits of the pieces side by side."""
+def _in_pieces(model, tokens, sizes, mask=None, max_length=None):
+    """Logits of the pieces side by side, and the cache: a static one where it has a length."""
     logits, start = [], 0
-    cache = HydraCache(model.config) if cache is None else cache
+    cache = HydraCache(model.config, max_length)
     with torch.no_grad():
         for size in sizes:
             end = start + size
@@ -54,10 +56,11 @@ def _in_pieces(model, tokens, sizes, mask=None, cache=None):
     [[1] * LENGTH, [60] + [1] * 90, [5, 64, 1, 3, 2, 70, 4, 1], [WINDOW, 1, WINDOW, 137]],
     ids=["token by token", "prefill and decode", "pieces", "windows"],
 )
-def test_pieces_are_one_forward_pass(hybrid, sizes):
+@pytest.mark.parametrize("max_length", CACHES)
+def test_pieces_are_one_forward_pass(hybrid, sizes, max_length):
     model, exported = hybrid
     tokens = _tokens()
-    logits, _ = _in_pieces(exported, tokens, sizes)
+    logits, _ = _in_pieces(exported, tokens, sizes, max_length=max_length)
     torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -72,10 +75,11 @@ def test_pieces_are_one_forward_pass(hybrid, sizes):
         (UNEVEN, {"fa_query_scale_start": 20, "rope_scaling_factor": 8.0, "fa_rope": True}),
     ],
 )
-def test_pieces_of_other_hybrids(plan, overrides):
+@pytest.mark.parametrize("max_length", CACHES)
+def test_pieces_of_other_hybrids(plan, overrides, max_length):
     model, exported = twins(plan, **overrides)
     tokens = _tokens(length=40)
-    logits, _ = _in_pieces(exported, tokens, [3, 20, 1, 1, 15])
+    logits, _ = _in_pieces(exported, tokens, [3, 20, 1, 1, 15], max_length=max_length)
     torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -87,11 +91,12 @@ HOLES[2, 4:6] = HOLES[2, 19:30] = 0  # anywhere
 
 @pytest.mark.parametrize("sizes", [[40], [33, 1, 1, 1, 4], [10, 9, 2, 19], [1] * 40])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_padding_anywhere_changes_nothing(hybrid, sizes, implementation):
+@pytest.mark.parametrize("max_length", CACHES)
+def test_padding_anywhere_changes_nothing(hybrid, sizes, implementation, max_length):
     model, exported = hybrid
     exported.set_attn_implementation(implementation)
     tokens = _tokens(3, 40)
-    logits, _ = _in_pieces(exported, tokens, sizes, HOLES)
+    logits, _ = _in_pieces(exported, tokens, sizes, HOLES, max_length)
     for row, real in enumerate(HOLES.bool()):
         alone = megatron_logits(model, tokens[row : row + 1, real])
         torch.testing.assert_close(logits[row, real], alone[0], rtol=1e-5, atol=1e-5)
@@ -102,12 +107,13 @@ def test_padding_anywhere_changes_nothing(hybrid, sizes, implementation):
     [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}],
     ids=["greedy", "beams", "chunked prefill"],
 )
-def test_a_batch_generates_what_each_row_does_alone(hybrid, options):
+@pytest.mark.parametrize("kept", ["dynamic", "static"])
+def test_a_batch_generates_what_each_row_does_alone(hybrid, options, kept):
     _, exported = hybrid
     tokens, lengths = _tokens(3, 20), (20, 13, 3)
     mask = torch.stack([(torch.arange(20) >= 20 - length).long() for length in lengths])
     options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, **options}
-    together = exported.generate(tokens, attention_mask=mask, **options)
+    together = exported.generate(tokens, attention_mask=mask, cache_implementation=kept, **options)
     for row, length in enumerate(lengths):
         prompt = tokens[row : row + 1, 20 - length :]
         alone = exported.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
@@ -157,7 +163,19 @@ def test_bytes_in_bfloat16():
     assert cache.num_bytes == promised
 
 
-def test_rows_of_a_cache_can_be_chosen_and_repeated(hybrid):
+def test_bytes_of_a_static_cache():
+    """Of all tokens that it has room for, from the first one on."""
+    model, exported = twins(UNEVEN)
+    shape = ModelShape.from_config(model.config)
+    per_token = cache_bytes_per_token(shape, "fp32").of(UNEVEN)
+    promised = 3 * (192 * per_token + state_bytes(shape, "fp32").of(UNEVEN))
+    for sizes in ([1], [100, 1, 20]):
+        _, cache = _in_pieces(exported, _tokens(3, sum(sizes)), sizes, max_length=150)
+        assert cache.num_bytes == promised
+
+
+@pytest.mark.parametrize("max_length", CACHES)
+def test_rows_of_a_cache_can_be_chosen_and_repeated(hybrid, max_length):
     _, exported = hybrid
     tokens = _tokens(3, 20)
     chosen = torch.tensor([2, 0])
@@ -167,19 +185,21 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(hybrid):
         (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
     ):
         expected, _ = _in_pieces(exported, tokens[rows], [15, 5])
-        _, cache = _in_pieces(exported, tokens[:, :15], [15])
+        _, cache = _in_pieces(exported, tokens[:, :15], [15], max_length=max_length)
         change(cache)
         with torch.no_grad():
             logits = exported(tokens[rows, 15:], past_key_values=cache).logits
         torch.testing.assert_close(logits, expected[:, 15:], rtol=1e-5, atol=1e-5)
 
 
-def test_crop_where_all_heads_are_fa():
+@pytest.mark.parametrize("max_length", CACHES)
+def test_crop_where_all_heads_are_fa(max_length):
     _, exported = twins(ALL_FA)
     tokens = _tokens(2, 20)
     expected, _ = _in_pieces(exported, tokens, [12, 8])
-    _, cache = _in_pieces(exported, torch.cat((tokens[:, :12], tokens[:, :6]), dim=1), [18])
-    cache.crop(12)
+    longer = torch.cat((tokens[:, :12], tokens[:, :6]), dim=1)
+    _, cache = _in_pieces(exported, longer, [18], max_length=max_length)
+    cache.crop(-6)
     with torch.no_grad():
         logits = exported(tokens[:, 12:], past_key_values=cache).logits
     torch.testing.assert_close(logits, expected[:, 12:], rtol=1e-5, atol=1e-5)
@@ -219,9 +239,42 @@ def test_bad_calls_are_named(hybrid, options, message):
         exported(tokens, **options)
 
 
-def test_a_static_cache_is_refused(hybrid):
+@pytest.mark.parametrize("mask", [None, HOLES[:2]], ids=["whole", "padded"])
+def test_steps_of_a_static_cache_are_compiled_once(hybrid, mask):
+    """In one graph, as CUDA graphs ask, that is right for every later step."""
+    model, exported = hybrid
+    tokens = _tokens(2, 40)
+    _, cache = _in_pieces(
+        exported, tokens[:, :34], [34], None if mask is None else mask[:, :34], max_length=40
+    )
+    torch.compiler.reset()
+    step = torch.compile(exported.forward, backend="aot_eager", fullgraph=True)
+    logits = []
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(34, 40):
+            seen = None if mask is None else padded_mask(mask[:, : i + 1], cache.max_length)
+            new = tokens[:, i : i + 1].clone()
+            logits.append(step(new, seen, past_key_values=cache, use_cache=True).logits)
+    found = torch.cat(logits, dim=1)
+    for row, real in enumerate(torch.ones_like(tokens).bool() if mask is None else mask.bool()):
+        alone = megatron_logits(model, tokens[row : row + 1, real])[0]
+        expected = alone[int(real[:34].sum()) :]
+        torch.testing.assert_close(found[row, real[34:]], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_static_cache_cannot_do_is_said(hybrid):
     _, exported = hybrid
-    with pytest.raises(
-        ValueError, match="cache_implementation is 'static'; a hybrid has a dynamic"
-    ):
-        exported.generate(_tokens(1, 4), cache_implementation="static", max_new_tokens=2)
+    tokens = _tokens(1, 66)
+    _, cache = _in_pieces(exported, tokens[:, :64], [63, 1], max_length=60)
+    for length in (1, 2):
+        with pytest.raises(ValueError, match=rf"room for 64 tokens, not for {64 + length}$"):
+            exported(tokens[:, 64 : 64 + length], past_key_values=cache)
+    _, cache = _in_pieces(exported, tokens[:, :10], [10], max_length=60)
+    with pytest.raises(ValueError, match="needs a row per sequence and 11 to 64 columns"):
+        exported(tokens[:, :1], torch.ones(1, 10), past_key_values=cache)
+    with pytest.raises(ValueError, match="'offloaded'; a hybrid has a dynamic and a static cache"):
+        exported.generate(tokens, cache_implementation="offloaded", max_new_tokens=2)
+    with pytest.raises(ValueError, match="were both given; one of them decides"):
+        exported.generate(
+            tokens, past_key_values=cache, cache_implementation="static", max_new_tokens=2
+        )

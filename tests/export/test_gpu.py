@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
-from megatron_hydra.export.modeling_hydra import CACHE, HydraForCausalLM
-from megatron_hydra.export.recurrence_hydra import _fla, gated_delta_rule
+from megatron_hydra.export.modeling_hydra import HydraForCausalLM
+from megatron_hydra.export.recurrence_hydra import _fla, attention_of_a_token, gated_delta_rule
+from megatron_hydra.export.stream_hydra import CACHE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +96,7 @@ def test_no_further_from_float32_than_a_cpu(hybrid, implementation, sizes):
 
 
 @pytest.mark.parametrize("of_channels", [False, True], ids=["gated_delta_net", "kda"])
-@pytest.mark.parametrize("num_tokens", [1, 5, 200])
+@pytest.mark.parametrize("num_tokens", [2, 5, 200])
 def test_flas_kernels_are_the_recurrence(of_channels, num_tokens):
     pytest.importorskip("fla")
     assert _fla(of_channels) is not None
@@ -118,15 +119,37 @@ def test_flas_kernels_are_the_recurrence(of_channels, num_tokens):
     assert torch.equal(given[-1].cpu(), state), "the state that was handed in is not changed"
 
 
-def test_generation_on_a_gpu(hybrid):
+def test_a_token_over_a_cache_in_pieces():
+    """Large scores too: products are rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    for b, g, m, t in ((2, 3, 2, 640), (1, 2, 1, 65536), (3, 8, 2, 4096)):
+        query = 12 * torch.randn(b, g, m, 128, generator=generator)
+        keys, values = (torch.randn(b, g, t, 128, generator=generator) for _ in range(2))
+        is_seen = torch.rand(b, t, generator=generator) < 0.7
+        is_seen[:, 64:128] = False
+        half = [x.bfloat16() for x in (query, keys, values)]
+        exact = [x.double() for x in half]
+        scores = (exact[0] @ exact[1].mT / 128**0.5).masked_fill(
+            ~is_seen[:, None, None], -torch.inf
+        )
+        expected = scores.softmax(-1) @ exact[2]
+        found = attention_of_a_token(*(x.cuda() for x in half), is_seen.cuda())
+        assert (found.cpu().double() - expected).norm() < 0.004 * expected.norm()
+
+
+@pytest.mark.parametrize("kept", ["dynamic", "static"])
+def test_generation_on_a_gpu(hybrid, kept):
+    """With a static cache transformers compiles the step, with CUDA graphs."""
     model, tokens = _twin(hybrid, "cuda"), _tokens(40).cuda()
     mask = torch.ones_like(tokens)
     mask[0, :25] = 0
     options = dict(max_new_tokens=30, do_sample=False, pad_token_id=0)
-    together = model.generate(tokens, attention_mask=mask, **options)
+    for _ in range(2):  # a second call finds the first one's graphs
+        together = model.generate(tokens, attention_mask=mask, cache_implementation=kept, **options)
     assert together.shape == (3, 70)
     logits = _in_pieces(model, together, torch.cat((mask, mask.new_ones(3, 30)), 1), [70])
     # Equal but for near ties, which bfloat16 rounds either way.
     best = logits[:, 39:-1].topk(2).values
     chosen = logits[:, 39:-1].gather(2, together[:, 40:, None])[..., 0]
     assert (best[..., 0] - chosen).max() < 0.1
+    assert hasattr(model, "_compiled_call") == (kept == "static")

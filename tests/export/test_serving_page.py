@@ -59,5 +59,5 @@ def test_the_bytes_are_those_of_the_costs():
 def test_the_names_that_the_page_gives_are_there():
     assert all(f"`{name}`" in PAGE for name in modeling_hydra.FLOAT32)
     source = inspect.getsource(recurrence_hydra)
-    for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule", "chunk_kda"):
+    for name in ("chunk_gated_delta_rule", "chunk_kda"):
         assert name in source and f"`{name}`" in PAGE

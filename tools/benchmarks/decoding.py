@@ -6,9 +6,10 @@ One GPU, bf16, random weights and tokens, transformers' own model class for the 
 exported folder's for the hybrid (fla's kernels), SDPA in both, `forward` called as `generate` does.
 The hybrid's plan is `uneven_plan`'s: as many FA heads, on the mean of four a layer, as a global
 top-K of scores deals to the layers. One sequence is filled in one call; for larger batches what it
-leaves in the cache is repeated. `floor ms` is the time that weights and cache take to be read once
-at the bandwidth of this run's own copy. Where weights and cache of one batch alone exceed the
-memory, a row has no times.
+leaves in the cache is repeated. With a static cache a step is compiled as `generate` compiles it
+(CUDA graphs); no prompt is read, the cache's keys and values are random. `floor ms` is the time
+that weights and cache take to be read once at the bandwidth of this run's own copy. Where weights
+and cache of one batch alone exceed the memory, a row has no times.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,41 +30,53 @@ from typing import Any
 import torch
 from hydra_kernels.measure import device_figures, print_table, write
 from step_costs import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, SHAPE, VOCAB
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 from uneven_plan import uneven_plan
 
+from megatron_hydra.export.cache_hydra import HydraCache
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
-from megatron_hydra.export.modeling_hydra import CACHE, HydraForCausalLM
+from megatron_hydra.export.modeling_hydra import HydraForCausalLM
+from megatron_hydra.export.stream_hydra import CACHE
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import total_cache_bytes
 
-KIND, SCHEMA_VERSION = "megatron_hydra.decoding_benchmark", 1
+KIND, SCHEMA_VERSION = "megatron_hydra.decoding_benchmark", 2
+CACHES = ["dynamic", "static"]
+_PROMPT = 64
+_OPTIONS = {"use_cache": True, "logits_to_keep": 1}
 
 
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--models", nargs="+", choices=("teacher", "hybrid"), default=None)
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--steps", type=int, default=24, help="of decoding, whose median is taken")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="the plan's first so many")
     parser.add_argument("--fa-heads-per-layer", type=int, default=4, help="the mean")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
     data |= device_figures()
-    plan = uneven_plan(LAYERS * args.fa_heads_per_layer)
+    shape, plan = (
+        replace(SHAPE, num_layers=args.layers),
+        uneven_plan(LAYERS * args.fa_heads_per_layer),
+    )
+    plan = replace(plan, layers=plan.layers[: args.layers])
     rows: list[dict[str, Any]] = []
     for name in args.models or ("teacher", "hybrid"):
         with torch.device("cuda"):
-            model = make_model(None if name == "teacher" else plan)
-        for context, batch in product(args.contexts, args.batches):
-            bytes_of = total_cache_bytes(SHAPE, context)
+            model = make_model(None if name == "teacher" else plan, num_hidden_layers=args.layers)
+        for cache, context, batch in product(args.caches, args.contexts, args.batches):
+            bytes_of = total_cache_bytes(shape, context)
             cache_bytes = batch * bytes_of.of(None if name == "teacher" else plan)
-            row = {"device": torch.cuda.get_device_name(), "model": name}
+            row = {"device": torch.cuda.get_device_name(), "model": name, "cache": cache}
             row |= {"batch": batch, "context": context, "cache GiB promised": cache_bytes / 2**30}
-            row |= measure(model, context, batch, args.steps, cache_bytes, data["copy_gb_per_s"])
+            sizes = (context, batch, args.steps, cache_bytes, data["copy_gb_per_s"])
+            row |= measure(model, cache == "static", *sizes)
             rows.append(row | {"/ teacher": _over_teacher(row, rows)})
             print_table(rows[-1:])
             write(args.out, data, rows)
@@ -78,8 +94,9 @@ def make_model(plan: HeadPlan | None, **sizes: Any) -> Any:
     shape: dict[str, Any] = dict(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=GROUPS, head_dim=DIM, rope_theta=1e6,
-        max_position_embeddings=2**20, tie_word_embeddings=True, **sizes,
+        max_position_embeddings=2**20, tie_word_embeddings=True,
     )  # fmt: skip
+    shape |= sizes
     if plan is None:
         model: Any = Qwen3ForCausalLM(Qwen3Config(**shape))
     else:
@@ -88,41 +105,81 @@ def make_model(plan: HeadPlan | None, **sizes: Any) -> Any:
     return model.to(torch.bfloat16).eval()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
-    model: Any, context: int, batch: int, steps: int, cache_bytes: float, gb_per_s: float
+    model: Any,
+    is_static: bool,
+    context: int,
+    batch: int,
+    steps: int,
+    cache_bytes: float,
+    gb_per_s: float,
 ) -> dict[str, Any]:
     """Prefill of one sequence, then steps of a batch; None where memory does not suffice."""
     gc.collect()
     torch.cuda.empty_cache()
+    torch.compiler.reset()
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
     row: dict[str, Any] = {"prefill s": None, "prefill tokens/s": None, "cache GiB": None}
-    row |= {"step ms": None, "floor ms": (weight_bytes + cache_bytes) / gb_per_s / 1e6}
-    row |= {"/ floor": None, "tokens/s": None, "peak GiB": None}
+    row |= {"first step s": None, "step ms": None, "/ floor": None}
+    row |= {"floor ms": (weight_bytes + cache_bytes) / gb_per_s / 1e6}
+    row |= {"tokens/s": None, "peak GiB": None}
     if weight_bytes + cache_bytes > torch.cuda.get_device_properties(0).total_memory:
         return row
     tokens = torch.randint(model.config.vocab_size, (1, context), device="cuda")
-    options = {"use_cache": True, "logits_to_keep": 1}
+    new = tokens[:, -1:].repeat(batch, 1)
     try:
-        model(tokens[:, :256], **options)  # what is loaded or compiled at first
-        cache = model(tokens, **options)[CACHE]
-        del cache
-        torch.cuda.reset_peak_memory_stats()
-        seconds, found = _timed(lambda: model(tokens, **options))
-        row |= {"prefill s": seconds, "prefill tokens/s": context / seconds}
-        cache = found[CACHE]
-        del found
-        if batch > 1:
-            cache.batch_repeat_interleave(batch)
+        if is_static:
+            step, cache = _static_step(model, context, new, context + steps + 1)
+        else:
+            found, prefill = _prefill(model, tokens)
+            row |= prefill
+            cache = found[CACHE]
+            if batch > 1:
+                cache.batch_repeat_interleave(batch)
+            step = partial(model, new, **_OPTIONS, **{CACHE: cache})
         row["cache GiB"] = _cache_bytes(cache) / 2**30
-        new = tokens[:, -1:].expand(batch, 1)
-        times = [_timed(lambda: model(new, **options, **{CACHE: cache}))[0] for _ in range(steps)]
+        row["first step s"] = _timed(step)[0]
+        torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median([_timed(step)[0] for _ in range(steps)][steps // 4 :])
     except torch.OutOfMemoryError:
         return row
-    seconds = statistics.median(times[steps // 4 :])
     row |= {"step ms": 1e3 * seconds, "tokens/s": batch / seconds}
     row |= {"/ floor": row["step ms"] / row["floor ms"]}
     return row | {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def _prefill(model: Any, tokens: torch.Tensor) -> tuple[Any, dict[str, float]]:
+    model(tokens[:, :256], **_OPTIONS)  # what is loaded or compiled at first
+    model(tokens, **_OPTIONS)
+    seconds, found = _timed(lambda: model(tokens, **_OPTIONS))
+    return found, {"prefill s": seconds, "prefill tokens/s": tokens.shape[1] / seconds}
+
+
+def _static_step(
+    model: Any, context: int, new: torch.Tensor, length: int
+) -> tuple[Callable[[], Any], Any]:
+    """A compiled step into a static cache that holds `context` tokens, and the cache."""
+    is_hybrid = isinstance(model, HydraForCausalLM)
+    make: Any = HydraCache if is_hybrid else StaticCache
+    cache = make(model.config, length)
+    mask = new.new_ones(len(new), _PROMPT)
+    prompt = new.expand(-1, _PROMPT)
+    model(prompt, attention_mask=mask, **_OPTIONS, **{CACHE: cache})
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                tensor.normal_()
+        count = layer.num_tokens if is_hybrid else getattr(layer, "cumulative_length", None)
+        if count is not None:
+            count.fill_(context)
+    options: dict[str, Any] = dict(_OPTIONS)
+    options["attention_mask"] = new.new_ones(len(new), cache.max_length if is_hybrid else length)
+    if not is_hybrid:
+        # In transformers 4 the caller says where a token lies.
+        options["cache_position"] = new.new_full((1,), context)
+    call = model.get_compiled_call(None)
+    return partial(call, new, **options, **{CACHE: cache}), cache
 
 
 def _timed(function: Any) -> tuple[float, Any]:
@@ -135,15 +192,15 @@ def _timed(function: Any) -> tuple[float, Any]:
 
 def _cache_bytes(cache: Any) -> int:
     """That a cache of either model holds."""
-    if hasattr(cache, "num_bytes"):
+    if isinstance(cache, HydraCache):
         return int(cache.num_bytes)
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
 
 def _over_teacher(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
-    """A step's time over the teacher's at the same batch and context, if it is there."""
+    """A step's time over the teacher's at the same cache, batch and context, if it is there."""
     for other in rows:
-        same = all(other[key] == row[key] for key in ("batch", "context"))
+        same = all(other[key] == row[key] for key in ("cache", "batch", "context"))
         if same and other["model"] == "teacher" and other["step ms"] and row["step ms"]:
             return float(row["step ms"] / other["step ms"])
     return None
