@@ -322,7 +322,8 @@ def _answer(
         f"{name}: {task} {length}",
     )
     found = [answers_found(text, sample.answers) for text, sample in zip(texts, cell, strict=True)]
-    return Answered.count((task, length), found, [len(sample.answers) for sample in cell])
+    asked, depths = zip(*((len(sample.answers), sample.depth) for sample in cell), strict=True)
+    return Answered.count((task, length), found, asked, depths)
 
 
 def _result(

@@ -25,8 +25,25 @@ from megatron_hydra.unfinished import UnfinishedWork
 
 SCHEMA_VERSION = 1
 FILE_KIND = "generation"
+NUM_DEPTHS = 5
+_COUNTS = "num_right", "num_samples"
 _Count = Annotated[int, Limits(least=1)]
 _Share = Annotated[float, Limits(least=0, most=1)]
+
+
+@dataclass(frozen=True)
+class AtDepth:
+    """Samples whose one needle lies in the same fifth of the prompt.
+
+    Attributes:
+        start: Of the fifth, as a share of the prompt's characters.
+        num_right: Samples with the answer in the generated text.
+        num_samples: Samples.
+    """
+
+    start: _Share
+    num_right: Annotated[int, Limits(least=0)]
+    num_samples: _Count
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,7 @@ class Answered:
         interval: Wilson's 95% interval of it.
         match_all: RULER's `string_match_all`, the mean share of a sample's answers that are found.
         match_part: RULER's `string_match_part`, the share of samples with one answer or more.
+        by_depth: Of a task with one needle, by where it lies, for each fifth that has samples.
     """
 
     task: str
@@ -52,22 +70,40 @@ class Answered:
     interval: tuple[float, float]
     match_all: _Share
     match_part: _Share
+    by_depth: tuple[AtDepth, ...] = field(default=(), metadata=MAY_LACK)
 
     @classmethod
-    def count(cls, cell: Cell, found: Sequence[int], asked: Sequence[int]) -> Answered:
+    def count(
+        cls,
+        cell: Cell,
+        found: Sequence[int],
+        asked: Sequence[int],
+        depths: Sequence[float | None] = (),
+    ) -> Answered:
         """Count a cell.
 
         Args:
             cell: Task and length.
             found: Of each sample, how many answers the text contains.
             asked: Of each sample, how many there are.
+            depths: Of each sample, the share of the prompt before its needle, below 1; None where
+                it has not just one.
         """
         pairs = list(zip(found, asked, strict=True))
         right = Accuracy(sum(there == wanted for there, wanted in pairs), len(pairs))
         share = sum(there / wanted for there, wanted in pairs) / len(pairs)
         part = sum(there > 0 for there in found) / len(pairs)
         counts = (right.num_right, right.num_samples, right.value, right.interval)
-        return cls(*cell, *counts, match_all=min(1.0, share), match_part=part)
+        fifths: dict[int, list[bool]] = {}
+        known = [depth for depth in depths if depth is not None]
+        if len(known) == len(pairs):
+            for depth, (there, wanted) in zip(known, pairs, strict=True):
+                fifths.setdefault(int(depth * NUM_DEPTHS), []).append(there == wanted)
+        by_depth = tuple(
+            AtDepth(fifth / NUM_DEPTHS, sum(answers), len(answers))
+            for fifth, answers in sorted(fifths.items())
+        )
+        return cls(*cell, *counts, min(1.0, share), part, by_depth)
 
     @property
     def cell(self) -> Cell:
@@ -128,6 +164,11 @@ class Generation:
         """Tasks and lengths, in the order of the file."""
         return tuple(task.cell for task in self.models[0].tasks)
 
+    @property
+    def has_depths(self) -> bool:
+        """Whether some task has a single needle, whose depth is known."""
+        return any(task.by_depth for model in self.models for task in model.tasks)
+
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write it as JSON; UserError if that cannot be."""
         heading = {"schema_version": SCHEMA_VERSION, "kind": FILE_KIND}
@@ -165,6 +206,10 @@ def _check(task: Answered) -> None:
             raise UserError(f"accuracy is {task.accuracy}; its counts give {counted.value}")
         if task.match_part < task.accuracy or task.match_all < task.accuracy:
             raise UserError("match_all and match_part cannot be below accuracy")
+        if task.by_depth:
+            sums = [sum(getattr(at, name) for at in task.by_depth) for name in _COUNTS]
+            if sums != [getattr(task, name) for name in _COUNTS]:
+                raise UserError(f"by_depth counts {sums[0]} right of {sums[1]} samples")
 
 
 def generation_table(result: Generation) -> str:
@@ -179,11 +224,30 @@ def generation_table(result: Generation) -> str:
         rows.append([task, f"{length:,}", *texts])
     heading = "samples with every answer in % with 95% interval, and RULER's string_match_all"
     lines = [result.head, heading, aligned(rows)]
+    if result.has_depths:
+        lines += [
+            "right in % by depth of the needle, in fifths of the prompt",
+            aligned(_grid(result)),
+        ]
     if result.models[0].loss_by_position:
         names = [model.name for model in result.models]
         rows = [["tokens before", *names], *_perplexities(result)]
         lines += ["perplexity of held-out text by position", aligned(rows)]
     return "\n".join(lines)
+
+
+def _grid(result: Generation) -> list[list[str]]:
+    """A head, then a row for each cell and model: right in % by the needle's depth."""
+    starts = [fifth / NUM_DEPTHS for fifth in range(NUM_DEPTHS)]
+    rows = [["task", "tokens", "model", *(f"from {100 * start:.0f}%" for start in starts)]]
+    for position, (task, length) in enumerate(result.cells):
+        for model in result.models:
+            found = model.tasks[position].by_depth
+            shares = {at.start: at.num_right / at.num_samples for at in found}
+            if shares:
+                texts = (f"{100 * shares[s]:.0f}" if s in shares else "-" for s in starts)
+                rows.append([task, f"{length:,}", model.name, *texts])
+    return rows
 
 
 def _perplexities(result: Generation) -> list[list[str]]:

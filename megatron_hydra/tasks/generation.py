@@ -60,6 +60,13 @@ class GenerationSample:
     answers: tuple[str, ...]
     max_new_tokens: int
 
+    @property
+    def depth(self) -> float | None:
+        """The share of the prompt's characters before its one needle; None for other samples."""
+        if len(self.answers) != 1 or self.prompt.count(self.answers[0]) != 1:
+            return None
+        return self.prompt.index(self.answers[0]) / len(self.prompt)
+
 
 def answers_found(text: str, answers: Sequence[str]) -> int:
     """How many of the answers a generated text contains, whatever the case of their letters.

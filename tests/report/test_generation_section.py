@@ -23,3 +23,14 @@ def test_answers_by_generation_are_shown_where_there_are_any() -> None:
     assert section.count('class="best">50.0') == 2 and section.count("<td>25.0") == 2
     assert "65.0" in section and "8 of 8 heads FA" in section and "None" not in section
     assert section.count("Variable tracking VT") == 2
+
+
+def test_the_needle_grid_has_a_cell_for_each_fifth() -> None:
+    cell = Answered.count(("niah_single_2", 4096), [1, 0, 1, 1], [1] * 4, [0.1, 0.15, 0.5, 0.99])
+    row = GeneratedResult("hybrid", "h", 2, 8, 64, 0, (cell,))
+    generation = Generation((row,), "head", "bf16", "0", {"seed": 1})
+    section = render("generation.html", generation_section(generation))
+    grid = section[section.index("Needle grid") :]
+    assert [f">{text}</td>" in grid for text in ("50", "100", "–")] == [True] * 3
+    assert grid.count('class="shade') == 3 and grid.count("<td>–</td>") == 2
+    assert 'title="1 of 2"' in grid and "4,096" in grid
