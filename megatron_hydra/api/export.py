@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import Generation, results_markdown
+from megatron_hydra.export.hub import check_push, push_folder
 from megatron_hydra.files import check_output, check_outputs, versions, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
@@ -35,6 +36,7 @@ class Exported:
         dtype: Of the weights, but for a hybrid's few float32 ones.
         cache_bytes_per_token: Keys and values that a token adds, of the model and of its teacher.
         state_bytes: That a sequence keeps whatever its length.
+        address: On the Hub; None if it was not pushed.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Exported:
     dtype: str
     cache_bytes_per_token: tuple[int, int]
     state_bytes: int
+    address: str | None = None
 
 
 def export(
@@ -52,6 +55,8 @@ def export(
     dtype: Literal["float32", "bfloat16"] | None = None,
     max_shard_bytes: int = 5 * 10**9,
     results: Path | None = None,
+    push: str | None = None,
+    public: bool = False,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Exported:
@@ -66,12 +71,16 @@ def export(
         dtype: Of the weights; None leaves them as they are stored.
         max_shard_bytes: Of a file of weights.
         results: What ``evaluate --hf`` wrote, for the model card; None leaves it out.
+        push: Then upload the folder to this repository of the Hugging Face Hub, `NAME` or
+            `OWNER/NAME`, with huggingface_hub's login; None uploads nothing.
+        public: Whether a repository that is made for it can be seen by all.
         overwrite: Replace an earlier folder.
         progress: Shows how far it is.
 
     Raises:
-        UserError: For a checkpoint that cannot be read, or an output that is in the way; nothing
-            is written then.
+        UserError: For a checkpoint that cannot be read, an output that is in the way, or nobody who
+            is logged in to the Hub; nothing is written then. Also if the Hub refuses the folder,
+            which is there then.
     """
     check_outputs([out], [model, results])
     check_output(out, overwrite, "folder", marker="config.json")
@@ -80,6 +89,10 @@ def export(
     if not check_model_folder(model):
         raise UserError(f"{model} is a Hugging Face folder already")
     table = "" if results is None else results_markdown(Generation.load(results))
+    if push is not None:
+        check_push(push)
+    elif public:
+        raise UserError("--public says how --push makes a repository; give both or none")
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
@@ -117,4 +130,5 @@ def export(
                 loaded.model, lambda layers: progress(layers, "weights", "layer")
             )
         written = shards.write_shards(temporary, tensors, max_shard_bytes, of_weights)
-    return Exported(out, plan, written, name, cache, state)
+    address = None if push is None else push_folder(out, push, public)
+    return Exported(out, plan, written, name, cache, state, address)

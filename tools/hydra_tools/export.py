@@ -34,6 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what `evaluate --hf` wrote of an earlier export, for a hybrid's model card",
     )
+    parser.add_argument(
+        "--push",
+        metavar="REPO",
+        help="then upload the folder to this repository of the Hugging Face Hub, NAME or "
+        "OWNER/NAME, with the login of `hf auth login` (default: nothing is uploaded)",
+    )
+    parser.add_argument(
+        "--public",
+        action="store_true",
+        help="a repository that --push makes can be seen by all (default: private)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_shard_bytes=int(args.max_shard_gb * 1e9),
         results=args.results,
+        push=args.push,
+        public=args.public,
         overwrite=args.overwrite,
         progress=progress,
     )
@@ -62,4 +75,5 @@ def _lines(done: Exported) -> list[str]:
             "bytes of state per sequence",
             "load it by AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
         ]
-    return [*lines, f"Hugging Face folder: {done.folder}"]
+    lines.append(f"Hugging Face folder: {done.folder}")
+    return lines if done.address is None else [*lines, f"on the Hub: {done.address}"]
