@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.export.mixers_hydra import without_plans
 from megatron_hydra.progress import Progress, no_progress
 
 _POSITIONS = 256
@@ -66,7 +67,8 @@ class Generator:
             inputs = self.tokenizer(
                 list(batch), return_tensors="pt", padding=True, return_token_type_ids=False
             ).to(model.device)
-            with torch.inference_mode():
+            # Exported hybrids see to it themselves; other models' steps are 2.5 times as long with.
+            with torch.inference_mode(), without_plans(inputs["input_ids"]):
                 found = model.generate(**inputs, max_new_tokens=max_new_tokens)
             new = found[:, inputs["input_ids"].shape[1] :]
             yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)

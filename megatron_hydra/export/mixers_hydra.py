@@ -133,7 +133,7 @@ class FullAttention(Mixer):
             grouped = query.squeeze(2).unflatten(1, (-1, self.most))
             output = attention_of_a_token(grouped, key, value, stream.mask).flatten(1, 2)[:, None]
         else:
-            with _without_plans(query):
+            with without_plans(query):
                 output = self._attend(query, key, value, stream.mask, self.most)
         return output if self.is_even else rearranged(output, self.slots, dim=2)
 
@@ -319,9 +319,9 @@ def _index(order: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(order, device=device)
 
 
-def _without_plans(query: Tensor) -> AbstractContextManager[None]:
-    """Keep cuDNN from a token's attention: it plans anew, for 25 ms, whenever keys become more."""
-    if not query.is_cuda:
+def without_plans(x: Tensor) -> AbstractContextManager[None]:
+    """Keep cuDNN from a token's attention: it plans anew, far longer, for every number of keys."""
+    if not x.is_cuda:
         return nullcontext()
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     return sdpa_kernel(list(kernels))
