@@ -52,7 +52,11 @@ class Pieces:
 
     @classmethod
     def of(
-        cls, num_tokens: int, packed_seq_params: PackedSeqParams | None, group: dist.ProcessGroup
+        cls,
+        num_tokens: int,
+        packed_seq_params: PackedSeqParams | None,
+        group: dist.ProcessGroup,
+        first_position: int = 0,
     ) -> Pieces:
         """The pieces of what a layer was handed; arguments as :meth:`SequenceLayout.of`.
 
@@ -60,7 +64,7 @@ class Pieces:
         and the kernels keep what they look up for the very tensor `cu_seqlens`.
         """
         if packed_seq_params is None:
-            return cls(SequenceLayout.of(num_tokens, None, group), group)
+            return cls(SequenceLayout.of(num_tokens, None, group, first_position), group)
         kept: dict[Any, Pieces] = vars(packed_seq_params).setdefault("hydra_pieces", {})
         key = (num_tokens, group)
         if key not in kept:

@@ -32,6 +32,7 @@ from torch import Tensor
 from megatron_hydra.head_plan import LayerHeadPlan
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.decoding import LayerState, check_decoding
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.model.mixers.base import Mixer, Stream
@@ -169,8 +170,11 @@ class HydraAttention(MegatronModule):
                 where the in-projection brings the norm (`layer_specs.py`).
             attention_mask: Ignored: attention is causal.
             rotary_pos_emb: Megatron's rotary angles `[s, 1, 1, d]`, of this rank's tokens; for a
-                packed row of positions 0 and up instead, `[longest document, 1, 1, d]`.
-            inference_context: Must be None.
+                packed row of positions 0 and up instead, `[longest document, 1, 1, d]`, and with an
+                inference context too, `[its longest sequence, 1, 1, d]`.
+            inference_context: Megatron's `StaticInferenceContext`, which holds what the layer keeps
+                of the tokens before (`decoding.py`); any number of tokens may come. None for whole
+                sequences.
             packed_seq_params: Where a packed row's documents lie (`thd`), with b = 1; see
                 `sequence.packed_sequence`.
 
@@ -178,24 +182,30 @@ class HydraAttention(MegatronModule):
             The output, shaped as `hidden_states`, and no bias.
 
         Raises:
-            NotImplementedError: With an inference context.
             ValueError: Without rotary angles where a kind needs them.
+            UserError: With an inference context that does not fit, or beside what decoding does not
+                know.
         """
         if inference_context is not None:
-            raise NotImplementedError("HydraAttention has no inference state yet")
+            check_decoding(self.config, inference_context, self.training, packed_seq_params)
         if isinstance(rotary_pos_emb, tuple):
             rotary_pos_emb = rotary_pos_emb[0]
         if rotary_pos_emb is None and (self.config.fa_rope or self.config.la_rope):
             raise ValueError("fa_rope or la_rope is on, but the model passes no rotary_pos_emb")
         projected, _ = self.in_proj(hidden_states)
+        state = None
+        if inference_context is not None:
+            state = LayerState.of(inference_context, self.layer_number, self._mixers(), projected)
 
         def mix(projected: Tensor, hidden_states: Tensor) -> Tensor:
-            return self._mix(projected, hidden_states, rotary_pos_emb, packed_seq_params)
+            return self._mix(projected, hidden_states, rotary_pos_emb, packed_seq_params, state)
 
         if self.recomputes_mixing and self.training:
             fused = checkpoint(mix, False, projected, hidden_states)
         else:
             fused = mix(projected, hidden_states)
+        if state is not None:
+            state.advance(len(projected))
         return self.linear_proj(fused)
 
     def _mix(
@@ -204,13 +214,16 @@ class HydraAttention(MegatronModule):
         hidden_states: Tensor,
         rotary_pos_emb: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
+        state: LayerState | None,
     ) -> Tensor:
         """What lies between the projections: `[s, b, rows]` to `[s, b, n d]`."""
         sections = self.layout.split(projected)
-        pieces = Pieces.of(projected.shape[0], packed_seq_params, self.pg_collection.cp)
-        stream = Stream.of(pieces, packed_seq_params, rotary_pos_emb)
+        first_position = 0 if state is None else state.num_tokens
+        cp_group = self.pg_collection.cp
+        pieces = Pieces.of(len(projected), packed_seq_params, cp_group, first_position)
+        stream = Stream.of(pieces, packed_seq_params, rotary_pos_emb, state)
         first, *others = self._mixers()
-        if self._overlaps(projected):
+        if state is None and self._overlaps(projected):
             main, side = torch.cuda.current_stream(), _side_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):

@@ -34,16 +34,22 @@ class SequenceLayout:
             counted in; None where every row is one sequence.
         rank: In the context-parallel group.
         size: Of the context-parallel group.
+        first_position: Tokens that each row has had before, in decoding.
     """
 
     num_tokens: int
     cu_seqlens: Tensor | None
     rank: int
     size: int
+    first_position: int = 0
 
     @classmethod
     def of(
-        cls, num_tokens: int, packed_seq_params: PackedSeqParams | None, group: dist.ProcessGroup
+        cls,
+        num_tokens: int,
+        packed_seq_params: PackedSeqParams | None,
+        group: dist.ProcessGroup,
+        first_position: int = 0,
     ) -> SequenceLayout:
         """The layout of what a layer was handed.
 
@@ -51,6 +57,7 @@ class SequenceLayout:
             num_tokens: s.
             packed_seq_params: Megatron's description of a packed row, or None.
             group: Context-parallel ranks.
+            first_position: Of whole rows on one context-parallel rank.
         """
         cu_seqlens = None
         if packed_seq_params is not None:
@@ -58,7 +65,7 @@ class SequenceLayout:
             if cu_seqlens is None:
                 cu_seqlens = packed_seq_params.cu_seqlens_q
             cu_seqlens = cu_seqlens.long()
-        return cls(num_tokens, cu_seqlens, group.rank(), group.size())
+        return cls(num_tokens, cu_seqlens, group.rank(), group.size(), first_position)
 
     @property
     def is_whole(self) -> bool:
@@ -99,7 +106,7 @@ class SequenceLayout:
     @cached_property
     def positions(self) -> Tensor:
         """`[s]` int64: each of this rank's tokens' position in its document."""
-        return self.position(self.stream_index())
+        return self.position(self.stream_index()) + self.first_position
 
     def causal_mask(self) -> Tensor:
         """`[s, t]` bool: which tokens of all ranks, rank after rank, each token here may see."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_hydra.head_plan import HeadKind
 from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.decoding import LayerState
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import HeadModule
@@ -34,20 +35,31 @@ class Stream:
         packed_seq_params: Megatron's description of a packed row, b = 1; None for whole rows.
         angles: `[s, 1, 1, d]` at `pieces.layout.positions`; None without RoPE.
         piece_angles: The same at `pieces.positions`, where a recurrence runs.
+        state: What the layer has kept of the tokens before, in decoding; None for whole sequences.
     """
 
     pieces: Pieces
     packed_seq_params: PackedSeqParams | None
     angles: Tensor | None
     piece_angles: Tensor | None
+    state: LayerState | None = None
 
     @classmethod
     def of(
-        cls, pieces: Pieces, packed_seq_params: PackedSeqParams | None, angles: Tensor | None
+        cls,
+        pieces: Pieces,
+        packed_seq_params: PackedSeqParams | None,
+        angles: Tensor | None,
+        state: LayerState | None = None,
     ) -> Stream:
-        """Arguments as the layer's; `angles` of a packed row are those of positions 0 and up."""
+        """Arguments as the layer's.
+
+        `angles` of a packed row, and in decoding, are those of positions 0 and up.
+        """
+        if state is not None and angles is not None:
+            angles = angles[state.num_tokens :][: pieces.layout.num_tokens]
         if packed_seq_params is None or angles is None:
-            return cls(pieces, packed_seq_params, angles, angles)
+            return cls(pieces, packed_seq_params, angles, angles, state)
         at = (pieces.layout.positions, pieces.positions)
         return cls(pieces, packed_seq_params, *(angles[positions] for positions in at))
 
@@ -128,6 +140,16 @@ class Mixer(HeadModule):
 
     def forward(self, sections: Sections, stream: Stream) -> Tensor:
         """The heads' outputs `[s, b, n, d]`, of all the in-projection's parts by name."""
+        raise NotImplementedError
+
+    def empty_state(self, num_rows: int, num_tokens: int, like: Tensor) -> dict[str, Tensor]:
+        """Zeros by name for what decoding keeps, `[num_rows, ...]`; none without a head here.
+
+        Args:
+            num_rows: Most rows of a batch.
+            num_tokens: Most tokens of a row.
+            like: Gives number format and device of all but recurrent states, which are float32.
+        """
         raise NotImplementedError
 
     def load_kernels(self, num_sequences: int, num_tokens: int) -> None:

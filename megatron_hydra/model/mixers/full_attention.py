@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.decoding import LayerState
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
@@ -57,6 +59,7 @@ class FullAttention(Mixer):
         self.has_key_each = places == list(range(num_groups))
         index = torch.tensor(places, dtype=torch.long, device=initial_device(config))
         self.register_buffer("key_index", index, persistent=False)
+        self._build_kept(places, index.device)
         self.core_attention = None
         if cp_comm_type == "a2a" and len(self.heads) % groups.cp.size():
             raise UserError(
@@ -93,13 +96,14 @@ class FullAttention(Mixer):
             # The exchange's backward collective runs on every rank.
             return self._stay_in_graph(query, key)
         query = self._scale_query(self.q_layernorm(query), stream.pieces.layout)
+        query = self._rotated(query, stream)
+        if stream.state is not None:
+            keys, values = self._keep(key, value, stream, stream.state)
+            if stream.state.num_tokens:
+                return self._attend_to_kept(query, keys, values)
         if not self.has_key_each:
             key, value = key[:, :, self.key_index], value[:, :, self.key_index]
-        key = self.k_layernorm(key)
-        if self.config.fa_rope:
-            query, key = (
-                apply_rotary_pos_emb(t, stream.angles, config=self.config) for t in (query, key)
-            )
+        key = self._rotated(self.k_layernorm(key), stream)
         # Where neither norm nor RoPE has made new tensors these are views of the projection, as the
         # value is, and Transformer Engine may take views of one buffer for another layout.
         query, key = query.contiguous(), key.contiguous()
@@ -116,6 +120,70 @@ class FullAttention(Mixer):
             packed_seq_params=stream.packed_seq_params,
         )
         return output.view(shape)
+
+    def empty_state(self, num_rows: int, num_tokens: int, like: Tensor) -> dict[str, Tensor]:
+        """`keys` and `values` `[num_rows, g, num_tokens, d]`, g the groups that heads here use."""
+        if not self.heads:
+            return {}
+        shape = (num_rows, len(self.kept_groups), num_tokens, self.config.kv_channels)
+        return {name: like.new_zeros(shape) for name in ("keys", "values")}
+
+    def _build_kept(self, places: list[int], device: torch.device) -> None:
+        """Which of the groups at hand decoding keeps, and where heads find theirs among them.
+
+        Of the groups kept, each has as many places for heads as the largest has heads.
+
+        Args:
+            places: Of :meth:`_key_index`.
+            device: Of the indices.
+        """
+        groups = sorted(set(places))
+        of_head = [groups.index(place) for place in places]
+        most = max((of_head.count(group) for group in of_head), default=0)
+        slots = [group * most + of_head[:i].count(group) for i, group in enumerate(of_head)]
+        self.num_slots = len(groups) * most
+        for name, index in (
+            ("kept_groups", groups),
+            ("kept_of_head", of_head),
+            ("kept_slots", slots),
+        ):
+            tensor = torch.tensor(index, dtype=torch.long, device=device)
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _rotated(self, x: Tensor, stream: Stream) -> Tensor:
+        if not self.config.fa_rope:
+            return x
+        return apply_rotary_pos_emb(x, stream.angles, config=self.config)
+
+    def _keep(
+        self, key: Tensor, value: Tensor, stream: Stream, state: LayerState
+    ) -> tuple[Tensor, Tensor]:
+        """Keep keys and values `[s, b, groups at hand, d]`; all so far `[b, g, tokens, d]`."""
+        key, value = key[:, :, self.kept_groups], value[:, :, self.kept_groups]
+        key = self._rotated(self.k_layernorm(key), stream)
+        kept, start = state.of_kind(self), state.num_tokens
+        end = start + len(key)
+        for name, new in (("keys", key), ("values", value)):
+            kept[name][:, :, start:end] = new.permute(1, 2, 0, 3)
+        return kept["keys"][:, :, :end], kept["values"][:, :, :end]
+
+    def _attend_to_kept(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """`[s, b, n, d]` of queries of the last s tokens, `keys` and `values` `[b, g, t, d]`."""
+        s, b, _, d = query.shape
+        query, scale = query.permute(1, 2, 0, 3), self.config.softmax_scale
+        if s == 1:
+            # A step reads all keys once: queries are filled up rather than keys copied.
+            filled = query.new_zeros(b, self.num_slots, s, d)
+            filled = filled.index_copy(1, self.kept_slots, query)
+            output = F.scaled_dot_product_attention(
+                filled, keys, values, scale=scale, enable_gqa=True
+            ).index_select(1, self.kept_slots)
+        else:
+            keys, values = (x.index_select(1, self.kept_of_head) for x in (keys, values))
+            t = keys.shape[2]
+            mask = torch.ones(s, t, dtype=torch.bool, device=query.device).tril(t - s)
+            output = F.scaled_dot_product_attention(query, keys, values, mask, scale=scale)
+        return output.permute(2, 0, 1, 3)
 
     def _key_index(self) -> tuple[list[int], int]:
         """For each local head, its query group's place among the groups at hand; their number."""

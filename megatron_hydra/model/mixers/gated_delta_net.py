@@ -113,6 +113,19 @@ class GatedDeltaNet(Mixer):
         one = [Section("", *heads, 1)]
         return {"conv_weight": taps, "A_log": one, "dt_bias": one}
 
+    def empty_state(self, num_rows: int, num_tokens: int, like: Tensor) -> dict[str, Tensor]:
+        """`recurrent` `[num_rows, n, d, d]` float32, rows are keys; `conv`, the last inputs.
+
+        These are `[num_rows, taps - 1, 3 n d]`, and none without the convolution or with one tap.
+        """
+        n, d, config = len(self.heads), self.config.kv_channels, self.config
+        if not n:
+            return {}
+        state = {"recurrent": like.new_zeros(num_rows, n, d, d, dtype=torch.float32)}
+        if config.la_short_conv and config.la_conv_kernel_size > 1:
+            state["conv"] = like.new_zeros(num_rows, config.la_conv_kernel_size - 1, 3 * n * d)
+        return state
+
     def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
         """The gated delta rule's and, for it, the preparation's and the fusion's, on a GPU."""
         if self.impl != "fla" or not self.heads:
@@ -149,11 +162,17 @@ class GatedDeltaNet(Mixer):
             empty = sections[f"{self.prefix}_qkv"].unflatten(-1, (0, self.config.kv_channels))
             return self._stay_in_graph(empty)
         sections = self._own(sections, pieces)
-        output = self._recur(*self._prepare(sections, stream.piece_angles, pieces), pieces)
+        kept = None if stream.state is None else stream.state.of_kind(self)
+        prepared = self._prepare(sections, stream.piece_angles, pieces, kept)
+        output = self._recur(*prepared, pieces, kept)
         return pieces.from_contiguous(pieces.sequence_first(output))
 
     def _prepare(
-        self, sections: Sections, rotary_pos_emb: Tensor | None, pieces: Pieces
+        self,
+        sections: Sections,
+        rotary_pos_emb: Tensor | None,
+        pieces: Pieces,
+        kept: dict[str, Tensor] | None,
     ) -> list[Tensor]:
         """The recurrence's inputs, of sections that a kernel reads where they lie.
 
@@ -177,8 +196,10 @@ class GatedDeltaNet(Mixer):
             ]
         if config.la_short_conv:
             options["conv_weight"] = self.conv_weight
-            options["initial_state"] = pieces.tokens_before(
-                parts["qkv"], config.la_conv_kernel_size - 1
+            options["initial_state"] = (
+                pieces.tokens_before(parts["qkv"], config.la_conv_kernel_size - 1)
+                if kept is None
+                else _pass_on(kept, parts["qkv"])
             )
         if config.la_qk_norm and config.qk_layernorm:
             options["q_norm_weight"] = self.q_layernorm.weight
@@ -224,8 +245,25 @@ class GatedDeltaNet(Mixer):
         log_decay: Tensor,
         beta: Tensor,
         pieces: Pieces,
+        kept: dict[str, Tensor] | None,
     ) -> Tensor:
         """The gated delta rule over a rank's pieces, each from the state that precedes it."""
+        if kept is not None:
+            # Chunks of kernels hold many tokens; a single one is a few products.
+            is_step = query.shape[1] == 1
+            output, end = gated_delta_rule(
+                query,
+                key,
+                value,
+                log_decay,
+                beta,
+                initial_state=kept["recurrent"],
+                output_final_state=True,
+                impl="reference" if is_step else self.impl,
+                **({"chunk_size": 1} if is_step else {}),
+            )
+            kept["recurrent"].copy_(end)
+            return output
         if not pieces.is_split:
             return gated_delta_rule(
                 query, key, value, log_decay, beta, cu_seqlens=pieces.cu_seqlens, impl=self.impl
@@ -278,6 +316,16 @@ class GatedDeltaNet(Mixer):
             num_columns=num_columns,
         )
         return head_parameter(config, values)
+
+
+def _pass_on(kept: dict[str, Tensor], inputs: Tensor) -> Tensor | None:
+    """The convolution's last inputs `[b, taps - 1, 3 n d]`, in whose place the new ones come."""
+    if "conv" not in kept:
+        return None
+    before = kept["conv"].clone()
+    count = before.shape[1]
+    kept["conv"].copy_(torch.cat((before, inputs[:, -count:]), dim=1)[:, -count:])
+    return before
 
 
 def every_head(like: Tensor, value: float) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.decoding import LayerState
 from megatron_hydra.model.local_modules import LocalCoreAttention
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
@@ -89,10 +90,14 @@ class SlidingWindow(Mixer):
             apply_rotary_pos_emb(norm(x), stream.piece_angles, config=self.config)
             for norm, x in ((self.q_layernorm, query), (self.k_layernorm, key))
         )
-        if self._takes_transformer_engine(query, stream):
+        before = num_before = None
+        if stream.state is not None:
+            before, num_before = self._pass_on(key, value, stream.state)
+        if before is None and self._takes_transformer_engine(query, stream):
             return self._on_transformer_engine(query, key, value)
         query, key, value = (pieces.batch_first(x) for x in (query, key, value))
-        before, num_before = self._tokens_before(key, value, pieces)
+        if stream.state is None:
+            before, num_before = self._tokens_before(key, value, pieces)
         output = window_attention(
             query,
             key,
@@ -105,6 +110,29 @@ class SlidingWindow(Mixer):
             cu_seqlens=pieces.cu_seqlens,
         )
         return pieces.from_contiguous(pieces.sequence_first(output))
+
+    def empty_state(self, num_rows: int, num_tokens: int, like: Tensor) -> dict[str, Tensor]:
+        """`keys`, with RoPE on them, and `values` `[num_rows, w, n, d]`, oldest first."""
+        if not self.heads:
+            return {}
+        config = self.config
+        shape = (num_rows, config.sliding_window_tokens, len(self.heads), config.kv_channels)
+        return {name: like.new_zeros(shape) for name in ("keys", "values")}
+
+    def _pass_on(
+        self, key: Tensor, value: Tensor, state: LayerState
+    ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """What the window held, as :meth:`_tokens_before`; in its place come `[s, b, n, d]`."""
+        kept, w = state.of_kind(self), self.config.sliding_window_tokens
+        names = ("keys", "values")
+        before = kept["keys"][:, 1:].clone(), kept["values"][:, 1:].clone()
+        for name, new in zip(names, (key, value), strict=True):
+            new = new[-w:].transpose(0, 1)
+            kept[name].copy_(torch.cat((kept[name], new), dim=1)[:, -w:])
+        if not state.num_tokens:
+            return None, None
+        num_before = min(state.num_tokens, w - 1)
+        return before, torch.full((key.shape[1],), num_before, device=key.device)
 
     def _takes_transformer_engine(self, query: Tensor, stream: Stream) -> bool:
         """Documents and context parallelism have not been tried there; float32 would run over all
