@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 install_if_needed()
 
 from kit.tiny import tiny_config, tiny_plan, token_batch  # noqa: E402
+from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
 from megatron.core.models.common.embeddings import RotaryEmbedding  # noqa: E402
 
 from megatron_hydra.model.build import build_model  # noqa: E402
@@ -29,10 +30,10 @@ from megatron_hydra.teachers.loading import megatron_fields  # noqa: E402
 SIZES = dict(hidden_size=512, ffn_hidden_size=768, kv_channels=64, seq_length=512, vocab_size=512)
 
 
-def _model(backend: str, dtype: torch.dtype, **overrides):
+def _model(backend: str, dtype: torch.dtype, plan=None, **overrides):
     initialize_model_parallel()
     fields = {**megatron_fields(dtype), **SIZES, "backend": backend, "init_method_std": 0.05}
-    model = build_model(tiny_config(**{**fields, **overrides}), tiny_plan()).cuda()
+    model = build_model(tiny_config(**{**fields, **overrides}), plan or tiny_plan()).cuda()
     return model if dtype == torch.float32 else model.bfloat16()
 
 
@@ -118,6 +119,44 @@ def test_layer_equals_local_within_bf16_tolerance(documents, teacher, record_pro
         ours = errors["transformer_engine"][name]
         record_property(name, f"relative error: local {local:.2e}, transformer_engine {ours:.2e}")
         assert ours <= 2 * max(local, 4e-3), name
+
+
+@pytest.mark.parametrize("backend", ["local", "transformer_engine"])
+@pytest.mark.parametrize("others", [{}, {"kda": (0,)}, {"kda": (0,), "sliding_window": (3, 7)}])
+@torch.no_grad()
+def test_decoding_is_as_near_to_float32_as_one_forward_pass(backend, others, record_property):
+    """Prefill, steps, more at once and steps again, of all kinds."""
+    plan, options = tiny_plan(other_kinds={0: others}), dict(sliding_window_tokens=64)
+    oracle = _model("local", torch.float32, plan, fused_kernels="reference", **options)
+    layers = {"oracle": oracle.decoder.layers[0].eval()}
+    for mixer in _with_recurrence(layers["oracle"]):
+        mixer.impl = "reference"
+    layers["bf16"] = _model(backend, torch.bfloat16, plan, **options).decoder.layers[0].eval()
+    assert all(mixer.impl == "fla" for mixer in _with_recurrence(layers["bf16"]))
+    parameters = _norm_and_attention(layers["bf16"])
+    for name, value in _norm_and_attention(layers["oracle"]).items():
+        value.copy_(value.bfloat16())
+        parameters[name].copy_(value)
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(256, 2, 512, device="cuda", generator=generator).bfloat16()
+    rotary = RotaryEmbedding(64, 1.0, rotary_base=10000)(256)
+
+    def run(layer, tokens, **context):
+        tokens = tokens.to(layer.self_attention.linear_proj.weight.dtype)
+        normed = layer.input_layernorm(tokens)
+        return layer.self_attention(normed, rotary_pos_emb=rotary, **context)[0].float()
+
+    context, pieces = StaticInferenceContext(2, 256), []
+    for piece in x.split([100, *[1] * 20, 64, *[1] * 72]):
+        pieces.append(run(layers["bf16"], piece, inference_context=context))
+        context.increment_sequence_len_offset(len(piece))
+    expected = run(layers["oracle"], x)
+    whole, decoded = (
+        ((found - expected).norm() / expected.norm()).item()
+        for found in (run(layers["bf16"], x), torch.cat(pieces))
+    )
+    record_property("relative error", f"whole {whole:.2e}, decoded {decoded:.2e}")
+    assert decoded <= 2 * max(whole, 4e-3)
 
 
 def test_branches_on_two_streams_change_nothing():
