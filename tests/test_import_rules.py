@@ -35,12 +35,12 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "errors", "files", "head_plan", "progress", "schema", "model", "tasks", "unfinished",
     },
     "training": {
-        "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "transfer",
+        "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "tasks", "transfer",
         "selection",
     },
     "nemo": {
-        "disk", "errors", "files", "head_plan", "model", "teachers", "transfer", "selection",
-        "training",
+        "disk", "errors", "files", "head_plan", "model", "teachers", "tasks", "transfer",
+        "selection", "training",
     },
     "evaluation": {
         "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",

@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 
 from megatron_hydra.model.build import load_kernels
 from megatron_hydra.nemo.bad_numbers import NumberWatch
-from megatron_hydra.nemo.validation import Validation
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 ShowStep = Callable[[int, dict[str, float]], None]
+
+
+class Measurement(Protocol):
+    """What is measured after some steps, beside the training."""
+
+    def prepare(self) -> None:
+        """Before the first step; collective."""
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether to measure after so many finished steps; the same on every rank."""
+
+    def measure(self, model: pl.LightningModule) -> dict[str, float]:
+        """Scalars by name, the same on every rank; collective."""
 
 
 class KernelsCallback(pl.Callback):
@@ -45,9 +57,9 @@ class ScalarsCallback(pl.Callback):
     stands at; `tokens`, of all steps so far; on a GPU `peak_memory_gib`, as
     :class:`~megatron_hydra.nemo.bad_numbers.NumberWatch` says, and where its peak is known `mfu`,
     0 to 1.
-    At a step that is due for it also what :class:`~megatron_hydra.nemo.validation.Validation`
-    finds, in TensorBoard without `train/`. At a step that is skipped also `skipped_steps`, their
-    number so far, and at one whose loss jumps `loss_spike`, how many times the usual loss it is.
+    At a step that is due for it also what a measurement finds, in TensorBoard without `train/`. At
+    a step that is skipped also `skipped_steps`, their number so far, and at one whose loss jumps
+    `loss_spike`, how many times the usual loss it is.
 
     Args:
         folder: Of the event files.
@@ -56,7 +68,7 @@ class ScalarsCallback(pl.Callback):
         every_n_steps: Steps between two points.
         show: Called after each step with the number of finished steps and the scalars.
         watch: Has looked at the step's numbers.
-        validation: Measures the loss on held-out samples.
+        measurements: Such as the loss on held-out samples, in order.
         seconds_at_peak: Of a step, see `megatron_hydra.training.utilization`; None: not known.
     """
 
@@ -68,18 +80,19 @@ class ScalarsCallback(pl.Callback):
         every_n_steps: int,
         show: ShowStep,
         watch: NumberWatch,
-        validation: Validation,
+        measurements: Sequence[Measurement],
         seconds_at_peak: float | None = None,
     ) -> None:
         self.folder, self.metrics, self.tokens_per_step = folder, metrics, tokens_per_step
         self.every_n_steps, self.show, self.watch = every_n_steps, show, watch
-        self.validation, self.seconds_at_peak = validation, seconds_at_peak
+        self.measurements, self.seconds_at_peak = measurements, seconds_at_peak
         self._writer: Any = None
         self._step_start = self._lr = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the event file; points of steps that are run again are dropped."""
-        self.validation.prepare()
+        for measurement in self.measurements:
+            measurement.prepare()
         if trainer.is_global_zero:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -97,27 +110,28 @@ class ScalarsCallback(pl.Callback):
         # The checkpoint callback, which runs after this one, names its folders by it.
         pl_module.log("finished_steps", float(trainer.global_step), batch_size=1)
         seconds, step = time.perf_counter() - self._step_start, trainer.global_step
-        held_out: dict[str, float] = {}
-        # Not where the run is asked to stop: the time until it is killed is for its checkpoint.
-        if self.validation.is_due(step, trainer.max_steps) and not self.watch.is_stopping:
-            held_out = self.validation.measure(pl_module)
+        measured: dict[str, float] = {}
+        for measurement in self.measurements:
+            # Not where the run is asked to stop: the time until it is killed is for its checkpoint.
+            if measurement.is_due(step, trainer.max_steps) and not self.watch.is_stopping:
+                measured |= measurement.measure(pl_module)
         if self._writer is None:
             return
         scalars = {name: float(value) for name, value in outputs.items() if name != "num_tokens"}
         scalars |= {"grad_norm": self.watch.grad_norm, "lr": self._lr}
         scalars |= self._resources(step, seconds)
-        if step % self.every_n_steps == 0 or step == trainer.max_steps or held_out:
-            self._write_line(step, {**scalars, **held_out})
+        if step % self.every_n_steps == 0 or step == trainer.max_steps or measured:
+            self._write_line(step, {**scalars, **measured})
             for name, value in scalars.items():
                 self._writer.add_scalar(f"train/{name}", value, step)
-        for name, value in held_out.items():
+        for name, value in measured.items():
             self._writer.add_scalar(name, value, step)
         if self.watch.is_skipped:
             self._writer.add_scalar("train/skipped_steps", self.watch.num_skipped, step)
         spike = self.watch.spike(scalars["loss"])
         if spike is not None:
             self._writer.add_scalar("train/loss_spike", spike, step)
-        self.show(step, {**scalars, **held_out})
+        self.show(step, {**scalars, **measured})
 
     def _resources(self, step: int, seconds: float) -> dict[str, float]:
         """What the step took, as far as it is known."""

@@ -29,6 +29,7 @@ from megatron_hydra.nemo.callbacks import KernelsCallback, ScalarsCallback, Show
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.data import find_end_of_document, make_data_module
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel
+from megatron_hydra.nemo.needles import Needles
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_state import RunStateCallback
@@ -91,6 +92,7 @@ class TrainingRun:
         self.model_config = self._model_config()
         check_all_datasets(config, self.model_config.vocab_size)
         self._document_end, self._document_end_id = self._end_of_document()
+        self._needles = Needles(config, self._tokenizer)
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
         self.identity = run_identity(self.config, self.model_config.plan, self.meta)
@@ -208,7 +210,7 @@ class TrainingRun:
             config.log.every_n_steps,
             show,
             watch,
-            Validation(config, self._document_end_id, self.folder.data_index),
+            [Validation(config, self._document_end_id, self.folder.data_index), self._needles],
             self._seconds_at_peak(),
         )
         trainer = nl.Trainer(

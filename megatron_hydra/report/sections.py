@@ -106,6 +106,8 @@ def _curves(run: TrainingRun, name: str) -> dict[str, Any]:
         "norm": draw_curve(run.curves["train/grad_norm"], "gradient norm", "L2 norm", True),
         "speed": draw_curve(speed, "throughput", "tokens / s", True),
     }
+    for task, curve in run.needles.items():
+        charts[f"needles-{task}"] = draw_curve(curve, f"needles found: {task}", "share", True)
     return {
         "losses": [
             (title, _first(curve.values), _final(curve.values))

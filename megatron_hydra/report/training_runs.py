@@ -42,6 +42,7 @@ STAGES = {
 }
 """A stage by its word in a configuration: its name, and what it does."""
 _LAYER_PREFIX = "train/alignment/layer_"
+_NEEDLES_PREFIX = "needles/"
 _REQUIRED = ("train/grad_norm", "train/tokens_per_s")
 _SKIPPED = "train/skipped_steps"
 
@@ -152,6 +153,15 @@ class TrainingRun:
         if len(found) == 2:  # The total of one part is that part.
             found.pop("total", None)
         return found
+
+    @property
+    def needles(self) -> dict[str, Curve]:
+        """Share of the needles that the model found while it trained, by task; mostly empty."""
+        return {
+            tag.removeprefix(_NEEDLES_PREFIX): curve
+            for tag, curve in sorted(self.curves.items())
+            if tag.startswith(_NEEDLES_PREFIX)
+        }
 
     @property
     def skipped_steps(self) -> list[int]:

@@ -36,6 +36,10 @@ MAY_CHANGE = (
     "trainer.num_threads",
     "trainer.validate_every_n_steps",
     "trainer.validation_steps",
+    "trainer.needles_every_n_steps",
+    "trainer.needle_samples",
+    "trainer.needle_task",
+    "trainer.needle_tokens",
     "transfer.chunk_tokens",
     "strategy",
     "log",
@@ -137,6 +141,15 @@ class TrainerSection:
     after the last step too; 0: never."""
     validation_steps: _Count = 10
     """Global batches of a measurement, each time the same samples."""
+    needles_every_n_steps: _CountOr0 = 0
+    """Steps between two rounds of questions about needles in held-out text (without any, in what is
+    trained on), which the model answers by generated text; after the last step too; 0: never."""
+    needle_samples: _Count = 32
+    """Questions of a round, each time the same, at depths from start to end."""
+    needle_task: str = "single"
+    """`single`, `multi_key` of 8 needles, or `multi_key:N` of N."""
+    needle_tokens: _Count | None = None
+    """Tokens of a question's text, question and answer; None: `data.seq_length`."""
 
 
 @dataclass

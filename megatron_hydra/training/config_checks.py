@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.parallel_sizes import ParallelSizes
+from megatron_hydra.tasks.needles import find_task
 from megatron_hydra.teachers.model_folder import stored_sizes
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def check(config: RunConfig) -> None:
             f"data.weights has {len(data.weights)} values for {len(data.paths)} data.paths"
         )
     _check_validation(config)
+    _check_needles(config)
     if data.global_batch_size % data.micro_batch_size:
         raise UserError(
             f"data.global_batch_size {data.global_batch_size} is not divisible by "
@@ -75,6 +77,24 @@ def _check_validation(config: RunConfig) -> None:
             "trainer.validate_every_n_steps does not go with model.cuda_graphs, whose graphs are "
             "of training steps alone"
         )
+
+
+def _check_needles(config: RunConfig) -> None:
+    """Check that a model decodes as it trains; see `model.decoding`."""
+    find_task(config.trainer.needle_task)
+    strategy = config.strategy
+    for key, is_on in (
+        ("strategy.sequence_parallel", strategy.sequence_parallel),
+        ("strategy.pipeline_model_parallel_size", strategy.pipeline_model_parallel_size > 1),
+        ("strategy.context_parallel_size", strategy.context_parallel_size > 1),
+        ("model.cuda_graphs", config.model.cuda_graphs),
+        ("trainer.precision fp8", config.trainer.precision == "fp8"),
+    ):
+        if is_on and config.trainer.needles_every_n_steps:
+            raise UserError(
+                f"trainer.needles_every_n_steps does not go with {key}: hybrids decode on tensor- "
+                "and data-parallel ranks alone, without FP8 and CUDA graphs"
+            )
 
 
 def check_ranks(config: RunConfig, num_ranks: int) -> None:

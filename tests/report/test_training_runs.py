@@ -54,3 +54,14 @@ def test_a_single_spike_is_no_reason_to_refuse_a_run(tmp_path: Path) -> None:
 def test_a_run_of_one_step_is_a_dot(tmp_path: Path) -> None:
     write_run(tmp_path, {"train/loss": [1.5]})
     assert "total 1.5 → 1.5" in section_of(read_run("stage1", tmp_path))
+
+
+def test_needles_found_while_training_are_a_curve_of_their_own(tmp_path: Path) -> None:
+    shares = [None, 0.25, None, 0.75]  # at some steps alone
+    write_run(tmp_path, {"train/loss": [4.0, 3.0, 2.0, 1.0], "needles/multi_key_2": shares})
+    run = read_run("stage1", tmp_path)
+    (curve,) = run.needles.values()
+    assert curve.steps.tolist() == [1, 3] and curve.values.tolist() == [0.25, 0.75]
+    assert "needles-multi_key_2 of stage1" in section_of(run)
+    write_run(tmp_path / "other", {"train/loss": [1.5]})
+    assert "needles" not in section_of(read_run("other", tmp_path / "other"))

@@ -271,3 +271,38 @@ def test_validation_may_change_when_a_run_goes_on(config_file: Path) -> None:
     validation = ["data.validation_paths=[v]", "trainer.validate_every_n_steps=5"]
     old, new = (load_config(config_file, more) for more in ([], validation))
     assert list(differences(old, new)) == list(differences(new, old)) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (
+            ["strategy.sequence_parallel=true", "strategy.tensor_model_parallel_size=2"],
+            "strategy.sequence_parallel",
+        ),
+        (
+            ["strategy.pipeline_model_parallel_size=2"],
+            "strategy.pipeline_model_parallel_size",
+        ),
+        (["strategy.context_parallel_size=2"], "strategy.context_parallel_size"),
+        (["model.cuda_graphs=true"], "model.cuda_graphs"),
+        (["trainer.precision=fp8", "data.seq_length=16"], "trainer.precision fp8"),
+    ],
+)
+def test_needles_refuse_what_decoding_does_not_know(
+    config_file: Path, overrides: list[str], what: str
+) -> None:
+    load_config(config_file, overrides)
+    with pytest.raises(UserError, match=f"needles_every_n_steps does not go with {what}: hyb"):
+        load_config(config_file, [*overrides, "trainer.needles_every_n_steps=5"])
+
+
+def test_needles_may_change_when_a_run_goes_on(config_file: Path) -> None:
+    needles = [
+        "trainer.needles_every_n_steps=5",
+        "trainer.needle_samples=4",
+        "trainer.needle_task=multi_key:3",
+        "trainer.needle_tokens=900",
+    ]
+    old, new = (load_config(config_file, more) for more in ([], needles))
+    assert list(differences(old, new)) == list(differences(new, old)) == []

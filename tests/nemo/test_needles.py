@@ -1,0 +1,138 @@
+"""Needles that are asked for while a model trains, and the training that they must not touch.
+
+Catches: answers of other weights, of one replica or rank alone, or counted wrongly; weights,
+samples, random numbers or modes of modules that change with the questions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from kit.distributed import run_distributed
+from kit.tiny_models import PLAN, PLAN_OF_KINDS
+from test_training import NUM_STEPS, write_inputs
+from test_validation import _check_same_run, _drawing, _train
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+TASK, TOKENS, NUM_SAMPLES = "needles/multi_key_2", 200, 6
+NEEDLES = [
+    "trainer.needles_every_n_steps=2",
+    f"trainer.needle_samples={NUM_SAMPLES}",
+    "trainer.needle_task=multi_key:2",
+    f"trainer.needle_tokens={TOKENS}",
+]
+RUNS = {
+    "align": ["transfer.stage=align", "data.reset_at_document_end=true"],
+    "distill": ["model.recompute=full", "data.micro_batch_size=4"],
+    "bf16": ["trainer.precision=bf16", "strategy.use_distributed_optimizer=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"), PLAN)
+
+
+def test_questions_touch_nothing_and_are_recorded(inputs: Path, tmp_path: Path) -> None:
+    run_distributed(_check_runs, 1, inputs, tmp_path)
+
+
+def _check_runs(inputs: Path, folder: Path) -> None:
+    for name, overrides in RUNS.items():
+        with _drawing() as (trained, others):
+            quiet = _train(inputs, folder / f"{name}_without", overrides)
+            expected_draws = list(trained)
+            trained.clear()
+            shown = _train(inputs, folder / name, [*overrides, *NEEDLES])
+            assert others == []
+        assert trained == expected_draws
+        found = {step: scalars[TASK] for step, scalars in shown.items() if TASK in scalars}
+        assert set(found) == {2, NUM_STEPS} and all(0 <= share <= 1 for share in found.values())
+        _check_same_run(shown, quiet, folder / name, folder / f"{name}_without")
+        lines = [json.loads(x) for x in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert {line["step"]: line[TASK] for line in lines if TASK in line} == found
+        assert _points(folder / name / "tensorboard") == pytest.approx(found)
+
+
+def _points(folder: Path) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {point.step: point.value for point in events.Scalars(TASK)}
+
+
+@pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_right_answers_are_counted(tmp_path: Path, world_size: int, tensor: int) -> None:
+    """Right are those that the model gives by whole forward passes, one row after the other."""
+    inputs = write_inputs(tmp_path, PLAN_OF_KINDS)
+    run_distributed(_write_right_answers, 1, inputs)
+    run_distributed(_check_count, world_size, inputs, tensor)
+
+
+def _needles(inputs: Path) -> Any:
+    from megatron_hydra.nemo.needles import Needles
+    from megatron_hydra.training.config import load_config
+
+    overrides = [*NEEDLES, f"log.folder={inputs}", "data.micro_batch_size=2"]
+    return Needles(load_config(inputs / "run.yaml", overrides), inputs / "hybrid/tokenizer")
+
+
+def _write_right_answers(inputs: Path) -> None:
+    from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.teachers.checkpoint import load_checkpoint
+
+    initialize_model_parallel()
+    model = load_checkpoint(inputs / "hybrid").model.eval()
+    answers = []
+    for sample in _needles(inputs)._samples:
+        assert len(sample.tokens) + len(sample.answer) == TOKENS
+        tokens = torch.tensor([sample.tokens])
+        for _ in sample.answer:
+            with torch.no_grad():
+                logits = model(tokens, torch.arange(tokens.shape[1])[None], None)
+            tokens = torch.cat((tokens, logits[:, -1:].argmax(-1)), dim=1)
+        answers.append(tokens[0, len(sample.tokens) :].tolist())
+    (inputs / "answers.json").write_text(json.dumps(answers))
+
+
+def _check_count(inputs: Path, tensor: int) -> None:
+    from megatron_hydra.parallel import initialize_model_parallel
+    from megatron_hydra.teachers.checkpoint import load_checkpoint
+
+    initialize_model_parallel(tensor)
+    model = load_checkpoint(inputs / "hybrid").model.train()
+    still = model.decoder.layers[0].mlp.eval()
+    needles, answers = _needles(inputs), json.loads((inputs / "answers.json").read_text())
+    for wrong in ([], [0], [1, 2, 5], list(range(NUM_SAMPLES))):
+        for place, answer in enumerate(answers):
+            last = [answer[-1] + 1 if place in wrong else answer[-1]]
+            sample = replace(needles._samples[place], answer=[*answer[:-1], *last])
+            needles._samples[place] = sample
+        found = needles.measure(SimpleNamespace(module=model))
+        assert found == {TASK: (NUM_SAMPLES - len(wrong)) / NUM_SAMPLES}
+    assert model.training and not still.training and not still.linear_fc1.training
+    assert model.decoder.layers[1].mlp.training
+
+
+def test_what_does_not_fit_ends_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:
+    run_distributed(_check_refusals, 1, inputs, tmp_path)
+
+
+def _check_refusals(inputs: Path, folder: Path) -> None:
+    from megatron_hydra.errors import UserError
+
+    for override, message in (
+        ("trainer.needle_tokens=60", "a sample of 60 tokens has no room for text and 2 needles"),
+        ("trainer.needle_tokens=2000", "the text has 321 tokens, but"),
+        ("trainer.needle_task=find", "unknown needle task 'find'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            _train(inputs, folder / "run", [*NEEDLES, override])
+    assert not (folder / "run").exists()
