@@ -23,7 +23,7 @@ from megatron_hydra.schema import Limits, check_fields
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the same seed and batch give the same tokens at every layout.
+    """How tokens are drawn; the same seed and batch give the same, but for rounding at every layout.
 
     Raises:
         UserError: If a value is out of range.
