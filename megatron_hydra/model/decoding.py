@@ -7,7 +7,8 @@ Whoever calls the model moves it on (`increment_sequence_len_offset`), as everyw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,14 @@ from megatron_hydra.errors import UserError
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
     from megatron_hydra.model.mixers.base import Mixer
+
+
+# What Megatron's and Transformer Engine's modules, and configurations, read in a forward pass.
+_SEQUENCE_PARALLEL = (
+    "sequence_parallel",
+    "reduce_scatter_embeddings",
+    "scatter_to_sequence_parallel",
+)
 
 
 class LayerState:
@@ -134,3 +143,34 @@ def check_decoding(
                 f"a hybrid does not decode with {what}; it needs whole rows, a "
                 "StaticInferenceContext, and no parallelism but tensor and data parallel"
             )
+
+
+@contextmanager
+def without_sequence_parallelism(model: torch.nn.Module) -> Iterator[None]:
+    """Give every tensor-parallel rank all tokens: a step of one cannot be shared among them.
+
+    Results are the same but for rounding. Afterwards modules and configurations say again what they
+    said. (Megatron's `set_model_to_sequence_parallel` switches the same attributes, but knows
+    models by their ids for good, and no copies of a configuration.)
+
+    Args:
+        model: A GPTModel, for forward passes without gradients.
+    """
+    owners: dict[int, Any] = {}
+    if model.config.sequence_parallel:  # type: ignore[union-attr]
+        for module in model.modules():
+            for owner in (module, getattr(module, "config", None)):
+                owners[id(owner)] = owner
+    switched = [
+        (owner, name)
+        for owner in owners.values()
+        for name in _SEQUENCE_PARALLEL
+        if getattr(owner, name, None) is True
+    ]
+    try:
+        for owner, name in switched:
+            setattr(owner, name, False)
+        yield
+    finally:
+        for owner, name in switched:
+            setattr(owner, name, True)

@@ -16,14 +16,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.decoding import check_decoding
+from megatron_hydra.model.decoding import check_decoding, without_sequence_parallelism
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.schema import Limits, check_fields
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; the same seed and batch give the same, but for rounding at every layout.
+    """How tokens are drawn: but for rounding, alike for a seed and batch at every layout.
 
     Raises:
         UserError: If a value is out of range.
@@ -53,7 +53,7 @@ def generate(
 
     Prompts of different lengths are padded on the right. No head sees padding: as many tokens as
     the shortest prompt has come in one forward pass, then one at a time, a longer prompt's from the
-    prompt.
+    prompt. Sequence parallelism is off meanwhile.
 
     Args:
         model: A hybrid without wrappers, in evaluation mode.
@@ -71,6 +71,18 @@ def generate(
             `decoding.check_decoding`), or an argument does not fit.
     """
     lengths = _checked_lengths(model, tokens, num_new_tokens, lengths)
+    with without_sequence_parallelism(model):
+        return _generate(model, tokens, num_new_tokens, lengths, sampling, end_token)
+
+
+def _generate(
+    model: GPTModel,
+    tokens: Tensor,
+    num_new_tokens: int,
+    lengths: list[int],
+    sampling: Sampling | None,
+    end_token: int | None,
+) -> Tensor:
     (b, t), start = tokens.shape, min(lengths)
     context = StaticInferenceContext(b, t + num_new_tokens)
     check_decoding(model.config, context, model.training)  # type: ignore[arg-type]

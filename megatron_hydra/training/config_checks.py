@@ -84,7 +84,6 @@ def _check_needles(config: RunConfig) -> None:
     find_task(config.trainer.needle_task)
     strategy = config.strategy
     for key, is_on in (
-        ("strategy.sequence_parallel", strategy.sequence_parallel),
         ("strategy.pipeline_model_parallel_size", strategy.pipeline_model_parallel_size > 1),
         ("strategy.context_parallel_size", strategy.context_parallel_size > 1),
         ("model.cuda_graphs", config.model.cuda_graphs),

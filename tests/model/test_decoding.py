@@ -146,7 +146,6 @@ def test_contexts_that_do_not_fit_are_named(hybrid, context, message):
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [
-        ("sequence_parallel", True, "sequence_parallel"),
         ("context_parallel_size", 2, "context_parallel_size 2"),
         ("pipeline_model_parallel_size", 2, "pipeline_model_parallel_size 2"),
         ("fp8", "hybrid", "FP8"),
@@ -159,6 +158,13 @@ def test_what_decoding_does_not_know_is_named_before_the_first_token(
     monkeypatch.setattr(hybrid, "forward", None)
     with pytest.raises(UserError, match=f"a hybrid does not decode with {what}; it needs whole"):
         generate(hybrid, _tokens(2, 12), 3)
+
+
+def test_a_context_of_ones_own_needs_all_tokens_on_every_rank(hybrid, monkeypatch):
+    monkeypatch.setattr(hybrid.config, "sequence_parallel", True)
+    attention, x = hybrid.decoder.layers[0].self_attention, torch.zeros(4, 2, 32)
+    with torch.no_grad(), pytest.raises(UserError, match="does not decode with sequence_parallel"):
+        attention(x, rotary_pos_emb=torch.zeros(20, 1, 1, 8), inference_context=_context())
 
 
 def test_a_step_that_was_not_counted_is_named(hybrid):

@@ -187,8 +187,14 @@ def _tokenizer(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def _generate_on_ranks(folder: Path) -> None:
     initialize_model_parallel(2)
-    for placement in ("balanced", "by_type"):
-        model = load_checkpoint(folder / "one", placement=placement).model.eval()
+    for placement, sequence_parallel in (
+        ("balanced", False),
+        ("by_type", False),
+        ("by_type", True),
+    ):
+        fields = {"placement": placement, "sequence_parallel": sequence_parallel}
+        model = load_checkpoint(folder / "one", **fields).model.eval()
+        logits = megatron_logits(model, RANK_PROMPTS)
         placements = [layer.self_attention.placement for layer in model.decoder.layers]
         assert any(len(p.fa_heads(0)) != len(p.fa_heads(1)) for p in placements)
         assert any(p.shares_groups for p in placements) == (placement == "by_type")
@@ -196,6 +202,8 @@ def _generate_on_ranks(folder: Path) -> None:
         assert torch.equal(found, torch.load(folder / "expected.pt")), placement
         found = generate(model, RANK_PROMPTS, 10, sampling=Sampling(seed=1))
         assert torch.equal(found, torch.load(folder / "sampled.pt")), placement
+        assert model.config.sequence_parallel == sequence_parallel
+        assert torch.equal(megatron_logits(model, RANK_PROMPTS), logits), "left as it was"
         num_bytes = torch.tensor(_kept_bytes(model, 5))
         dist.all_reduce(num_bytes)
         assert num_bytes == 3 * _promised_bytes(model, placements, 25), placement

@@ -61,6 +61,21 @@ def _check_runs(inputs: Path, folder: Path) -> None:
         assert _points(folder / name / "tensorboard") == pytest.approx(found)
 
 
+def test_ranks_with_sequence_parallelism_train_on_as_they_were(
+    inputs: Path, tmp_path: Path
+) -> None:
+    run_distributed(_check_sequence_parallel, 2, inputs, tmp_path)
+
+
+def _check_sequence_parallel(inputs: Path, folder: Path) -> None:
+    layout = ["strategy.tensor_model_parallel_size=2", "strategy.sequence_parallel=true"]
+    quiet = _train(inputs, folder / "without", layout)
+    shown = _train(inputs, folder / "with", [*layout, *NEEDLES])
+    if torch.distributed.get_rank() == 0:
+        assert {step for step, scalars in shown.items() if TASK in scalars} == {2, NUM_STEPS}
+        _check_same_run(shown, quiet, folder / "with", folder / "without")
+
+
 def _points(folder: Path) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

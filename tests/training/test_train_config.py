@@ -277,10 +277,6 @@ def test_validation_may_change_when_a_run_goes_on(config_file: Path) -> None:
     ("overrides", "what"),
     [
         (
-            ["strategy.sequence_parallel=true", "strategy.tensor_model_parallel_size=2"],
-            "strategy.sequence_parallel",
-        ),
-        (
             ["strategy.pipeline_model_parallel_size=2"],
             "strategy.pipeline_model_parallel_size",
         ),
