@@ -11,8 +11,14 @@ import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.model.generation import generate
-from megatron_hydra.tasks.needles import NeedleSample, find_task, make_needle_sample
+from megatron_hydra.tasks.needles import (
+    NeedleSample,
+    find_task,
+    make_needle_sample,
+    pieces_of,
+)
 from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.dataset_checks import read_tokens
@@ -20,6 +26,7 @@ from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 _HAYSTACK_TOKENS = 2**20
 """Of a dataset's start, from which haystacks are drawn."""
+_MOST_DRAWS = 200
 
 
 class Needles:
@@ -33,8 +40,8 @@ class Needles:
         tokenizer: Its folder.
 
     Raises:
-        UserError: If the needles do not fit into the tokens, there is too little text, or the
-            tokenizer splits a value's digits.
+        UserError: If the needles do not fit into the tokens, there is too little text, it holds
+            such needles itself nearly everywhere, or the tokenizer splits a value's digits.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Path) -> None:
@@ -45,20 +52,10 @@ class Needles:
         self._samples: list[NeedleSample] = []
         if self.every_n_steps:
             path = (config.data.validation_paths or config.data.paths)[0]
-            text = read_tokens(path)[:_HAYSTACK_TOKENS].tolist()
-            rng, number = random.Random(section.seed), section.needle_samples
-            loaded = load_tokenizer(tokenizer)
-            self._samples = [
-                make_needle_sample(
-                    rng,
-                    loaded,
-                    text,
-                    section.needle_tokens or config.data.seq_length,
-                    depth=(place + 0.5) / number,
-                    num_keys=self.task.num_keys,
-                )
-                for place in range(number)
-            ]
+            number = section.needle_samples
+            length = section.needle_tokens or config.data.seq_length
+            questions = _Questions(path, tokenizer, length, self.task.num_keys, section.seed)
+            self._samples = [questions.draw((place + 0.5) / number) for place in range(number)]
 
     def prepare(self) -> None:
         """Nothing: the samples are there."""
@@ -92,6 +89,45 @@ class Needles:
                 num_right += (found == answers).all(dim=1).sum()
         torch.distributed.all_reduce(num_right, group=parallel_state.get_data_parallel_group())
         return {f"needles/{self.task.name}": int(num_right) / len(self._samples)}
+
+
+class _Questions:
+    """Draws questions about a dataset's text.
+
+    Args:
+        path: The dataset's prefix.
+        tokenizer: Its tokenizer's folder.
+        length: Of a sample, in tokens.
+        num_keys: Needles in it.
+        seed: Of all that is drawn.
+    """
+
+    def __init__(self, path: str, tokenizer: Path, length: int, num_keys: int, seed: int) -> None:
+        self._path, self._length, self._num_keys = path, length, num_keys
+        self._tokenizer, self._rng = load_tokenizer(tokenizer), random.Random(seed)
+        self._text = read_tokens(path)[:_HAYSTACK_TOKENS].tolist()
+
+    def draw(self, depth: float) -> NeedleSample:
+        """One whose text gives the key that is asked for no second value, as a dataset that
+        teaches retrieval may (`preprocess --retrieval-fraction`)."""
+        for _ in range(_MOST_DRAWS):
+            sample = make_needle_sample(
+                self._rng, self._tokenizer, self._text, self._length, depth, self._num_keys
+            )
+            needle = pieces_of(self._tokenizer).needle(sample.key, sample.value)
+            if _count(sample.tokens, needle.tokens[: needle.value_start]) == 1:
+                return sample
+        raise UserError(
+            f"trainer.needles_every_n_steps asks for needles in the text of {self._path}, which "
+            f"gives keys values of its own in {_MOST_DRAWS} pieces of {_MOST_DRAWS}: name text "
+            "without needles first in data.validation_paths, or fewer trainer.needle_tokens"
+        )
+
+
+def _count(tokens: list[int], part: list[int]) -> int:
+    """How often the part stands in the tokens."""
+    size = len(part)
+    return sum(tokens[i : i + size] == part for i in range(len(tokens) - size + 1))
 
 
 @contextmanager

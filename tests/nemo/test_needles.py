@@ -151,3 +151,37 @@ def _check_refusals(inputs: Path, folder: Path) -> None:
         with pytest.raises(UserError, match=message):
             _train(inputs, folder / "run", [*NEEDLES, override])
     assert not (folder / "run").exists()
+
+
+def test_a_key_has_one_value_in_text_that_teaches_retrieval(inputs: Path, tmp_path: Path) -> None:
+    run_distributed(_check_text_with_needles, 1, inputs, tmp_path)
+
+
+def _check_text_with_needles(inputs: Path, folder: Path) -> None:
+    from megatron_hydra.errors import UserError
+    from megatron_hydra.nemo.needles import Needles
+    from megatron_hydra.tasks.needles import KEYS, pieces_of
+    from megatron_hydra.teachers.tokenizer import load_tokenizer
+    from megatron_hydra.training.config import load_config
+    from megatron_hydra.training.indexed_dataset import write_indexed_dataset
+
+    tokenizer = load_tokenizer(inputs / "hybrid/tokenizer")
+    pieces = pieces_of(tokenizer)
+    for name, keys in (("half", KEYS[::2]), ("all", KEYS)):
+        stated = [pieces.needle(key, "1234").tokens for key in keys]
+        write_indexed_dataset(folder / name, [3 * sum(stated, [])], 257, {})
+    length = sum(len(pieces.needle(key, "1234").tokens) for key in KEYS)
+
+    def needles(name: str, num_tokens: int) -> Any:
+        more = [f"data.paths=[{folder / name}]", f"trainer.needle_tokens={num_tokens}"]
+        overrides = [*NEEDLES, "trainer.needle_samples=20", *more, f"log.folder={folder}"]
+        return Needles(load_config(inputs / "run.yaml", overrides), inputs / "hybrid/tokenizer")
+
+    asked = set()
+    for sample in needles("half", length // 2)._samples:
+        text = tokenizer.decode(sample.tokens)
+        assert text.count(f"\nThe number for {sample.key} is ") == 1
+        asked.add(sample.key)
+    assert len(asked) > 5
+    with pytest.raises(UserError, match="gives keys values of its own in 200 pieces of 200: name"):
+        needles("all", 2 * length)  # wherever a piece of it begins, it has every key
