@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraConfig, HydraFields
@@ -24,6 +25,9 @@ from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
 from megatron_hydra.model.sharding import initial_device
+
+# Without cuDNN, which plans anew, far longer than a token takes, for every number of keys.
+_FOR_ONE_TOKEN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class FullAttention(Mixer):
@@ -175,9 +179,10 @@ class FullAttention(Mixer):
             # A step reads all keys once: queries are filled up rather than keys copied.
             filled = query.new_zeros(b, self.num_slots, s, d)
             filled = filled.index_copy(1, self.kept_slots, query)
-            output = F.scaled_dot_product_attention(
-                filled, keys, values, scale=scale, enable_gqa=True
-            ).index_select(1, self.kept_slots)
+            with sdpa_kernel(_FOR_ONE_TOKEN):
+                output = F.scaled_dot_product_attention(
+                    filled, keys, values, scale=scale, enable_gqa=True
+                ).index_select(1, self.kept_slots)
         else:
             keys, values = (x.index_select(1, self.kept_of_head) for x in (keys, values))
             t = keys.shape[2]
