@@ -13,6 +13,7 @@ from megatron_hydra.teachers.model_folder import peek_metadata
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check_ranks
 from megatron_hydra.training.dataset_checks import check_all_datasets, read_tokens
+from megatron_hydra.training.document_lengths import UpSampling, describe_lengths, up_sampling
 from megatron_hydra.training.memory import TrainingMemory, memory_of_run
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, result_bytes
@@ -28,6 +29,8 @@ class DryRun:
         data_parallel: Replicas.
         num_tokens: That the run trains on, and that its datasets hold.
         dataset_tokens: See there.
+        lengths: What share of these lies in documents of which length, in a sentence.
+        up_sampling: Of long documents; None where there is none.
         fa_heads: Of all heads, those that keep full attention.
         total_heads: All.
         saved_step: Finished steps that it would go on from.
@@ -42,6 +45,8 @@ class DryRun:
     data_parallel: int
     num_tokens: int
     dataset_tokens: int
+    lengths: str
+    up_sampling: UpSampling | None
     fa_heads: int
     total_heads: int
     saved_step: int
@@ -82,14 +87,15 @@ def dry_run(
     shape = ModelShape.from_fields(model)
     memory, why_no_memory = memory_of_run(config, shape, plan, num_ranks)
     finished = folder.finished_checkpoints()
+    num_tokens = config.trainer.max_steps * config.data.global_batch_size * config.data.seq_length
     return DryRun(
         folder=folder.path,
         num_ranks=num_ranks,
         data_parallel=data_parallel,
-        num_tokens=config.trainer.max_steps
-        * config.data.global_batch_size
-        * config.data.seq_length,
+        num_tokens=num_tokens,
         dataset_tokens=sum(len(read_tokens(path)) for path in config.data.paths),
+        lengths=describe_lengths(config.data.paths),
+        up_sampling=up_sampling(config.data, num_tokens),
         fa_heads=sum(len(layer.fa_heads) for layer in plan.layers),
         total_heads=shape.total_heads,
         saved_step=int(finished[0].name.removeprefix("step_")) if finished else 0,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.packed_seq_params import PackedSeqParams
 from nemo.collections import llm
 from torch import Tensor
@@ -18,8 +21,11 @@ from megatron_hydra.model.sequence import pad_documents, padded_lengths
 from megatron_hydra.teachers.token_ids import end_of_document
 from megatron_hydra.training.config import DataSection
 from megatron_hydra.training.dataset_checks import read_tokens, token_blocks
+from megatron_hydra.training.document_lengths import repeats
 from megatron_hydra.training.indexed_dataset import EndOfDocument, read_notes
 from megatron_hydra.training.run_inputs import datasets_hash
+
+logger = logging.getLogger(__name__)
 
 
 def make_data_module(
@@ -36,6 +42,11 @@ def make_data_module(
         index_folder: Where Megatron keeps its sample indices. It knows them by the datasets' paths;
             a folder below, named by the contents, keeps those of other tokens apart.
     """
+    folder, dataset_class = datasets_hash(section)[:16], GPTDataset
+    if section.long_document_tokens is not None:
+        least, factor = section.long_document_tokens, section.long_document_factor
+        folder, dataset_class = f"{folder}_{least}x{factor}", _up_sampled(section)
+        logger.info("documents of %d tokens or more are seen %d times as often", least, factor)
     module = llm.PreTrainingDataModule(
         paths=_blend(section),
         seq_length=section.seq_length,
@@ -48,9 +59,10 @@ def make_data_module(
         eod_mask_loss=section.mask_end_of_document,
         seed=section.seed,
         split="1,0,0",
-        index_mapping_dir=str(index_folder / datasets_hash(section)[:16]),
+        index_mapping_dir=str(index_folder / folder),
         output_log=False,
     )
+    module.dataset_cls = dataset_class  # not an argument: NeMo would copy and record it
     module.create_attention_mask = False  # causal attention makes its own
     return module
 
@@ -93,6 +105,26 @@ def pack_documents(
     starts = torch.repeat_interleave(cu_seqlens[:-1], lengths)
     row["position_ids"] = torch.arange(len(starts), device=starts.device) - starts
     return pad_documents({name: values[None] for name, values in row.items()}, cu_seqlens, cp_size)
+
+
+def _up_sampled(section: DataSection) -> type[GPTDataset]:
+    """Megatron's dataset, with every long document several times among those of an epoch.
+
+    Megatron takes any list of documents, shuffles it and cuts samples from it. So long and short
+    documents are mixed as ever, all is drawn by the seed alone, a run goes on by counting samples,
+    and nothing is written twice. Two datasets, one of the long documents, would need weights that
+    a user has to work out, and preprocessing anew for every other length.
+    """
+
+    class UpSampledDataset(GPTDataset):
+        def __init__(
+            self, indexed_dataset: Any, dataset_path: str | None, indexed_indices: Any, *rest: Any
+        ) -> None:
+            times = repeats(indexed_dataset.sequence_lengths[indexed_indices], section)
+            documents = np.repeat(indexed_indices, times)
+            super().__init__(indexed_dataset, dataset_path, documents, *rest)
+
+    return UpSampledDataset
 
 
 class _EndOfDocument:

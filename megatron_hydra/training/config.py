@@ -97,6 +97,13 @@ class DataSection:
     """Samples of a step, of all replicas together."""
     weights: list[_Positive] = field(default_factory=list)
     """Share of each path in the blend; empty: by size."""
+    long_document_tokens: _Count | None = None
+    """Documents of so many tokens or more, their end included, are up-sampled by
+    `long_document_factor`, within their dataset; None: none are. `train --dry-run` says what share
+    of the tokens they have, and what it becomes."""
+    long_document_factor: Annotated[int, Limits(least=1, most=1000)] = 1
+    """How often an epoch holds each long document; the others it holds once. A dataset counts as
+    that much larger where `weights` are empty."""
     mask_end_of_document: bool = False
     """Leave the prediction that follows an end-of-document token out of the loss."""
     reset_at_document_end: bool = False
@@ -116,8 +123,15 @@ class DataSection:
 
     @property
     def validation(self) -> DataSection:
-        """The same of the held-out datasets, blended by size."""
-        return replace(self, paths=self.validation_paths, weights=[], validation_paths=[])
+        """The same of the held-out datasets, blended by size, each document as often as it is."""
+        return replace(
+            self,
+            paths=self.validation_paths,
+            weights=[],
+            validation_paths=[],
+            long_document_tokens=None,
+            long_document_factor=1,
+        )
 
 
 @dataclass

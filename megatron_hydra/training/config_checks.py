@@ -34,6 +34,12 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"data.weights has {len(data.weights)} values for {len(data.paths)} data.paths"
         )
+    if (data.long_document_tokens is None) != (data.long_document_factor == 1):
+        raise UserError(
+            f"data.long_document_tokens is {data.long_document_tokens} and "
+            f"data.long_document_factor is {data.long_document_factor}: up-sampling needs a length "
+            "and a factor of 2 or more, a run without it neither"
+        )
     _check_validation(config)
     _check_needles(config)
     if data.global_batch_size % data.micro_batch_size:

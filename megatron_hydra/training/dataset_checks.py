@@ -30,6 +30,7 @@ def check_all_datasets(config: RunConfig, vocab_size: int) -> None:
         UserError: On the first that is wrong, or if less is held out than is asked for.
     """
     check_datasets(config.data, vocab_size)
+    _check_up_sampling(config.data)
     held_out = config.data.validation
     if not held_out.paths:
         return
@@ -74,7 +75,8 @@ def read_tokens(prefix: str) -> np.ndarray:
             bare = re.sub(r"\.(bin|idx)$", "", prefix)
             way_out = f"name its prefix, {bare}" if bare != prefix else "see preprocess --help"
             raise UserError(f"no indexed dataset {prefix}: {file} is missing; {way_out}")
-    dtype, num_tokens = _read_index(index)
+    dtype, lengths = _read_index(index)
+    num_tokens = int(lengths.sum(dtype=np.int64))
     if tokens.stat().st_size != num_tokens * dtype.itemsize:
         raise UserError(
             f"{tokens} has {tokens.stat().st_size:,} bytes, but {index} tells of {num_tokens:,} "
@@ -83,8 +85,17 @@ def read_tokens(prefix: str) -> np.ndarray:
     return np.memmap(tokens, dtype, "r") if num_tokens else np.empty(0, dtype)
 
 
-def _read_index(index: Path) -> tuple[np.dtype, int]:
-    """The type of a token and the number of tokens."""
+def document_lengths(prefix: str) -> np.ndarray:
+    """Tokens of each document of a dataset that :func:`check_datasets` has passed.
+
+    int32 `[num_documents]`, mapped from disk. A document is what Megatron deals as one: where
+    another tool divided documents into sequences, each of these.
+    """
+    return _read_index(dataset_files(prefix)[0])[1]
+
+
+def _read_index(index: Path) -> tuple[np.dtype, np.ndarray]:
+    """The type of a token, and the tokens of each sequence."""
     with index.open("rb") as stream:
         header = stream.read(_INDEX_HEADER.size)
     if not header.startswith(_INDEX_START) or len(header) < _INDEX_HEADER.size:
@@ -96,9 +107,34 @@ def _read_index(index: Path) -> tuple[np.dtype, int]:
     if index.stat().st_size < len(header) + 12 * num_sequences + 8 * num_documents:
         raise UserError(f"{index} is cut off: write the dataset anew")
     if num_sequences == 0:
-        return dtype, 0
-    lengths = np.memmap(index, "<i4", "r", offset=len(header), shape=(num_sequences,))
-    return dtype, int(lengths.sum(dtype=np.int64))
+        return dtype, np.empty(0, np.int32)
+    return dtype, np.memmap(index, "<i4", "r", offset=len(header), shape=(num_sequences,))
+
+
+def _check_up_sampling(section: DataSection) -> None:
+    """Check that there are long documents, and others beside which they can be seen more often."""
+    least = section.long_document_tokens
+    if least is None:
+        return
+    ends = [(int(lengths.min()), int(lengths.max())) for lengths in
+            map(document_lengths, section.paths)]  # fmt: skip
+    longest = max(end for _, end in ends)
+    said = f"data.long_document_tokens is {least}"
+    if longest < least:
+        raise UserError(
+            f"{said}, but the longest document of data.paths has {longest} tokens: choose a "
+            "smaller number, or text with longer documents"
+        )
+    if min(start for start, _ in ends) >= least:
+        raise UserError(
+            f"{said}, but all documents of data.paths are that long or longer: seeing all of them "
+            "more often changes nothing"
+        )
+    if section.weights and not any(start < least <= end for start, end in ends):
+        raise UserError(
+            f"{said}, but no dataset has both longer and shorter documents, and data.weights fix "
+            "how often each dataset is seen: change data.weights instead"
+        )
 
 
 def _check_vocabulary(path: str, tokens: np.ndarray, vocab_size: int) -> None:

@@ -14,6 +14,7 @@ from kit.lives import write_inputs
 
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.config import load_config
+from megatron_hydra.training.indexed_dataset import write_indexed_dataset
 from megatron_hydra.training.memory import training_memory
 
 
@@ -41,8 +42,23 @@ def test_it_says_what_a_run_would_be_without_pytorch(inputs: Path) -> None:
     assert said[1] == "  plan: 2 of 8 heads keep full attention"
     assert said[2] == "  ranks: 4, of which 2 data-parallel replicas"
     assert said[3] == "  tokens: 448, 0.998 times the 449 there are"
-    assert said[5:] == ["  memory: not predicted, as trainer.precision is fp32", "set()"]
+    assert said[4] == "  tokens by length of document: 100% below 4,096"
+    assert said[6:] == ["  memory: not predicted, as trainer.precision is fp32", "set()"]
     assert not (inputs / "run").exists()
+
+
+def test_it_says_what_up_sampling_makes_of_the_tokens(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_indexed_dataset(tmp_path / "d", [[1] * 60, [1] * 40, [1] * 50, [1] * 150], 257, {})
+    more = [f"data.paths=[{tmp_path}/d]", "data.long_document_tokens=100"]
+    assert cli.main(_command(inputs, *more, "data.long_document_factor=3")) == 0
+    # 448 tokens of an epoch of 600, in which 450 are of the long document
+    said = (
+        "  up-sampled: the 1 of 4 documents of 100 tokens or more; they have 50% of the tokens, "
+        "and 75% of those that the run sees, each 2.24 times\n"
+    )
+    assert said in capsys.readouterr().out
 
 
 def test_its_memory_is_the_formulas(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +92,8 @@ def test_the_memory_of_a_pipeline_is_said_to_be_unmeasured(
         (["data.seq_length=512"], "data.seq_length is 512, but"),
         (["data.validation_paths=[IN/none]", "trainer.validate_every_n_steps=1"],
          "no indexed dataset IN/none: IN/none.idx is missing"),
+        (["data.long_document_tokens=500", "data.long_document_factor=2"],
+         "is 500, but the longest document of data.paths has 449 tokens"),
         (["trainer.precision=bf16", "strategy.use_distributed_optimizer=false"], "bf16 needs"),
     ],
 )  # fmt: skip

@@ -96,6 +96,18 @@ def test_special_tokens_can_stay_text(folder: Path, tmp_path: Path) -> None:
     assert found == [*(letters[letter][0] for letter in text.read_text()), END]
 
 
+def test_it_ends_with_the_tokens_by_length_of_document(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": "a" * n}) for n in (999, 3999, 19_999)))
+    assert list(map(len, preprocess(folder / "bytes", tmp_path / "d", "--input", str(text)))) == [
+        1000, 4000, 20_000,
+    ]  # fmt: skip
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "tokens by length of document: 20% below 4,096, 80% from 16,384"
+
+
 def test_any_number_of_processes_writes_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

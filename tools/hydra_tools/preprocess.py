@@ -18,6 +18,7 @@ from megatron_hydra.tasks.text_files import (
     add_text_options,
     text_options,
 )
+from megatron_hydra.training.document_lengths import describe_lengths
 
 _RETRIEVAL_ARGUMENTS = ("seq_length", "num_documents")
 
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
             tell=partial(print, flush=True),
         )
     print(f"dataset: {done.prefix} ({done.num_documents:,} documents, {done.num_tokens:,} tokens)")
+    print(describe_lengths([str(done.prefix)]))
     return 0
 
 

@@ -111,6 +111,15 @@ def _dry_run(args: argparse.Namespace) -> int:
     print(
         f"  tokens: {found.num_tokens:,}, {seen:.3g} times the {found.dataset_tokens:,} there are"
     )
+    print(f"  {found.lengths}")
+    if found.up_sampling is not None:
+        long = found.up_sampling
+        print(
+            f"  up-sampled: the {long.num_long:,} of {long.num_documents:,} documents of "
+            f"{config.data.long_document_tokens:,} tokens or more; they have {100 * long.share:.3g}"
+            f"% of the tokens, and {100 * long.share_seen:.3g}% of those that the run sees, each "
+            f"{long.times_seen:.3g} times"
+        )
     print(
         f"  disk: {found.checkpoint_bytes / 2**30:.3g} GiB or more for each checkpoint, of which "
         f"{config.resume.keep} are kept, {found.hybrid_bytes / 2**30:.3g} GiB for the model"
