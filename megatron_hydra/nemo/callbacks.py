@@ -6,13 +6,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
 
 from megatron_hydra.model.build import load_kernels
 from megatron_hydra.nemo.bad_numbers import NumberWatch
+from megatron_hydra.nemo.wandb_run import open_wandb
+from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 ShowStep = Callable[[int, dict[str, float]], None]
@@ -52,6 +54,8 @@ class ScalarsCallback(pl.Callback):
     And as a line of JSON, with `step` and `time`, to a file that programs read. A number that is
     none, of a bad step, is null there.
 
+    Weights & Biases gets what TensorBoard gets, where the YAML asks for it.
+
     Scalars: `loss`, the stage's parts (`alignment/layer_00`, `alignment`, `kl`, `ce`),
     `grad_norm`, `lr`, `step_s` (seconds) and `tokens_per_s`, each the value of the step that it
     stands at; `tokens`, of all steps so far; on a GPU `peak_memory_gib`, as
@@ -62,10 +66,7 @@ class ScalarsCallback(pl.Callback):
     `loss_spike`, how many times the usual loss it is.
 
     Args:
-        folder: Of the event files.
-        metrics: The file of lines; lines of steps that are run again stand behind the earlier ones.
-        tokens_per_step: Tokens of a global batch.
-        every_n_steps: Steps between two points.
+        folder: The run's. Lines of steps that are run again stand behind the earlier ones.
         show: Called after each step with the number of finished steps and the scalars.
         watch: Has looked at the step's numbers.
         measurements: Such as the loss on held-out samples, in order.
@@ -74,19 +75,19 @@ class ScalarsCallback(pl.Callback):
 
     def __init__(
         self,
-        folder: Path,
-        metrics: Path,
-        tokens_per_step: int,
-        every_n_steps: int,
+        folder: RunFolder,
         show: ShowStep,
         watch: NumberWatch,
         measurements: Sequence[Measurement],
         seconds_at_peak: float | None = None,
     ) -> None:
-        self.folder, self.metrics, self.tokens_per_step = folder, metrics, tokens_per_step
-        self.every_n_steps, self.show, self.watch = every_n_steps, show, watch
+        data = folder.config.data
+        self.folder, self.show, self.watch = folder, show, watch
+        self.tokens_per_step = data.global_batch_size * data.seq_length
+        self.every_n_steps = folder.config.log.every_n_steps
         self.measurements, self.seconds_at_peak = measurements, seconds_at_peak
         self._writer: Any = None
+        self._wandb: WandbLogger | None = None
         self._step_start = self._lr = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,7 +97,9 @@ class ScalarsCallback(pl.Callback):
         if trainer.is_global_zero:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step + 1)
+            folder = str(self.folder.tensorboard)
+            self._writer = SummaryWriter(folder, purge_step=trainer.global_step + 1)
+            self._wandb = open_wandb(self.folder)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Start the step's clock."""
@@ -120,17 +123,16 @@ class ScalarsCallback(pl.Callback):
         scalars = {name: float(value) for name, value in outputs.items() if name != "num_tokens"}
         scalars |= {"grad_norm": self.watch.grad_norm, "lr": self._lr}
         scalars |= self._resources(step, seconds)
+        points = dict(measured)
         if step % self.every_n_steps == 0 or step == trainer.max_steps or measured:
             self._write_line(step, {**scalars, **measured})
-            for name, value in scalars.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
-        for name, value in measured.items():
-            self._writer.add_scalar(name, value, step)
+            points |= {f"train/{name}": value for name, value in scalars.items()}
         if self.watch.is_skipped:
-            self._writer.add_scalar("train/skipped_steps", self.watch.num_skipped, step)
+            points["train/skipped_steps"] = self.watch.num_skipped
         spike = self.watch.spike(scalars["loss"])
         if spike is not None:
-            self._writer.add_scalar("train/loss_spike", spike, step)
+            points["train/loss_spike"] = spike
+        self._write_points(step, points)
         self.show(step, {**scalars, **measured})
 
     def _resources(self, step: int, seconds: float) -> dict[str, float]:
@@ -146,14 +148,22 @@ class ScalarsCallback(pl.Callback):
             found["mfu"] = self.seconds_at_peak / seconds
         return found
 
+    def _write_points(self, step: int, points: dict[str, float]) -> None:
+        for name, value in points.items():
+            self._writer.add_scalar(name, value, step)
+        if self._wandb is not None and points:
+            self._wandb.log_metrics(points, step)
+
     def _write_line(self, step: int, scalars: dict[str, float]) -> None:
         numbers = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
         # At one stroke: a run that is killed leaves whole lines.
-        with self.metrics.open("ab", buffering=0) as stream:
+        with self.folder.metrics.open("ab", buffering=0) as stream:
             line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers})
             stream.write(f"{line}\n".encode())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the event file."""
+        """Close the event file, and W&B's run."""
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.experiment.finish()

@@ -204,10 +204,7 @@ class TrainingRun:
             "checkpoint to go on from": str(checkpoint),
         }
         scalars = ScalarsCallback(
-            self.folder.tensorboard,
-            self.folder.metrics,
-            config.data.global_batch_size * config.data.seq_length,
-            config.log.every_n_steps,
+            self.folder,
             show,
             watch,
             [Validation(config, self._document_end_id, self.folder.data_index), self._needles],

@@ -272,6 +272,15 @@ class LogSection:
     """Of the run: checkpoints, scalars, and the trained model; one run per folder."""
     every_n_steps: _Count = 1
     """Steps between two points in TensorBoard and two lines in `metrics.jsonl`."""
+    wandb_project: str | None = None
+    """Weights & Biases' project that gets the same scalars as TensorBoard, and this configuration;
+    None: no W&B. Needs the package wandb. The key comes from `wandb login` or `WANDB_API_KEY`,
+    never from here."""
+    wandb_name: str | None = None
+    """What the run is called there; None: the name of `folder`."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """`offline` writes to `folder` alone, for `wandb sync` from a machine that has a network. None:
+    as `WANDB_MODE` says, else `online`."""
 
 
 @dataclass

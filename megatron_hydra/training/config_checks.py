@@ -40,6 +40,12 @@ def check(config: RunConfig) -> None:
             f"data.long_document_factor is {data.long_document_factor}: up-sampling needs a length "
             "and a factor of 2 or more, a run without it neither"
         )
+    for name in ("wandb_name", "wandb_mode"):
+        if config.log.wandb_project is None and getattr(config.log, name) is not None:
+            raise UserError(
+                f"log.{name} is {getattr(config.log, name)}, which needs log.wandb_project: "
+                "without one nothing goes to Weights & Biases"
+            )
     _check_validation(config)
     _check_needles(config)
     if data.global_batch_size % data.micro_batch_size:

@@ -13,7 +13,7 @@ import yaml
 from megatron_hydra.teachers.model_folder import peek_metadata
 from megatron_hydra.training.config import RunConfig
 
-OUTPUT_FOLDERS = ("checkpoints", "tensorboard", "hybrid", "data_index", "nemo_logs")
+OUTPUT_FOLDERS = ("checkpoints", "tensorboard", "hybrid", "data_index", "nemo_logs", "wandb")
 RUN_CONFIG = "run_config.yaml"
 METRICS = "metrics.jsonl"
 HEADER = "# The resolved configuration of a training run: written and read by megatron-hydra train."
@@ -26,7 +26,10 @@ _WRITTEN = {
     "checkpoints": re.compile(rf"step_\d+-unfinished|step_\d+/{_WEIGHTS}"),
     "tensorboard": re.compile(r"events\.out\.tfevents\.[^/]+"),
     "hybrid": re.compile(rf"model\.json|plan\.json|tokenizer/[^/]+|{_WEIGHTS}"),
-    "data_index": re.compile(r"([0-9a-f]{16}/)?[0-9a-f]{32}-\w+-(train|valid|test)-\w+\.(npy|txt)"),
+    "data_index": re.compile(
+        r"([0-9a-f]{16}(_\d+x\d+)?/)?[0-9a-f]{32}-\w+-(train|valid|test)-\w+\.(npy|txt)"
+    ),
+    "wandb": re.compile(r"run_id"),  # what W&B itself wrote is a record of its own run
     "nemo_logs": re.compile(r"(cmd-args|git-info)\.log|(lightning_logs|nemo_\w+[\w-]*)\.txt"),
 }
 # What a killed run leaves of an output that it was writing.

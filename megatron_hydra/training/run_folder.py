@@ -52,6 +52,7 @@ class RunFolder:
         self.hybrid = self.path / "hybrid"
         self.data_index = self.path / "data_index"
         self.nemo_logs = self.path / "nemo_logs"
+        self.wandb = self.path / "wandb"
         self.metrics = self.path / METRICS
 
     def lock(self) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def input_paths(config: RunConfig) -> list[tuple[str, Path]]:
 
 
 def check_present(config: RunConfig) -> None:
-    """Check that what the run reads is there, and the model built for such long samples.
+    """Check that what the run needs is there, and the model built for such long samples.
 
     Of everything else the run's own checks tell, seconds later: they need the slow imports.
 
@@ -43,6 +44,7 @@ def check_present(config: RunConfig) -> None:
             raise UserError(f"{path} is not a checkpoint folder: it has no model.json")
     check_datasets_present(config.data)
     _check_sequence_length(config)
+    _check_wandb(config)
 
 
 def check_datasets_present(section: DataSection) -> None:
@@ -127,6 +129,19 @@ def _check_sequence_length(config: RunConfig) -> None:
             f"{config.transfer.init_from} is built for {longest} tokens: choose {longest} or "
             "fewer, or extend the model with transfer.stage=long_context"
         )
+
+
+def _check_wandb(config: RunConfig) -> None:
+    """By its metadata: where W&B has run once, a folder `wandb` passes for the package."""
+    if config.log.wandb_project is None:
+        return
+    try:
+        importlib.metadata.version("wandb")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"log.wandb_project is {config.log.wandb_project}, but the package wandb is not "
+            "installed here: pip install wandb, or set log.wandb_project to null"
+        ) from None
 
 
 def moved_inputs(old: RunConfig, new: RunConfig) -> set[str]:

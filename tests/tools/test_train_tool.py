@@ -152,6 +152,7 @@ def test_a_machine_that_trains_alone_is_refused(
         ("transfer.teacher=nowhere", "nowhere is not a checkpoint folder: it has no model.json"),
         ("data.paths=[nowhere]", "no indexed dataset nowhere: nowhere.idx is missing (see"),
         ("data.seq_length=100000", "is built for 2048 tokens: choose 2048 or fewer, or extend"),
+        ("log.wandb_project=p", "log.wandb_project is p, but the package wandb is not installed"),
         ("log.folder=model/run", "output model/run/checkpoints lies in the input model: choose an"),
     ],
 )
@@ -159,6 +160,7 @@ def test_what_can_be_said_at_once_is_said_before_the_slow_imports(
     tmp_path: Path, override: str, sentence: str
 ) -> None:
     _write_run(tmp_path)
+    (tmp_path / "wandb").mkdir()  # as W&B leaves it, and Python takes it for a package
     program = (
         "import sys; from hydra_tools import cli; cli.main(sys.argv[1:]); "
         "print({'torch', 'megatron', 'nemo', 'transformers'} & set(sys.modules))"

@@ -22,7 +22,7 @@ install_if_needed()
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.nemo.data import make_data_module  # noqa: E402
-from megatron_hydra.training.config import DataSection, load_config  # noqa: E402
+from megatron_hydra.training.config import DataSection  # noqa: E402
 from megatron_hydra.training.dataset_checks import _check_up_sampling  # noqa: E402
 from megatron_hydra.training.document_lengths import describe_lengths, up_sampling  # noqa: E402
 from megatron_hydra.training.indexed_dataset import write_indexed_dataset  # noqa: E402
@@ -175,17 +175,6 @@ def test_weights_that_leave_nothing_to_up_sample_are_refused(tmp_path: Path) -> 
     data.weights = [1.0, 1.0]
     with pytest.raises(UserError, match="change data.weights instead"):
         _check_up_sampling(data)
-
-
-@pytest.mark.parametrize("override", ["data.long_document_tokens=9", "data.long_document_factor=2"])
-def test_one_without_the_other_is_refused(tmp_path: Path, override: str) -> None:
-    (tmp_path / "run.yaml").write_text(
-        "data: {paths: [d], seq_length: 8, micro_batch_size: 1, global_batch_size: 2}\n"
-        "trainer: {max_steps: 3}\noptim: {lr: 1e-3}\nlog: {folder: run}\n"
-        "transfer: {stage: long_context, init_from: hybrid}\n"
-    )
-    with pytest.raises(UserError, match="up-sampling needs a length and a factor of 2 or more"):
-        load_config(tmp_path / "run.yaml", [override])
 
 
 def test_shares_by_length_are_those_of_the_tokens(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ WRITTEN = (
     "checkpoints/step_00000006/weights/__1_0.distcp",
     "data_index/0123456789abcdef/7c0ee40bd71b7e7d1ed75626a94fbe51-GPTDataset-train-description.txt",
     "data_index/7c0ee40bd71b7e7d1ed75626a94fbe51-GPTDataset-train-document_index.npy",
+    "data_index/0123456789abcdef_16384x4/7c0ee40bd71b7e7d1ed75626a94fbe51-"
+    "UpSampledDataset-train-sample_index.npy",
     "hybrid/plan.json",
     "hybrid/tokenizer/tokenizer_config.json",
     "hybrid/weights/__0_0.distcp",
@@ -38,6 +40,7 @@ WRITTEN = (
     "nemo_logs/nemo_error_log.txt",
     "nemo_logs/nemo_log_globalrank-0_localrank-0.txt",
     "tensorboard/events.out.tfevents.1795875281.vm.13595.0",
+    "wandb/run_id",
     ".hybrid.77.partial/weights/__0_0.distcp",
 )
 # Of other programs and people, in and beside what a run writes.
@@ -54,6 +57,7 @@ FOREIGN = (
     "checkpoints/step_00000004/why.txt",
     "tensorboard/comparison/events.out.tfevents.1",
     "evaluation.json",
+    "wandb/offline-run-20261129_124349-76549fd9/run-76549fd9.wandb",
 )
 
 

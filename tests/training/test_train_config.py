@@ -115,6 +115,10 @@ def test_every_number_has_a_range(config_file: Path) -> None:
         ("strategy.sequence_parallel=1", "strategy.sequence_parallel is 1; true or false"),
         ("data.paths=text", "data.paths is 'text'; a list is needed"),
         ("data.paths=[]", "data.paths is empty"),
+        ("log.wandb_name=a", "log.wandb_name is a, which needs log.wandb_project"),
+        ("log.wandb_api_key=a", "unknown config key log.wandb_api_key"),
+        ("data.long_document_tokens=9", "up-sampling needs a length and a factor of 2 or more"),
+        ("data.long_document_factor=2", "up-sampling needs a length and a factor of 2 or more"),
         ("data.weights=[1, 2]", "data.weights has 2 values for 1 data.paths"),
         (
             "data.validation_paths=[v]",
