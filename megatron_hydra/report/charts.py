@@ -16,28 +16,37 @@ from megatron_hydra.report.training_runs import Curve, TrainingRun
 from megatron_hydra.report.units import format_bytes, format_length, format_plain
 
 _MAX_POINTS = 600
+_MAX_DOTS = 40
 
 
 def draw_losses(run: TrainingRun) -> Figure:
-    """The run's losses by step; the layers of an alignment loss thin, below the sum."""
+    """The run's losses by step; the layers of an alignment loss thin, below the sum.
+
+    Those on held-out samples are dashed: of several losses in the colour of the loss.
+    """
     figure, ax = _panel("loss")
-    layers, parts = run.layer_alignment, run.loss_parts
+    layers, parts, held_out = run.layer_alignment, run.loss_parts, run.validation_parts
     for (title, curve), colour in zip(parts.items(), PALETTE, strict=False):
         _plot_noisy(ax, curve, INK if layers else colour, "all layers" if layers else title)
     colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.92, len(layers)))
     for index, (curve, colour) in enumerate(zip(layers, colours, strict=True)):
         label = f"layer {index}" if index in (0, len(layers) - 1) else None
         _plot(ax, curve, colour, linewidth=0.9, alpha=0.9, label=label)
+    _plot_held_out(ax, dict(zip(parts, PALETTE, strict=False)), held_out)
     for step in run.skipped_steps:
         ax.axvline(step, color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)), zorder=0)
-    values = np.concatenate([curve.values for curve in (*layers, *parts.values())])
+    values = np.concatenate(
+        [curve.values for curve in (*layers, *parts.values(), *held_out.values())]
+    )
     values = values[np.isfinite(values)]
     if values.min() > 0 and values.max() > 10 * values.min():
         _set_log_scale(ax, values.max() / values.min())
     ax.set_ylabel("mean squared error" if list(parts) == ["alignment"] else "nats per token")
+    num_entries = len(ax.get_legend_handles_labels()[0])
     ax.legend(
-        loc="lower right", bbox_to_anchor=(1.03, 1.01), ncols=3, handlelength=1.0,
-        handletextpad=0.4, columnspacing=1.0, borderaxespad=0.0,
+        loc="lower right", bbox_to_anchor=(1.03, 1.01), ncols=2 if num_entries == 4 else 3,
+        handlelength=1.6 if held_out else 1.0, handletextpad=0.4, columnspacing=1.0,
+        borderaxespad=0.0,
     )  # fmt: skip
     return figure
 
@@ -87,6 +96,23 @@ def draw_cache(
     ax.set_ylabel(f"cache ({dtype}) and state of one sequence")
     ax.legend(loc="lower right")
     return figure
+
+
+def _plot_held_out(ax: Axes, colours: dict[str, str], curves: dict[str, Curve]) -> None:
+    """Losses on held-out samples: each point as it was measured, one entry in the legend."""
+    if not curves:
+        return
+    num_points = max(len(curve.steps) for curve in curves.values())
+    style: dict[str, Any] = {
+        "linestyle": (0, (3, 1.5)), "linewidth": 1.2, "markersize": 4, "markeredgecolor": "white",
+        "markeredgewidth": 0.6, "marker": "o" if num_points <= _MAX_DOTS else None,
+    }  # fmt: skip
+    own = len(colours) > 1  # else the curve would be as its training's
+    for title, curve in curves.items():
+        there = np.isfinite(curve.values)
+        colour = colours[title] if own else PALETTE[1]
+        ax.plot(*_thin(curve.steps[there], curve.values[there]), color=colour, **style)
+    ax.plot([], [], color=MUTED if own else PALETTE[1], label="validation", **style)
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:

@@ -113,6 +113,10 @@ def _curves(run: TrainingRun, name: str) -> dict[str, Any]:
             (title, _first(curve.values), _final(curve.values))
             for title, curve in run.loss_parts.items()
         ],
+        "validation": [
+            (title, _first(curve.values), float(curve.values[np.isfinite(curve.values)][-1]))
+            for title, curve in run.validation_parts.items()
+        ],
         "window": smoothing_window(len(speed.steps)),
         "charts": [
             to_picture(chart, f"{name}-{kind}", f"{kind} of {run.name}")

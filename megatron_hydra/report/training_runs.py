@@ -24,6 +24,13 @@ LOSS_PARTS = {
     "train/loss": "total",
 }
 """Tags of the losses and what the page calls them."""
+_HELD_OUT = {
+    "alignment": "validation/loss",
+    "KL": "validation/kl",
+    "cross entropy": "validation/ce",
+    "total": "validation/loss",
+}
+"""Tags of the same on held-out samples, by what the page calls them."""
 CONFIG_FILES = ("run_config.yaml", "config.yaml")
 """Where a run's configuration may stand; the latter is where earlier releases wrote it."""
 STAGES = {
@@ -161,6 +168,16 @@ class TrainingRun:
             tag.removeprefix(_NEEDLES_PREFIX): curve
             for tag, curve in sorted(self.curves.items())
             if tag.startswith(_NEEDLES_PREFIX)
+        }
+
+    @property
+    def validation_parts(self) -> dict[str, Curve]:
+        """Of :attr:`loss_parts` those that were measured on held-out samples too, by title."""
+        found = {title: self.curves.get(_HELD_OUT[title]) for title in self.loss_parts}
+        return {
+            title: curve
+            for title, curve in found.items()
+            if curve is not None and np.isfinite(curve.values).any()
         }
 
     @property

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from matplotlib.colors import to_hex
 from test_report import write_events, write_run
 
 from megatron_hydra.report.chart_style import chart_style
+from megatron_hydra.report.charts import draw_losses
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import training_section
 from megatron_hydra.report.training_runs import TrainingRun, read_run
@@ -49,6 +51,59 @@ def test_a_single_spike_is_no_reason_to_refuse_a_run(tmp_path: Path) -> None:
     losses = [4.0, 3.0, 9.0, 2.0]
     write_run(tmp_path, {"train/loss": losses, "train/loss_spike": [None, None, 3.0]})
     assert "total 4 → 2" in section_of(read_run("stage1", tmp_path))
+
+
+def test_a_validation_loss_stands_beside_the_training_loss(tmp_path: Path) -> None:
+    """Each point where it was measured, each part by its own curve, and in words."""
+    total, kl, ce = (
+        [5.0, 4.0, 3.0, 2.5, 2.0],
+        [2.0, 1.5, 1.0, 0.75, 0.5],
+        [3.0, 2.5, 2.0, 1.75, 1.5],
+    )
+    held_out = {
+        "validation/loss": [None, 4.5, None, 3.5, math.nan],
+        "validation/kl": [None, 1.75, None, 1.25, 1.0],
+        "validation/ce": [None, 2.75, None, 2.25, 2.125],
+    }
+    write_run(tmp_path, {"train/kl": kl, "train/ce": ce, "train/loss": total, **held_out})
+    run = read_run("stage2", tmp_path)
+    assert (
+        "validation on held-out samples (dashed): KL 1.75 → 1, cross entropy 2.75 → 2.125, "
+        "total 4.5 → 3.5"
+    ) in section_of(run)
+    with chart_style():
+        (ax,) = draw_losses(run).axes
+    dashed = [line for line in ax.lines if line.is_dashed() and len(line.get_xdata())]
+    drawn = {tuple(line.get_xydata().ravel()): line.get_color() for line in dashed}
+    assert drawn.keys() == {
+        (1, 1.75, 3, 1.25, 4, 1.0), (1, 2.75, 3, 2.25, 4, 2.125), (1, 4.5, 3, 3.5),
+    }  # fmt: skip
+    solid = {line.get_label(): line.get_color() for line in ax.lines if not line.is_dashed()}
+    assert drawn[1, 1.75, 3, 1.25, 4, 1.0] == solid["KL"] != solid["cross entropy"]
+    entries = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert entries == ["KL", "cross entropy", "total", "validation"]
+
+
+def test_the_validation_of_an_alignment_is_seen_beside_its_layers(tmp_path: Path) -> None:
+    layer, held_out = [1.0, 0.5], [None, 3.0]
+    curves = {f"train/alignment/layer_0{index}": layer for index in range(2)}
+    both = [2.0, 1.0]
+    curves |= {"train/alignment": both, "train/loss": both, "validation/loss": held_out}
+    write_run(tmp_path, curves)
+    run = read_run("stage1", tmp_path)
+    assert "(dashed): alignment 3 → 3" in section_of(run)
+    with chart_style():
+        (ax,) = draw_losses(run).axes
+    (point,) = [line for line in ax.lines if line.is_dashed() and len(line.get_xdata())]
+    others = {to_hex(line.get_color()) for line in ax.lines if not line.is_dashed()}
+    assert to_hex(point.get_color()) not in others and point.get_marker() == "o"
+    assert ax.get_ylim()[1] > 3, "within the axes"
+
+
+def test_a_run_without_a_validation_says_nothing_of_one(tmp_path: Path) -> None:
+    losses = [4.0, 3.0]
+    write_run(tmp_path, {"train/loss": losses, "validation/loss": [math.nan, None]})
+    assert "validation" not in section_of(read_run("stage1", tmp_path)).lower()
 
 
 def test_a_run_of_one_step_is_a_dot(tmp_path: Path) -> None:
