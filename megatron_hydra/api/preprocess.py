@@ -17,6 +17,7 @@ from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs, versions
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.tasks.broken_lines import BrokenLines
 from megatron_hydra.tasks.text_files import TextOptions, find_texts, read_pieces
 from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer
 from megatron_hydra.training.indexed_dataset import check_dataset_output, dataset_files
@@ -56,12 +57,15 @@ class Source:
             for `<|endoftext|>` or `<|end_of_text|>` where the tokenizer has it, else its eos_token.
         special_tokens_as_text: Take special tokens that are spelt in the text for text, and each
             plain text file for one document.
+        max_broken_lines: So many JSON lines and parquet rows without a text are left out, of all
+            files together; the next one is an error.
     """
 
     texts: tuple[str, ...] = ()
     text_options: TextOptions = field(default_factory=TextOptions)
     end_of_document: str | None = None
     special_tokens_as_text: bool = False
+    max_broken_lines: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,13 @@ class Dataset:
         prefix: Of its files.
         num_documents: How many.
         num_tokens: Of all.
+        broken: The lines that were left out.
     """
 
     prefix: Path
     num_documents: int
     num_tokens: int
+    broken: BrokenLines
 
 
 def preprocess(
@@ -115,6 +121,8 @@ def preprocess(
         _check_retrieval(retrieval)
     if num_processes < 1:
         raise UserError(f"the number of processes is {num_processes}; it must be 1 or more")
+    if source.max_broken_lines < 0:
+        raise UserError(f"--max-broken-lines is {source.max_broken_lines}; it must be 0 or more")
     check_outputs(dataset_files(out), (*source.texts, *files, tokenizer))
     check_dataset_output(out, overwrite)
     find_tokenizer(tokenizer)
@@ -137,17 +145,21 @@ def preprocess(
     def encode(texts: Any) -> Pieces:
         return encode_pieces(loaded, texts, source.special_tokens_as_text, num_processes)
 
+    broken = BrokenLines(source.max_broken_lines)
     if retrieval is None:
-        pieces = _plain_documents(source, files, encode, end, on_bytes)
+        pieces = _plain_documents(source, files, broken, encode, end, on_bytes)
     else:
-        pieces = _mixed_documents(source, files, encode, end[1], loaded, retrieval, progress)
+        pieces = _mixed_documents(
+            source, files, broken, encode, end[1], loaded, retrieval, progress
+        )
     provenance = {
         "command": command or shlex.join(sys.argv),
         "seed": 0 if retrieval is None else retrieval.seed,
         "versions": versions(),
+        "broken_lines": broken.found,  # written when all is read
     }
     counts = write_pieces(out, pieces, num_token_ids(loaded), provenance, overwrite, end)
-    return Dataset(out, *counts)
+    return Dataset(out, *counts, broken)
 
 
 def _check_retrieval(retrieval: Retrieval) -> None:
@@ -164,6 +176,7 @@ def _check_retrieval(retrieval: Retrieval) -> None:
 def _plain_documents(
     source: Source,
     files: Sequence[Path],
+    broken: BrokenLines,
     encode: Callable[[Any], Pieces],
     end: tuple[str, int],
     on_bytes: Callable[[int, int], object],
@@ -172,7 +185,7 @@ def _plain_documents(
     separator = None if source.special_tokens_as_text else end[0]
     total = sum(path.stat().st_size for path in files)  # nothing is known of a pipe's size
     texts = (
-        read_pieces(files, source.text_options, separator, lambda num: on_bytes(num, total))
+        read_pieces(files, source.text_options, separator, lambda num: on_bytes(num, total), broken)
         if files
         else iter([(_local_text(), True)])
     )
@@ -187,6 +200,7 @@ def _plain_documents(
 def _mixed_documents(
     source: Source,
     files: Sequence[Path],
+    broken: BrokenLines,
     encode: Callable[[Any], Pieces],
     end: int,
     tokenizer: Any,
@@ -200,7 +214,7 @@ def _mixed_documents(
         make_training_document,
     )
 
-    text = read_text(files, source.text_options) if files else _local_text()
+    text = read_text(files, source.text_options, broken=broken) if files else _local_text()
     pieces = [tokens for tokens, _ in encode([(text, True)])]
     tokens, _ = split_held_out(np.concatenate(pieces).tolist())
     rng, length = random.Random(retrieval.seed), retrieval.seq_length

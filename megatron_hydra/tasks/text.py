@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.tasks.broken_lines import BrokenLines
 from megatron_hydra.tasks.text_files import TextOptions, find_texts, read_pieces
 
 _DEFAULT_OPTIONS = TextOptions()
@@ -67,6 +68,7 @@ def read_text(
     names: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     options: TextOptions = _DEFAULT_OPTIONS,
     num_characters: int | None = None,
+    broken: BrokenLines | None = None,
 ) -> str:
     """Read files to serve as haystack and language-model text, documents a blank line apart.
 
@@ -74,6 +76,7 @@ def read_text(
         names: One or several files, folders or patterns.
         options: How they are read.
         num_characters: So many are enough; what follows them may be left unread.
+        broken: As :func:`~megatron_hydra.tasks.text_files.read_pieces` takes it.
 
     Raises:
         UserError: As :func:`~megatron_hydra.tasks.text_files.read_pieces`, or if the text is
@@ -83,7 +86,7 @@ def read_text(
     enough = None if num_characters is None else max(num_characters, MIN_TEXT_CHARACTERS)
     documents = [""]
     num_read = 0
-    for piece in read_pieces(files, options):
+    for piece in read_pieces(files, options, broken=broken):
         documents[-1] += piece.text
         documents.extend([""] * piece.is_end)
         num_read += len(piece.text.strip())

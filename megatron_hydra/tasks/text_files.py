@@ -6,6 +6,7 @@ Plain text, JSON lines and parquet, compressed or not; memory does not grow with
 from __future__ import annotations
 
 import argparse
+import codecs
 import glob
 import gzip
 import io
@@ -18,10 +19,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.tasks.broken_lines import BrokenLines
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +124,7 @@ def read_pieces(
     options: TextOptions,
     separator: str | None = None,
     advance: Callable[[int], object] | None = None,
+    broken: BrokenLines | None = None,
 ) -> Iterator[Piece]:
     """The documents of files, in pieces.
 
@@ -132,14 +136,16 @@ def read_pieces(
         options: How they are read.
         separator: Text between the documents of a plain text file.
         advance: Called with the number of bytes read from disk since the call before.
+        broken: Counts JSON lines and rows without a text, and says how many may be left out; None:
+            the first ends the reading.
 
     Raises:
         UserError: If a file cannot be read or is not what its name says, naming file and line;
             or if all of them are empty.
     """
-    is_empty = True
+    is_empty, broken = True, broken or BrokenLines()
     for path in files:
-        for piece in _read(path, options, separator, advance):
+        for piece in _read(path, options, separator, advance, broken):
             is_empty = is_empty and not piece.text.strip()
             yield piece
     if is_empty:
@@ -236,14 +242,18 @@ def _archive(head: bytes) -> str | None:
 
 
 def _read(
-    path: Path, options: TextOptions, separator: str | None, advance: Callable[[int], object] | None
+    path: Path,
+    options: TextOptions,
+    separator: str | None,
+    advance: Callable[[int], object] | None,
+    broken: BrokenLines,
 ) -> Iterator[Piece]:
     with _said(path), _open(path, advance) as stream:
         kind = _kind(path, stream.peek(_HEAD_BYTES), options)
         if kind == "parquet":
-            yield from _rows(path, options.key, advance)
+            yield from _rows(path, options.key, advance, broken)
         elif kind == "jsonl":
-            yield from _json_lines(path, stream, options.key)
+            yield from _json_lines(path, stream, options.key, broken)
         else:
             yield from _split(_parts(stream), separator)
 
@@ -312,17 +322,22 @@ def _split(parts: Iterable[str], separator: str | None) -> Iterator[Piece]:
     yield Piece(rest, True)
 
 
-def _json_lines(path: Path, stream: BinaryIO, key: str) -> Iterator[Piece]:
-    # Only a line feed ends a line: JSON strings may hold U+2028 and other line separators.
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield Piece(_json_text(line, key, f"line {number} of {path}"), True)
+def _json_lines(path: Path, stream: BinaryIO, key: str, broken: BrokenLines) -> Iterator[Piece]:
+    # As bytes, so that only a line feed ends a line (JSON strings may hold U+2028 and other line
+    # separators), and a byte that is no UTF-8 spoils its own line alone.
+    for number, line in enumerate(stream, start=1):
+        if not (line := line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip():
+            continue
+        text = broken.attempt(path, number, partial(_json_text, line, key))
+        if text is not None:
+            yield Piece(text, True)
 
 
-def _json_text(line: str, key: str, place: str) -> str:
+def _json_text(line: bytes, key: str, place: str) -> str:
     try:
-        data = json.loads(line.rstrip("\r\n"))
+        data = json.loads(line.decode().rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at character {error.pos + 1}"
         raise UserError(f"{place} is no JSON object: {reason}") from error
@@ -352,7 +367,9 @@ def _checked(text: Any, key: str, place: str) -> str:
     return text
 
 
-def _rows(path: Path, key: str, advance: Callable[[int], object] | None) -> Iterator[Piece]:
+def _rows(
+    path: Path, key: str, advance: Callable[[int], object] | None, broken: BrokenLines
+) -> Iterator[Piece]:
     arrow = _arrow("parquet", path)
     try:
         with arrow.ParquetFile(path) as file:
@@ -362,7 +379,9 @@ def _rows(path: Path, key: str, advance: Callable[[int], object] | None) -> Iter
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[key]):
                 for row in batch.column(0).to_pylist():
                     number += 1
-                    yield Piece(_checked(row, key, f"row {number} of {path}"), True)
+                    text = broken.attempt(path, number, partial(_checked, row, key), "row")
+                    if text is not None:
+                        yield Piece(text, True)
                 if advance:
                     advance(path.stat().st_size * batch.num_rows // file.metadata.num_rows)
     except _arrow("", path).ArrowException as error:

@@ -21,6 +21,7 @@ import pytest
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.tasks import text_files
+from megatron_hydra.tasks.broken_lines import BrokenLines
 from megatron_hydra.tasks.text import read_text
 from megatron_hydra.tasks.text_files import TextOptions, find_texts, read_pieces
 
@@ -150,7 +151,7 @@ def tar(content: bytes) -> bytes:
         (b'{"text": "\\ud800"}', "line 2 of .*d.jsonl has half a character"),
         (b'{"text": "a', "line 2 of .*d.jsonl is no JSON object: Unterminated"),
         (b'{"a":' * 100_000, "line 2 of .*d.jsonl is no JSON object"),
-        (b'{"text": "\xff"}', "d.jsonl is not UTF-8"),
+        (b'{"text": "\xff"}', "line 2 of .*d.jsonl is not UTF-8"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) -> None:
@@ -158,6 +159,56 @@ def test_a_broken_line_is_named(tmp_path: Path, content: bytes, message: str) ->
     path.write_bytes(lines(["good"]) + b"\n" + content + b"\n")
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+BROKEN = [b'{"text": null}', b'{"text": "\xff"}', b'{"text": "a', b"[1]", b'{"other": "a"}']
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst"])
+def test_broken_lines_are_left_out_and_counted(tmp_path: Path, name: str) -> None:
+    """And blank lines are none, though they count."""
+    content = lines(["one"]) + b"\n\n" + b"\n".join([*BROKEN, lines(["two"]), BROKEN[0]]) + b"\n"
+    pack: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstd}
+    path, other = tmp_path / name, tmp_path / "other.jsonl"
+    path.write_bytes(pack.get(path.suffix, bytes)(content))
+    other.write_bytes(b"\xef\xbb\xbf" + lines(["three"]) + b"\n" + BROKEN[0])
+    broken = BrokenLines(limit=7)
+    pieces = list(read_pieces([path, other], AUTO, broken=broken))
+    assert pieces == [(text, True) for text in ("one", "two", "three")]
+    assert broken.found == {str(path): (6, 3), str(other): (1, 2)}
+    assert broken.in_words() == (
+        f"7 broken lines left out: {path} (6, first line 3), {other} (1, first line 2)"
+    )
+    reading = read_pieces([path, other], AUTO, broken=BrokenLines(limit=6))
+    message = rf'line 2 of {other} has None as "text".*\(after 6 broken lines, as many as are'
+    with pytest.raises(UserError, match=message):
+        list(reading)
+
+
+def test_broken_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    parquet(path, ["a", None, "b", "c", None])  # type: ignore[list-item]
+    broken = BrokenLines(limit=2)
+    assert [text for text, _ in read_pieces([path], AUTO, broken=broken)] == ["a", "b", "c"]
+    assert broken.found == {str(path): (2, 2)}
+    with pytest.raises(UserError, match=r"row 5 of .* \(after 1 broken lines"):
+        list(read_pieces([path], AUTO, broken=BrokenLines(limit=1)))
+
+
+def test_very_many_files_with_broken_lines_are_cut_short() -> None:
+    found = {f"{number}.jsonl": (1, number + 1) for number in range(13)}
+    said = BrokenLines(99, found).in_words()
+    assert said.startswith("13 broken lines left out: 0.jsonl (1, first line 1), 1.jsonl (1,")
+    assert said.endswith(" 9.jsonl (1, first line 10), and 3 more files")
+
+
+def test_what_is_broken_as_a_whole_is_refused_all_the_same(tmp_path: Path) -> None:
+    """A limit of lines is no licence for half a file, or for the wrong column."""
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines(["a"] * 99))[:-9])
+    parquet(tmp_path / "d.parquet", ["a"], "content")
+    for name, message in (("d.jsonl.gz", "cut off or damaged"), ("d.parquet", 'has no "text"')):
+        with pytest.raises(UserError, match=message):
+            list(read_pieces([tmp_path / name], AUTO, broken=BrokenLines(limit=999)))
 
 
 @pytest.mark.parametrize(

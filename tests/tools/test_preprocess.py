@@ -108,6 +108,24 @@ def test_it_ends_with_the_tokens_by_length_of_document(
     assert last == "tokens by length of document: 20% below 4,096, 80% from 16,384"
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_it_ends_with_the_broken_lines_that_it_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: str
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one"}\n{"text": \n{"text": "two"}\n{"text": 2}\n')
+    options = ["--input", str(text), "--processes", processes, "--max-broken-lines"]
+    found = preprocess(folder / "bytes", tmp_path / "d", *options, "2")
+    assert found == [[*ids(folder / "bytes", word), END] for word in ("one", "two")]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2] == f"2 broken lines left out: {text} (2, first line 2)"
+    assert notes(tmp_path / "d")["broken_lines"] == {str(text): [2, 2]}
+    command = ["preprocess", "--tokenizer", str(folder / "bytes"), "--out", str(tmp_path / "e")]
+    assert cli.main([*command, *options, "1"]) == 2
+    assert f"line 4 of {text} has 2 as" in capsys.readouterr().err
+    assert not list(tmp_path.glob("e.*"))
+
+
 def test_any_number_of_processes_writes_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +211,7 @@ def test_mistakes_are_said_before_the_slow_imports(tmp_path: Path, option: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--max-broken-lines", "-1"], "--max-broken-lines is -1; it must be 0 or more"),
         (["--processes", "0"], "the number of processes is 0; it must be 1 or more"),
         (["--end-of-document", "<end>"], "no token '<end>' to end documents with"),
         (["--text-key", "txt", "--input", "IN"], 'line 1 of .* has no "txt", but text'),

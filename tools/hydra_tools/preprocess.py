@@ -47,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and each plain text file for one document; without this option they become those tokens",
     )
     parser.add_argument(
+        "--max-broken-lines",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N JSON lines and parquet rows that hold no text, and say at the end "
+        "which (default: 0, the first ends the command)",
+    )
+    parser.add_argument(
         "--processes",
         type=int,
         default=1,
@@ -66,7 +74,13 @@ def run(args: argparse.Namespace) -> int:
     """Write the dataset; print what it holds."""
     retrieval = _retrieval(args)
     texts = tuple(args.input or ())
-    source = Source(texts, text_options(args), args.end_of_document, args.special_tokens_as_text)
+    source = Source(
+        texts,
+        text_options(args),
+        args.end_of_document,
+        args.special_tokens_as_text,
+        args.max_broken_lines,
+    )
     bars: list[Any] = []
     with ExitStack() as stack:
 
@@ -89,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
             tell=partial(print, flush=True),
         )
     print(f"dataset: {done.prefix} ({done.num_documents:,} documents, {done.num_tokens:,} tokens)")
+    if done.broken.found:
+        print(done.broken.in_words())
     print(describe_lengths([str(done.prefix)]))
     return 0
 
