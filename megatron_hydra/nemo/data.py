@@ -20,7 +20,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.model.sequence import pad_documents, padded_lengths
 from megatron_hydra.teachers.token_ids import end_of_document
 from megatron_hydra.training.config import DataSection
-from megatron_hydra.training.dataset_checks import read_tokens, token_blocks
+from megatron_hydra.training.dataset_checks import document_lengths, read_tokens, token_blocks
 from megatron_hydra.training.document_lengths import repeats
 from megatron_hydra.training.indexed_dataset import EndOfDocument, read_notes
 from megatron_hydra.training.run_inputs import datasets_hash
@@ -183,6 +183,17 @@ def _check_ends(path: str, token: str, token_id: int, noted: EndOfDocument | Non
 
 
 def _blend(section: DataSection) -> list[Any]:
-    if not section.weights:
+    """Paths, with a weight before each where there are several.
+
+    Without weights Megatron would take the datasets' sizes too, but end with the first epoch: a run
+    that needs more could not go on from there.
+    """
+    if len(section.paths) == 1:
         return list(section.paths)
-    return [item for pair in zip(section.weights, section.paths, strict=True) for item in pair]
+    weights = section.weights or [float(_epoch_tokens(path, section)) for path in section.paths]
+    return [item for pair in zip(weights, section.paths, strict=True) for item in pair]
+
+
+def _epoch_tokens(path: str, section: DataSection) -> int:
+    lengths = document_lengths(path)
+    return int((lengths * repeats(lengths, section)).sum())

@@ -106,6 +106,23 @@ def test_epochs_repeat_it_and_the_report_counts_right(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_several_datasets_are_read_for_as_many_epochs_as_a_run_needs(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Catches: a blend by size that ends after one, beyond which a run could not go on."""
+    data = section(folder, "ab", long_document_tokens=None, long_document_factor=1)
+    total = sum(map(sum, LENGTHS.values()))
+    num_samples = 5 * total // LENGTH
+    found, dataset = read(data, tmp_path, num_samples)
+    assert len(dataset) >= num_samples
+    counts = Counter(token for sample in found for token in sample)
+    for name, lengths in LENGTHS.items():
+        for number, length in enumerate(lengths):
+            # Two samples' share of a document may be cut off at an epoch's and at the run's end.
+            assert abs(counts[FIRST[name] + number] - 5 * length) <= length + 2 * LENGTH
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("weights", [[], [3.0, 1.0]], ids=["by size", "weights"])
 def test_blends_keep_their_shares(folder: Path, tmp_path: Path, weights: list[float]) -> None:
     """By size, the up-sampled one counts; by weights, only what a dataset holds is changed."""
