@@ -8,13 +8,11 @@ tokens that a run reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_hydra.cpu import install_if_needed
 
@@ -22,6 +20,7 @@ install_if_needed()
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.nemo.data import make_data_module  # noqa: E402
+from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.training.config import DataSection  # noqa: E402
 from megatron_hydra.training.dataset_checks import _check_up_sampling  # noqa: E402
 from megatron_hydra.training.document_lengths import describe_lengths, up_sampling  # noqa: E402
@@ -57,12 +56,9 @@ def read(data: DataSection, index: Path, num_samples: int) -> tuple[list[list[in
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
+def one_rank() -> None:
     """Megatron's blends ask for their rank."""
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
+    initialize_model_parallel()
 
 
 def epoch(names: str) -> Counter[int]:
