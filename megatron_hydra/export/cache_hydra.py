@@ -23,6 +23,10 @@ from .recurrence_hydra import PIECES
 class HydraLayerCache(CacheLayerMixin):
     """Of one layer.
 
+    Transformers' own layer for attention beside linear attention (5.8 and later) has no place for
+    a window beside full attention, keeps one input of the convolution more than it needs, and
+    cannot be static.
+
     Args:
         max_length: l, where the cache is static: room for as many tokens from the start, written in
             place, so that every step has the same shapes and addresses. None to grow.
