@@ -1,10 +1,4 @@
-"""The certificate: every check run, its worst difference held to a tolerance, as JSON and tables.
-
-Tolerances are derived on the spot. The reference is trained a second time from weights whose
-last bit is changed at random: what that does to the logits and gradients is what rounding does to
-this model, at its depth and precision. A layout may differ by a small multiple of it, and never
-by more than the cap, at which a layout would be called wrong whatever the rounding.
-"""
+"""The certificate: every check run, its worst difference held to a tolerance; JSON and tables."""
 
 from __future__ import annotations
 
@@ -33,6 +27,7 @@ from megatron_hydra.certify.exported import exported_logits
 from megatron_hydra.certify.global_tensors import assemble
 from megatron_hydra.certify.layouts import Batch, Layout, random_batch
 from megatron_hydra.certify.tables import CertificateFile, NotRun, Row
+from megatron_hydra.certify.tolerances import tolerance_of_export, tolerances_of
 from megatron_hydra.certify.training import Record, Run, Trainer, save_first_weights, train
 from megatron_hydra.certify.worlds import Ranks
 from megatron_hydra.errors import UserError
@@ -49,31 +44,6 @@ At an epsilon of 1e-6 the norm of a head whose output is nearly zero, as an LA h
 document's first tokens, amplifies rounding up to a thousandfold; two right layouts then differ by
 as much as a right one and a slightly wrong one.
 """
-# Multiples of what one changed bit per weight does, and of the precision's unit roundoff, below
-# which a single draw of such changes says nothing.
-_TIMES_ROUNDING, _LEAST_ROUNDOFFS = 8.0, 64.0
-# Each layout sums the squares of other parts of a gradient.
-_TIMES_SUMMATION = 2.0
-_CAPS = {
-    torch.float32: {
-        "logits": 1e-3,
-        "loss": 1e-4,
-        "gradient norm": 1e-3,
-        "gradients": 5e-3,
-        "parameters": 2e-3,
-    },
-    torch.bfloat16: {
-        "logits": 0.1,
-        "loss": 1e-2,
-        "gradient norm": 0.05,
-        "gradients": 0.5,
-        "parameters": 0.1,
-    },
-}
-
-# transformers runs an exported model with operators of its own. In bf16, and in the TF32 of a GPU's
-# kernels, these round at other places than Megatron's: there the cap decides.
-_EXPORTED_FLOAT32_ON_A_CPU = 1e-5
 
 
 @dataclass
@@ -162,14 +132,9 @@ class _Certifier:
     def _reference(self, layout: Layout, batch: Batch) -> _Reference:
         record = train(self.run, layout, batch)
         nudged = train(self.run, layout, batch, nudge=True)
+        rounding = differences(nudged, record, self.run.resolved_plan)
         dtype = self.run.fields["params_dtype"]
-        least = dict.fromkeys(QUANTITIES, _LEAST_ROUNDOFFS * torch.finfo(dtype).eps)
-        least["gradient norm"] += _TIMES_SUMMATION * _summation_error(record)
-        tolerances = {}
-        for quantity, found in differences(nudged, record, self.run.resolved_plan).items():
-            allowed = max(_TIMES_ROUNDING * found.value, least[quantity])
-            tolerances[quantity] = min(allowed, _CAPS[dtype][quantity])
-        return _Reference(record, tolerances)
+        return _Reference(record, tolerances_of(record, rounding, dtype))
 
     def run_check(self, check: Check) -> None:
         """Run one check; its rows are kept on rank 0."""
@@ -253,9 +218,7 @@ class _Certifier:
         if self.rank == 0:
             self.ranks.enter(Layout(), alone=True)
             found = exported_logits(self.run, folder, self.batches[check.layout.packed])
-            dtype = self.run.fields["params_dtype"]
-            is_exact = dtype == torch.float32 and not torch.cuda.is_available()
-            tolerance = _EXPORTED_FLOAT32_ON_A_CPU if is_exact else _CAPS[dtype]["logits"]
+            tolerance = tolerance_of_export(self.run.fields["params_dtype"])
             self._add(check, "logits", logit_difference(found, logits), tolerance)
             shutil.rmtree(folder)
 
@@ -317,12 +280,6 @@ class _Certifier:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
-
-
-def _summation_error(record: Record) -> float:
-    """Relative error of the optimizer's gradient norm, which it sums in float32."""
-    squares = sum(value.double().square().sum().item() for value in record.gradients.values())
-    return abs(record.grad_norms[0] - squares**0.5) / squares**0.5
 
 
 def plan_hash(plan: HeadPlan) -> str:
