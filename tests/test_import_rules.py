@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,3 +319,9 @@ def test_files_are_short_and_say_what_they_own(files: list[SourceFile]) -> None:
         if text and not text.startswith('"""'):
             wrong.append(f"{file.path}: the first line must say what the file owns")
     assert not wrong, wrong
+
+
+def test_every_test_file_has_a_name_of_its_own() -> None:
+    """Folders of tests are no packages: pytest would take two files of one name for the same."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, number in names.items() if number > 1]
