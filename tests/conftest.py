@@ -6,22 +6,17 @@ first imported, and Megatron imports it.
 
 import gc
 import os
-import tempfile
 import warnings
 
 # Of the tests' models one thread is faster than two, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Transformers copies a folder's model code there before it runs it, and takes code that another
-# process is writing there for changed code: its classes are then made anew.
-_HF_MODULES = tempfile.TemporaryDirectory(prefix="hf_modules_")
-os.environ["HF_MODULES_CACHE"] = _HF_MODULES.name
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megatron_hydra.cpu import install_if_needed  # noqa: E402
+from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
