@@ -25,7 +25,8 @@ from megatron_hydra.unfinished import UnfinishedWork
 
 SCHEMA_VERSION = 1
 FILE_KIND = "generation"
-NUM_DEPTHS = 5
+DEPTHS = tuple(fifth / 5 for fifth in range(5))
+"""Where the fifths of a prompt start, by which needles are counted."""
 _COUNTS = "num_right", "num_samples"
 _Count = Annotated[int, Limits(least=1)]
 _Share = Annotated[float, Limits(least=0, most=1)]
@@ -94,14 +95,15 @@ class Answered:
         share = sum(there / wanted for there, wanted in pairs) / len(pairs)
         part = sum(there > 0 for there in found) / len(pairs)
         counts = (right.num_right, right.num_samples, right.value, right.interval)
-        fifths: dict[int, list[bool]] = {}
+        by_start: dict[float, list[bool]] = {}
         known = [depth for depth in depths if depth is not None]
         if len(known) == len(pairs):
             for depth, (there, wanted) in zip(known, pairs, strict=True):
-                fifths.setdefault(int(depth * NUM_DEPTHS), []).append(there == wanted)
+                start = DEPTHS[int(depth * len(DEPTHS))]
+                by_start.setdefault(start, []).append(there == wanted)
         by_depth = tuple(
-            AtDepth(fifth / NUM_DEPTHS, sum(answers), len(answers))
-            for fifth, answers in sorted(fifths.items())
+            AtDepth(start, sum(answers), len(answers))
+            for start, answers in sorted(by_start.items())
         )
         return cls(*cell, *counts, min(1.0, share), part, by_depth)
 
@@ -238,14 +240,13 @@ def generation_table(result: Generation) -> str:
 
 def _grid(result: Generation) -> list[list[str]]:
     """A head, then a row for each cell and model: right in % by the needle's depth."""
-    starts = [fifth / NUM_DEPTHS for fifth in range(NUM_DEPTHS)]
-    rows = [["task", "tokens", "model", *(f"from {100 * start:.0f}%" for start in starts)]]
+    rows = [["task", "tokens", "model", *(f"from {100 * start:.0f}%" for start in DEPTHS)]]
     for position, (task, length) in enumerate(result.cells):
         for model in result.models:
             found = model.tasks[position].by_depth
             shares = {at.start: at.num_right / at.num_samples for at in found}
             if shares:
-                texts = (f"{100 * shares[s]:.0f}" if s in shares else "-" for s in starts)
+                texts = (f"{100 * shares[s]:.0f}" if s in shares else "-" for s in DEPTHS)
                 rows.append([task, f"{length:,}", model.name, *texts])
     return rows
 

@@ -217,8 +217,6 @@ class HydraModel(HydraPreTrainedModel):
                     "own HydraCache, which generate makes where none is given"
                 )
             past_key_values.check(self.config)
-            if not past_key_values.takes_step(x.shape[1]):
-                past_key_values.check_room(x.shape[1])
         stream = stream_of(
             self.config, x, attention_mask, position_ids, past_key_values, self.training
         )

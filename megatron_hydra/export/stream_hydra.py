@@ -107,7 +107,8 @@ def stream_of(
         is_training: Whether the model is in training mode.
 
     Raises:
-        ValueError: For a mask of another shape, or none where the cache has seen padding.
+        ValueError: For a mask of another shape, none where the cache has seen padding, or more
+            tokens than a static cache has room for.
     """
     if cache is not None and cache.takes_step(x.shape[1]):
         positions, found = _of_a_step(x, attention_mask, cache)
@@ -130,6 +131,8 @@ def _of_tokens(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Positions `[b, t]`, and the stream's other fields."""
     b, t, past = *x.shape[:2], 0 if cache is None else cache.get_seq_length()
+    if cache is not None:
+        cache.check_room(t)
     device, has_mask, order, is_padded = x.device, attention_mask is not None, None, False
     num_before = torch.full((b,), past, device=device)
     num_real = torch.full((b,), t, device=device)

@@ -21,7 +21,7 @@ from megatron_hydra.model.sequence import pad_documents, padded_lengths
 from megatron_hydra.teachers.token_ids import end_of_document
 from megatron_hydra.training.config import DataSection
 from megatron_hydra.training.dataset_checks import document_lengths, read_tokens, token_blocks
-from megatron_hydra.training.document_lengths import repeats
+from megatron_hydra.training.document_lengths import epoch_tokens, repeats
 from megatron_hydra.training.indexed_dataset import EndOfDocument, read_notes
 from megatron_hydra.training.run_inputs import datasets_hash
 
@@ -190,10 +190,7 @@ def _blend(section: DataSection) -> list[Any]:
     """
     if len(section.paths) == 1:
         return list(section.paths)
-    weights = section.weights or [float(_epoch_tokens(path, section)) for path in section.paths]
+    weights = section.weights or [
+        float(epoch_tokens(document_lengths(path), section)) for path in section.paths
+    ]
     return [item for pair in zip(weights, section.paths, strict=True) for item in pair]
-
-
-def _epoch_tokens(path: str, section: DataSection) -> int:
-    lengths = document_lengths(path)
-    return int((lengths * repeats(lengths, section)).sum())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_hydra.evaluation.generation import NUM_DEPTHS, Generation
+from megatron_hydra.evaluation.generation import DEPTHS, Generation
 from megatron_hydra.evaluation.results import Evaluation, ModelResult
 from megatron_hydra.report.chart_style import Picture, to_picture
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
@@ -52,9 +52,8 @@ def generation_section(generation: Generation | None) -> dict[str, Any]:
         best = [max(task.accuracy for task in column) for column in columns]
         buckets = zip(*(model.loss_by_position for model in generation.models), strict=True)
         least = [min(bucket.loss_nats for bucket in column) for column in buckets]
-    depths = [fifth / NUM_DEPTHS for fifth in range(NUM_DEPTHS)]
     found = {"generation": generation, "generation_best": best, "least_by_position": least}
-    return {**found, "depths": depths}
+    return {**found, "depths": DEPTHS}
 
 
 def memory_section(evaluation: Evaluation) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def repeats(lengths: np.ndarray, section: DataSection) -> np.ndarray:
     return np.where(is_long, section.long_document_factor, 1).astype(np.int64)
 
 
+def epoch_tokens(lengths: np.ndarray, section: DataSection) -> int:
+    """Tokens of one epoch of a dataset; arguments as of :func:`repeats`."""
+    return _tokens(lengths * repeats(lengths, section))
+
+
 def up_sampling(section: DataSection, num_tokens: int) -> UpSampling | None:
     """What up-sampling makes of a run of ``num_tokens``; None where there is none."""
     least = section.long_document_tokens
@@ -60,7 +65,7 @@ def up_sampling(section: DataSection, num_tokens: int) -> UpSampling | None:
     datasets = [document_lengths(path) for path in section.paths]
     long = np.array([_tokens(lengths[lengths >= least]) for lengths in datasets])
     total = np.array([_tokens(lengths) for lengths in datasets])
-    epoch = total + (section.long_document_factor - 1) * long
+    epoch = np.array([epoch_tokens(lengths, section) for lengths in datasets])
     weights = np.array(section.weights or epoch, np.float64)
     weights /= weights.sum()
     passes = num_tokens * weights / epoch
