@@ -239,6 +239,32 @@ def test_what_was_not_compiled_is_not_called_so(tmp_path, monkeypatch):
     compilation.compile_once.cache_clear()
 
 
+@pytest.mark.parametrize("reason", ["install tilelang: `pip install tilelang`", "no layout found"])
+def test_decoding_needs_no_backward_kernel(monkeypatch, caplog, reason):
+    """fla refuses its backward on some GPUs: what only decodes goes on, other faults do not."""
+
+    class Refused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError(reason)
+
+    monkeypatch.undo()
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(fla_kernels, "run", lambda row, *args: (Refused.apply(row[0]), None))
+    mode = compilation.Mode(64, 64, torch.bfloat16, False)
+    if "tilelang" in reason:
+        compilation.compile_all(mode, torch.device("cpu"), uses_flash_qla=False)
+        assert "only the forward pass is compiled" in caplog.text
+    else:
+        with pytest.raises(RuntimeError, match=reason):
+            compilation.compile_all(mode, torch.device("cpu"), uses_flash_qla=False)
+
+
 @pytest.mark.parametrize("fault", ["no locks", "no folder"])
 def test_a_machine_that_cannot_lock_compiles_all_the_same(tmp_path, monkeypatch, caplog, fault):
     monkeypatch.undo()
