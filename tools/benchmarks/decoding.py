@@ -1,21 +1,25 @@
 """Times prefill and decoding of an exported Qwen3-1.7B-shaped hybrid and of its teacher.
 
     python tools/benchmarks/decoding.py --out decoding.json
+    python tools/benchmarks/decoding.py --draw decoding.json [more.json] --picture decoding.png
 
 One GPU, bf16, random weights and tokens, transformers' own model class for the teacher and the
 exported folder's for the hybrid (fla's kernels), SDPA in both, `forward` called as `generate` does.
 The hybrid's plan is `uneven_plan`'s: as many FA heads, on the mean of four a layer, as a global
 top-K of scores deals to the layers. One sequence is filled in one call; for larger batches what it
 leaves in the cache is repeated. With a static cache a step is compiled as `generate` compiles it
-(CUDA graphs); no prompt is read, the cache's keys and values are random. `floor ms` is the time
-that weights and cache take to be read once at the bandwidth of this run's own copy. Where weights
-and cache of one batch alone exceed the memory, a row has no times.
+(CUDA graphs). Nothing is read before static caches and contexts beyond `--read-up-to`: their keys
+and values are random. `floor ms` is the time that weights and cache take to be read once at the
+bandwidth of this run's own copy. Where weights and cache of one batch alone exceed the memory, a
+row has no times. `--largest-batch` finds, by trying, how many sequences of a context decode at all,
+with a dynamic cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import sys
 import time
@@ -56,8 +60,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=24, help="of decoding, whose median is taken")
     parser.add_argument("--layers", type=int, default=LAYERS, help="the plan's first so many")
     parser.add_argument("--fa-heads-per-layer", type=int, default=4, help="the mean")
+    parser.add_argument("--read-up-to", type=int, default=131072, metavar="TOKENS")
+    parser.add_argument("--largest-batch", action="store_true", help="in place of --batches")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--draw", type=Path, nargs="+", help="rows of earlier runs; none is made")
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
+    if (args.draw is None) != (args.picture is None):
+        parser.error("--draw and --picture go together")
+    if args.draw:
+        draw(
+            [row for path in args.draw for row in json.loads(path.read_text())["rows"]],
+            args.picture,
+        )
+        return 0
     warnings.simplefilter("ignore")
     data = {"kind": KIND, "schema_version": SCHEMA_VERSION, "command": " ".join(sys.argv)}
     data |= device_figures()
@@ -70,13 +86,18 @@ def main() -> int:
     for name in args.models or ("teacher", "hybrid"):
         with torch.device("cuda"):
             model = make_model(None if name == "teacher" else plan, num_hidden_layers=args.layers)
-        for cache, context, batch in product(args.caches, args.contexts, args.batches):
-            bytes_of = total_cache_bytes(shape, context)
-            cache_bytes = batch * bytes_of.of(None if name == "teacher" else plan)
+        caches, batches = args.caches, args.batches
+        if args.largest_batch:
+            caches, batches = ["dynamic"], [0]
+        for cache, context, batch in product(caches, args.contexts, batches):
+            row_bytes = total_cache_bytes(shape, context).of(None if name == "teacher" else plan)
+            batch = batch or largest_batch(model, context, row_bytes)
+            cache_bytes = batch * row_bytes
             row = {"device": torch.cuda.get_device_name(), "model": name, "cache": cache}
             row |= {"batch": batch, "context": context, "cache GiB promised": cache_bytes / 2**30}
             sizes = (context, batch, args.steps, cache_bytes, data["copy_gb_per_s"])
-            row |= measure(model, cache == "static", *sizes)
+            is_read = context <= args.read_up_to and not args.largest_batch
+            row |= measure(model, cache == "static", is_read, *sizes)
             rows.append(row | {"/ teacher": _over_teacher(row, rows)})
             print_table(rows[-1:])
             write(args.out, data, rows)
@@ -109,6 +130,7 @@ def make_model(plan: HeadPlan | None, **sizes: Any) -> Any:
 def measure(
     model: Any,
     is_static: bool,
+    is_read: bool,
     context: int,
     batch: int,
     steps: int,
@@ -132,9 +154,14 @@ def measure(
         if is_static:
             step, cache = _static_step(model, context, new, context + steps + 1)
         else:
-            found, prefill = _prefill(model, tokens)
-            row |= prefill
+            if is_read:
+                found, prefill = _prefill(model, tokens)
+                row |= prefill
+            else:
+                found = model(tokens[:, :_PROMPT], **_OPTIONS)
             cache = found[CACHE]
+            if not is_read:
+                _fill(cache, context)
             if batch > 1:
                 cache.batch_repeat_interleave(batch)
             step = partial(model, new, **_OPTIONS, **{CACHE: cache})
@@ -166,20 +193,61 @@ def _static_step(
     mask = new.new_ones(len(new), _PROMPT)
     prompt = new.expand(-1, _PROMPT)
     model(prompt, attention_mask=mask, **_OPTIONS, **{CACHE: cache})
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                tensor.normal_()
-        count = layer.num_tokens if is_hybrid else getattr(layer, "cumulative_length", None)
-        if count is not None:
-            count.fill_(context)
+    _fill(cache, context)
     options: dict[str, Any] = dict(_OPTIONS)
-    options["attention_mask"] = new.new_ones(len(new), cache.max_length if is_hybrid else length)
+    room = cache.max_length if is_hybrid else length
+    options["attention_mask"] = torch.ones(len(new), room, dtype=torch.bool, device=new.device)
     if not is_hybrid:
         # In transformers 4 the caller says where a token lies.
         options["cache_position"] = new.new_full((1,), context)
     call = model.get_compiled_call(None)
     return partial(call, new, **options, **{CACHE: cache}), cache
+
+
+def _fill(cache: Any, context: int) -> None:
+    """With random keys and values of so many tokens, as if they had been read."""
+    for layer in cache.layers:
+        is_static = layer.is_compileable
+        for name in ("keys", "values"):
+            tensor = getattr(layer, name)
+            if tensor is not None and not is_static:
+                tensor = tensor.new_empty((*tensor.shape[:2], context, tensor.shape[-1]))
+                setattr(layer, name, tensor)
+            if tensor is not None:
+                tensor.normal_()
+        for name in ("num_tokens", "cumulative_length"):
+            count = getattr(layer, name, None)
+            if isinstance(count, torch.Tensor):
+                count.fill_(context)
+            elif count is not None:
+                setattr(layer, name, context)
+
+
+@torch.no_grad()
+def largest_batch(model: Any, context: int, row_bytes: float) -> int:
+    """Sequences of a context that decode a step in this device's memory; 0 if not one does."""
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    room = torch.cuda.get_device_properties(0).total_memory - weight_bytes
+    low, high = 0, int(room / row_bytes)
+    while low < high:
+        batch = (low + high + 1) // 2
+        try:
+            cache = model(torch.zeros(batch, 1, dtype=torch.int64, device="cuda"), **_OPTIONS)[
+                CACHE
+            ]
+            _fill(cache, context)
+            model(
+                torch.zeros(batch, 1, dtype=torch.int64, device="cuda"),
+                **_OPTIONS,
+                **{CACHE: cache},
+            )
+            low = batch
+        except torch.OutOfMemoryError:
+            high = batch - 1
+        cache = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    return low
 
 
 def _timed(function: Any) -> tuple[float, Any]:
@@ -204,6 +272,37 @@ def _over_teacher(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | No
         if same and other["model"] == "teacher" and other["step ms"] and row["step ms"]:
             return float(row["step ms"] / other["step ms"])
     return None
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """A step of one sequence against its context, log-log, the floors dotted, as PNG."""
+    from matplotlib.figure import Figure
+
+    from megatron_hydra.report.chart_style import MUTED, PALETTE, chart_style, save_png
+
+    rows = sorted((row for row in rows if row["batch"] == 1), key=lambda row: row["context"])
+    with chart_style():
+        figure = Figure(figsize=(9, 4.2))
+        ax = figure.add_subplot(xscale="log", yscale="log")
+        for model, colour in (("teacher", PALETTE[1]), ("hybrid", PALETTE[0])):
+            of_model = [row for row in rows if row["model"] == model]
+            for cache, style in (("dynamic", "o-"), ("static", "s--")):
+                found = [row for row in of_model if row["cache"] == cache and row["step ms"]]
+                if found:
+                    times = [row["step ms"] for row in found]
+                    label = f"{model}, {cache} cache"
+                    ax.plot([row["context"] for row in found], times, style, c=colour, label=label)
+            floors = {row["context"]: row["floor ms"] for row in of_model}
+            label = f"{model}: weights and cache read once"
+            ax.plot(list(floors), list(floors.values()), ":", color=colour, label=label)
+        contexts = sorted({row["context"] for row in rows})
+        ax.set(xlabel="context, tokens", ylabel="ms per token", title="Decoding, one sequence")
+        ax.set_xticks(contexts, [f"{n // 1024}K" for n in contexts])
+        ax.minorticks_off()
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        devices = ", ".join(sorted({row["device"] for row in rows}))
+        figure.text(0.99, -0.02, devices, ha="right", color=MUTED, fontsize=8)
+        save_png(path, figure, overwrite=True)
 
 
 if __name__ == "__main__":
