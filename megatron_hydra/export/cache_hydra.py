@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_hydra import HydraHeadConfig
-from .recurrence_hydra import PIECES
+from .recurrence_hydra import ROOM
 
 
 class HydraLayerCache(CacheLayerMixin):
@@ -174,7 +174,7 @@ class HydraCache(Cache):
 
     Args:
         config: Of the model that it is for.
-        max_length: Tokens that a static cache has room for, rounded up to a number divisible by 64;
+        max_length: Tokens that a static cache has room for, rounded up to a multiple of 512;
             None for a cache that grows.
 
     Attributes:
@@ -183,7 +183,7 @@ class HydraCache(Cache):
 
     def __init__(self, config: HydraHeadConfig, max_length: int | None = None) -> None:
         if max_length is not None:
-            max_length = -(-max_length // PIECES) * PIECES
+            max_length = -(-max_length // ROOM) * ROOM
         super().__init__(
             layers=[HydraLayerCache(max_length) for _ in range(config.num_hidden_layers)]
         )

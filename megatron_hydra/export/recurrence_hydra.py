@@ -23,6 +23,8 @@ _CHUNK_OF_CHANNELS = 16  # a decay per channel is held for each pair of a chunk'
 _SHORTEST_BLOCK = 128
 PIECES = 64
 """In which attention of one token reads a static cache."""
+ROOM = 8 * PIECES
+"""What a static cache's size is divisible by: matrix products need pieces of 16 bytes a row."""
 _LOWEST = -1e30
 _CAN_ROUND_ONCE = "dtype" in torch.ops.aten.bmm.overloads()  # PyTorch 2.8 and later, on a GPU
 
@@ -73,8 +75,15 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """One token of `[b, n, 1, ·]`."""
     state = state * g.mT.exp()
-    state = state + k.mT @ (beta * (v - k @ state))
-    return q @ state, state
+    state = torch.addcmul(state, k.mT, beta * (v - _row_times(k, state)))
+    return _row_times(q, state), state
+
+
+def _row_times(row: Tensor, matrix: Tensor) -> Tensor:
+    """`[..., 1, i]` by `[..., i, j]`; compiled, it becomes one with what lies around it."""
+    if torch.compiler.is_compiling():
+        return (row.mT * matrix).sum(-2, keepdim=True)
+    return row @ matrix
 
 
 def _chunk(
@@ -243,7 +252,7 @@ def attention_of_a_token(query: Tensor, keys: Tensor, values: Tensor, is_seen: T
 
     Args:
         query: `[b, g, m, d]`.
-        keys: `[b, g, t, d]`, t divisible by `PIECES`.
+        keys: `[b, g, t, d]`, t divisible by `PIECES`, for speed by `ROOM`.
         values: As `keys`.
         is_seen: `[b, t]`, which places of the cache the token sees.
 

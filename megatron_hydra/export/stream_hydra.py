@@ -117,13 +117,22 @@ def stream_of(
     if position_ids is not None:
         positions = position_ids.to(x.device).expand(x.shape[:2])
     angles = positions[..., None, None].float() * _frequencies(config, x.device)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return Stream(cos, sin, _query_scale(config, positions, x.dtype, is_training), **found)
+    if torch.compiler.is_compiling():
+        # As complex numbers they are written out; else each layer would compute them again.
+        cos, sin = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).unbind(-1)
+    else:
+        cos, sin = angles.cos(), angles.sin()
+    return Stream(
+        cos.to(x.dtype),
+        sin.to(x.dtype),
+        _query_scale(config, positions, x.dtype, is_training),
+        **found,
+    )
 
 
 def padded_mask(attention_mask: Tensor, length: int) -> Tensor:
-    """`[b, tokens]` with zeros up to `length`: as large at every step."""
-    return F.pad(attention_mask, (0, length - attention_mask.shape[1]))
+    """`[b, tokens]` as bool `[b, length]`, False at the end: as large at every step."""
+    return F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))
 
 
 def _of_tokens(
