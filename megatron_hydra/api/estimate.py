@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from megatron_hydra.training.run_inputs import checkpoint_bytes, result_bytes
 from megatron_hydra.training.step_time import ERRORS_PERCENT, NETWORK_BYTES_PER_S, even_plan
 
 GPUS_PER_NODE = 8
+CONTEXTS = tuple(1024 * 2**n for n in range(2, 10))  # 4K to 512K
 MOST_GPUS = 65_536
 _STORED_BYTES = 4  # of a value in what `convert` writes without `--dtype bfloat16`
 
@@ -226,6 +228,68 @@ def estimate(
         errors_percent=dict(ERRORS_PERCENT),
         network_bytes_per_s=NETWORK_BYTES_PER_S,
     )
+
+
+@dataclass(frozen=True)
+class ContextHours:
+    """What a number of tokens takes in sequences of one length, at the fastest layout that fits.
+
+    Attributes:
+        context_tokens: Of a sequence.
+        gpu_hours: By kind of model: `full attention`; `layer-wise`, whole layers of full attention,
+            as near as can be to as many heads; `head-level`, the plan's. None where no layout is
+            known to fit.
+    """
+
+    context_tokens: int
+    gpu_hours: dict[str, float | None]
+
+
+def by_context(
+    configs: Sequence[RunConfig],
+    gpu: str,
+    num_gpus: int,
+    num_nodes: int | None = None,
+    model: Model | None = None,
+    lengths: Sequence[int] = CONTEXTS,
+) -> tuple[ContextHours, ...]:
+    """Predict what all stages' tokens take at other contexts, trained as the last stage trains.
+
+    A step keeps its number of tokens: longer sequences are fewer, at the least one. Arguments and
+    errors are those of :func:`estimate`; `lengths` are tokens of a sequence.
+    """
+    cluster = Cluster(find_device(gpu), num_gpus, _gpus_per_node(num_gpus, num_nodes))
+    last = configs[-1]
+    model = model or _stored_model(configs[0], {})
+    shape, plan = model.shape, model.plan
+    fraction = plan.num_fa_heads / shape.total_heads
+    plans = {
+        "full attention": even_plan(shape, 1.0),
+        "layer-wise": _whole_layers(shape, fraction),
+        "head-level": plan,
+    }
+    num_tokens = sum(config.trainer.max_steps * _step_tokens(config) for config in configs)
+    found = []
+    for length in lengths:
+        batch = max(1, _step_tokens(last) // length)
+        steps = math.ceil(num_tokens / (batch * length))
+        data = replace(last.data, seq_length=length, global_batch_size=batch)
+        config = replace(last, data=data, trainer=replace(last.trainer, max_steps=steps))
+        hours: dict[str, float | None] = {}
+        for name, each in plans.items():
+            run = fastest(config, shape, each, cluster)
+            hours[name] = run and _layout(run, config, cluster, None).gpu_hours
+        found.append(ContextHours(length, hours))
+    return tuple(found)
+
+
+def _whole_layers(shape: ModelShape, fraction: float) -> HeadPlan:
+    """As many of all heads FA, as near as can be, in layers that are FA throughout, spread."""
+    number = round(fraction * shape.num_layers)
+    layers = [place * shape.num_layers // number for place in range(number)]
+    heads = list(range(shape.num_heads))
+    sizes = (shape.num_layers, shape.num_heads, shape.num_query_groups)
+    return HeadPlan.from_fa_heads(dict.fromkeys(layers, heads), *sizes)
 
 
 def _gpus_per_node(num_gpus: int, num_nodes: int | None) -> int:

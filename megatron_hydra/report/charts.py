@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -95,6 +96,38 @@ def draw_cache(
     ax.set_xlabel("sequence length (tokens)")
     ax.set_ylabel(f"cache ({dtype}) and state of one sequence")
     ax.legend(loc="lower right")
+    return figure
+
+
+def draw_gpu_hours(
+    lines: Mapping[str, Sequence[float | None]], contexts: Sequence[int], title: str
+) -> Figure:
+    """Predicted GPU-hours of a training by the length of its sequences, log-log.
+
+    Args:
+        lines: By name, GPU-hours at each context; None leaves a gap.
+        contexts: In tokens.
+        title: Above it.
+    """
+    figure = Figure(figsize=(6.2, 3.4))
+    ax = figure.add_subplot()
+    # Broken lines above a solid one, as in :func:`draw_cache`.
+    dashes = ("-", (0, (5, 2)), (0, (1, 1.5)))
+    for (name, hours), colour, dash in zip(lines.items(), PALETTE, dashes, strict=False):
+        values = [math.nan if each is None else each for each in hours]
+        ax.plot(contexts, values, marker="o", markersize=3.5, color=colour, linestyle=dash,
+                linewidth=1.8, label=plain_text(name))  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(contexts)
+    ax.xaxis.set_major_formatter(lambda value, _: format_length(value))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(lambda value, _: format_plain(value))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("context, tokens")
+    ax.set_ylabel("GPU-hours, predicted")
+    ax.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    ax.legend(loc="upper left")
     return figure
 
 

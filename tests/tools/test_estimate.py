@@ -17,7 +17,7 @@ from kit.lives import write_inputs
 from kit.published import CONFIGS
 
 from megatron_hydra.api.dry_run import dry_run
-from megatron_hydra.api.estimate import Model, estimate
+from megatron_hydra.api.estimate import Model, by_context, estimate
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.training.config import load_config
 from megatron_hydra.training.step_time import ERRORS_PERCENT
@@ -209,3 +209,33 @@ def test_a_layout_that_does_not_fit_is_said_so(
     more = ["stage3_long_context.data.seq_length=1048576", "--gpus", "8"]
     assert cli.main(_of_teacher(teacher, *more)) == 0
     assert "as written it does not fit into the GPU's memory" in capsys.readouterr().out
+
+
+def test_contexts_are_the_estimate_of_stages_written_so(teacher: Path) -> None:
+    """Of all stages' tokens, at the last one's context: and more attention takes more."""
+    model, stages = Model.of_teacher(teacher, fa_fraction=1 / 4), [load_config(x) for x in STAGES]
+    last, own = stages[-1], stages[-1].data.seq_length
+    points = by_context(stages, "h100", 64, model=model, lengths=(own, 4 * own))
+    alone = estimate([last], "h100", 64, model=model).stages[0]
+    num_tokens = sum(x.num_tokens for x in estimate(stages, "h100", 64, model=model).stages)
+    steps = math.ceil(num_tokens * alone.num_steps / alone.num_tokens)
+    assert alone.fastest is not None
+    expected = alone.fastest.gpu_hours * steps / alone.num_steps
+    assert points[0].gpu_hours["head-level"] == pytest.approx(expected)
+    for point in points:
+        hours = point.gpu_hours
+        assert hours["full attention"] > 1.2 * hours["layer-wise"] > hours["head-level"]
+    assert points[1].gpu_hours["head-level"] > points[0].gpu_hours["head-level"]
+
+
+def test_a_picture_of_contexts(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = _of_teacher(teacher, "--gpus", "8", "--picture", str(tmp_path / "hours.png"))
+    assert cli.main(command) == 0
+    picture = (tmp_path / "hours.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    assert "hours.png exists" in capsys.readouterr().err
+    assert (tmp_path / "hours.png").read_bytes() == picture

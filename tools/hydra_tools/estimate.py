@@ -5,12 +5,21 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_tools.on_plans import align, read_ratio
-from megatron_hydra.api.estimate import Estimate, LayoutEstimate, Model, StageEstimate, estimate
+from megatron_hydra.api.estimate import (
+    ContextHours,
+    Estimate,
+    LayoutEstimate,
+    Model,
+    StageEstimate,
+    by_context,
+    estimate,
+)
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_outputs
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.selection.cost import DEVICES, find_device
 from megatron_hydra.training.config import load_config, overrides_of_stage
 from megatron_hydra.training.step_time import ERRORS_PERCENT
@@ -58,7 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --teacher, in place of a plan: the share of FA heads, as 1/4 or 0.25",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing FILE")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="PNG",
+        help="draw what all tokens take at contexts of 4K to 512K: full attention, whole layers "
+        "of it, single heads of it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,27 +85,38 @@ def run(args: argparse.Namespace) -> int:
     stages = {Path(path).stem for path in configs}
     if args.teacher is None and (args.plan or args.fa_fraction is not None):
         raise UserError("--plan and --fa-fraction say what is made of a --teacher: name it")
-    if args.json:
-        check_outputs([args.json], [Path(path) for path in configs])
+    check_outputs([args.json, args.picture], [Path(path) for path in configs])
+    if args.picture:
+        check_output(args.picture, args.overwrite, "file")
     model = None
     if args.teacher is not None:
         fraction = None if args.fa_fraction is None else float(args.fa_fraction)
         model = Model.of_teacher(args.teacher, args.plan, fraction)
-    found = estimate(
-        [
-            load_config(path, overrides_of_stage(Path(path).stem, stages, overrides))
-            for path in configs
-        ],
-        args.gpu,
-        args.gpus,
-        args.nodes,
-        args.price_per_hour,
-        model,
-    )
+    runs = [
+        load_config(path, overrides_of_stage(Path(path).stem, stages, overrides))
+        for path in configs
+    ]
+    found = estimate(runs, args.gpu, args.gpus, args.nodes, args.price_per_hour, model)
     if args.json:
         found.save(args.json, args.overwrite, shlex.join(["megatron-hydra", *sys.argv[1:]]))
     print("\n".join(_lines(found)))
+    if args.picture:
+        print(_draw(found, by_context(runs, args.gpu, args.gpus, args.nodes, model), args))
     return 0
+
+
+def _draw(found: Estimate, points: Sequence[ContextHours], args: argparse.Namespace) -> str:
+    """Draw, and say what."""
+    from megatron_hydra.report.chart_style import chart_style, save_png
+    from megatron_hydra.report.charts import draw_gpu_hours
+
+    lines = {name: [point.gpu_hours[name] for point in points] for name in points[0].gpu_hours}
+    device, billions = find_device(found.device), sum(x.num_tokens for x in found.stages) / 1e9
+    title = f"{billions:,.3g} billion tokens on {found.num_gpus:,} x {device.name}"
+    with chart_style():
+        figure = draw_gpu_hours(lines, [point.context_tokens for point in points], title)
+        save_png(args.picture, figure, args.overwrite)
+    return f"\npicture: {args.picture}"
 
 
 def _lines(found: Estimate) -> list[str]:
