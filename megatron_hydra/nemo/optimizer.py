@@ -24,6 +24,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.nemo.bad_numbers import NumberWatch
+from megatron_hydra.nemo.stragglers import StragglerWatch
 from megatron_hydra.training.config import OptimSection
 
 # Tensors of one small vector per head: two-dimensional, but no matrices of the model.
@@ -45,6 +46,7 @@ def make_optimizer(
     use_distributed_optimizer: bool,
     bf16: bool,
     watch: NumberWatch | None = None,
+    stragglers: StragglerWatch | None = None,
 ) -> HydraOptimizerModule:
     """The optimizer and schedule of a run.
 
@@ -54,6 +56,7 @@ def make_optimizer(
         use_distributed_optimizer: Split optimizer state over data-parallel ranks.
         bf16: Train bfloat16 weights with float32 main copies in the optimizer.
         watch: Says which steps are skipped; None skips none.
+        stragglers: Is told when a step's gradients are there.
     """
     config = OptimizerConfig(
         optimizer="adam",
@@ -70,7 +73,8 @@ def make_optimizer(
         barrier_with_L1_time=False,
     )
     module = HydraOptimizerModule(config, HydraScheduler(section, max_steps))
-    module.watch = watch  # no argument: NeMo stores those, and would store the model with it
+    # No arguments: NeMo stores those, and would store the model with them.
+    module.watch, module.stragglers = watch, stragglers
     return module
 
 
@@ -78,9 +82,12 @@ class HydraOptimizerModule(nl.MegatronOptimizerModule):
     """Megatron's optimizer, made as megatron-core 0.16 wants it (NeMo 2.7 calls it as 0.15 did)."""
 
     watch: NumberWatch | None = None
+    stragglers: StragglerWatch | None = None
 
     def finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:
         """Reduce the gradients over ranks; a bad one shows where it came from only before."""
+        if self.stragglers is not None:
+            self.stragglers.when_computed()
         if self.watch is not None:
             self.watch.look_at_gradients()
         super().finalize_model_grads(*args, **kwargs)

@@ -33,6 +33,7 @@ from megatron_hydra.nemo.needles import Needles
 from megatron_hydra.nemo.optimizer import make_optimizer
 from megatron_hydra.nemo.quiet import QuietLogger, quieten
 from megatron_hydra.nemo.run_state import RunStateCallback
+from megatron_hydra.nemo.stragglers import StragglerWatch
 from megatron_hydra.nemo.strategy import fp8_fields, make_plugins, make_strategy, use_gpu
 from megatron_hydra.nemo.validation import Validation
 from megatron_hydra.selection.shape import ModelShape
@@ -93,6 +94,7 @@ class TrainingRun:
         check_all_datasets(config, self.model_config.vocab_size)
         self._document_end, self._document_end_id = self._end_of_document()
         self._needles = Needles(config, self._tokenizer)
+        self._stragglers = StragglerWatch(config.log)
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
         self.identity = run_identity(self.config, self.model_config.plan, self.meta)
@@ -177,6 +179,7 @@ class TrainingRun:
                     config.strategy.use_distributed_optimizer,
                     self._bf16,
                     watch,
+                    self._stragglers,
                 ),
             )
         finally:
@@ -207,7 +210,11 @@ class TrainingRun:
             self.folder,
             show,
             watch,
-            [Validation(config, self._document_end_id, self.folder.data_index), self._needles],
+            [
+                Validation(config, self._document_end_id, self.folder.data_index),
+                self._needles,
+                self._stragglers,
+            ],
             self._seconds_at_peak(),
         )
         trainer = nl.Trainer(
@@ -225,6 +232,7 @@ class TrainingRun:
             plugins=make_plugins(config.trainer),
             callbacks=[
                 KernelsCallback(config.data.micro_batch_size),
+                self._stragglers,
                 watch,
                 scalars,
                 RunStateCallback(self.identity),

@@ -272,6 +272,11 @@ class LogSection:
     """Of the run: checkpoints, scalars, and the trained model; one run per folder."""
     every_n_steps: _Count = 1
     """Steps between two points in TensorBoard and two lines in `metrics.jsonl`."""
+    stragglers_every_n_steps: _CountOr0 = 0
+    """Steps between two comparisons of how long each rank computes until its gradients are summed
+    with the other replicas'; 0: never."""
+    straggler_factor: Annotated[float, Limits(above=1)] = 1.3
+    """From how many times the ranks' median a rank is named in a warning."""
     wandb_project: str | None = None
     """Weights & Biases' project that gets the same scalars as TensorBoard, and this configuration;
     None: no W&B. Needs the package wandb. The key comes from `wandb login` or `WANDB_API_KEY`,
