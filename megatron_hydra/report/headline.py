@@ -14,8 +14,10 @@ from megatron_hydra.selection.cost import (
     SERVE_DTYPES,
     ModelShape,
     num_stored_groups,
+    other_heads,
     weight_bytes,
 )
+from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.selection.scores import HeadScores
 
 Versions = Mapping[str, Mapping[str, Sequence[str]]]
@@ -73,7 +75,9 @@ def headline(
         (ranges[model.name] for model in hybrids_of(plan, evaluation)),
         key=lambda found: (found.median.value, found.worst.value),
     )
+    kind = (read_shape(plan) or scores.shape).la_kind
     return {
+        "other_heads": other_heads(plan, kind),
         "title": f"{name}: {title}" if name else title,
         "teacher_name": name,
         "shape": scores.shape,

@@ -138,7 +138,7 @@ def _point_kinds(ranking: Ranking) -> list[tuple[str, NDArray[np.bool_], dict[st
     kinds: list[tuple[str, NDArray[np.bool_], dict[str, Any]]] = []
     for name, chosen, colour in (
         ("full attention", ranking.is_fa, FA_COLOUR),
-        ("linear attention", ~ranking.is_fa, LA_COLOUR),
+        ("other heads", ~ranking.is_fa, LA_COLOUR),
     ):
         filled = {"marker": "o", "markersize": 4.2, "color": colour}
         if ranking.intervals is None:

@@ -13,13 +13,14 @@ Legend: T = tokens of context, h = hidden size, d = head dimension.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, HeadPlan
-from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, KindCosts
+from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, KindCosts, LAKind
 from megatron_hydra.selection.shape import ModelShape as ModelShape
 
 GIB = 2**30
@@ -132,6 +133,14 @@ def cost_of_heads(
         per_group,
         teacher,
         {kind: of_head(COSTS[kind]) - la for kind in LA_KINDS if kind != shape.la_kind},
+    )
+
+
+def other_heads(plan: HeadPlan, la_kind: LAKind) -> str:
+    """The heads without full attention by kind: `76 Gated DeltaNet, 8 sliding window`."""
+    kinds = Counter(kind for layer in plan.resolved(la_kind).layers for kind in layer.kinds)
+    return ", ".join(
+        f"{n:,} {COSTS[kind].title}" for kind, n in kinds.most_common() if kind != "fa"
     )
 
 

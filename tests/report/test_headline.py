@@ -143,6 +143,21 @@ def test_full_and_linear_attention_are_spelt_out_before_they_are_shortened(tmp_p
         assert first is not None and body.index(words) + len(words) - 3 == first.start()
 
 
+def test_other_heads_are_called_what_they_are(tmp_path: Path) -> None:
+    """A plan may name kinds for single heads: a window is not linear attention."""
+    arguments = write_inputs(tmp_path, record_run(tmp_path / "run"))
+    assert "have linear attention (LA): " in Page(write_report(**arguments)).text
+    data = json.loads(arguments["plan"].read_text())
+    layer, num_heads = data["layers"][0], data["num_heads"]
+    others = [head for head in range(num_heads) if head not in layer["fa_heads"]]
+    layer["kinds"] = {"sliding_window": others[:1]}
+    for path in (arguments["plan"], tmp_path / "run/hybrid/plan.json"):
+        path.write_text(json.dumps(data))
+    count = sum(num_heads - len(each["fa_heads"]) for each in data["layers"]) - 1
+    text = Page(write_report(**{**arguments, "overwrite": True})).text
+    assert f"linear attention (LA) or a window: {count} Gated DeltaNet, 1 sliding window." in text
+
+
 def test_hostile_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
     run = record_run(
         tmp_path / "run", f"note: '{HOSTILE.replace(chr(39), '')}'\n", hardware=HOSTILE,

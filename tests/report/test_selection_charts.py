@@ -90,13 +90,13 @@ def test_each_head_is_one_point_at_its_score_in_its_kinds_colour() -> None:
     scores = noisy_scores()
     points = marks(draw(scores, make_plan()))
     above, below, passed_over, others, ring = (
-        points[f"{kind} attention{rest}"]
+        points[f"{kind}{rest}"]
         for kind, rest in (
-            ("full", ", above noise floor"),
-            ("full", ", below noise floor"),
-            ("linear", ", above noise floor"),
-            ("linear", ", below noise floor"),
-            ("full", " for another reason than score"),
+            ("full attention", ", above noise floor"),
+            ("full attention", ", below noise floor"),
+            ("other heads", ", above noise floor"),
+            ("other heads", ", below noise floor"),
+            ("full attention", " for another reason than score"),
         )
     )
     assert len(points) == 5
@@ -141,7 +141,7 @@ def test_scores_of_one_pair_have_neither_intervals_nor_noise_floor() -> None:
     assert not [item for item in ax.collections if isinstance(item, LineCollection)]
     assert set(marks(ax)) == {
         "full attention",
-        "linear attention",
+        "other heads",
         "full attention for another reason than score",
     }
 

@@ -125,7 +125,10 @@ def test_plan_writes_plan_and_picture_and_tells_what_it_chose(
     out = capsys.readouterr().out
     assert "layer 0 │[·][9]│ ·  · │ 2 FA, 1 of 2 groups stored" in out
     assert "layer 1 │[4][3]│ ·  · │ 2 FA, 1 of 2 groups stored" in out
-    assert "4 of 8 heads keep full attention (FA), 4 become linear (LA)" in out
+    assert (
+        "4 of 8 heads keep full attention (FA), the others become LA heads (4 Gated DeltaNet)"
+        in out
+    )
     assert "KV cache: 50% of the teacher's (2 of 4 query groups are stored)" in out
     assert "ties: 1 FA heads won over a head of equal score" in out
     assert "no evidence: 1 FA heads" in out

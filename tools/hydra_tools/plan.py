@@ -19,7 +19,7 @@ from hydra_tools.on_plans import (
 from megatron_hydra.api.plan import plan
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.budget import Budget, BudgetKind
-from megatron_hydra.selection.cost import ServeDtype, costs_of, num_stored_groups
+from megatron_hydra.selection.cost import ServeDtype, costs_of, num_stored_groups, other_heads
 from megatron_hydra.selection.policy import DEFAULT_CONTEXT_TOKENS, PlanSummary, no_fa_heads
 from megatron_hydra.selection.scores import HeadScores
 
@@ -144,7 +144,8 @@ def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
     lines += [
         f"budget: {summary.budget.words}",
         f"{chosen.num_fa_heads} of {shape.total_heads} heads keep full attention (FA), "
-        f"{summary.num_la_heads} become linear (LA); {min(counts)} to {max(counts)} FA per layer",
+        f"the others become LA heads ({other_heads(chosen, shape.la_kind) or 'none'}); "
+        f"{min(counts)} to {max(counts)} FA per layer",
         f"KV cache: {stored / shape.total_groups:.0%} of the teacher's "
         f"({stored} of {shape.total_groups} query groups are stored)",
     ]

@@ -61,6 +61,8 @@ class CostModel:
 class FullAttentionCosts:
     """Softmax over all that came before; keys and values are the query group's cost."""
 
+    title = "full attention"
+
     def weights(self, model: CostModel) -> float:
         """Values of its matrices: query, gate, output."""
         return 3 * model.matrix
@@ -94,6 +96,8 @@ class FullAttentionCosts:
 
 class GatedDeltaNetCosts:
     """A gated linear recurrence with a decay per head."""
+
+    title = "Gated DeltaNet"
 
     def decay_rows(self, model: CostModel) -> int:
         """Rows of the in-projection that its decay is made of."""
@@ -150,6 +154,8 @@ class GatedDeltaNetCosts:
 class KimiDeltaAttentionCosts(GatedDeltaNetCosts):
     """A decay per channel. What training keeps of it is counted, not measured on a GPU."""
 
+    title = "Kimi Delta Attention"
+
     def decay_rows(self, model: CostModel) -> int:
         """The bottleneck, see `mixers/kda.py`."""
         return max(1, model.head_dim // 8)
@@ -175,6 +181,8 @@ class KimiDeltaAttentionCosts(GatedDeltaNetCosts):
 
 class SlidingWindowCosts:
     """Softmax over the last w tokens. What training keeps is counted, not measured on a GPU."""
+
+    title = "sliding window"
 
     def weights(self, model: CostModel) -> float:
         """q, k, v, gate and output."""
