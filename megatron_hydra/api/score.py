@@ -255,7 +255,11 @@ def _check_memory(
 
 
 def _make_scorers(config: ScoringConfig) -> list[Any]:
-    from megatron_hydra.selection.scorers.ablation import MeanAblation, ZeroAblation
+    from megatron_hydra.selection.scorers.ablation import (
+        MeanAblation,
+        WindowAblation,
+        ZeroAblation,
+    )
     from megatron_hydra.selection.scorers.activation_patching import ActivationPatching
     from megatron_hydra.selection.scorers.attention_score import AttentionScore
     from megatron_hydra.selection.scorers.attribution_patching import AttributionPatching
@@ -270,6 +274,7 @@ def _make_scorers(config: ScoringConfig) -> list[Any]:
         "attribution_patching": lambda: AttributionPatching(section.num_rechecked),
         "zero_ablation": ZeroAblation,
         "mean_ablation": MeanAblation,
+        "window_ablation": lambda: WindowAblation(section.window_tokens),
         "attention_score": AttentionScore,
     }
     names = sorted(section.names, key=lambda name: name == "path_patching")  # after receivers

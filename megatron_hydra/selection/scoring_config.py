@@ -20,6 +20,7 @@ SCORERS = (
     "attribution_patching",
     "zero_ablation",
     "mean_ablation",
+    "window_ablation",
     "attention_score",
 )
 _PAPER = ("activation_patching", "path_patching")  # receivers and senders
@@ -98,6 +99,8 @@ class ScorersSection:
     path_patching: PathPatchingSection = field(default_factory=PathPatchingSection)
     num_rechecked: int = 16
     """Heads that attribution patching measures exactly."""
+    window_tokens: _Count = 512
+    """Of the scorer `window_ablation`: tokens that a head still sees, itself counted in."""
     control_seed: int = 0
     """Of the scorer `random`."""
     every: int = 4

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 _GIB = 2**30
-_RESUMED = ("zero_ablation", "mean_ablation")  # attention runs again: all positions are kept
+_RESUMED = (
+    "zero_ablation",
+    "mean_ablation",
+    "window_ablation",
+)  # attention runs again: all positions are kept
 _AT_THE_ANSWER = ("activation_patching", "attribution_patching")
 
 
@@ -116,7 +120,7 @@ def _batch_bytes(sizes: _Sizes, probe: Probe, scorer: str, batch_tokens: int) ->
         kept = layers * answers * (2 * sizes.heads + sizes.stream)
         streams = _streams(sizes, variants, answers)
     elif scorer in _RESUMED:
-        kept = (1 + (scorer == "mean_ablation")) * layers * positions * sizes.heads
+        kept = (1 + (scorer != "zero_ablation")) * layers * positions * sizes.heads
         rows = max(positions, activations.MAX_POSITIONS)
         streams = rows * (sizes.heads + sizes.stream)
     else:

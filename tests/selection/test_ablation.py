@@ -1,4 +1,4 @@
-"""Zero and mean ablation: known circuits and the plain loop of whole forwards."""
+"""Zero, mean and window ablation: known circuits and the plain loop of whole forwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers import activations
-from megatron_hydra.selection.scorers.ablation import MeanAblation, ZeroAblation
+from megatron_hydra.selection.scorers.ablation import MeanAblation, WindowAblation, ZeroAblation
 from megatron_hydra.selection.scorers.base import PairBatch
 
 SENDER, DECOY, RECEIVER = (0, 1), (1, 2), (2, 3)
@@ -99,3 +99,54 @@ def test_a_pair_s_effect_does_not_depend_on_the_pairs_beside_it(
         alone = circuits.Probe("alone", "retrieval", [pair], probe.length_tokens, 0)
         found = circuits.measure(scorer(), model, alone)
         torch.testing.assert_close(found[0], together[number], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_window_is_an_attention_masked_by_hand(window: int) -> None:
+    """Catches: keys of another group, another position's window, layers above that stay clean."""
+    model = circuits.random_teacher(6, num_layers=3)
+    batch = circuits.batch_with_gaps(model, circuits.random_probe())
+    found = WindowAblation(window).measure(model, batch)
+    for pair in range(batch.num_pairs):
+        tokens = batch.clean[pair].tolist()
+        for layer in range(3):
+            core = model.decoder.layers[layer].self_attention.core_attention
+            hook = core.register_forward_hook(lambda core, args, _: _masked(args, window))
+            windowed = circuits.plain_run(model, tokens)[1][layer]
+            hook.remove()
+            for head in range(found.shape[2]):
+                part = circuits.channels_of(head)
+
+                def ablate(index: int, outputs: Tensor) -> Tensor:
+                    if index == layer:  # noqa: B023
+                        outputs[..., part] = windowed[..., part]  # noqa: B023
+                    return outputs
+
+                before, after = (
+                    circuits.plain_readout(model, batch, pair, batch.clean, change)
+                    for change in (None, ablate)
+                )
+                expected = (before - after) / float(batch.gaps[pair])
+                assert found[pair, layer, head].item() == pytest.approx(expected, abs=1e-9)
+    assert found.abs().amax(dim=(0, 2)).min() > 0.05, "some layer's heads all do nothing"
+
+
+def _masked(args: tuple, window: int) -> Tensor:
+    """Attention of `[s, 1, heads, d]` and `[s, 1, groups, d]` by a matrix of who sees whom."""
+    query, key, value = (part[:, 0] for part in args[:3])
+    place = torch.arange(len(query))
+    distance = place[:, None] - place
+    outputs = []
+    for head in range(query.shape[1]):
+        group = head * key.shape[1] // query.shape[1]
+        scores = query[:, head] @ key[:, group].T / query.shape[-1] ** 0.5
+        scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)
+        outputs.append(scores.softmax(-1) @ value[:, group])
+    return torch.cat(outputs, dim=-1)[:, None]
+
+
+def test_a_window_over_all_tokens_takes_nothing_away() -> None:
+    model = circuits.random_teacher(6, num_layers=3)
+    batch = circuits.batch_with_gaps(model, circuits.random_probe())
+    found = WindowAblation(batch.clean.shape[1]).measure(model, batch)
+    torch.testing.assert_close(found, torch.zeros_like(found), atol=1e-9, rtol=0)

@@ -37,7 +37,11 @@ def effects_of_all_scorers(model: nn.Module, gaps: list[float]) -> dict[str, Ten
     """Effects of each model-based scorer on the random probe, by name."""
     from kit.circuits import random_probe
 
-    from megatron_hydra.selection.scorers.ablation import MeanAblation, ZeroAblation
+    from megatron_hydra.selection.scorers.ablation import (
+        MeanAblation,
+        WindowAblation,
+        ZeroAblation,
+    )
     from megatron_hydra.selection.scorers.activation_patching import ActivationPatching
     from megatron_hydra.selection.scorers.attention_score import AttentionScore
     from megatron_hydra.selection.scorers.attribution_patching import AttributionPatching
@@ -47,7 +51,13 @@ def effects_of_all_scorers(model: nn.Module, gaps: list[float]) -> dict[str, Ten
     batch = collate(random_probe(), range(3), gaps)
     path_patching, attribution = PathPatching(), AttributionPatching(num_rechecked=3)
     path_patching.targets = TARGETS
-    simple = (ActivationPatching(), AttentionScore(), ZeroAblation(), MeanAblation())
+    simple = (
+        ActivationPatching(),
+        AttentionScore(),
+        ZeroAblation(),
+        MeanAblation(),
+        WindowAblation(4),
+    )
     found = {x.name: x.measure(model, batch) for x in (*simple, path_patching, attribution)}
     attribution.start_round({})
     attribution.start_round({attribution.name: {"random": found[attribution.name]}})

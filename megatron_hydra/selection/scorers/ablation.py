@@ -1,4 +1,4 @@
-"""Zero and mean ablation: what the answer loses when a head's output is taken away.
+"""Zero, mean and window ablation: what the answer loses when a head's output is taken away.
 
 As in Retrieval-Aware Distillation (arXiv 2602.11374), one head's output (before the output
 projection) is replaced at all positions of the clean run, and everything above runs as usual,
@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra_kernels.window_attention import window_attention
 from torch import Tensor, nn
 
 from megatron_hydra.selection.scorers.activations import (
@@ -29,6 +30,7 @@ from megatron_hydra.selection.scorers.activations import (
     swap_heads,
 )
 from megatron_hydra.selection.scorers.base import PairBatch, SingleRound
+from megatron_hydra.tasks.readout import answer_logits
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -98,6 +100,46 @@ class MeanAblation(_Ablation):
         return [
             (ours.mean(0, keepdim=True) + theirs.mean(0, keepdim=True)) / 2 for ours, theirs in runs
         ]
+
+
+class WindowAblation(_Ablation):
+    """A head sees the last tokens alone: what it loses as a sliding window that was not trained.
+
+    Such heads held up against linear attention without training (arXiv 2608.28444). The softmax
+    goes over the window and nothing else; a sink would scale the output, which the hybrid's norm
+    per head takes back.
+
+    Args:
+        window: Tokens that a position sees, itself counted in. A probe that is no longer has no
+            effect.
+    """
+
+    name = "window_ablation"
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+
+    def stand_ins(self, model: GPTModel, batch: PairBatch, clean: Activations) -> list[Tensor]:
+        """The outputs over the window, [s, b, channels]."""
+        found: list[Tensor] = []
+
+        def attend(module: nn.Module, args: tuple) -> None:
+            query, key, value = (part.transpose(0, 1) for part in args[:3])  # [b, s, heads, d]
+            key, value = (
+                part.repeat_interleave(query.shape[2] // part.shape[2], dim=2)
+                for part in (key, value)
+            )
+            scale = model.config.softmax_scale
+            output = window_attention(query, key, value, window=self.window, scale=scale)
+            found.append(output.transpose(0, 1).flatten(2))
+
+        hooks = [
+            layer.self_attention.core_attention.register_forward_pre_hook(attend)
+            for layer in model.decoder.layers
+        ]
+        with removed_after(hooks):
+            answer_logits(model, batch.clean, batch.num_answer_tokens)
+        return found
 
 
 def _resume(
