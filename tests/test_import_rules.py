@@ -81,6 +81,7 @@ PLANNING = (
     "budget",
     "optimiser",
     "explanation",
+    "windows",
     "policy",
     "pareto",
     "comparison",

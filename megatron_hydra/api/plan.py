@@ -7,9 +7,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.model.mixers.costs import LAKind
 from megatron_hydra.schema import Limits, read_config
@@ -43,6 +45,7 @@ def plan(
     *,
     combine: Sequence[str] = (),
     solver: Literal["exact", "greedy"] = "exact",
+    window_ratio: Fraction = Fraction(0),
     random_seed: int | None = None,
     picture: Path | None = None,
     overwrite: bool = False,
@@ -57,6 +60,7 @@ def plan(
         constraints: What it must keep to.
         combine: As :func:`recombine`.
         solver: `greedy` takes the best head that fits, to compare.
+        window_ratio: Share of all heads that become sliding windows; not with ``random_seed``.
         random_seed: Draw the heads at random, as a control; the scores decide nothing then.
         picture: PNG file; None for one beside the plan.
         overwrite: Replace existing outputs.
@@ -74,7 +78,11 @@ def plan(
     check_output(png, overwrite_png, "file")
     combined = recombine(HeadScores.load(scores), combine)
     if random_seed is None:
-        summary = plan_from_scores(combined, budget, constraints, solver=solver)
+        summary = plan_from_scores(
+            combined, budget, constraints, solver=solver, window_ratio=window_ratio
+        )
+    elif window_ratio:
+        raise UserError("heads drawn at random have no windows: leave --window-ratio out")
     else:
         summary = random_plan(combined, budget, constraints, seed=random_seed)
     provenance = {**summary.plan.provenance, "command": command or shlex.join(sys.argv)}

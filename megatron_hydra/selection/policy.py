@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -28,6 +28,7 @@ from megatron_hydra.selection.explanation import (
 )
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.windows import choose_windows
 
 DEFAULT_CONTEXT_TOKENS = 32768
 """Where costs are told when a budget names no length."""
@@ -76,6 +77,7 @@ def plan_from_scores(
     constraints: Constraints = Constraints(),
     *,
     solver: Solver = "exact",
+    window_ratio: Fraction = Fraction(0),
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> PlanSummary:
@@ -90,6 +92,8 @@ def plan_from_scores(
         budget: What the plan may keep.
         constraints: Of each layer.
         solver: `exact`, or `greedy` to compare.
+        window_ratio: Share of all heads that become sliding windows, see
+            :func:`~megatron_hydra.selection.windows.choose_windows`.
         seed: Of the resamples that say how sure the choice is.
         num_resamples: How many.
 
@@ -103,7 +107,8 @@ def plan_from_scores(
 
     explanation = explain(scores, problem, chosen, choose, seed, num_resamples)
     made_by = {"policy": "highest_scores", "solver": solver, "resamples_seed": seed}
-    return _summary(scores, chosen, budget, constraints, explanation, made_by)
+    windows = choose_windows(scores, chosen, window_ratio, budget) if window_ratio else {}
+    return _summary(scores, chosen, budget, constraints, explanation, made_by, windows)
 
 
 def choose_plan(
@@ -111,7 +116,7 @@ def choose_plan(
 ) -> HeadPlan:
     """The plan of :func:`plan_from_scores` without its explanation, which takes longer."""
     _, chosen = _choose(scores, budget, constraints, solver)
-    return _make_plan(scores, chosen, {})
+    return _make_plan(scores, chosen, {}, {})
 
 
 def random_plan(
@@ -144,7 +149,7 @@ def random_plan(
         raise UserError(_impossible(budget, problem, "exact"))
     explanation = explain(scores, problem, chosen, None, seed, num_resamples)
     return _summary(
-        scores, chosen, budget, constraints, explanation, {"policy": "random", "seed": seed}
+        scores, chosen, budget, constraints, explanation, {"policy": "random", "seed": seed}, {}
     )
 
 
@@ -251,7 +256,10 @@ def _choose(
 
 
 def _make_plan(
-    scores: HeadScores, chosen: frozenset[Head], provenance: Mapping[str, Any]
+    scores: HeadScores,
+    chosen: frozenset[Head],
+    provenance: Mapping[str, Any],
+    windows: Mapping[int, Sequence[int]],
 ) -> HeadPlan:
     return HeadPlan.from_fa_heads(
         {layer: [h for i, h in sorted(chosen) if i == layer] for layer, _ in chosen},
@@ -260,6 +268,7 @@ def _make_plan(
         scores.num_query_groups,
         scores.teacher_config_hash,
         provenance,
+        other_kinds={layer: {"sliding_window": heads} for layer, heads in windows.items()},
     )
 
 
@@ -270,8 +279,9 @@ def _summary(
     constraints: Constraints,
     explanation: Explanation,
     made_by: Mapping[str, Any],
+    windows: Mapping[int, Sequence[int]],
 ) -> PlanSummary:
-    shape, plan = scores.shape, _make_plan(scores, chosen, {})
+    shape, plan = scores.shape, _make_plan(scores, chosen, {}, windows)
     context = budget.context_tokens or DEFAULT_CONTEXT_TOKENS
     provenance = {
         **made_by,
@@ -288,7 +298,7 @@ def _summary(
         "teacher_weights_hash": scores.teacher_weights_hash,
         "versions": versions(),
     }
-    plan = _make_plan(scores, chosen, provenance)
+    plan = _make_plan(scores, chosen, provenance, windows)
     return PlanSummary(plan, shape, budget, constraints, explanation)
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 from hydra_tools.on_plans import (
@@ -62,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cost_arguments(parser)
     add_choice_arguments(parser)
     parser.add_argument(
+        "--window-ratio",
+        type=read_ratio,
+        default=Fraction(0),
+        metavar="RATIO",
+        help="share of all heads that become sliding windows: of those without FA, where most of "
+        "what a head does is local (the scores need mean_ablation and window_ablation)",
+    )
+    parser.add_argument(
         "--random-seed",
         type=int,
         metavar="SEED",
@@ -83,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         read_constraints(args),
         combine=args.combine,
         solver=args.solver,
+        window_ratio=args.window_ratio,
         random_seed=args.random_seed,
         picture=args.png,
         overwrite=args.overwrite,
