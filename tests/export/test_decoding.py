@@ -13,6 +13,8 @@ install_if_needed()
 
 from kit.exported import ALL_FA, NO_FA, UNEVEN, WINDOW, megatron_logits, twins  # noqa: E402
 from kit.tiny import tiny_config, token_batch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from megatron_hydra.export.cache_hydra import HydraCache  # noqa: E402
@@ -153,6 +155,32 @@ def test_bytes_are_what_the_plan_promises(plan, length):
     for sizes in ([length], [1] * length):
         _, cache = _in_pieces(exported, _tokens(3, length), sizes)
         assert cache.num_bytes == 3 * (length * per_token + state)
+
+
+class _Recorded(TorchDispatchMode):
+    """Each operation with its arguments' shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.calls.append((str(func), [tuple(x.shape) for x in tensors]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("plan", [NO_FA, ALL_FA], ids=["no FA", "all FA"])
+def test_without_full_attention_a_step_is_the_same_at_any_context(plan):
+    """So that no token takes longer than the one before; full attention, to compare, does."""
+    _, exported = twins(plan)
+    tokens, steps = _tokens(1, 141), []
+    for length in (40, 140):
+        _, cache = _in_pieces(exported, tokens[:, :length], [length])
+        with torch.no_grad(), _Recorded() as recorded:
+            exported(tokens[:, length : length + 1], past_key_values=cache, use_cache=True)
+        steps.append(recorded.calls)
+    assert len(steps[0]) > 50 and (steps[0] == steps[1]) == (plan is NO_FA)
 
 
 def test_bytes_in_bfloat16():
