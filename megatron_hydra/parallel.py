@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_hydra.errors import UserError
+
+Found = TypeVar("Found")
 
 
 def initialize_model_parallel(
@@ -39,6 +45,25 @@ def initialize_model_parallel(
         )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def from_first_rank(find: Callable[[], Found]) -> Found:
+    """What a function returns on the first rank, where alone it is called; collective.
+
+    Raises:
+        UserError: On every rank, if it does on the first: all must end.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = find()
+        except UserError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    found: Found = answer[0]
+    return found
 
 
 def _initialize_process_group() -> None:

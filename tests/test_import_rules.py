@@ -27,13 +27,14 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "cpu": set(),
     "processes": set(),
     "progress": set(),
-    "parallel": set(),
+    "parallel": {"errors"},
     "model": {"errors", "head_plan", "schema"},
     "teachers": {"errors", "files", "head_plan", "processes", "schema", "model"},
     "tasks": {"errors"},
     "transfer": {"errors", "model"},
     "selection": {
-        "errors", "files", "head_plan", "progress", "schema", "model", "tasks", "unfinished",
+        "errors", "files", "head_plan", "parallel", "progress", "schema", "model", "tasks",
+        "unfinished",
     },
     "training": {
         "disk", "errors", "files", "head_plan", "schema", "model", "teachers", "tasks", "transfer",

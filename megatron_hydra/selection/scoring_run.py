@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import write_beside
+from megatron_hydra.parallel import from_first_rank
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.scorers.base import Scorer, collate
@@ -125,17 +126,13 @@ class ScoringRun:
         return tuple(records.values()), as_arrays
 
     def _open(self) -> None:
-        found: list[Any] = [None, None]
-        if self.partial is not None and dist.get_rank() == 0:
-            try:
-                self.partial.open()
-                found[0] = self.partial.load()
-            except UserError as error:  # every rank must end, not the first alone
-                found[1] = error
-        dist.broadcast_object_list(found)
-        if found[1] is not None:
-            raise found[1]
-        self.finished = found[0] or {}
+        self.finished = from_first_rank(self._unfinished)
+
+    def _unfinished(self) -> dict[str, Array]:
+        if self.partial is None:
+            return {}
+        self.partial.open()
+        return self.partial.load()
 
     def _measure_gaps(self) -> dict[str, ProbeRecord]:
         def gap(unit: _Unit) -> Tensor:
