@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections import Counter
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from megatron_hydra.errors import UserError
 from megatron_hydra.export.code import AUTO_MAP, CODE, code_hash
 from megatron_hydra.export.config import exported_config
 from megatron_hydra.files import write_json
@@ -22,7 +20,7 @@ from megatron_hydra.teachers.config_json import FIELDS
 from megatron_hydra.teachers.families import family_of
 from megatron_hydra.teachers.license import license_of
 from megatron_hydra.teachers.rope_json import PLAIN_ROPE
-from megatron_hydra.teachers.token_ids import end_of_document
+from megatron_hydra.teachers.token_ids import ends_of_generation
 from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
@@ -138,12 +136,7 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
     for file in tokenizer_files(find_tokenizer(source)):
         shutil.copy(file, folder / file.name)
     tokenizer = load_tokenizer(source)
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Without an end texts go on to the length that is asked for.
-    with contextlib.suppress(UserError):
-        ends.append(end_of_document(tokenizer)[1])
-    ends = list(dict.fromkeys(ends))
-    pad = tokenizer.pad_token_id
+    ends, pad = ends_of_generation(tokenizer), tokenizer.pad_token_id
     settings = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,

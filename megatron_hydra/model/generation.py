@@ -47,7 +47,7 @@ def generate(
     *,
     lengths: Sequence[int] | None = None,
     sampling: Sampling | None = None,
-    end_token: int | None = None,
+    end_token: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Go on with each prompt; collective over the tensor-parallel ranks.
 
@@ -61,7 +61,8 @@ def generate(
         num_new_tokens: m.
         lengths: Tokens of each prompt; None: all t.
         sampling: How tokens are drawn; None takes the likeliest.
-        end_token: After it a row has nothing but this token; None: rows go on.
+        end_token: After it, or after any of several, a row has nothing but this token, or the first
+            of them; None: rows go on.
 
     Returns:
         `[b, m]` int64: what follows each prompt, the same on all tensor-parallel ranks.
@@ -71,8 +72,9 @@ def generate(
             `decoding.check_decoding`), or an argument does not fit.
     """
     lengths = _checked_lengths(model, tokens, num_new_tokens, lengths)
+    ends = [] if end_token is None else [end_token] if isinstance(end_token, int) else [*end_token]
     with without_sequence_parallelism(model):
-        return _generate(model, tokens, num_new_tokens, lengths, sampling, end_token)
+        return _generate(model, tokens, num_new_tokens, lengths, sampling, ends)
 
 
 def _generate(
@@ -81,12 +83,12 @@ def _generate(
     num_new_tokens: int,
     lengths: list[int],
     sampling: Sampling | None,
-    end_token: int | None,
+    ends: list[int],
 ) -> Tensor:
     (b, t), start = tokens.shape, min(lengths)
     context = StaticInferenceContext(b, t + num_new_tokens)
     check_decoding(model.config, context, model.training)  # type: ignore[arg-type]
-    end_of_prompt = torch.tensor(lengths, device=tokens.device)
+    end_of_prompt, over = (torch.tensor(x, device=tokens.device) for x in (lengths, ends))
     rows = torch.cat((tokens.long(), tokens.new_zeros(b, num_new_tokens).long()), dim=1)
     is_over = torch.zeros(b, dtype=torch.bool, device=tokens.device)
     generator = torch.Generator(tokens.device)
@@ -97,12 +99,12 @@ def _generate(
         chosen = _choose(logits, sampling, generator)
         _share(chosen, model.pg_collection.tp)
         is_prompt = place < end_of_prompt
-        if end_token is not None:
-            chosen = chosen.masked_fill(is_over, end_token)
-            is_over |= (chosen == end_token) & ~is_prompt
+        if ends:
+            chosen = chosen.masked_fill(is_over, ends[0])
+            is_over |= torch.isin(chosen, over) & ~is_prompt
         rows[:, place] = torch.where(is_prompt, rows[:, place], chosen)
-        if end_token is not None and is_over.all():
-            rows[:, place + 1 :] = end_token
+        if ends and is_over.all():
+            rows[:, place + 1 :] = ends[0]
             break
         coming = rows[:, place : place + 1]
     new = end_of_prompt[:, None] + torch.arange(num_new_tokens, device=tokens.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -46,6 +47,15 @@ def end_of_document(tokenizer: PreTrainedTokenizerBase, name: str | None = None)
         f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)} and no eos_token: name the token "
         "that ends documents (--end-of-document, data.end_of_document)"
     )
+
+
+def ends_of_generation(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a generated text: a turn's and a document's; empty without either."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # Without an end texts go on to the length that is asked for.
+    with contextlib.suppress(UserError):
+        ends.append(end_of_document(tokenizer)[1])
+    return list(dict.fromkeys(ends))
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
