@@ -74,7 +74,7 @@ def mean_loss(
     for start, size, window in progress(batches, f"perplexity {length}", "batch"):
         stop = start + size * window
         inputs, labels = tokens[start:stop].view(size, window), tokens[start + 1 : stop + 1]
-        total += _sum_of_losses(model, inputs, labels.view(size, window))
+        total += token_losses(model, inputs, labels.view(size, window)).sum().item()
     if not math.isfinite(total):
         raise UserError(f"the model's loss on text at {length} tokens is not finite")
     return max(0.0, total / (len(tokens) - 1))
@@ -90,14 +90,21 @@ def _batches(num_tokens: int, length: int) -> list[tuple[int, int, int]]:
     return batches + ([(whole * length, 1, rest)] if rest else [])
 
 
-def _sum_of_losses(model: GPTModel, inputs: Tensor, labels: Tensor) -> float:
+@torch.no_grad()
+def token_losses(model: GPTModel, inputs: Tensor, labels: Tensor) -> Tensor:
     """Run a batch; the logits follow from the hidden states, a few tokens at a time.
 
+    Collective over the tensor-parallel ranks.
+
     Args:
-        model: As in :func:`mean_loss`.
+        model: In evaluation mode, with its output layer on this rank.
         inputs: [b, s].
         labels: [b, s].
+
+    Returns:
+        [b, s], float64, in nats, the same on every tensor-parallel rank.
     """
+    shape = labels.shape
     positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
     hidden = final_hidden_states(model, inputs, positions)  # [s, b, h]
     hidden = hidden.transpose(0, 1).reshape(-1, 1, hidden.shape[-1])  # [n, 1, h]
@@ -106,9 +113,9 @@ def _sum_of_losses(model: GPTModel, inputs: Tensor, labels: Tensor) -> float:
     if model.share_embeddings_and_output_weights:
         weight = model.shared_embedding_or_output_weight()
     chunk = max(1, MAX_LOGITS // model.vocab_size)
-    total = 0.0
+    parts = []
     for start in range(0, len(hidden), chunk):
         logits, _ = model.output_layer(hidden[start : start + chunk], weight=weight)  # [c, 1, v]
         losses = model.compute_language_model_loss(labels[:, start : start + chunk], logits)
-        total += losses.double().sum().item()
-    return total
+        parts.append(losses.double().flatten())
+    return torch.cat(parts).view(shape)
