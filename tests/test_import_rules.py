@@ -45,8 +45,8 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "selection", "training",
     },
     "evaluation": {
-        "errors", "files", "head_plan", "progress", "schema", "tasks", "transfer", "selection",
-        "unfinished",
+        "errors", "files", "head_plan", "progress", "schema", "model", "teachers", "tasks",
+        "transfer", "selection", "unfinished",
     },
     "export": {"errors", "files", "head_plan", "progress", "model", "teachers"},
     "certify": {

@@ -1,4 +1,4 @@
-"""`evaluate --hf`: RULER-style tasks that Hugging Face folders answer by generating text."""
+"""`evaluate --generate`, `--hf`: RULER-style tasks that models answer by generating text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from megatron_hydra.api.hugging_face import built_for, folder_config, folder_shape
+from megatron_hydra.api.asked_models import AskedModel, check_layout
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import (
     Answered,
@@ -26,14 +27,8 @@ from megatron_hydra.evaluation.positions import (
     loss_by_position,
     position_windows,
 )
-from megatron_hydra.export.code import brings_code
-from megatron_hydra.files import (
-    check_output,
-    check_outputs,
-    content_hash,
-    versions,
-    write_beside,
-)
+from megatron_hydra.files import check_output, check_outputs, versions, write_beside
+from megatron_hydra.processes import is_first_rank
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import (
     ServeDtype,
@@ -50,12 +45,16 @@ from megatron_hydra.tasks.generation import (
 )
 from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
-from megatron_hydra.teachers.model_folder import is_checkpoint_folder, weight_files
+from megatron_hydra.teachers.model_folder import weights_hash
 
 if TYPE_CHECKING:
+    from megatron_hydra.evaluation.checkpoint_generator import CheckpointGenerator
     from megatron_hydra.export.generating import Generator
 
+    AnyGenerator = Generator | CheckpointGenerator
+
 logger = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 BATCH_TOKENS = 16384
 """Tokens of the prompts that are answered together, where the user says nothing."""
@@ -98,6 +97,7 @@ def generate(
     *,
     dump: Path | None = None,
     batch_size: int | None = None,
+    tensor_parallel: int | None = None,
     trust_remote_code: bool = False,
     serve_dtype: ServeDtype = "bf16",
     overwrite: bool = False,
@@ -108,21 +108,24 @@ def generate(
     """Let every model answer the same prompts greedily, and write what was found.
 
     Finished cells are kept beside the output until it is written: called again after an
-    interruption, it goes on.
+    interruption, it goes on. On several ranks, of checkpoints alone, each calls it.
 
     Args:
-        models: Hugging Face folders by the names that the results give them.
-        out: The results' JSON file; None writes the prompts alone.
+        models: Folders by the names that the results give them: Hugging Face folders, which answer
+            by transformers, and hybrids' checkpoints, which answer under Megatron.
+        out: The results' JSON file, which the first rank writes; None writes the prompts alone.
         prompts: What is asked.
         dump: JSON lines of the prompts, for another engine.
         batch_size: Prompts that are answered together; None for as many as have
             :data:`BATCH_TOKENS`.
+        tensor_parallel: Ranks that hold a checkpoint's model together, the others share the
+            prompts; None for all.
         trust_remote_code: Run model code that is not what this release exports.
         serve_dtype: Number format of the caches when they serve, in which bytes are told.
         overwrite: Replace existing outputs.
         command: For provenance; None takes the process's own.
         progress: Shows how far it is.
-        tell: Gets a line on each thing that was chosen, before the work.
+        tell: Gets a line, on the first rank, on each thing that was chosen, before the work.
 
     Returns:
         The results; None without `out`.
@@ -137,12 +140,16 @@ def generate(
         if output is not None:
             check_output(output, overwrite, "file")
     _check(prompts, batch_size)
-    have_code = {name: _check_folder(path, trust_remote_code) for name, path in models.items()}
-    chosen = _choose_lengths(prompts, models)
-    # Imported here: PyTorch and transformers take seconds, and what is wrong above is said before.
-    from megatron_hydra.export.generating import Generator
-
-    generators = {name: Generator(path, have_code[name]) for name, path in models.items()}
+    asked = {name: AskedModel.of(path, trust_remote_code) for name, path in models.items()}
+    tensor_parallel = check_layout(asked.values(), tensor_parallel)
+    chosen = _choose_lengths(prompts, asked)
+    if not is_first_rank():
+        progress, tell = no_progress, logger.debug
+    # PyTorch and more take seconds to import, and what is wrong above is said before.
+    on_first_rank: Callable[[Callable[[], Any]], Any] = _called
+    if any(model.is_checkpoint for model in asked.values()):
+        on_first_rank = _join_ranks(tensor_parallel)
+    generators = {name: model.generator() for name, model in asked.items()}
     text = read_text(texts, prompts.text_options) if texts else stand_in_text("--text")
     _check_tokenizers(generators, text)
     tell(f"lengths: {', '.join(f'{n:,}' for n in chosen.lengths)} tokens ({chosen.words})")
@@ -150,30 +157,29 @@ def generate(
     cells = _draw(prompts, chosen.lengths, next(iter(generators.values())), text, progress)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) for cell in cells for sample in cell]
     if dump is not None:
-        with write_beside(dump, overwrite) as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        on_first_rank(lambda: _dump(dump, lines, overwrite))
     if out is None:
         return None
     prompts_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    hashes = {name: content_hash(weight_files(path).paths) for name, path in models.items()}
+    hashes = {name: weights_hash(path) for name, path in models.items()}
     same = {"prompts": prompts_hash, "models": hashes, "windows": _hash(windows)}
     unfinished = UnfinishedCells(out, same, overwrite)
-    unfinished.open()
+    on_first_rank(unfinished.open)
     results = []
     for position, (name, generator) in enumerate(generators.items()):
-        _tell_beyond(name, models[name], chosen.lengths, tell)
+        _tell_beyond(name, asked[name], chosen.lengths, tell)
         answered = []
         for number, cell in enumerate(cells, position * len(cells)):
-            found = unfinished.load(number)
+            found = on_first_rank(partial(unfinished.load, number))
             if found is None:
                 found = _answer(name, generator, cell, batch_size, progress)
-                unfinished.save(number, found)
+                on_first_rank(partial(unfinished.save, number, found))
             answered.append(found)
-        losses = unfinished.load_positions(position)
+        losses = on_first_rank(partial(unfinished.load_positions, position))
         if losses is None:
             losses = _losses(name, generator, windows, batch_size, progress)
-            unfinished.save_positions(position, losses)
-        results.append(_result(name, models[name], serve_dtype, answered, losses))
+            on_first_rank(partial(unfinished.save_positions, position, losses))
+        results.append(_result(name, asked[name], serve_dtype, answered, losses))
         generator.release()
     named_text = " ".join(prompts.texts) or STAND_IN
     provenance = {
@@ -188,9 +194,29 @@ def generate(
     }
     head = not_comparable(prompts.wording, ", ".join(prompts.texts) or "Python's documentation")
     generation = Generation(tuple(results), head, serve_dtype, prompts_hash, provenance)
-    generation.save(out, overwrite)
-    unfinished.remove()
+    on_first_rank(partial(generation.save, out, overwrite))
+    on_first_rank(unfinished.remove)
     return generation
+
+
+def _called(find: Callable[[], Found]) -> Found:
+    return find()
+
+
+def _join_ranks(tensor_parallel: int) -> Callable[[Callable[[], Any]], Any]:
+    """Set up Megatron's groups; what is to be called on the first rank goes through the result."""
+    from megatron_hydra import cpu
+
+    cpu.install_if_needed()
+    from megatron_hydra.parallel import from_first_rank, initialize_model_parallel
+
+    initialize_model_parallel(tensor_parallel)
+    return from_first_rank
+
+
+def _dump(path: Path, lines: Sequence[str], overwrite: bool) -> None:
+    with write_beside(path, overwrite) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _check(prompts: Prompts, batch_size: int | None) -> None:
@@ -207,34 +233,24 @@ def _check(prompts: Prompts, batch_size: int | None) -> None:
             raise UserError(f"{name} is {value}; it must be above 0")
 
 
-def _check_folder(folder: Path, is_trusted: bool) -> bool:
-    """Whether the folder brings model code that may run; UserError if it cannot be used."""
-    if is_checkpoint_folder(folder):
-        raise UserError(
-            f"{folder} is a checkpoint folder: `export` makes a Hugging Face folder of it; "
-            "or name it with --model"
-        )
-    folder_config(folder)
-    weight_files(folder)
-    return brings_code(folder, is_trusted)
-
-
-def _choose_lengths(prompts: Prompts, models: Mapping[str, Path]) -> Choice:
+def _choose_lengths(prompts: Prompts, models: Mapping[str, AskedModel]) -> Choice:
     if prompts.lengths is not None:
         return Choice(prompts.lengths, "as asked for")
     reaches = {}
-    for name, folder in models.items():
-        num_tokens = built_for(folder)
+    for name, model in models.items():
+        num_tokens = model.built_for
         if num_tokens is None:
-            raise UserError(f"{folder} does not say what length it is built for: give --lengths")
+            raise UserError(
+                f"{model.path} does not say what length it is built for: give --lengths"
+            )
         reaches[name] = Reach(num_tokens)
     return default_lengths(reaches, None, _ANY_LENGTH)
 
 
 def _tell_beyond(
-    name: str, folder: Path, lengths: Sequence[int], tell: Callable[[str], None]
+    name: str, model: AskedModel, lengths: Sequence[int], tell: Callable[[str], None]
 ) -> None:
-    most = built_for(folder)
+    most = model.built_for
     beyond = [length for length in lengths if most is not None and length > most]
     if beyond:
         tell(
@@ -243,7 +259,7 @@ def _tell_beyond(
         )
 
 
-def _check_tokenizers(generators: Mapping[str, Generator], text: str) -> None:
+def _check_tokenizers(generators: Mapping[str, AnyGenerator], text: str) -> None:
     """Prompts are shared, so all tokenizers must cut text alike."""
     compared = text[:_COMPARED_CHARACTERS]
     found = {
@@ -260,7 +276,7 @@ def _check_tokenizers(generators: Mapping[str, Generator], text: str) -> None:
 
 
 def _draw(
-    prompts: Prompts, lengths: Sequence[int], generator: Generator, text: str, progress: Progress
+    prompts: Prompts, lengths: Sequence[int], generator: AnyGenerator, text: str, progress: Progress
 ) -> list[list[GenerationSample]]:
     # Held out, as far as the models were trained on the same text.
     held_out = "".join(split_held_out(text)[1])  # type: ignore[arg-type]
@@ -280,7 +296,9 @@ def _draw(
     return cells
 
 
-def _windows(prompts: Prompts, length: int, generator: Generator, text: str) -> list[Sequence[int]]:
+def _windows(
+    prompts: Prompts, length: int, generator: AnyGenerator, text: str
+) -> list[Sequence[int]]:
     """Held-out text for the loss by position; none if it was not asked for."""
     if prompts.perplexity_tokens is None:
         return []
@@ -294,7 +312,7 @@ def _hash(windows: Sequence[Sequence[int]]) -> str | None:
 
 def _losses(
     name: str,
-    generator: Generator,
+    generator: AnyGenerator,
     windows: Sequence[Sequence[int]],
     batch_size: int | None,
     progress: Progress,
@@ -308,7 +326,7 @@ def _losses(
 
 def _answer(
     name: str,
-    generator: Generator,
+    generator: AnyGenerator,
     cell: Sequence[GenerationSample],
     batch_size: int | None,
     progress: Progress,
@@ -328,18 +346,18 @@ def _answer(
 
 def _result(
     name: str,
-    folder: Path,
+    model: AskedModel,
     dtype: ServeDtype,
     answered: Sequence[Answered],
     losses: tuple[PositionLoss, ...],
 ) -> GeneratedResult:
     """With what the model keeps of a sequence, as far as it is of a kind that is known here."""
-    shape, plan = folder_shape(folder)
+    folder, (shape, plan) = str(model.path), model.shape_and_plan()
     if shape is None:
-        return GeneratedResult(name, str(folder), None, None, None, None, tuple(answered), losses)
+        return GeneratedResult(name, folder, None, None, None, None, tuple(answered), losses)
     return GeneratedResult(
         name=name,
-        path=str(folder),
+        path=folder,
         fa_heads=shape.total_heads if plan is None else plan.num_fa_heads,
         total_heads=shape.total_heads,
         cache_bytes_per_token=int(cache_bytes_per_token(shape, dtype).of(plan)),

@@ -1,13 +1,15 @@
-"""``megatron-hydra evaluate``: models on needles and text, or on generation tasks (`--hf`)."""
+"""`megatron-hydra evaluate`: models on needles and text, or on generation tasks; or by torchrun."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra_tools import launch
 from hydra_tools.progress import progress
 from megatron_hydra.api.evaluate import PERPLEXITY_TOKENS, Questions, evaluate
 from megatron_hydra.api.generate import Prompts, generate
@@ -21,9 +23,10 @@ from megatron_hydra.tasks.needles import TASKS
 from megatron_hydra.tasks.text import STAND_IN
 from megatron_hydra.tasks.text_files import FILES_HELP, add_text_options, text_options
 from megatron_hydra.tasks.wording import WORDINGS
+from megatron_hydra.teachers.model_folder import is_checkpoint_folder
 
 NEEDLES = "single,multi_key"
-_GENERATION_ONLY = ("wording", "batch_size", "dump", "trust_remote_code")
+_GENERATION_ONLY = ("wording", "batch_size", "dump", "trust_remote_code", "tp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         metavar="LIST",
         help=f"of {', '.join(TASKS)}, multi_key:N; the first one's needle grid is kept "
-        f"(default: {NEEDLES}). With --hf of {', '.join(GENERATION_TASKS)} (default: all)",
+        f"(default: {NEEDLES}). By generation of {', '.join(GENERATION_TASKS)} (default: all)",
     )
     parser.add_argument(
         "--lengths",
@@ -81,20 +84,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help=f"predicted at most (default: {PERPLEXITY_TOKENS}, or one window of the longest); "
-        "with --hf: by position, in windows of the longest (default: none)",
+        "by generation: by position, in windows of the longest (default: none)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     _add_generation_arguments(parser)
 
 
 def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("evaluation by generation, in place of --model")
+    group = parser.add_argument_group("evaluation by generation")
+    group.add_argument(
+        "--generate",
+        action="store_true",
+        help="the models of --model, hybrids' checkpoints or Hugging Face folders, answer "
+        "RULER-style tasks by the text that they generate, greedily: checkpoints under Megatron, "
+        "on the ranks of torchrun -m hydra_tools.evaluate too",
+    )
     group.add_argument(
         "--hf",
         action="append",
         metavar="[NAME=]FOLDER",
-        help="a Hugging Face folder, of `export` or another, that answers RULER-style tasks by "
-        "transformers' generate, greedily; give as many as are to be compared",
+        help="in place of --model, or with --generate beside it: a Hugging Face folder, of "
+        "`export` or another, that answers so by transformers; give as many as are to be compared",
     )
     group.add_argument(
         "--wording",
@@ -102,6 +112,12 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the prompts: RULER's (default), or short, as the needles of `preprocess`",
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="prompts answered together")
+    group.add_argument(
+        "--tp",
+        type=int,
+        metavar="N",
+        help="tensor-parallel ranks that hold a model; the others share the prompts (default: all)",
+    )
     group.add_argument(
         "--dump", type=Path, metavar="FILE", help="write the prompts (JSON lines), for any engine; "
         "without --out nothing else"
@@ -115,10 +131,15 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
-    if bool(args.model) == bool(args.hf):
-        raise UserError("name the models with --model, or with --hf to have them generate text")
-    _check_options(args)
-    return _generate(args) if args.hf else _evaluate(args)
+    launch.check_launcher("evaluate")
+    if not (args.model or args.hf) or (args.model and args.hf and not args.generate):
+        raise UserError(
+            "name the models with --model, or with --hf to have them generate text; "
+            "--generate takes both"
+        )
+    generates = bool(args.generate or args.hf)
+    _check_options(args, generates)
+    return _generate(args) if generates else _evaluate(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -139,7 +160,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         questions,
         serve_dtype=args.serve_dtype,
         overwrite=args.overwrite,
-        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
+        command=_command(),
         progress=progress,
         tell=print,
     )
@@ -151,14 +172,24 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(args: argparse.Namespace) -> None:
+def _command() -> str:
+    """As it was typed: torchrun's ranks have a file's place in front, not the verb."""
+    words = sys.argv[1:]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return shlex.join(launch.command("evaluate", words))
+    return shlex.join(["megatron-hydra", *words])
+
+
+def _check_options(args: argparse.Namespace, generates: bool) -> None:
     """See that no option stands with the wrong kind of evaluation."""
-    wrong, owner = _GENERATION_ONLY, "--hf"
-    if args.hf:
-        wrong, owner = ("depths", "training_length"), "--model"
+    wrong, owner = _GENERATION_ONLY, "--generate or --hf"
+    if generates:
+        wrong, owner = ("depths", "training_length"), "--model without --generate"
+    elif os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("several ranks evaluate by generation alone: give --generate")
     for name in wrong:
         if getattr(args, name) not in (None, False):
-            raise UserError(f"--{name.replace('_', '-')} goes with {owner} alone")
+            raise UserError(f"--{name.replace('_', '-')} is for {owner}")
     if args.out is None and not args.dump:
         raise UserError("--out is missing: name the file of the results")
 
@@ -175,23 +206,41 @@ def _generate(args: argparse.Namespace) -> int:
         text_options=text_options(args),
     )
     found = generate(
-        parse_folders(args.hf),
+        _models(args),
         args.out,
         prompts,
         dump=args.dump,
         batch_size=args.batch_size,
+        tensor_parallel=args.tp,
         trust_remote_code=args.trust_remote_code,
         serve_dtype=args.serve_dtype,
         overwrite=args.overwrite,
-        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
+        command=_command(),
         progress=progress,
         tell=print,
     )
+    if launch.rank() != 0:
+        return 0
     if args.dump:
         print(f"prompts: {args.dump}")
     if found is not None:
         print(f"{generation_table(found)}\n\nevaluation: {args.out}")
     return 0
+
+
+def _models(args: argparse.Namespace) -> dict[str, Path]:
+    """Those of --hf, then those of --model."""
+    folders = parse_folders(args.hf or ())
+    for folder in folders.values():
+        if is_checkpoint_folder(folder):
+            raise UserError(
+                f"{folder} is a checkpoint folder: `export` makes a Hugging Face folder of it; "
+                "or name it with --model and --generate"
+            )
+    others = parse_models(args.model or ())
+    if twice := sorted(folders.keys() & others.keys()):
+        raise UserError(f"--hf and --model both name {twice[0]!r}: each model needs its own name")
+    return folders | others
 
 
 def parse_folders(arguments: Sequence[str]) -> dict[str, Path]:
@@ -238,3 +287,7 @@ def _lengths(text: str) -> tuple[int, ...]:
     if len(set(lengths)) < len(lengths):
         raise argparse.ArgumentTypeError(f"{text!r} names a length twice")
     return lengths
+
+
+if __name__ == "__main__":
+    sys.exit(launch.main("evaluate"))

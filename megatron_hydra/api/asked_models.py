@@ -1,0 +1,124 @@
+"""The models that answer by generating text: Hugging Face folders and hybrids' checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_hydra.api.hugging_face import built_for, folder_config, folder_shape
+from megatron_hydra.errors import UserError
+from megatron_hydra.export.code import brings_code
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.teachers.model_folder import (
+    check_model_folder,
+    is_checkpoint_folder,
+    peek_metadata,
+    stored_sizes,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from megatron_hydra.evaluation.checkpoint_generator import CheckpointGenerator
+    from megatron_hydra.export.generating import Generator
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """A model by its folder, of which small files alone are read until it is asked.
+
+    Attributes:
+        path: The folder.
+        is_checkpoint: A checkpoint answers under Megatron, a Hugging Face folder by transformers.
+        has_code: Whether transformers is to run the folder's own model code.
+    """
+
+    path: Path
+    is_checkpoint: bool
+    has_code: bool = False
+
+    @classmethod
+    def of(cls, path: Path, is_trusted: bool = False) -> AskedModel:
+        """Check a folder.
+
+        Args:
+            path: The folder.
+            is_trusted: Run a Hugging Face folder's code even if it is not what this release
+                exports.
+
+        Raises:
+            UserError: If it cannot be asked.
+        """
+        if not is_checkpoint_folder(path):
+            folder_config(path)
+            weight_files(path)
+            return cls(path, False, brings_code(path, is_trusted))
+        check_model_folder(path)
+        if peek_metadata(path).get("kind") == "teacher":
+            raise UserError(
+                f"{path} is a teacher's checkpoint, whose attention, Megatron's own, does not "
+                "decode: name its Hugging Face folder, or what `export` makes of it"
+            )
+        HeadPlan.load(path / "plan.json")
+        return cls(path, True)
+
+    @property
+    def built_for(self) -> int | None:
+        """Tokens that the model is built for; None where its folder does not say."""
+        if not self.is_checkpoint:
+            return built_for(self.path)
+        config = peek_metadata(self.path).get("config")
+        found = config.get("seq_length") if isinstance(config, dict) else None
+        return found if isinstance(found, int) else None
+
+    def shape_and_plan(self) -> tuple[ModelShape | None, HeadPlan | None]:
+        """What costs are counted from, as :func:`folder_shape` has it."""
+        if not self.is_checkpoint:
+            return folder_shape(self.path)
+        shape = ModelShape.from_fields(peek_metadata(self.path)["config"])
+        return shape, HeadPlan.load(self.path / "plan.json")
+
+    def generator(self) -> Generator | CheckpointGenerator:
+        """Its tokenizer, and the model once it is asked; imports what runs it."""
+        if self.is_checkpoint:
+            from megatron_hydra.evaluation.checkpoint_generator import CheckpointGenerator
+
+            return CheckpointGenerator(self.path)
+        from megatron_hydra.export.generating import Generator
+
+        return Generator(self.path, self.has_code)
+
+
+def check_layout(models: Iterable[AskedModel], tensor_parallel: int | None) -> int:
+    """See that the ranks can hold the models.
+
+    Args:
+        models: All that are asked.
+        tensor_parallel: Ranks that hold a model together; None for all that there are.
+
+    Returns:
+        The tensor-parallel size.
+
+    Raises:
+        UserError: Naming the model that does not fit, or the number of ranks.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    tensor = num_ranks if tensor_parallel is None else tensor_parallel
+    if tensor < 1 or num_ranks % tensor:
+        raise UserError(
+            f"the number of ranks, {num_ranks}, is not divisible by the tensor-parallel size "
+            f"{tensor}: start torchrun with a multiple of it"
+        )
+    for model in models:
+        if num_ranks > 1 and not model.is_checkpoint:
+            raise UserError(
+                f"{model.path} is a Hugging Face folder, which answers on one rank: evaluate it "
+                "without torchrun"
+            )
+        sizes = stored_sizes(model.path) if model.is_checkpoint else None
+        if sizes is not None:
+            sizes.check(str(model.path), tensor)
+    return tensor
