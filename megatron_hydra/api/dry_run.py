@@ -8,13 +8,15 @@ from typing import Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.selection.cost import ServeDtype
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.model_folder import peek_metadata
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check_ranks
 from megatron_hydra.training.dataset_checks import check_all_datasets, read_tokens
 from megatron_hydra.training.document_lengths import UpSampling, describe_lengths, up_sampling
-from megatron_hydra.training.memory import TrainingMemory, memory_of_run
+from megatron_hydra.training.memory import TrainingMemory, decoding_cache_bytes, memory_of_run
+from megatron_hydra.training.needle_rounds import NeedleRounds
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, result_bytes
 
@@ -38,6 +40,8 @@ class DryRun:
         hybrid_bytes: Of the trained model.
         memory: Predicted for the GPU that needs most; None where the formula does not reach.
         why_no_memory: Then says why.
+        needles: The run's questions about needles; None where it asks none.
+        needle_cache_bytes: That a batch of these keeps on the GPU that has most; 0 without.
     """
 
     folder: Path
@@ -54,6 +58,8 @@ class DryRun:
     hybrid_bytes: int
     memory: TrainingMemory | None
     why_no_memory: str
+    needles: NeedleRounds | None
+    needle_cache_bytes: float
 
 
 def dry_run(
@@ -86,6 +92,7 @@ def dry_run(
     data_parallel = num_ranks // config.strategy.model_parallel_size
     shape = ModelShape.from_fields(model)
     memory, why_no_memory = memory_of_run(config, shape, plan, num_ranks)
+    rounds = NeedleRounds.of(config, num_ranks)
     finished = folder.finished_checkpoints()
     num_tokens = config.trainer.max_steps * config.data.global_batch_size * config.data.seq_length
     return DryRun(
@@ -103,7 +110,17 @@ def dry_run(
         hybrid_bytes=hybrid_bytes,
         memory=memory,
         why_no_memory=why_no_memory,
+        needles=rounds,
+        needle_cache_bytes=0.0 if rounds is None else _cache_bytes(config, shape, plan, rounds),
     )
+
+
+def _cache_bytes(
+    config: RunConfig, shape: ModelShape, plan: HeadPlan, rounds: NeedleRounds
+) -> float:
+    dtype: ServeDtype = "fp32" if config.trainer.precision == "fp32" else "bf16"
+    tp_size = config.strategy.tensor_model_parallel_size
+    return decoding_cache_bytes(shape, plan, rounds, tp_size, config.data.seq_length, dtype)
 
 
 def read_model(folder: str, kind: str, key: str) -> dict[str, Any]:

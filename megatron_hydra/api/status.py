@@ -20,6 +20,7 @@ from megatron_hydra.training.run_folder import RunFolder
 
 _TAIL_BYTES = 2**16
 _STEPS_OF_A_RATE = 20
+_NEEDLES = "needles/"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Status:
         step: The newest finished step that is recorded; 0 where there is none.
         scalars: Of that step, as `metrics.jsonl` has them; None for what is no number.
         validation: Steps and value of the newest loss on held-out samples; None where none is.
+        needles: Steps, task and share, 0 to 1, of the newest questions about needles; None where
+            none were asked.
         seconds_since_step: Since it was recorded; None where there is none.
         seconds_per_step: The median of the newest; None where fewer than two are recorded.
         saved_step: Finished steps of the newest checkpoint, or of the trained hybrid; 0 for none.
@@ -49,6 +52,7 @@ class Status:
     step: int
     scalars: Mapping[str, float | None]
     validation: tuple[int, float | None] | None
+    needles: tuple[int, str, float] | None
     seconds_since_step: float | None
     seconds_per_step: float | None
     saved_step: int
@@ -100,6 +104,7 @@ def status_of(config: RunConfig) -> Status:
         step=int(newest.get("step", 0)),
         scalars={key: value for key, value in newest.items() if key not in ("step", "time")},
         validation=_newest_validation(folder.metrics),
+        needles=_newest_needles(folder.metrics),
         seconds_since_step=now - newest["time"] if records else None,
         seconds_per_step=_seconds_per_step(records),
         saved_step=0 if saved is None else saved[0],
@@ -130,20 +135,35 @@ def _newest_records(file: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def _newest_validation(file: Path) -> tuple[int, float | None] | None:
-    """Step and loss of the last line that has one, which may lie far above the end."""
+    """Step and loss of the last line that has one."""
+    record = _newest_record(file, '"validation/loss"')
+    return None if record is None else (record["step"], record["validation/loss"])
+
+
+def _newest_needles(file: Path) -> tuple[int, str, float] | None:
+    """Step, task and share of the last line that has one."""
+    record = _newest_record(file, f'"{_NEEDLES}')
+    if record is None:
+        return None
+    name = next(name for name in record if name.startswith(_NEEDLES))
+    return record["step"], name.removeprefix(_NEEDLES), record[name]
+
+
+def _newest_record(file: Path, part: str) -> Mapping[str, Any] | None:
+    """The last line that has a part, which may lie far above the end."""
     if not file.is_file() or not file.stat().st_size:
         return None
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
         last = text.rfind(b"\n")  # what stands behind it is being written
-        place = text.rfind(b'"validation/loss"', 0, max(0, last))
+        place = text.rfind(part.encode(), 0, max(0, last))
         if place < 0:
             return None
         line = text[text.rfind(b"\n", 0, place) + 1 : text.find(b"\n", place)]
     try:
-        record = json.loads(line)
+        record: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
-    return record["step"], record["validation/loss"]
+    return record
 
 
 def _seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:

@@ -21,7 +21,8 @@ from megatron_hydra.selection.cost import Device, ModelShape
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check, check_model, check_ranks
 from megatron_hydra.training.memory import TrainingMemory, counted_stage, memory_of_run
-from megatron_hydra.training.step_time import Layout, StepTime, Work, step_time
+from megatron_hydra.training.needle_rounds import NeedleRounds
+from megatron_hydra.training.step_time import Layout, StepTime, Work, needle_seconds, step_time
 
 _RECOMPUTED_QUARTERS = range(5)  # of a pipeline stage's layers
 
@@ -34,6 +35,7 @@ class LaidOut:
         config: With the layout.
         layout: It.
         time: Of a step.
+        needle_seconds: Of all rounds of questions about needles; 0 without.
         memory: Of the GPU that needs most; None where the formula does not reach.
         why_no_memory: Then says why.
     """
@@ -41,6 +43,7 @@ class LaidOut:
     config: RunConfig
     layout: Layout
     time: StepTime
+    needle_seconds: float
     memory: TrainingMemory | None
     why_no_memory: str = ""
 
@@ -70,7 +73,14 @@ def as_written(config: RunConfig, shape: ModelShape, plan: HeadPlan, cluster: Cl
     check_ranks(config, cluster.num_gpus)
     layout = _layout(config, shape, cluster.num_gpus)
     memory, why = memory_of_run(config, shape, plan, cluster.num_gpus)
-    return LaidOut(config, layout, _time(config, shape, plan, cluster, layout), memory, why)
+    return LaidOut(
+        config,
+        layout,
+        _time(config, shape, plan, cluster, layout),
+        _needle_seconds(config, shape, plan, cluster, layout),
+        memory,
+        why,
+    )
 
 
 def fastest(
@@ -101,7 +111,9 @@ def fastest(
             continue
         memory, _ = memory_of_run(changed, shape, plan, layout.num_gpus)
         if memory is not None and memory.peak <= cluster.device.memory_bytes:
-            return LaidOut(changed, layout, _time(changed, shape, plan, cluster, layout), memory)
+            time = _time(changed, shape, plan, cluster, layout)
+            needles = _needle_seconds(changed, shape, plan, cluster, layout)
+            return LaidOut(changed, layout, time, needles, memory)
     return None
 
 
@@ -157,6 +169,15 @@ def _time(
     work = Work.of(shape, plan, counted_stage(config), config.data.seq_length)
     batch = config.data.global_batch_size
     return step_time(work, batch, layout, cluster.device, cluster.gpus_per_node)
+
+
+def _needle_seconds(
+    config: RunConfig, shape: ModelShape, plan: HeadPlan, cluster: Cluster, layout: Layout
+) -> float:
+    rounds = NeedleRounds.of(config, layout.num_gpus)
+    if rounds is None:
+        return 0.0
+    return rounds.num_rounds * needle_seconds(shape, plan, rounds, layout, cluster.device)
 
 
 def _by_time(

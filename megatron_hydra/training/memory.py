@@ -23,10 +23,14 @@ from megatron_hydra.model.placement import place_heads
 from megatron_hydra.selection.cost import (
     ModelShape,
     PlanCost,
+    ServeDtype,
     attention_weight_bytes,
+    cache_bytes_per_token,
     cost_of_heads,
+    state_bytes,
     weight_bytes,
 )
+from megatron_hydra.training.needle_rounds import NeedleRounds
 
 if TYPE_CHECKING:
     from megatron_hydra.training.config import RunConfig, Stage
@@ -44,16 +48,19 @@ class TrainingMemory:
         state: Weights, the teacher's too, gradients and optimizer.
         kept: Activations that wait for the backward pass.
         passing: The most that lives for a moment beside both.
+        decoding: In place of the last two while the model answers about needles between two steps:
+            caches, and what a forward pass adds. Counted, never measured.
     """
 
     state: float
     kept: float
     passing: float
+    decoding: float = 0.0
 
     @property
     def peak(self) -> float:
-        """All three."""
-        return self.state + self.kept + self.passing
+        """The state, and what comes on top of it at one time."""
+        return self.state + max(self.kept + self.passing, self.decoding)
 
 
 def memory_of_run(
@@ -91,7 +98,49 @@ def memory_of_run(
         pp_size=strategy.pipeline_model_parallel_size,
         num_micro_batches=data.global_batch_size // (data.micro_batch_size * data_parallel),
     )
+    rounds = NeedleRounds.of(config, num_ranks)
+    if rounds is not None:
+        tp_size = strategy.tensor_model_parallel_size
+        tokens = rounds.num_rows * rounds.num_tokens
+        passing = _forward_bytes(shape, plan, tokens, tp_size, data.seq_length)
+        caches = decoding_cache_bytes(shape, plan, rounds, tp_size, data.seq_length)
+        memory = replace(memory, decoding=caches + passing)
     return memory, ""
+
+
+def decoding_cache_bytes(
+    shape: ModelShape,
+    plan: HeadPlan,
+    rounds: NeedleRounds,
+    tp_size: int,
+    seq_length: int,
+    dtype: ServeDtype = "bf16",
+) -> float:
+    """Keys, values and states of a batch of questions, on the rank that has most.
+
+    Args:
+        shape: The teacher's.
+        plan: The hybrid's.
+        rounds: What is asked.
+        tp_size: Tensor-parallel ranks, heads placed `balanced`.
+        seq_length: Tokens of a training sample, for which heads are placed.
+        dtype: Number format of keys, values and convolutions' inputs.
+    """
+    kept = cache_bytes_per_token(shape, dtype) * rounds.num_tokens + state_bytes(shape, dtype)
+    return rounds.num_rows * max(rank.of(kept) for rank in _ranks(shape, plan, tp_size, seq_length))
+
+
+def _forward_bytes(
+    shape: ModelShape, plan: HeadPlan, tokens: int, tp_size: int, seq_length: int
+) -> float:
+    """The widest layer of a forward pass alone; every rank has all tokens while it decodes."""
+    h, f = shape.hidden_size, shape.ffn_hidden_size
+    attentions = (
+        attention
+        for rank in _ranks(shape, plan, tp_size, seq_length)
+        for attention in rank.of_layers(attention_bytes(shape))
+    )
+    return tokens * (4 * h + max(6 * f / tp_size, *attentions))
 
 
 def counted_stage(config: RunConfig) -> Stage:

@@ -30,6 +30,7 @@ from megatron_hydra.selection.cost import (
     num_stored_groups,
     weight_bytes,
 )
+from megatron_hydra.training.needle_rounds import NeedleRounds
 
 if TYPE_CHECKING:
     from megatron_hydra.training.config import Stage
@@ -197,6 +198,31 @@ def step_time(
     exchange = step.exchange_seconds()
     seconds = micro_batch * (num_micro_batches + layout.pipeline - 1) + exchange
     return StepTime(seconds + step.optimizer_seconds(), waits, exchange)
+
+
+def needle_seconds(
+    shape: ModelShape, plan: HeadPlan, rounds: NeedleRounds, layout: Layout, device: Device
+) -> float:
+    """Predict a round of questions about needles: forward passes of prompts, then single tokens.
+
+    A token's pass takes what its launches take. What tensor-parallel ranks send one another is left
+    out. None of it has been measured.
+
+    Args:
+        shape: The teacher's.
+        plan: The hybrid's.
+        rounds: What is asked.
+        layout: Without pipeline and context parallelism, under which models do not decode.
+        device: As :func:`step_time`'s.
+    """
+    stage: Stage = "long_context"  # that has no teacher
+    flops = Work.of(shape, plan, stage, rounds.num_tokens).student_flops * rounds.num_rows
+    tokens = rounds.num_rows * rounds.num_tokens / layout.tensor
+    rate = _efficiency(stage, tokens) * device.flops_per_s * layout.tensor
+    launches = _launch_seconds(stage, layout.tensor > 1) / _STUDENT_PASSES
+    launches *= shape.num_layers / _LAYERS
+    batch = max(flops / rate, launches) + (rounds.num_passes - 1) * launches
+    return rounds.num_batches * batch
 
 
 @dataclass(frozen=True)

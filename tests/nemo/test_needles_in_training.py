@@ -124,6 +124,7 @@ def _check_count(inputs: Path, tensor: int) -> None:
     initialize_model_parallel(tensor)
     model = load_checkpoint(inputs / "hybrid").model.train()
     still = model.decoder.layers[0].mlp.eval()
+    _check_predicted_caches(inputs, model, tensor)
     needles, answers = _needles(inputs), json.loads((inputs / "answers.json").read_text())
     for wrong in ([], [0], [1, 2, 5], list(range(NUM_SAMPLES))):
         for place, answer in enumerate(answers):
@@ -134,6 +135,43 @@ def _check_count(inputs: Path, tensor: int) -> None:
         assert found == {TASK: (NUM_SAMPLES - len(wrong)) / NUM_SAMPLES}
     assert model.training and not still.training and not still.linear_fc1.training
     assert model.decoder.layers[1].mlp.training
+
+
+def _check_predicted_caches(inputs: Path, model: Any, tensor: int) -> None:
+    """What the dry run says of a batch's caches, against what the contexts hold."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from megatron_hydra.head_plan import HeadPlan
+    from megatron_hydra.model import generation
+    from megatron_hydra.selection.shape import ModelShape
+    from megatron_hydra.training.config import load_config
+    from megatron_hydra.training.memory import decoding_cache_bytes
+    from megatron_hydra.training.needle_rounds import NeedleRounds
+
+    contexts = []
+
+    def keep(*sizes: int) -> StaticInferenceContext:
+        contexts.append(StaticInferenceContext(*sizes))
+        return contexts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "StaticInferenceContext", keep)
+        _needles(inputs).measure(SimpleNamespace(module=model))
+    held = [
+        sum(layer.num_bytes for layer in context.key_value_memory_dict.values())
+        for context in contexts
+    ]
+    most = torch.tensor([max(held), len(held)])
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    layout = [f"strategy.tensor_model_parallel_size={tensor}", f"log.folder={inputs}"]
+    overrides = [*NEEDLES, *layout, "data.micro_batch_size=2"]
+    config = load_config(inputs / "run.yaml", overrides)
+    rounds = NeedleRounds.of(config, torch.distributed.get_world_size())
+    assert rounds is not None
+    plan, shape = HeadPlan.load(inputs / "hybrid/plan.json"), ModelShape.from_config(model.config)
+    length = config.data.seq_length
+    predicted = decoding_cache_bytes(shape, plan, rounds, tensor, length, "fp32")
+    assert most.tolist() == [predicted, rounds.num_batches]
 
 
 def test_what_does_not_fit_ends_before_anything_is_written(inputs: Path, tmp_path: Path) -> None:

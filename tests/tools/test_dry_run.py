@@ -12,6 +12,7 @@ import yaml
 from hydra_tools import cli
 from kit.lives import write_inputs
 
+from megatron_hydra.api.dry_run import dry_run
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.config import load_config
 from megatron_hydra.training.indexed_dataset import write_indexed_dataset
@@ -72,6 +73,42 @@ def test_its_memory_is_the_formulas(inputs: Path, capsys: pytest.CaptureFixture[
     shape = ModelShape.from_config(config)
     expected = training_memory(shape, plan, "distill", 16, dp_size=2, tp_size=2).peak
     assert f"memory: {expected / 2**30:.3g} GiB predicted" in capsys.readouterr().out
+
+
+def test_it_says_what_needles_take(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """14 steps; 7 questions, of which a replica of two has 4, in batches of 1."""
+    more = ["trainer.needles_every_n_steps=4", "trainer.needle_samples=7"]
+    more += ["trainer.needle_tokens=100"]
+    assert cli.main(_command(inputs, *more, "--ranks", "4")) == 0
+    said = capsys.readouterr().out
+    rounds = "needles: 4 rounds of 7 questions of 100 tokens, each round 4 times 4 forward passes"
+    assert f"  {rounds} of a replica; caches of " in said and "in all" not in said
+    assert cli.main(_command(inputs, *more, "trainer.precision=bf16", "--ranks", "4")) == 0
+    said = capsys.readouterr().out
+    assert rounds in said and "in all (counted, never measured)" in said
+    assert cli.main(_command(inputs)) == 0
+    assert "needles" not in capsys.readouterr().out
+
+
+def test_needles_raise_the_memory_where_they_need_more_than_a_step(inputs: Path) -> None:
+    few, many = (
+        dry_run(
+            load_config(
+                inputs / "run.yaml",
+                ["transfer.stage=distill", f"log.folder={inputs}/run", "trainer.precision=bf16",
+                 "trainer.needles_every_n_steps=4", f"trainer.needle_tokens={tokens}"],
+            )
+        )
+        for tokens in (16, 100_000)
+    )  # fmt: skip
+    assert few.memory is not None and many.memory is not None
+    assert few.memory.decoding < few.memory.kept + few.memory.passing
+    assert few.memory.peak == few.memory.state + few.memory.kept + few.memory.passing
+    assert many.memory.peak == many.memory.state + many.memory.decoding > few.memory.peak
+    assert many.memory.decoding > many.needle_cache_bytes
+    # One stored group of 16 channels on each rank.
+    grown = many.needle_cache_bytes - few.needle_cache_bytes
+    assert grown == (100_000 - 16) * 2 * 16 * 2
 
 
 def test_the_memory_of_a_pipeline_is_said_to_be_unmeasured(

@@ -114,6 +114,28 @@ def test_an_override_of_a_stage_is_that_stages_alone(teacher: Path, tmp_path: Pa
     assert [stage["num_steps"] for stage in found["stages"]] == [18311, 7, 477]
 
 
+def test_needles_are_counted_into_the_hours(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounds after steps 100, 200, 300, 400 and 477, of which each of 8 replicas has 4 batches."""
+    command = ["estimate", "--config", STAGES[2], "--gpu", "h100", "--teacher", str(teacher)]
+    command += ["--fa-fraction", "1/4", "--gpus", "8"]
+    (without,) = _json(command, tmp_path / "estimate.json")["stages"]
+    assert without["as_written"]["needle_hours"] == 0 and "needles" not in capsys.readouterr().out
+    command.insert(3, "trainer.needles_every_n_steps=100")
+    (found,) = _json(command, tmp_path / "estimate.json")["stages"]
+    layout, hours = found["as_written"], found["as_written"]["needle_hours"]
+    assert layout["hours"] == pytest.approx(without["as_written"]["hours"] + hours)
+    assert "  needles: " in capsys.readouterr().out
+    # 5 rounds of 4 batches: a prompt's forward pass is less than a third of a training step's, and
+    # three tokens' take less than that each.
+    steps = hours * 3600 / (5 * 4) / layout["step_seconds"]
+    assert 0.02 < steps < 4 / 3
+    command.insert(3, "trainer.needle_samples=320")
+    (ten,) = _json(command, tmp_path / "estimate.json")["stages"]
+    assert ten["as_written"]["needle_hours"] == pytest.approx(10 * hours)
+
+
 @pytest.mark.parametrize("recompute", [[], ["model.recompute=full", "model.recompute_layers=1"]])
 def test_a_stored_models_memory_and_disk_are_the_dry_runs(
     inputs: Path, recompute: list[str]

@@ -112,7 +112,7 @@ def test_what_a_gpu_took_is_told_as_far_as_it_is_known(
         assert line == f"  6,144 of 2,048,000 tokens, 71.2 GiB of memory at the peak{told}"
 
 
-def test_the_newest_validation_is_found_far_above_the_end(
+def test_the_newest_measurements_are_found_far_above_the_end(
     folder: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a look at the newest step alone, which seldom has one."""
@@ -121,11 +121,15 @@ def test_the_newest_validation_is_found_far_above_the_end(
         for step in range(1, 101):
             record = {"step": step, "time": 1.0, "loss": 1.0, "filler": filler}
             record |= {"validation/loss": step / 8} if step in (10, 20) else {}
+            record |= {"needles/multi_key_8": step / 40} if step in (10, 30) else {}
             stream.write(json.dumps(record) + "\n")
         stream.write('{"step": 101, "validation/loss": 9')  # being written
-    assert "  validation loss 2.5 at step 20" in _say(capsys, str(folder.path))
+    said = _say(capsys, str(folder.path))
+    assert "  validation loss 2.5 at step 20" in said
+    assert "  75% of the needles found (multi_key_8) at step 30" in said
     folder.metrics.write_text("")
-    assert not any("validation loss" in line for line in _say(capsys, str(folder.path)))
+    said = "".join(_say(capsys, str(folder.path)))
+    assert "validation loss" not in said and "needles" not in said
 
 
 def test_a_configuration_names_a_run_that_has_not_begun(

@@ -51,6 +51,17 @@ def test_the_newest_validation_loss_stays_on_the_line(capsys: pytest.CaptureFixt
     assert " 3/" in line and "loss 3, " in line and line.endswith("validation/loss 2.25]")
 
 
+def test_the_newest_needles_stay_on_the_line_with_their_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = _Progress(load_config(EXAMPLES / "stage2_distill.yaml"))
+    for step, more in enumerate(({"needles/single": 0.25}, {"needles/single": 0.75}, {}), start=1):
+        progress.show(step, {"loss": 3.0, **RATES, **more})
+    progress.close()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert " 3/" in line and line.endswith("needles/single 0.75 at step 2]")
+
+
 def test_another_rank_leaves_the_sentence_to_rank_0(tmp_path: Path) -> None:
     """It waits until torchrun ends it, then leaves with 2 and without a word or a stack."""
     report = tmp_path / "report.json"

@@ -15,6 +15,8 @@ SHOWN_SCALARS = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 """Of a training step, for people, in this order."""
 VALIDATION = "validation/loss"
 """Of some steps alone; shown until the next one has another."""
+NEEDLES = "needles/"
+"""Before the task's name; likewise, and with its step."""
 _SECONDS_BETWEEN_LINES = 30.0
 
 

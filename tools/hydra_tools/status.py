@@ -48,6 +48,9 @@ def _lines(found: Status) -> list[str]:
     if found.validation is not None:
         step, loss = found.validation
         lines.append(f"  validation loss {_figure(loss)} at step {step:,}")
+    if found.needles is not None:
+        step, task, share = found.needles
+        lines.append(f"  {share:.0%} of the needles found ({task}) at step {step:,}")
     if found.seconds_per_step is not None and not found.is_complete:
         left = found.seconds_left or 0.0
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra_tools import launch, stops
-from hydra_tools.progress import SHOWN_SCALARS, VALIDATION
+from hydra_tools.progress import NEEDLES, SHOWN_SCALARS, VALIDATION
 from megatron_hydra.api.train import Training, train
 from megatron_hydra.errors import UserError
 from megatron_hydra.training.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from megatron_hydra.api.dry_run import DryRun
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +137,24 @@ def _dry_run(args: argparse.Namespace) -> int:
             + " (of pipeline stages: counted, never measured)"
             * (config.strategy.pipeline_model_parallel_size > 1)
         )
+    if found.needles is not None:
+        print(f"  {_words_on_needles(found)}")
     return 0
+
+
+def _words_on_needles(found: DryRun) -> str:
+    needles = found.needles
+    assert needles is not None
+    words = (
+        f"needles: {needles.num_rounds:,} rounds of {needles.num_questions:,} questions of "
+        f"{needles.num_tokens:,} tokens, each round {needles.num_batches:,} times "
+        f"{needles.num_passes} forward passes of a replica; caches of "
+        f"{found.needle_cache_bytes / 2**30:.3g} GiB on the GPU that needs most"
+    )
+    if found.memory is None:
+        return words
+    whole = (found.memory.state + found.memory.decoding) / 2**30
+    return f"{words}, where it then needs {whole:.3g} GiB in all (counted, never measured)"
 
 
 def _words_on_a_stop(stopped: Training, signal_name: str, overwrite: bool) -> str:
@@ -168,6 +188,7 @@ class _Progress:
         self.config = config
         self.bar: Any = None
         self.validation: dict[str, float] = {}  # the newest
+        self.needles = ""  # likewise, and when
 
     def show(self, step: int, scalars: dict[str, float]) -> None:
         """Move the line to ``step`` finished steps."""
@@ -178,7 +199,11 @@ class _Progress:
             self.bar = meter(stage, "step", max_steps, initial=step - 1)
         if VALIDATION in scalars:
             self.validation = {VALIDATION: scalars[VALIDATION]}
-        self.bar.set_postfix_str(_progress_text({**scalars, **self.validation}), refresh=False)
+        for name in scalars:
+            if name.startswith(NEEDLES):
+                self.needles = f", {name} {scalars[name]:.4g} at step {step:,}"
+        text = _progress_text({**scalars, **self.validation}) + self.needles
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def close(self) -> None:
