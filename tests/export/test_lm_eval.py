@@ -17,11 +17,21 @@ install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from megatron_hydra.tasks.text import stand_in_text  # noqa: E402
 
 LM_EVAL = Path(sys.prefix) / "lm-eval/bin/lm_eval"
 EXAMPLE = Path(__file__).parents[2] / "examples/lm_eval"
 NEW_TOKENS = 8
+GENERATED = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
+GENERATED += ("ruler_vt", "ruler_cwe", "ruler_fwe")
+"""Its RULER tasks whose data is generated; the others download theirs."""
 
 
 @pytest.mark.exhaustive
@@ -56,30 +66,50 @@ def test_its_own_ruler_tasks_ask_the_exported_model(tmp_path):
     """Those whose data is generated; what is counted is what greedy decoding gives, by hand."""
     if not LM_EVAL.is_file():
         pytest.skip("no environment of lm-eval: make test-slow makes it")
-    _export(tmp_path, 8192)
+    _export(tmp_path, 8192, vocab_size=4096)
     metadata = json.dumps({"max_seq_lengths": [4096]})
     options = ["--limit", "1", "--log_samples", "--metadata", metadata]
     options += ["--gen_kwargs", f"max_gen_toks={NEW_TOKENS}"]
-    _run(tmp_path, "niah_single_1,niah_multikey_2", *options)
+    _run(tmp_path, ",".join(GENERATED), *options)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    files = sorted((tmp_path / "out").rglob("samples_niah_*.jsonl"))
-    assert len(files) == 2
-    for file in files:
+    for task in GENERATED:
+        (file,) = (tmp_path / "out").rglob(f"samples_{task}_2*.jsonl")
         (sample,) = map(json.loads, file.read_text("utf-8").splitlines())
         prompt = sample["arguments"]["gen_args_0"]["arg_0"]
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         found = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
         text = tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert sample["resps"] == [[text]]
-        assert all(answer in prompt for answer in sample["doc"]["outputs"])
+        assert all(answer in prompt for answer in sample["doc"]["outputs"]), task
         right = sum(a.lower() in text.lower() for a in sample["doc"]["outputs"])
         assert sample["4096"] == right / len(sample["doc"]["outputs"])
 
 
-def _export(folder: Path, length: int) -> None:
-    write_models(folder, PLAN_OF_KINDS, max_position_embeddings=length)
+def _export(folder: Path, length: int, vocab_size: int | None = None) -> None:
+    """A hybrid's `hf`; with a tokenizer of parts of words if it is to have a larger vocabulary."""
+    fields = {} if vocab_size is None else {"vocab_size": vocab_size}
+    write_models(folder, PLAN_OF_KINDS, max_position_embeddings=length, **fields)
+    if vocab_size is not None:
+        _write_tokenizer(folder / "hybrid/tokenizer", vocab_size)
     assert cli.main(["export", "--model", f"{folder}/hybrid", "--out", f"{folder}/hf"]) == 0
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """The harness's tracking and counting tasks ask for more than 4,096 bytes have room for."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    numbers = " ".join(f"{number}." for number in range(1000))
+    tokenizer.train_from_iterator([stand_in_text("--text"), numbers], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    wrapped.save_pretrained(folder)
 
 
 def _run(folder: Path, tasks: str, *options: object) -> None:
