@@ -188,8 +188,8 @@ from transformers import pipeline
 print(pipeline("text-generation", "THIS FOLDER", trust_remote_code=True)("Once upon a time"))
 ```
 It needs PyTorch and transformers; on a GPU also flash-linear-attention (`pip install fla-core`),
-without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere. Assisted
-decoding and static caches are refused.
+without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere; the cache is
+dynamic, or static (`cache_implementation="static"`). Assisted decoding is refused.
 
 {figures.results}License: that of the teacher, whose weights it started from. {sentence}
 
