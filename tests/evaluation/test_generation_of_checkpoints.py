@@ -14,6 +14,7 @@ import shutil
 import sys
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from kit.forks import start  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
 
 from megatron_hydra.api import generate as verb  # noqa: E402
+from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.evaluation.checkpoint_generator import CheckpointGenerator  # noqa: E402
 from megatron_hydra.evaluation.generation import Generation  # noqa: E402
 from megatron_hydra.export.generating import Generator  # noqa: E402
@@ -138,7 +140,10 @@ def test_checkpoint_and_folders_stand_in_one_table(models, tmp_path, capsys):
 @pytest.mark.dist
 @pytest.mark.parametrize("tensor", [2, 1], ids=["tensor", "replicas"])
 def test_two_ranks_go_on_where_one_was_killed(models, tmp_path, tensor):
-    """The first two cells are one rank's, of which the third was killed."""
+    """The first two cells are one rank's, of which the third was killed.
+
+    With another seed all ranks refuse, though the first alone has looked.
+    """
     real, asked = CheckpointGenerator.generate, []
 
     def dies(self: Any, prompts: Any, *arguments: Any) -> Any:
@@ -164,6 +169,8 @@ def _go_on(models: Path, folder: Path, tensor: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         texts = _scored_by_text(patch)
         out, named = folder / "out.json", {"hf": models / "hybrid"}
+        with pytest.raises(UserError, match="unfinished evaluation with another prompts"):
+            verb.generate(named, out, replace(prompts, seed=2), tensor_parallel=tensor)
         verb.generate(named, out, prompts, batch_size=2, tensor_parallel=tensor)
     assert texts == json.loads((models / "texts.json").read_text())[10:]
 
