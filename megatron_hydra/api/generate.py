@@ -278,8 +278,9 @@ def _check_tokenizers(generators: Mapping[str, AnyGenerator], text: str) -> None
 def _draw(
     prompts: Prompts, lengths: Sequence[int], generator: AnyGenerator, text: str, progress: Progress
 ) -> list[list[GenerationSample]]:
-    # Held out, as far as the models were trained on the same text.
-    held_out = "".join(split_held_out(text)[1])  # type: ignore[arg-type]
+    held_out = generator.tokenizer.decode(
+        _held_out(generator, text), clean_up_tokenization_spaces=False
+    )
     tasks = find_generation_tasks(prompts.tasks)
     pairs = [(task, length) for task in tasks for length in lengths]
     cells: list[list[GenerationSample]] = []
@@ -302,8 +303,16 @@ def _windows(
     """Held-out text for the loss by position; none if it was not asked for."""
     if prompts.perplexity_tokens is None:
         return []
+    return position_windows(_held_out(generator, text), length, prompts.perplexity_tokens)
+
+
+def _held_out(generator: Generator, text: str) -> list[int]:
+    """Tokens that no training document holds, as far as the models were trained on the same text.
+
+    `preprocess` holds out by tokens too: places in the characters would be others.
+    """
     tokens = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return position_windows(split_held_out(tokens)[1], length, prompts.perplexity_tokens)
+    return split_held_out(tokens)[1]
 
 
 def _hash(windows: Sequence[Sequence[int]]) -> str | None:

@@ -61,6 +61,8 @@ class Answered:
         match_all: RULER's `string_match_all`, the mean share of a sample's answers that are found.
         match_part: RULER's `string_match_part`, the share of samples with one answer or more.
         by_depth: Of a task with one needle, by where it lies, for each fifth that has samples.
+        right: For each sample in its order, 1 if it has every answer, else 0, as text; of models
+            that were asked the same, samples can be compared one by one.
     """
 
     task: str
@@ -72,6 +74,7 @@ class Answered:
     match_all: _Share
     match_part: _Share
     by_depth: tuple[AtDepth, ...] = field(default=(), metadata=MAY_LACK)
+    right: str = field(default="", metadata=MAY_LACK)
 
     @classmethod
     def count(
@@ -105,7 +108,8 @@ class Answered:
             AtDepth(start, sum(answers), len(answers))
             for start, answers in sorted(by_start.items())
         )
-        return cls(*cell, *counts, min(1.0, share), part, by_depth)
+        bits = "".join(str(int(there == wanted)) for there, wanted in pairs)
+        return cls(*cell, *counts, min(1.0, share), part, by_depth, bits)
 
     @property
     def cell(self) -> Cell:
@@ -208,6 +212,11 @@ def _check(task: Answered) -> None:
             raise UserError(f"accuracy is {task.accuracy}; its counts give {counted.value}")
         if task.match_part < task.accuracy or task.match_all < task.accuracy:
             raise UserError("match_all and match_part cannot be below accuracy")
+        ones, zeros = task.right.count("1"), task.right.count("0")
+        if task.right and (ones, ones + zeros) != (task.num_right, len(task.right)):
+            raise UserError(f"right is {task.right!r}; num_right is {task.num_right}")
+        if task.right and len(task.right) != task.num_samples:
+            raise UserError(f"right is of {len(task.right)} of {task.num_samples} samples")
         if task.by_depth:
             sums = [sum(getattr(at, name) for at in task.by_depth) for name in _COUNTS]
             if sums != [getattr(task, name) for name in _COUNTS]:

@@ -30,6 +30,7 @@ from megatron_hydra.tasks.generation import (  # noqa: E402
     find_generation_tasks,
     make_generation_samples,
 )
+from megatron_hydra.tasks.text import split_held_out  # noqa: E402
 
 LENGTHS = "400,500"
 OPTIONS = ["--tasks", "niah_single_2,vt", "--lengths", LENGTHS, "--num-samples", "3"]
@@ -241,6 +242,7 @@ def test_a_file_whose_figures_contradict_is_refused(tmp_path):
 
     cell = Answered.count(("vt", 512), [5, 3, 0, 5], [5, 5, 5, 5])
     assert (cell.num_right, cell.match_all, cell.match_part) == (2, 13 / 20, 3 / 4)
+    assert cell.right == "1001"
     written = Generation(
         (GeneratedResult("a", "b", 2, 8, 64, 0, (cell,)),), "head", "bf16", "0", {"seed": 1}
     )
@@ -251,6 +253,32 @@ def test_a_file_whose_figures_contradict_is_refused(tmp_path):
     (tmp_path / "file.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"model 'a': task vt at 512 tokens: accuracy is 0.5"):
         Generation.load(tmp_path / "file.json")
+    for right, message in (
+        ("1011", "num_right is 2"),
+        ("11", "2 of 4"),
+        ("1x01", "num_right is 2"),
+    ):
+        data["models"][0]["tasks"][0] |= {"num_right": 2, "right": right}
+        (tmp_path / "file.json").write_text(json.dumps(data))
+        with pytest.raises(UserError, match=rf"right is .*{message}"):
+            Generation.load(tmp_path / "file.json")
+
+
+def test_haystacks_are_what_preprocess_holds_out(models, tmp_path):
+    """Where characters and tokens lie unlike: held out by characters, most would be trained on."""
+    words = [f"{'x' if i < 6000 else 'é' * 8}{i}" for i in range(9000)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    tokenizer = AutoTokenizer.from_pretrained(models / "qwen3")
+    training, _ = split_held_out(tokenizer(" ".join(words), add_special_tokens=False).input_ids)
+    trained_on = {*tokenizer.decode(training).split()}
+    out = ["--dump", str(tmp_path / "prompts"), "--text", f"{tmp_path}/text.txt"]
+    assert cli.main(command(models, *out, "--tasks", "niah_single_2", "--num-samples", "20")) == 0
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts").open()]
+    hay = [
+        word for prompt in prompts for word in prompt.split() if re.fullmatch(r"x\d+|é+\d+", word)
+    ]
+    # A word at a block's edge may stand in both parts, cut.
+    assert len(hay) > 500 and len({*hay} & trained_on) < 0.02 * len({*hay})
 
 
 def test_a_needle_is_counted_where_it_lies():
