@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import math
 import os
 import types
@@ -331,6 +332,24 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         _apply_override(raw, override)
     return raw
+
+
+def flat(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested sections as `section.key` and value; an empty section is a value."""
+    for key, value in options.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def as_overrides(options: Mapping[str, Any]) -> list[str]:
+    """Nested sections as `section.key=value`; keys that stand in no section are left out."""
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in flat(options)
+        if "." in key
+    ]
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

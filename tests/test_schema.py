@@ -16,10 +16,12 @@ from megatron_hydra.schema import (
     Limits,
     PathText,
     ReadBy,
+    as_overrides,
     check_fields,
     from_json,
     load_json,
     read_config,
+    read_overrides,
 )
 
 
@@ -270,3 +272,17 @@ def test_what_was_made_in_python_is_held_to_the_same_types() -> None:
         check_fields(Item("a", -1, 0.5))
     with pytest.raises(UserError, match=r"^share is nan; a number is needed$"):
         check_fields(Item("a", 1, float("nan")))
+
+
+def test_sections_as_overrides_are_read_as_what_they_were() -> None:
+    sections = {
+        "optim": {"lr": 0.25, "schedule": "on: é"},
+        "data": {"paths": ["a", "b,c"], "by": {"x": {"y": None, "z": {}}}},
+        "empty": {"is": True},
+    }
+    assert read_overrides(as_overrides(sections)) == sections
+    assert as_overrides({"alone": 1, "none": {}}) == []
+    small = as_overrides(
+        {"a": {"rate": 3e-05}}
+    )  # which YAML takes for text, and its field does not
+    assert read_config(Config, None, small).a.rate == 3e-05

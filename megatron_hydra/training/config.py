@@ -341,11 +341,11 @@ class RunConfig:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `section.key=value` overrides and check the result.
 
     Args:
-        path: The YAML file.
+        path: The YAML file; None: the overrides say all.
         overrides: Each `section.key=value`; the value is read as YAML.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
-from megatron_hydra.schema import PathText, named, read_config
+from megatron_hydra.schema import PathText, as_overrides, flat, named, read_config
 from megatron_hydra.selection.scoring_config import load_scoring_config
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.model_folder import weights_hash
@@ -172,7 +172,7 @@ class _Maker:
         verb, options = name.removesuffix("_teacher"), self._options(name)
         self._refuse(name, options, (*reads, *_HANDED_ON))
         given = {**reads, "out": output}
-        arguments = [*_overrides(options), *_flags(given), *_flags(options)]
+        arguments = [*as_overrides(options), *_flags(given), *_flags(options)]
         parser = _Parser(prog=name, allow_abbrev=False, add_help=False)
         importlib.import_module(f"hydra_tools.{verb}").add_arguments(parser)
         read = parser.parse_args(arguments)
@@ -182,7 +182,7 @@ class _Maker:
                 paths |= self._named({key: Path(value)})
         texts = getattr(read, "calibration_text", None) or getattr(read, "text", None) or []
         paths |= _texts(name, [texts] if isinstance(texts, str) else texts, read)
-        settings = {f"{name}.{key}": _text(value) for key, value in _flat(options)}
+        settings = {f"{name}.{key}": _text(value) for key, value in flat(options)}
         return Step(name, verb, tuple(arguments), output, settings, paths)
 
     def _score(self, teacher: Path, out: Path) -> Step:
@@ -215,12 +215,12 @@ class _Maker:
         """The YAML file of a step that has one, and the overrides for it."""
         options = self._options(name)
         path = self.base / str(options.pop("config", f"{name}.yaml"))
-        self._refuse(name, dict(_flat(options)), (*fixed, "transfer.teacher"))
+        self._refuse(name, dict(flat(options)), (*fixed, "transfer.teacher"))
         if single := [key for key, value in options.items() if not isinstance(value, Mapping)]:
             raise UserError(
                 f"{name}.{single[0]} must be {name}.section.key, as {path} has sections"
             )
-        return path, [*_overrides(options), *_overrides(fixed)]
+        return path, [*as_overrides(options), *as_overrides(fixed)]
 
     def _options(self, name: str) -> dict[str, Any]:
         return dict(getattr(self.config, name) or {})
@@ -259,19 +259,6 @@ def _settings(name: str, config: Any, left_out: Collection[str]) -> dict[str, st
             if value != default and not {key, section.name} & set(left_out):
                 found[f"{name}.{key}"] = json.dumps(value, default=vars)
     return found
-
-
-def _flat(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in options.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-def _overrides(options: Mapping[str, Any]) -> list[str]:
-    """`section.key=value` of the sections among options."""
-    return [f"{key}={_text(value)}" for key, value in _flat(options) if "." in key]
 
 
 def _flags(options: Mapping[str, Any]) -> Iterator[str]:
