@@ -46,7 +46,7 @@ class Calibration:
         text: A file, a folder or a pattern; None for Python's documentation, which stands in for
             text like what the model is for.
         options: How text files are read.
-        num_tokens: Of the text.
+        num_tokens: Of the text; 0 measures nothing, and every scale starts at 1.
         length_tokens: Of a sequence; None for what the teacher is built for,
             `LONGEST_CALIBRATION` at most.
         how_to_name: What names a text, for the warning where none is.
@@ -136,7 +136,7 @@ def convert(
     check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
     tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
-    if head_plan and config.fusion in ("scale", "gate"):
+    if head_plan and config.fusion in ("scale", "gate") and calibration.num_tokens:
         batches = _batches(calibration, tokenizer, config.seq_length)
     tensors = weights.read_weights(teacher)
     initialize_model_parallel()
@@ -194,6 +194,10 @@ def _planned(plan: HeadPlan | None) -> dict[str, Any]:
 
 def _check_calibration(calibration: Calibration) -> None:
     length, wanted = calibration.length_tokens, calibration.num_tokens
+    if wanted < 0:
+        raise UserError(f"the number of calibration tokens is {wanted}; it must be 0 or more")
+    if not wanted:
+        return
     if length is not None and not 0 < length <= wanted:
         raise UserError(
             f"the calibration length is {length} tokens; allowed: 1 to the calibration tokens, "

@@ -80,6 +80,24 @@ def test_an_earlier_checkpoint_is_replaced(inputs: Path) -> None:
     assert cli.main([*words[:-1], f"{inputs}/empty", "--overwrite"]) == 0
 
 
+def test_without_calibration_every_scale_starts_at_1(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_hydra.teachers.checkpoint import load_checkpoint
+
+    words = ["convert", "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out", "--overwrite"]
+    for tokens, is_measured in (("0", False), ("256", True)):
+        plan = ["--plan", f"{inputs}/plan.json", "--calibration-tokens", tokens]
+        assert cli.main([*words, *plan]) == 0
+        assert ("scales of the heads: on 256 tokens" in capsys.readouterr().out) == is_measured
+        layers = load_checkpoint(inputs / "out").model.decoder.layers
+        fusions = [layer.self_attention.fusion for layer in layers]
+        scales = [x for fusion in fusions for x in fusion.head_scale.tolist()]
+        assert ({*scales} == {1.0}) != is_measured
+    assert cli.main([*words, *plan[:-1], "-1"]) == 2
+    assert "the number of calibration tokens is -1; it must be 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: Python's documentation, which stands in for text like what the model is for)",
     )
     add_text_options(parser)
-    parser.add_argument("--calibration-tokens", type=int, default=8192, metavar="N")
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=8192, metavar="N",
+        help="of that text (default: %(default)s); 0: no measurement, every scale starts at 1",
+    )  # fmt: skip
     parser.add_argument(
         "--calibration-length",
         type=int,
