@@ -98,6 +98,7 @@ def generate(
     dump: Path | None = None,
     batch_size: int | None = None,
     tensor_parallel: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     trust_remote_code: bool = False,
     serve_dtype: ServeDtype = "bf16",
     overwrite: bool = False,
@@ -116,8 +117,8 @@ def generate(
         out: The results' JSON file, which the first rank writes; None writes the prompts alone.
         prompts: What is asked.
         dump: JSON lines of the prompts, for another engine.
-        batch_size: Prompts that are answered together; None for as many as have
-            :data:`BATCH_TOKENS`.
+        batch_size: Prompts that are answered together; None for as many as have `batch_tokens`.
+        batch_tokens: See there.
         tensor_parallel: Ranks that hold a checkpoint's model together, the others share the
             prompts; None for all.
         trust_remote_code: Run model code that is not what this release exports.
@@ -166,18 +167,22 @@ def generate(
     unfinished = UnfinishedCells(out, same, overwrite)
     on_first_rank(unfinished.open)
     results = []
+
+    def size_at(length: int) -> int:
+        return batch_size or max(1, batch_tokens // length)
+
     for position, (name, generator) in enumerate(generators.items()):
         _tell_beyond(name, asked[name], chosen.lengths, tell)
         answered = []
         for number, cell in enumerate(cells, position * len(cells)):
             found = on_first_rank(partial(unfinished.load, number))
             if found is None:
-                found = _answer(name, generator, cell, batch_size, progress)
+                found = _answer(name, generator, cell, size_at, progress)
                 on_first_rank(partial(unfinished.save, number, found))
             answered.append(found)
         losses = on_first_rank(partial(unfinished.load_positions, position))
         if losses is None:
-            losses = _losses(name, generator, windows, batch_size, progress)
+            losses = _losses(name, generator, windows, size_at, progress)
             on_first_rank(partial(unfinished.save_positions, position, losses))
         results.append(_result(name, asked[name], serve_dtype, answered, losses))
         generator.release()
@@ -323,12 +328,12 @@ def _losses(
     name: str,
     generator: AnyGenerator,
     windows: Sequence[Sequence[int]],
-    batch_size: int | None,
+    size_at: Callable[[int], int],
     progress: Progress,
 ) -> tuple[PositionLoss, ...]:
     if not windows:
         return ()
-    size = batch_size or max(1, BATCH_TOKENS // len(windows[0]))
+    size = size_at(len(windows[0]))
     losses = generator.position_losses(windows, size, progress, f"{name}: perplexity")
     return loss_by_position(losses, len(windows))
 
@@ -337,14 +342,14 @@ def _answer(
     name: str,
     generator: AnyGenerator,
     cell: Sequence[GenerationSample],
-    batch_size: int | None,
+    size_at: Callable[[int], int],
     progress: Progress,
 ) -> Answered:
     task, length = cell[0].task, cell[0].length
     texts = generator.generate(
         [sample.prompt for sample in cell],
         cell[0].max_new_tokens,
-        batch_size or max(1, BATCH_TOKENS // length),
+        size_at(length),
         progress,
         f"{name}: {task} {length}",
     )

@@ -108,6 +108,46 @@ class Generator:
                 total[part] += losses.double().sum(0).cpu()
         return (total / len(windows)).tolist()
 
+    @torch.inference_mode()
+    def right_answers(
+        self, samples: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    ) -> list[bool]:
+        """Whether greedy decoding gives each answer, by one forward pass with the answer's tokens.
+
+        Args:
+            samples: Tokens of prompt and answer; each pair of one length, prompts and answers.
+            batch_size: Samples of a forward pass.
+        """
+        model, found = self._load(), []
+        for start in range(0, len(samples), batch_size):
+            rows = [[*prompt, *answer] for prompt, answer in samples[start : start + batch_size]]
+            tokens, size = torch.tensor(rows, device=model.device), len(samples[0][1])
+            logits = model(tokens[:, :-1], use_cache=False).logits[:, -size:]
+            found += (logits.argmax(-1) == tokens[:, -size:]).all(-1).tolist()
+        return found
+
+    @torch.inference_mode()
+    def divergence_from(
+        self, teacher: Generator, windows: Sequence[Sequence[int]], batch_size: int
+    ) -> float:
+        """KL(teacher || this model) of the next token in nats, the mean over positions.
+
+        Args:
+            teacher: With the same vocabulary.
+            windows: Tokens, in each as many.
+            batch_size: Windows of a forward pass.
+        """
+        ours, theirs = self._load(), teacher._load()
+        total = 0.0
+        for start in range(0, len(windows), batch_size):
+            tokens = torch.tensor(windows[start : start + batch_size], device=ours.device)
+            own, other = (
+                model(tokens, use_cache=False).logits.float().log_softmax(-1).flatten(0, 1)
+                for model in (ours, theirs)
+            )
+            total += F.kl_div(own, other, reduction="sum", log_target=True).double().item()
+        return total / sum(map(len, windows))
+
     def release(self) -> None:
         """Give the model's memory back."""
         self._model = None

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,34 @@ def test_the_verb_counts_what_greedy_decoding_gives(models, tmp_path, capsys, mo
     assert "not comparable with published RULER" in said and f"{models}/text.txt" in said
     assert "hf is built for 450 tokens: its results at 500 tokens are beyond" in said
     assert "67 [21, 94] 83" in said
+
+
+def test_right_answers_are_those_that_greedy_decoding_gives(models):
+    student = Generator(models / "hf", True)
+    model = AutoModelForCausalLM.from_pretrained(models / "hf", trust_remote_code=True)
+    samples, wanted = [], []
+    for seed in range(5):
+        prompt = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(seed))
+        found = model.generate(prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        answer = found[0, 30:].tolist()
+        answer[seed % 3] += seed % 2  # every other one is wrong, in one token
+        samples.append((prompt[0].tolist(), answer))
+        wanted.append(seed % 2 == 0)
+    assert student.right_answers(samples, 2) == wanted
+
+
+def test_the_divergence_is_that_of_the_two_distributions(models):
+    teacher, student = Generator(models / "qwen3", False), Generator(models / "hf", True)
+    tokens = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
+    found = student.divergence_from(teacher, tokens.tolist(), 2)
+    theirs, ours = (
+        AutoModelForCausalLM.from_pretrained(models / name, trust_remote_code=True)(tokens)
+        .logits.double().softmax(-1).detach().numpy()
+        for name in ("qwen3", "hf")
+    )  # fmt: skip
+    expected = (theirs * (np.log(theirs) - np.log(ours))).sum(-1).mean()
+    assert expected > 0.1 and found == pytest.approx(expected, rel=1e-4)
+    assert teacher.divergence_from(teacher, tokens.tolist(), 2) == 0.0
 
 
 def test_state_bytes_are_those_of_the_checkpoint(models, tmp_path):
