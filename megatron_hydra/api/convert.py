@@ -37,6 +37,9 @@ LONGEST_CALIBRATION = 2048
 _BATCH_TOKENS = 2048
 _FORMATS: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16"}
 
+Reuse = Literal["all", "no_attention", "nothing"]
+"""What of a hybrid starts from its teacher's weights; controls, but for `all`."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -88,6 +91,7 @@ def convert(
     options: Mapping[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     calibration: Calibration = Calibration(),
+    reuse: Reuse = "all",
     overwrite: bool = False,
     command: str | None = None,
     progress: Progress = no_progress,
@@ -101,7 +105,8 @@ def convert(
         options: Fields of :class:`~megatron_hydra.model.config.HydraConfig`, such as `fa_rope`.
             Where they do not say what the LA heads are, it is what the plan's costs were told for.
         dtype: Of the weights.
-        calibration: For a hybrid whose fusion has a scale for each head.
+        calibration: For a hybrid whose fusion has a scale for each head and reuses all.
+        reuse: What of a hybrid starts from the teacher's weights, the rest at random.
         overwrite: Replace an earlier checkpoint.
         command: For provenance; None takes the process's own.
         progress: Shows how far it is.
@@ -114,6 +119,8 @@ def convert(
     check_outputs([out], (teacher, plan, calibration.text, *texts))
     check_output(out, overwrite, "folder", marker="model.json")
     _check_calibration(calibration)
+    if plan is None and reuse != "all":
+        raise UserError(f"reuse is {reuse}, but without a plan the teacher itself is converted")
     if check_model_folder(teacher):
         raise UserError(f"the teacher {teacher} is a checkpoint folder: it is converted already")
     hash_of_weights, found = weights_hash(teacher), read_license(teacher)
@@ -124,10 +131,12 @@ def convert(
     cpu.install_if_needed()
     import torch
 
+    from megatron_hydra.model.build import build_model
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.teachers import checkpoint, weights
     from megatron_hydra.teachers.loading import hydra_config
     from megatron_hydra.teachers.tokenizer import check_tokenizer
+    from megatron_hydra.teachers.weight_reuse import keep_fresh
 
     fields = {**_planned(head_plan), **(options or {})}
     checkpoint.check_stored("hybrid" if head_plan else "teacher", fields)
@@ -136,17 +145,22 @@ def convert(
     check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
     tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
-    if head_plan and config.fusion in ("scale", "gate") and calibration.num_tokens:
+    measures = config.fusion in ("scale", "gate") and reuse == "all" and calibration.num_tokens
+    if head_plan and measures:
         batches = _batches(calibration, tokenizer, config.seq_length)
     tensors = weights.read_weights(teacher)
     initialize_model_parallel()
     if head_plan is None:
-        model, reuse = _build_teacher(config, tensors), None
+        model, reused = _build_teacher(config, tensors), None
     else:
-        model, reuse = _build_hybrid(config, head_plan, tensors, batches, progress)
+        model, reused = _build_hybrid(config, head_plan, tensors, batches, progress)
+        if reuse != "all":
+            fresh = build_model(config, head_plan)
+            reused = keep_fresh(model, fresh, "" if reuse == "nothing" else ".self_attention.")
     provenance = {
         "command": command or shlex.join(sys.argv),
         "versions": versions(),
+        "reuse": reuse,
         **_record(calibration, batches),
     }
     checkpoint.save_checkpoint(
@@ -156,7 +170,7 @@ def convert(
     return Conversion(
         folder=out,
         plan=head_plan,
-        reuse=reuse,
+        reuse=reused,
         num_tokens=sum(batch.numel() for batch in batches),
         length_tokens=batches[0].shape[1] if batches else 0,
         parallel_sizes=ParallelSizes.of(vars(config)),

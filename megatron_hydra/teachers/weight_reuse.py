@@ -86,6 +86,27 @@ def reuse_teacher_weights(
     return summary
 
 
+@torch.no_grad()
+def keep_fresh(model: GPTModel, fresh: GPTModel, part: str) -> ReuseSummary:
+    """Take a teacher's weights out of a hybrid again, as a control for what they are worth.
+
+    Args:
+        model: That has them.
+        fresh: As it was built.
+        part: Parameters with this in their names become those of ``fresh``; all have "" in them.
+
+    Returns:
+        How many values are the teacher's then.
+    """
+    summary = ReuseSummary()
+    for (name, own), new in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        if part in name:
+            own.copy_(new)
+        counts = summary.new if part in name else summary.reused
+        counts["attentions" if ".self_attention." in name else _part(name)] += own.numel()
+    return summary
+
+
 def _write_attention(
     attention: HydraAttention,
     teacher: dict[str, Tensor],

@@ -98,6 +98,27 @@ def test_without_calibration_every_scale_starts_at_1(
     assert "the number of calibration tokens is -1; it must be 0" in capsys.readouterr().err
 
 
+def test_what_is_not_reused_starts_at_random(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_hydra.teachers.checkpoint import load_checkpoint
+
+    words = ["convert", "--teacher", f"{inputs}/teacher", "--out", f"{inputs}/out", "--overwrite"]
+    found = {}
+    for reuse in ("all", "no_attention", "nothing"):
+        assert cli.main([*words, "--plan", f"{inputs}/plan.json", *MORE[1:], "--reuse", reuse]) == 0
+        parameters = load_checkpoint(inputs / "out").model.named_parameters()
+        found[reuse] = {name: value.detach().clone() for name, value in parameters}
+    for name, value in found["all"].items():
+        is_attention, drawn = ".self_attention." in name, found["nothing"][name]
+        assert (found["no_attention"][name] != (drawn if is_attention else value)).sum() == 0, name
+        if name.endswith((".in_proj.weight", "linear_proj.weight", "linear_fc1.weight")):
+            # The teacher's are drawn ten times as large.
+            assert 0.01 < float(drawn.std()) < 0.03 < 0.1 < float(value.std()), name
+    assert cli.main([*words, "--reuse", "nothing"]) == 2
+    assert "reuse is nothing, but without a plan the teacher itself is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,10 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra_tools.progress import progress
-from megatron_hydra.api.convert import LONGEST_CALIBRATION, Calibration, Conversion, convert
+from megatron_hydra.api.convert import (
+    LONGEST_CALIBRATION,
+    Calibration,
+    Conversion,
+    Reuse,
+    convert,
+)
 from megatron_hydra.api.convert_hybrid import convert_hybrid
 from megatron_hydra.errors import UserError
 from megatron_hydra.schema import read_overrides
@@ -48,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{LONGEST_CALIBRATION} at most)",
     )
     parser.add_argument(
+        "--reuse",
+        choices=get_args(Reuse),
+        default="all",
+        help="what of a hybrid starts from the teacher's weights; the others are controls",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="model.key=value",
@@ -72,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
             args.calibration_length,
             "--calibration-text",
         ),
+        reuse=args.reuse,
         overwrite=args.overwrite,
         command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
         progress=progress,
