@@ -58,6 +58,10 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "certify", "export",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
+    "study": {
+        "errors", "files", "head_plan", "processes", "progress", "schema", "teachers", "tasks",
+        "selection", "training", "evaluation", "export", "report", "api",
+    },
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = (
     "errors.py",

@@ -33,6 +33,7 @@ VERBS = {
     "estimate": "predict memory, time, disk and cost of stages, before any GPU is taken",
     "train": "run one stage of the transfer from a YAML file; start it with torchrun",
     "transfer": "run all steps from score to report by one YAML file, what is done excepted",
+    "study": "train and measure many arms by one YAML file, side by side, and write their page",
     "status": "tell how far trainings are, from their folders",
     "certify": "hold a model to itself at every parallel layout; start it with torchrun",
     "export": "write a checkpoint as a Hugging Face folder that runs without this package",

@@ -1,0 +1,232 @@
+"""The page of a study: a table, a picture and the orderings of each question, from the results.
+
+Nothing is written by hand but the study's own titles and notes: every figure is a result's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.files import write_beside
+from megatron_hydra.study.config import Ordering, Question, Run, StudyConfig
+from megatron_hydra.study.results import ArmResult
+from megatron_hydra.study.statistics import Difference, paired_difference, share_right
+
+Results = Mapping[Run, ArmResult]
+
+
+@dataclass(frozen=True)
+class ArmFigures:
+    """An arm at a budget: means over its finished runs.
+
+    Attributes:
+        name: Of the arm.
+        results: Of its finished runs, one or more.
+        length: The training length, in tokens.
+    """
+
+    name: str
+    results: Sequence[ArmResult]
+    length: int
+
+    def accuracy(self, task: str) -> dict[int, float]:
+        """By length, as a share."""
+        found: dict[int, list[float]] = {}
+        for result in self.results:
+            assert result.evaluation is not None
+            for cell in result.evaluation.tasks:
+                if cell.task == task:
+                    found.setdefault(cell.length, []).append(cell.accuracy)
+        return {length: mean(values) for length, values in sorted(found.items())}
+
+    def retrieval(self, above: int) -> float:
+        """The mean over tasks and lengths above one."""
+        return mean(share_right(result.bits("retrieval", above)) for result in self.results)
+
+    def probe(self, name: str) -> float:
+        """Share of right samples."""
+        return mean(share_right([result.probes[name]]) for result in self.results)
+
+    @property
+    def loss_nats(self) -> float:
+        """On held-out text at positions up to the training length."""
+        return mean(_loss(result, self.length) for result in self.results)
+
+    @property
+    def divergence_nats(self) -> float:
+        """From the teacher."""
+        return mean(r.divergence_nats for r in self.results if r.divergence_nats is not None)
+
+    @property
+    def cache(self) -> tuple[float, float]:
+        """Bytes a token adds, and bytes of state; random heads store more or less by the draw."""
+        found = [result.evaluation for result in self.results if result.evaluation]
+        return (
+            mean(each.cache_bytes_per_token or 0 for each in found),
+            mean(each.state_bytes or 0 for each in found),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Trained on."""
+        return sum(self.results[0].tokens.values())
+
+    @property
+    def num_fa_heads(self) -> int:
+        """In the whole model."""
+        return sum(map(len, self.results[0].fa_heads))
+
+
+def _loss(result: ArmResult, length: int) -> float:
+    assert result.evaluation is not None
+    within = [each for each in result.evaluation.loss_by_position if each.last <= length]
+    total = sum(each.num_tokens for each in within)
+    return sum(each.loss_nats * each.num_tokens for each in within) / total
+
+
+def write_page(study: StudyConfig, results: Results, out: Path) -> None:
+    """Write the page, and its pictures to `pictures/` beside it, in earlier ones' places.
+
+    Raises:
+        UserError: If there is no result, or the page cannot be written.
+    """
+    if not any(result.status == "finished" for result in results.values()):
+        raise UserError(f"{study.results} holds no result of the study: run it first")
+    from megatron_hydra.report.chart_style import chart_style, save_png
+    from megatron_hydra.study.charts import question_figure
+
+    lines = [f"# {study.run.title}", "", *_head(study, results)]
+    for key, question in study.questions.items():
+        lines += ["", f"## {question.title}", *(["", question.note] if question.note else [])]
+        for budget in study.run.budgets:
+            figures = list(_figures(study, results, question, budget))
+            lines += ["", f"### {budget} of the heads FA"]
+            if figures:
+                picture = out.parent / "pictures" / f"study_{key}_{budget.replace('/', '_')}.png"
+                with chart_style():
+                    save_png(picture, question_figure(study, figures), overwrite=True)
+                lines += ["", *_table(study, question, figures)]
+                lines += ["", f"![{question.title}](pictures/{picture.name})"]
+            lines += _absent(study, results, question, budget)
+            lines += _orderings(study, results, question, budget)
+    with write_beside(out, overwrite=True) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _head(study: StudyConfig, results: Results) -> list[str]:
+    finished = [result for result in results.values() if result.status == "finished"]
+    failed = len(results) - len(finished)
+    devices = sorted({str(result.provenance["device"]) for result in finished})
+    asked = study.evaluation
+    lengths = ", ".join(f"{length:,}" for length in study.lengths)
+    stages = ", ".join(f"{stage} {study.stages[stage].tokens:,}" for stage in study.stages)
+    lines = [
+        f"Of {len(study.runs())} runs {len(finished)} are finished, {failed} failed and "
+        f"{len(study.runs()) - len(results)} have not run. Device: {', '.join(devices)}. This page "
+        "is made from the JSON files of the runs by `megatron-hydra study --report`.",
+        "",
+        f"Every arm trains on the same data, in tokens: {stages}, where its row does not say "
+        f"otherwise. Teachers: {', '.join(study.teachers)}, at {study.data.length} tokens. "
+        f"Accuracy is in % of {asked.samples} prompts a cell, answered by generated text, at "
+        f"{lengths} tokens; all are asked the same. Loss is in nats on held-out text up to the "
+        "training length, KL is the divergence of the next token from the teacher's there, cache "
+        "is in bytes of bf16 a token, state in KiB a sequence. Figures are means over runs: pairs "
+        "of a teacher and a seed. An ordering is read off all lengths beyond the training length, "
+        "or off a probe; its interval is a paired bootstrap's, 95%, over runs and prompts, and "
+        "one run alone decides nothing.",
+    ]
+    return [*([study.run.note, ""] if study.run.note else []), *lines]
+
+
+def _runs(study: StudyConfig, arm: str, budget: str) -> list[Run]:
+    at = study.budget_of(arm, budget)
+    return [run for run in study.runs() if (run.arm, run.budget) == (arm, at)]
+
+
+def _figures(
+    study: StudyConfig, results: Results, question: Question, budget: str
+) -> Iterator[ArmFigures]:
+    """Of the arms that have a finished run."""
+    for arm in question.arms:
+        found = [results[run] for run in _runs(study, arm, budget) if run in results]
+        if found := [result for result in found if result.status == "finished"]:
+            yield ArmFigures(arm, found, study.data.length)
+
+
+def _table(study: StudyConfig, question: Question, figures: Sequence[ArmFigures]) -> list[str]:
+    asked = study.evaluation
+    heads = ["arm", "", "FA heads", *(task.replace("niah_", "") for task in asked.tasks)]
+    heads += [*asked.probes, "loss", "KL", "cache", "state", "tokens", "runs"]
+    heads += ["paper"] if question.paper else []
+    rows = []
+    for each in figures:
+        cache, state = each.cache
+        cells = [each.name, study.arms[each.name].about, str(each.num_fa_heads)]
+        for task in asked.tasks:
+            shares = each.accuracy(task).values()
+            cells.append(" / ".join(f"{100 * share:.0f}" for share in shares))
+        cells += [f"{100 * each.probe(name):.0f}" for name in asked.probes]
+        cells += [f"{each.loss_nats:.3f}", f"{each.divergence_nats:.3f}"]
+        cells += [f"{cache:,.0f}", f"{state / 1024:,.0f}", f"{each.tokens:,}"]
+        cells += [str(len(each.results))]
+        rows.append([*cells, *([question.paper.get(each.name, "")] if question.paper else [])])
+    return _markdown(heads, rows)
+
+
+def _absent(study: StudyConfig, results: Results, question: Question, budget: str) -> list[str]:
+    """What failed, and what has not run."""
+    failed, waiting = [], []
+    for arm in question.arms:
+        for run in _runs(study, arm, budget):
+            if run not in results:
+                waiting.append(f"{arm} ({run.teacher}, seed {run.seed})")
+            elif results[run].status == "failed":
+                failed.append(f"{arm} ({run.teacher}, seed {run.seed}): {results[run].reason}")
+    lines = [f"- Failed: {each}" for each in failed]
+    lines += [f"- Not run: {', '.join(waiting)}"] if waiting else []
+    return ["", *lines] if lines else []
+
+
+def _orderings(study: StudyConfig, results: Results, question: Question, budget: str) -> list[str]:
+    rows = []
+    for ordering in question.orderings:
+        found = compare(study, results, ordering, budget)
+        claim = f"{ordering.better} over {ordering.worse}"
+        if found is None:
+            rows.append([claim, ordering.by, ordering.paper, "", "", "0", "undecided: not run"])
+            continue
+        low, high = (f"{100 * value:+.1f}" for value in found.interval)
+        rows.append(
+            [claim, ordering.by, ordering.paper, f"{100 * found.value:+.1f}", f"{low} to {high}",
+             str(found.num_runs), found.verdict]
+        )  # fmt: skip
+    if not rows:
+        return []
+    heads = ["claim", "by", "paper", "difference, points", "95% interval", "runs", "verdict"]
+    return ["", *_markdown(heads, rows)]
+
+
+def compare(
+    study: StudyConfig, results: Results, ordering: Ordering, budget: str
+) -> Difference | None:
+    """Two arms on the teachers and seeds that both have finished; None if there are none."""
+    found: list[dict[tuple[str, int], ArmResult]] = []
+    for arm in (ordering.better, ordering.worse):
+        done = [results[run] for run in _runs(study, arm, budget) if run in results]
+        found.append({(r.teacher, r.seed): r for r in done if r.status == "finished"})
+    both = [key for key in found[0] if key in found[1]]
+    if not both:
+        return None
+    above = min(max(study.lengths) - 1, study.data.length)
+    better, worse = ([by[key].bits(ordering.by, above) for key in both] for by in found)
+    return paired_difference(better, worse)
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]

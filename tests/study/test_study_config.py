@@ -1,0 +1,205 @@
+"""A study's YAML: what runs in which order, what its arms' plans are, bad input."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kit.scores import make_scores
+
+from megatron_hydra.api.plan import recombine
+from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.schema import as_overrides
+from megatron_hydra.selection.combination import Combination
+from megatron_hydra.selection.policy import plan_from_scores, random_plan
+from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects
+from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.study.config import Run, StudyConfig, budget_for, load_study
+from megatron_hydra.tasks.probes import find_sub_probe
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "examples/study").glob("*.yaml"))
+LAYERS, HEADS, GROUPS = 8, 16, 8
+
+
+@pytest.fixture(scope="module")
+def study() -> StudyConfig:
+    return load_study(ROOT / "examples/study/study.yaml")
+
+
+@pytest.fixture(scope="module")
+def scores(study: StudyConfig) -> HeadScores:
+    """Effects at random of all that the study scores by."""
+    names = [find_sub_probe(name) for name in study.score["probes"]["names"]]
+    capabilities = {probe.name: probe.capability for probe in names} | {
+        CONTROL_PROBE: CONTROL_PROBE
+    }
+    rng = np.random.default_rng(0)
+    effects: dict[str, dict[str, np.ndarray]] = {}
+    for scorer in study.score["scorers"]["names"]:
+        if scorer in CONTROLS:
+            every = study.score["scorers"]["every"]
+            effects[scorer] = {CONTROL_PROBE: control_effects(scorer, LAYERS, HEADS, every=every)}
+        else:
+            effects[scorer] = {probe.name: rng.random((3, LAYERS, HEADS)) for probe in names}
+    combine = study.score["combine"]
+    chosen = Combination(tuple(combine["scorers"]), weights=combine["weights"])
+    return make_scores(effects, GROUPS, capabilities, chosen)
+
+
+def planned(study: StudyConfig, scores: HeadScores, run: Run) -> HeadPlan:
+    """As the arm's own first step has it."""
+    arm, budget = study.arms[run.arm], budget_for(study, run)
+    combined = recombine(scores, as_overrides({"combine": arm.combine}))
+    if arm.random:
+        summary = random_plan(combined, budget, arm.constraints, seed=run.seed, num_resamples=2)
+    else:
+        summary = plan_from_scores(combined, budget, arm.constraints, num_resamples=2)
+    return summary.plan
+
+
+def by_layer(plan: HeadPlan) -> list[int]:
+    return [len(layer.fa_heads) for layer in plan.layers]
+
+
+@pytest.mark.parametrize("budget", ["1/8", "1/4"])
+def test_arms_have_the_plans_that_their_words_say(study, scores, budget):
+    plans = {
+        run.arm: planned(study, scores, run)
+        for run in study.runs() if run.budget == budget and run.seed == 0
+    }  # fmt: skip
+    number = LAYERS * HEADS // int(budget[-1])
+    others = {name: plan for name, plan in plans.items() if name != "groups_cache"}
+    assert {name: plan.num_fa_heads for name, plan in others.items()} == dict.fromkeys(
+        others, number
+    )
+    retrieval = scores.scores
+    best = np.argsort(-retrieval.ravel())[:number]
+    chosen = {tuple(divmod(int(place), HEADS)) for place in best}
+    kept = {(i, h) for i, layer in enumerate(plans["global"].layers) for h in layer.fa_heads}
+    assert kept == chosen
+    assert min(by_layer(plans["head"])) >= 1 and plans["head"] != plans["global"]
+    # Every choice of layers, by brute force.
+    num_layers = number // HEADS
+    sums = retrieval.sum(1)
+    top = max(itertools.combinations(range(LAYERS), num_layers), key=lambda c: sums[list(c)].sum())
+    assert by_layer(plans["layer_scored"]) == [HEADS * (i in top) for i in range(LAYERS)]
+    spread = {1: [3], 2: [3, 7]}[num_layers]
+    assert by_layer(plans["layer_spread"]) == [HEADS * (i in spread) for i in range(LAYERS)]
+    for layer in range(LAYERS):
+        groups = plans["groups"].layers[layer].fa_heads
+        assert {h // 2 * 2 for h in groups} | {h // 2 * 2 + 1 for h in groups} == {*groups}
+        assert plans["fixed"].layers[layer].fa_heads == tuple(range(number // LAYERS))
+    in_layer = f"in_layer_{number // LAYERS}"
+    for layer, own in enumerate(plans[in_layer].layers):
+        order = np.argsort(-retrieval[layer])[: number // LAYERS]
+        assert sorted(own.fa_heads) == sorted(order.tolist())
+    assert by_layer(plans[f"random_{in_layer}"]) == [number // LAYERS] * LAYERS
+    stored = sum(len(plans["groups_cache"].fa_groups(i)) for i in range(LAYERS))
+    assert stored == LAYERS * GROUPS // int(budget[-1])
+    assert len({json.dumps(plans[name].to_dict()["layers"]) for name in (
+        "global", "zero_ablation", "attention_score", "capabilities", "random_global"
+    )}) == 5  # fmt: skip
+
+
+def test_lots_are_drawn_anew_for_each_replicate(study, scores):
+    runs = [run for run in study.runs() if run.arm == "random_global" and run.budget == "1/8"]
+    drawn = [by_layer(planned(study, scores, run)) for run in runs]
+    assert len(runs) == 3 and len({tuple(each) for each in drawn}) == 3
+    assert drawn == [by_layer(planned(study, scores, run)) for run in runs]
+
+
+def test_runs_come_question_by_question_and_their_first_replicates_first(study):
+    runs = study.runs()
+    assert len({run.name for run in runs}) == len(runs)
+    first = [run for run in runs if run.arm in study.questions["granularity"].arms]
+    assert runs[: len(first) // 2] == first[: len(first) // 2]
+    assert [run.budget for run in first] == ["1/8"] * (len(first) // 2) + ["1/4"] * (
+        len(first) // 2
+    )
+    heads = [(run.budget, run.seed) for run in runs if run.arm == "head"]
+    assert heads == [(budget, seed) for budget in ("1/8", "1/4") for seed in (0, 1, 2)]
+    assert [run.budget for run in runs if run.arm == "recipe"] == ["1"] * 3, "once for all budgets"
+    firsts = ("layer_spread", "global", "window", "recipe", "fusion_none", "no_align", "fa_rope")
+    seen = [[run.arm for run in runs].index(arm) for arm in firsts]
+    assert seen == sorted(seen)
+
+
+def test_all_arms_train_on_the_same(study):
+    """But for those whose row says otherwise; the recipe alone has stage 1's tokens in stage 2."""
+    stages = ("align", "distill", "long_context")
+    sums = {run.arm: sum(study.tokens(run, stage) for stage in stages) for run in study.runs()}
+    usual = sums.pop("head")
+    assert {arm for arm, tokens in sums.items() if tokens != usual} == {
+        "teacher", "window_untrained", "no_align", "no_distill", "no_long_context", "quarter",
+        "half", "double",
+    }  # fmt: skip
+    place = Path("there")
+    head, window = (
+        study.stage_config(Run(arm, "1/8", "first", 2), "distill", place, place, place, place)
+        for arm in ("head", "window")
+    )
+    assert head == window and head.data.seed == 2002
+
+
+def test_what_decides_a_result_changes_its_inputs_and_words_do_not(study):
+    run = Run("head", "1/8", "first", 0)
+    known = study.inputs(run)
+
+    def changed(*overrides: str) -> set[str]:
+        other = load_study(ROOT / "examples/study/study.yaml", overrides)
+        return {key for key, value in other.inputs(run).items() if known[key] != value}
+
+    assert changed("arms.head.about=words", "arms.head.replicates=1", "run.folder=there") == set()
+    assert changed("stages.distill.settings.optim.lr=1e-4") == {"stages"}
+    assert changed("arms.head.tokens={align: 0.5}") == {"stages"}
+    assert changed("arms.head.model={la_rope: false}") == {"arm"}
+    assert changed("evaluation.samples=7") == {"evaluation"}
+    assert changed("arms.window.model={}") == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("questions.kinds.arms=[heads]", r"questions\.kinds\.arms names 'heads'; there is head, "),
+        ("arms.head.tokens={algin: 1}", r"arms\.head names 'algin'; there is align, "),
+        ("arms.head.constraints={per_head: 1}", r"unknown config key arms\.head\.constraints\.per"),
+        ("run.budgets=[1/8, 1/4, many]", r"a budget is 'many'; a ratio such as 1/8 is needed"),
+        ("run.budgets=[1/8, 1/4, 0/8]", r"a budget is '0/8'; a ratio such as 1/8 is needed"),
+        ("stages.align.settings.optim.rate=1", r"arm head, stage align: unknown config key optim"),
+        ("score.scorers.names=[magic]", r"score: scorers\.names\[0\] is 'magic'"),
+        ("evaluation.tasks=[niah]", r"unknown generation task 'niah'"),
+        ("teachers.first.folder=here", r"teachers\.first must say one of folder and script"),
+        ("evaluation.probes=[]", r"orderings names 'kv_retrieval'; there is retrieval"),
+        ("evaluation.times=[]", r"evaluation\.times is empty"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(override, message):
+    with pytest.raises(UserError, match=message):
+        load_study(ROOT / "examples/study/study.yaml", [override])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_the_examples_are_read(path):
+    assert load_study(path).runs()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_arm_is_a_model_that_can_be_built(path):
+    """What no layer takes would fail on the GPU, an hour later."""
+    from megatron_hydra.cpu import install_if_needed
+
+    install_if_needed()
+    from kit.tiny import tiny_config, tiny_plan
+
+    from megatron_hydra.model.build import build_model
+    from megatron_hydra.parallel import initialize_model_parallel
+
+    initialize_model_parallel()
+    arms = load_study(path).arms
+    for options in {json.dumps(arm.model, sort_keys=True) for arm in arms.values()}:
+        build_model(tiny_config(**json.loads(options)), tiny_plan())

@@ -1,0 +1,113 @@
+"""The page: every figure and verdict follows from the results, and what is lacking is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.generation import Answered, GeneratedResult
+from megatron_hydra.evaluation.positions import PositionLoss
+from megatron_hydra.study.config import Run, StudyConfig, load_study
+from megatron_hydra.study.page import compare, write_page
+from megatron_hydra.study.results import ArmResult, load_results
+
+ROOT = Path(__file__).parents[2]
+SHARES = {"head": 0.9, "layer_scored": 0.4, "window": 0.7, "window_untrained": 0.1, "recipe": 0.7}
+
+
+@pytest.fixture
+def study(tmp_path) -> StudyConfig:
+    return load_study(ROOT / "examples/study/cpu.yaml", [f"run.results={tmp_path}/results"])
+
+
+def made(study: StudyConfig, run: Run, share: float) -> ArmResult:
+    """A result whose prompts are right with a probability."""
+    rng = random.Random(run.name)
+    cells = []
+    for task in study.evaluation.tasks:
+        for length in study.lengths:
+            found = [int(rng.random() < share) for _ in range(study.evaluation.samples)]
+            cells.append(Answered.count((task, length), found, [1] * len(found)))
+    buckets = ((1, 128, 30, 2.0), (129, 256, 10, 4.0), (257, 512, 5, 9.0))
+    losses = tuple(PositionLoss(*bucket) for bucket in buckets)
+    generated = GeneratedResult(run.name, "", 8, 32, 768, 2048, tuple(cells), losses)
+    return ArmResult(
+        run.arm, run.budget, run.teacher, run.seed, {"seed": "0"}, "finished",
+        fa_heads=((0, 1), (2,)), evaluation=generated, divergence_nats=0.25,
+        tokens={"align": 1000, "distill": 234}, provenance={"device": "CPU"},
+    )  # fmt: skip
+
+
+def test_the_page_says_what_the_results_hold(study, tmp_path):
+    runs = study.runs()
+    for run in runs:
+        if run.arm in SHARES and (run.arm, run.seed) != ("window", 1):
+            made(study, run, SHARES[run.arm]).save(study.results)
+    failed = Run("window", "1/4", "quickstart", 1)
+    ArmResult(*dataclasses.astuple(failed), {}, "failed", reason="out of | memory").save(
+        study.results
+    )
+    results = load_results(study)
+    assert results[runs[0]] == made(study, runs[0], 0.9), "what is saved is what is loaded"
+    write_page(study, results, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "Of 12 runs 9 are finished, 1 failed and 2 have not run" in page
+    (row,) = {line for line in page.splitlines() if line.startswith("| head | heads by score")}
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    both = [results[run].evaluation for run in runs if run.arm == "head"]
+    assert len(both) == 2
+    for number, task in enumerate(study.evaluation.tasks):
+        shares = [
+            100 * sum(t.num_right for each in both for t in each.tasks if t.cell == (task, length))
+            / (2 * study.evaluation.samples)
+            for length in study.lengths
+        ]  # fmt: skip
+        assert cells[3 + number] == " / ".join(f"{share:.0f}" for share in shares)
+    # Loss up to 256: 30 tokens at 2.0 and 10 at 4.0.
+    assert cells[5:] == ["2.500", "0.250", "768", "2", "1,234", "2"] and cells[2] == "3"
+    assert re.search(
+        r"\| head over layer_scored \| retrieval \| +\| \+\d\d\.\d \| .* 2 \| holds \|", page
+    )
+    assert "| head over window | retrieval |" in page
+    assert re.search(r"head over window .* 1 \| undecided \|", page), "one of its runs failed"
+    assert re.search(r"recipe over teacher .* 0 \| undecided: not run \|", page)
+    assert "- Failed: window (quickstart, seed 1): out of | memory" in page
+    assert "- Not run: teacher (quickstart, seed 0), teacher (quickstart, seed 1)" in page
+    for name in re.findall(r"\]\((pictures/.*?)\)", page):
+        assert (tmp_path / name).stat().st_size > 5000
+    before = page
+    write_page(study, results, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == before
+
+
+def test_an_ordering_is_read_off_lengths_beyond_the_training_length(study):
+    ordering = study.questions["granularity"].orderings[0]
+    first = Run("head", "1/4", "quickstart", 0)
+    second = dataclasses.replace(first, arm="layer_scored")
+
+    def with_bits(run: Run, short: str, long: str) -> ArmResult:
+        result = made(study, run, 1.0)
+        assert result.evaluation is not None
+        cells = []
+        for task, length in (cell.cell for cell in result.evaluation.tasks):
+            found = [int(bit) for bit in (short if length == 256 else long)]
+            cells.append(Answered.count((task, length), found, [1] * 4))
+        return dataclasses.replace(
+            result, evaluation=dataclasses.replace(result.evaluation, tasks=tuple(cells))
+        )
+
+    results = {first: with_bits(first, "0000", "1100"), second: with_bits(second, "1111", "0100")}
+    found = compare(study, results, ordering, "1/4")
+    assert found is not None and found.value == 0.25 and found.num_runs == 1
+    assert compare(study, {first: results[first]}, ordering, "1/4") is None
+
+
+def test_without_a_result_there_is_no_page(study, tmp_path):
+    with pytest.raises(UserError, match="holds no result of the study: run it first"):
+        write_page(study, load_results(study), tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()

@@ -1,0 +1,173 @@
+"""The study's command: stopped and gone on with, failures kept, carried to another machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra_tools import cli
+
+from megatron_hydra.study.results import ArmResult
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = f"""
+import json, shutil, sys
+out = sys.argv[-1].removeprefix("--out=")
+shutil.copytree({str(ROOT / "examples/quickstart/teacher")!r}, out)
+open(out + "/arguments.json", "w").write(json.dumps(sys.argv[1:-1]))
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """Two arms of a teacher that a script makes, at the smallest size; one of them cannot be."""
+    study: dict[str, Any] = yaml.safe_load((ROOT / "examples/study/cpu.yaml").read_text())
+    (tmp_path / "script.py").write_text(SCRIPT)
+    study["run"] |= {
+        "folder": f"{tmp_path}/study",
+        "results": f"{tmp_path}/results",
+        "replicates": [{"teacher": "made", "seed": 0}],
+    }
+    options = {"num_layers": 4, "no_ablation": True, "max_seconds": 9.0}
+    study["teachers"] = {"made": {"script": f"{tmp_path}/script.py", "options": options}}
+    study["data"] |= {"documents": 64, "long_length": 512, "long_documents": 8}
+    study["score"] = {
+        "probes": {"names": ["niah_single_2"], "pairs": 2, "length": 256},
+        "scorers": {"names": ["activation_patching"]},
+    }
+    for stage, tokens in (("align", 40960), ("distill", 4096), ("long_context", 2048)):
+        study["stages"][stage]["tokens"] = tokens
+        study["stages"][stage]["settings"]["resume"] = {"save_every_n_steps": 1}
+    study["evaluation"] = {"times": [1, 2], "samples": 2, "text_tokens": 512,
+                           "probes": ["induction"]}  # fmt: skip
+    broken = {"about": "of no kind", "model": {"la_kind": "magic"}, "tokens": {"align": 0}}
+    study["arms"] = {"head": study["arms"]["head"], "broken": broken}
+    orderings = [{"better": "head", "worse": "broken"}]
+    question = {"title": "Which?", "arms": ["head", "broken"], "orderings": orderings}
+    study["questions"] = {"which": question}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return path
+
+
+def start(config: Path, *more: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "hydra_tools.study", "--config", str(config), *more], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def dry_run(config: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, str]:
+    """What is to become of each run."""
+    capsys.readouterr()
+    assert cli.main(["study", "--config", str(config), *more, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if line.startswith("1-4.")]
+    return {line.split()[0]: line.split(": ", 1)[1] for line in found}
+
+
+@pytest.mark.slow
+def test_stopped_gone_on_with_failed_carried_and_told(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head, broken, bundle = "1-4.head.made.0", "1-4.broken.made.0", tmp_path / "bundle.tar"
+    assert dry_run(config, capsys) == {head: "to run", broken: "to run"}
+    first = start(config, "--bundle", str(bundle))
+    steps = tmp_path / f"study/arms/{head}/align/metrics.jsonl"
+    while not steps.exists() or len(steps.read_text().splitlines()) < 2:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate()[0]
+    assert first.returncode == 75 and "SIGTERM: " in said and "the same command goes on" in said
+    done = len(steps.read_text().splitlines())
+    assert 2 <= done < 20
+    assert dry_run(config, capsys)[head] == "to go on"
+
+    second = start(config, "--bundle", str(bundle))
+    said = second.communicate()[0]
+    assert second.returncode == 0 and f"{head}: finished" in said, said
+    log = (tmp_path / f"study/logs/{head}.log").read_text()
+    assert log.count("starting at step 0") == 3 and f"going on from {steps.parent}/" in log
+    found = dry_run(config, capsys)
+    assert found[head] == "done" and found[broken].startswith("failed: ")
+    assert "la_kind is 'magic'" in found[broken]
+    result = ArmResult.load(tmp_path / f"results/{head}.json")
+    assert result.tokens == {"align": 40960, "distill": 4096, "long_context": 2048}
+    assert len(result.probes["induction"]) == 2 and not (tmp_path / "study/arms" / head).exists()
+    assert result.evaluation is not None
+    assert [task.length for task in result.evaluation.tasks] == [256, 512] * 2
+    made = tmp_path / "study/teachers/made"
+    options = json.loads((made / "hf/arguments.json").read_text())
+    assert options == ["--max-seconds=9.0", "--no-ablation", "--num-layers=4"]
+
+    third = start(config, "--bundle", str(bundle))
+    assert third.communicate()[0] == "" and third.returncode == 0, "nothing is left"
+    with tarfile.open(bundle) as tar:
+        names = {*tar.getnames()}
+    assert {f"results/{head}.json", "teachers/made/scores.json"} <= names
+    assert {"teachers/made/hf/model.safetensors", "teachers/made/inputs.json"} <= names
+    elsewhere = [f"run.folder={tmp_path}/b", f"run.results={tmp_path}/b/r", "--bundle", str(bundle)]
+    assert dry_run(config, capsys, *elsewhere) == found
+    weights = "hf/model.safetensors"
+    assert (made / weights).read_bytes() == (tmp_path / "b/teachers/made" / weights).read_bytes()
+    changed = dry_run(config, capsys, "stages.distill.settings.optim.lr=1e-4")
+    assert changed[head] == "to run again, as stages changed"
+    assert cli.main(["study", "--config", str(config), "data.documents=32", "--dry-run"]) == 2
+    assert "was made with another data: choose another run.folder" in capsys.readouterr().err
+
+    page = tmp_path / "page.md"
+    assert cli.main(["study", "--config", str(config), "--report", str(page)]) == 0
+    assert "1 are finished, 1 failed" in page.read_text()
+    reason = found[broken].removeprefix("failed: ")
+    assert f"- Failed: broken (made, seed 0): {reason}" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "--workers must be 1 or more"),
+        (["--minutes", "0"], "--minutes above 0"),
+        (["--only", "1-4.nobody.made.0"], "the study has no arm 1-4.nobody.made.0"),
+        (["--report", "page.md"], "holds no result of the study: run it first"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    config: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert cli.main(["study", "--config", str(config), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("name", ["../outside", "results/../../outside", "teachers", "other/x"])
+def test_a_foreign_archive_is_refused_and_writes_nothing_outside(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with tarfile.open(tmp_path / "bundle.tar", "w") as tar:
+        tar.add(config, name)
+    words = ["study", "--config", str(config), "--bundle", f"{tmp_path}/bundle.tar", "--dry-run"]
+    assert cli.main(words) == 2
+    assert "bundle" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.slow
+def test_a_teacher_that_fails_leaves_its_arms_and_says_why(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("raise SystemExit('no teacher today')")
+    process = start(config)
+    said = process.communicate()[0]
+    assert process.returncode == 1
+    assert "teacher:made: failed: " in said and "script.py ended with code 1" in said
+    assert not (tmp_path / "results").exists(), "no arm has failed"
