@@ -111,3 +111,17 @@ def test_without_a_result_there_is_no_page(study, tmp_path):
     with pytest.raises(UserError, match="holds no result of the study: run it first"):
         write_page(study, load_results(study), tmp_path / "page.md")
     assert not (tmp_path / "page.md").exists()
+
+
+def test_the_committed_page_is_what_the_committed_results_make(tmp_path):
+    """Nothing on it is written by hand, and its YAML is still the one that was run."""
+    found = load_study(
+        ROOT / "examples/study/cpu.yaml", [f"run.results={ROOT}/examples/study/results_cpu"]
+    )
+    results = load_results(found)
+    assert [*results] == found.runs()
+    for run, result in results.items():
+        settings = found.inputs(run)
+        assert {key: result.inputs[key] for key in settings} == settings, run.name
+    write_page(found, results, tmp_path / "study.md")
+    assert (tmp_path / "study.md").read_text() == (ROOT / "docs/study.md").read_text()

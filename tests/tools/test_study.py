@@ -49,8 +49,10 @@ def config(tmp_path: Path) -> Path:
         study["stages"][stage]["settings"]["resume"] = {"save_every_n_steps": 1}
     study["evaluation"] = {"times": [1, 2], "samples": 2, "text_tokens": 512,
                            "probes": ["induction"]}  # fmt: skip
-    broken = {"about": "of no kind", "model": {"la_kind": "magic"}, "tokens": {"align": 0}}
-    study["arms"] = {"head": study["arms"]["head"], "broken": broken}
+    study["arms"] = {
+        "head": study["arms"]["head"] | {"tokens": {"long_context": 0}},
+        "broken": {"about": "too many heads", "constraints": {"per_layer": 9}},
+    }
     orderings = [{"better": "head", "worse": "broken"}]
     question = {"title": "Which?", "arms": ["head", "broken"], "orderings": orderings}
     study["questions"] = {"which": question}
@@ -99,12 +101,12 @@ def test_stopped_gone_on_with_failed_carried_and_told(
     said = second.communicate()[0]
     assert second.returncode == 0 and f"{head}: finished" in said, said
     log = (tmp_path / f"study/logs/{head}.log").read_text()
-    assert log.count("starting at step 0") == 3 and f"going on from {steps.parent}/" in log
+    assert log.count("starting at step 0") == 2 and f"going on from {steps.parent}/" in log
     found = dry_run(config, capsys)
     assert found[head] == "done" and found[broken].startswith("failed: ")
-    assert "la_kind is 'magic'" in found[broken]
+    assert "9 FA heads per layer asked for, but a layer has 8" in found[broken]
     result = ArmResult.load(tmp_path / f"results/{head}.json")
-    assert result.tokens == {"align": 40960, "distill": 4096, "long_context": 2048}
+    assert result.tokens == {"align": 40960, "distill": 4096, "long_context": 0}
     assert len(result.probes["induction"]) == 2 and not (tmp_path / "study/arms" / head).exists()
     assert result.evaluation is not None
     assert [task.length for task in result.evaluation.tasks] == [256, 512] * 2
@@ -161,6 +163,20 @@ def test_a_foreign_archive_is_refused_and_writes_nothing_outside(
     assert cli.main(words) == 2
     assert "bundle" in capsys.readouterr().err
     assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.slow
+def test_what_ails_every_arm_ends_the_study(config: Path, tmp_path: Path) -> None:
+    arms = {f"arm{i}": {"about": "", "constraints": {"per_layer": 9}} for i in range(5)}
+    study = yaml.safe_load(config.read_text()) | {"arms": arms}
+    study["questions"] = {"which": {"title": "Which?", "arms": [*arms]}}
+    config.write_text(yaml.safe_dump(study))
+    process = start(config)
+    said = process.communicate()[0]
+    assert process.returncode == 75 and said.count(": failed: ") == 3, said
+    assert "none has finished, and too many have failed: 2 runs are left" in said
+    again = start(config, "--retry-failed", "arms.arm4.constraints.per_layer=9")
+    assert "arm0.made.0: started" in again.communicate()[0]
 
 
 @pytest.mark.slow

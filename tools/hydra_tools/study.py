@@ -29,6 +29,7 @@ _TEACHER = "teacher:"
 _SECONDS_TO_STOP = 45.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 _NO_END = 10**6
+_FAILURES_TO_STOP = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +162,7 @@ class _Jobs:
         self.stopped = ""
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.failed_teachers: set[str] = set()
+        self.num_finished = self.num_failed = 0
 
     def run(self) -> int:
         """Run what is left, or until time or a signal ends it."""
@@ -224,6 +226,7 @@ class _Jobs:
                 continue
             del self.running[job]
             if code == 0:
+                self.num_finished += not job.startswith(_TEACHER)
                 self._say(f"{job}: finished")
             elif code == stops.EXIT_CODE or self.stopped:
                 self._say(f"{job}: stopped")
@@ -246,6 +249,10 @@ class _Jobs:
             run.arm, run.budget, run.teacher, run.seed, inputs, "failed", reason=reason
         )
         failed.save(self.study.results)
+        self.num_failed += 1
+        if self.num_failed >= _FAILURES_TO_STOP and not self.num_finished:
+            # What ails all of them would use up a GPU's time for nothing.
+            self.stopped = self.stopped or "none has finished, and too many have failed"
 
     def _end_all(self) -> None:
         """Have all save and stop; those that do not in time are killed."""
