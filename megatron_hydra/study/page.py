@@ -194,6 +194,8 @@ def _absent(study: StudyConfig, results: Results, question: Question, budget: st
 def _orderings(study: StudyConfig, results: Results, question: Question, budget: str) -> list[str]:
     rows = []
     for ordering in question.orderings:
+        if not all(_runs(study, arm, budget) for arm in (ordering.better, ordering.worse)):
+            continue  # one of the two is of other budgets
         found = compare(study, results, ordering, budget)
         claim = f"{ordering.better} over {ordering.worse}"
         if found is None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import GeneratedResult
 from megatron_hydra.files import write_json
 from megatron_hydra.schema import MAY_LACK, load_json
@@ -82,6 +83,18 @@ class ArmResult:
 
 
 def load_results(study: StudyConfig) -> dict[Run, ArmResult]:
-    """The results that there are of the study's runs."""
-    paths = {run: study.results / f"{run.name}.json" for run in study.runs()}
-    return {run: ArmResult.load(path) for run, path in paths.items() if path.is_file()}
+    """The results that there are of the study's runs.
+
+    Raises:
+        UserError: If one cannot be read, or is of other settings than the study's.
+    """
+    found = {}
+    for run in study.runs():
+        path = study.results / f"{run.name}.json"
+        if not path.is_file():
+            continue
+        found[run] = ArmResult.load(path)
+        for key, value in study.inputs(run).items():
+            if found[run].inputs.get(key) != value:
+                raise UserError(f"{path} was made with another {key}: run it again")
+    return found

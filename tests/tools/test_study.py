@@ -132,6 +132,10 @@ def test_stopped_gone_on_with_failed_carried_and_told(
     page = tmp_path / "page.md"
     assert cli.main(["study", "--config", str(config), "--report", str(page)]) == 0
     assert "1 are finished, 1 failed" in page.read_text()
+    carried = [f"run.folder={tmp_path}/c", f"run.results={tmp_path}/c/r", "--bundle", str(bundle)]
+    there = ["--report", str(tmp_path / "there.md")]
+    assert cli.main(["study", "--config", str(config), *carried, *there]) == 0
+    assert (tmp_path / "there.md").read_text() == page.read_text()
     reason = found[broken].removeprefix("failed: ")
     assert f"- Failed: broken (made, seed 0): {reason}" in page.read_text()
 

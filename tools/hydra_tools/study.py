@@ -68,15 +68,15 @@ def run(args: argparse.Namespace) -> int:
     study = load_study(args.config, args.overrides)
     if args.workers < 1 or (args.minutes is not None and args.minutes <= 0):
         raise UserError("--workers must be 1 or more and --minutes above 0")
+    if args.only is not None:
+        return _run_one(study, args.only, args.seconds)
+    if args.bundle is not None and args.bundle.exists():
+        _unpack(study, args.bundle)
     if args.report is not None:
         from megatron_hydra.study.page import write_page
 
         write_page(study, load_results(study), args.report)
         return 0
-    if args.only is not None:
-        return _run_one(study, args.only, args.seconds)
-    if args.bundle is not None and args.bundle.exists():
-        _unpack(study, args.bundle)
     verdicts = {run: _verdict(study, run, args.retry_failed) for run in study.runs()}
     if args.dry_run:
         _tell(study, verdicts)
