@@ -154,8 +154,10 @@ def generate(
     text = read_text(texts, prompts.text_options) if texts else stand_in_text("--text")
     _check_tokenizers(generators, text)
     tell(f"lengths: {', '.join(f'{n:,}' for n in chosen.lengths)} tokens ({chosen.words})")
-    windows = _windows(prompts, max(chosen.lengths), next(iter(generators.values())), text)
-    cells = _draw(prompts, chosen.lengths, next(iter(generators.values())), text, progress)
+    first = next(iter(generators.values()))
+    held_out = _held_out(first, text)
+    windows = _windows(prompts, max(chosen.lengths), held_out)
+    cells = _draw(prompts, chosen.lengths, first, held_out, progress)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) for cell in cells for sample in cell]
     if dump is not None:
         on_first_rank(lambda: _dump(dump, lines, overwrite))
@@ -281,18 +283,20 @@ def _check_tokenizers(generators: Mapping[str, AnyGenerator], text: str) -> None
 
 
 def _draw(
-    prompts: Prompts, lengths: Sequence[int], generator: AnyGenerator, text: str, progress: Progress
+    prompts: Prompts,
+    lengths: Sequence[int],
+    generator: AnyGenerator,
+    held_out: Sequence[int],
+    progress: Progress,
 ) -> list[list[GenerationSample]]:
-    held_out = generator.tokenizer.decode(
-        _held_out(generator, text), clean_up_tokenization_spaces=False
-    )
+    text = generator.tokenizer.decode(held_out, clean_up_tokenization_spaces=False)
     tasks = find_generation_tasks(prompts.tasks)
     pairs = [(task, length) for task in tasks for length in lengths]
     cells: list[list[GenerationSample]] = []
     for task, length in progress(pairs, "prompts", "cell"):
         cells += make_generation_samples(
             generator.num_tokens,
-            held_out,
+            text,
             [task],
             [length],
             prompts.num_samples,
@@ -302,16 +306,14 @@ def _draw(
     return cells
 
 
-def _windows(
-    prompts: Prompts, length: int, generator: AnyGenerator, text: str
-) -> list[Sequence[int]]:
+def _windows(prompts: Prompts, length: int, held_out: Sequence[int]) -> list[Sequence[int]]:
     """Held-out text for the loss by position; none if it was not asked for."""
     if prompts.perplexity_tokens is None:
         return []
-    return position_windows(_held_out(generator, text), length, prompts.perplexity_tokens)
+    return position_windows(held_out, length, prompts.perplexity_tokens)
 
 
-def _held_out(generator: Generator, text: str) -> list[int]:
+def _held_out(generator: AnyGenerator, text: str) -> list[int]:
     """Tokens that no training document holds, as far as the models were trained on the same text.
 
     `preprocess` holds out by tokens too: places in the characters would be others.
