@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash, read_json, write_json
 from megatron_hydra.processes import end_with_parent
-from megatron_hydra.study.config import Run, StudyConfig
+from megatron_hydra.study.config import Run, StudyConfig, Teacher
 from megatron_hydra.study.watch import Watch
 
 INPUTS = "inputs.json"
@@ -117,12 +117,17 @@ def all_inputs(study: StudyConfig, run: Run) -> dict[str, str]:
     }
 
 
-def _train_teacher(study: StudyConfig, name: str, folder: Path, seconds: float) -> None:
-    teacher = study.teachers[name]
+def script_arguments(teacher: Teacher, folder: Path, seconds: float) -> list[str]:
+    """The command line of a teacher's script after its name; a true option is a flag."""
     longest = min(seconds, float(teacher.options.get("max_seconds", seconds)))
     options = {**teacher.options, "max_seconds": longest, "out": folder}
     flags = {f"--{key.replace('_', '-')}": value for key, value in options.items()}
-    words = [key if value is True else f"{key}={value}" for key, value in flags.items()]
+    return [key if value is True else f"{key}={value}" for key, value in flags.items()]
+
+
+def _train_teacher(study: StudyConfig, name: str, folder: Path, seconds: float) -> None:
+    teacher = study.teachers[name]
+    words = script_arguments(teacher, folder, seconds)
     folder.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, str(teacher.script), *words], check=False,

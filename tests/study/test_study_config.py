@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from megatron_hydra.selection.policy import plan_from_scores, random_plan
 from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.study.config import Run, StudyConfig, budget_for, load_study
+from megatron_hydra.study.teacher import script_arguments
 from megatron_hydra.tasks.probes import find_sub_probe
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +207,31 @@ def test_every_arm_is_a_model_that_can_be_built(path):
     arms = load_study(path).arms
     for options in {json.dumps(arm.model, sort_keys=True) for arm in arms.values()}:
         build_model(tiny_config(**json.loads(options)), tiny_plan())
+
+
+def test_the_script_takes_the_options_of_both_teachers(study, monkeypatch):
+    """And both have the size that is said, and fit into one file of 64 MiB with their results."""
+    import torch
+
+    script = ROOT / "examples/quickstart/make_teacher.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    spec = importlib.util.spec_from_file_location("make_teacher", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    num_bytes, seeds = 0, set()
+    for teacher in study.teachers.values():
+        words = script_arguments(teacher, Path("out"), 400.0)
+        monkeypatch.setattr(sys, "argv", ["make_teacher", *words])
+        args = module.parse_arguments()
+        assert (args.max_seconds, args.out, args.no_ablation) == (400.0, "out", True)
+        assert args.length == study.data.length
+        assert args.max_positions >= max(study.lengths)
+        tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
+        with torch.device("meta"):
+            model = module.make_model(tokenizer, args)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        assert 10e6 < size < 12e6
+        num_bytes += size * getattr(torch, args.dtype).itemsize
+        seeds.add(args.seed)
+    assert num_bytes < 48 * 2**20 and len(seeds) == len(study.teachers) == 2
