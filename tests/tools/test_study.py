@@ -170,6 +170,24 @@ def test_a_foreign_archive_is_refused_and_writes_nothing_outside(
 
 
 @pytest.mark.slow
+def test_a_teacher_that_is_trained_and_not_yet_scored_is_carried(
+    config: Path, tmp_path: Path
+) -> None:
+    bundle, trained = tmp_path / "bundle.tar", tmp_path / "study/teachers/made/hf/arguments.json"
+    process = start(config, "--bundle", str(bundle))
+    while not trained.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[0]
+    assert process.returncode == 75 and "teacher:made: stopped" in said, said
+    with tarfile.open(bundle) as tar:
+        names = {*tar.getnames()}
+    assert "teachers/made/hf/model.safetensors" in names
+    assert "teachers/made/inputs.json" not in names
+
+
+@pytest.mark.slow
 def test_what_ails_every_arm_ends_the_study(config: Path, tmp_path: Path) -> None:
     arms = {f"arm{i}": {"about": "", "constraints": {"per_layer": 9}} for i in range(5)}
     study = yaml.safe_load(config.read_text()) | {"arms": arms}

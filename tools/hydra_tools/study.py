@@ -180,6 +180,7 @@ class _Jobs:
                 self._reap()
         finally:
             self._end_all()
+            self._pack()  # a teacher may be trained, and not yet scored
             for number, handler in earlier.items():
                 signal.signal(number, handler)
         if self.left and self.stopped:
@@ -236,8 +237,7 @@ class _Jobs:
                 self._say(f"{job}: failed: {reason}")
                 self._note_failure(job, reason)
             self.left = [run for run in self.left if run.name != job]
-            if self.args.bundle is not None:
-                _pack(self.study, self.args.bundle)
+            self._pack()
 
     def _note_failure(self, job: str, reason: str) -> None:
         if job.startswith(_TEACHER):
@@ -265,6 +265,10 @@ class _Jobs:
                 for process in self.running.values():
                     process.kill()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _pack(self) -> None:
+        if self.args.bundle is not None:
+            _pack(self.study, self.args.bundle)
 
     def _log(self, job: str) -> Path:
         return self.study.folder / "logs" / f"{job.replace(':', '.')}.log"
