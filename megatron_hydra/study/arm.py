@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
@@ -71,6 +72,7 @@ def _convert(study: StudyConfig, run: Run, out: Path, converted: Path) -> None:
     plan(
         scores, out, budget_for(study, run), arm.constraints,
         combine=as_overrides({"combine": arm.combine}),
+        window_ratio=Fraction(arm.window_ratio),
         random_seed=run.seed if arm.random else None, overwrite=True,
     )  # fmt: skip
     convert(

@@ -111,6 +111,8 @@ class Arm:
     constraints: Constraints = field(default_factory=Constraints)
     combine: dict[str, Any] = field(default_factory=dict)
     """Of the scores, as `plan combine.KEY=VALUE`."""
+    window_ratio: str = "0"
+    """Share of all heads that become windows, as `plan --window-ratio`."""
     random: bool = False
     """Heads by lot, drawn anew for each replicate."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -340,6 +342,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         for arm in study.arms.values():
             for ratio in (*study.run.budgets, *([arm.ratio] if arm.ratio else [])):
                 _ratio(ratio, arm.budget)
+            _fraction(arm.window_ratio, "a window_ratio")
         find_generation_tasks(study.evaluation.tasks)
         for name in study.evaluation.probes:
             find_sub_probe(name)
@@ -358,9 +361,16 @@ def budget_for(study: StudyConfig, run: Run) -> Budget:
 
 def _ratio(text: str, kind: Literal["fa_ratio", "kv_cache_ratio"]) -> Budget:
     try:
-        return Budget(kind, Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
+        return Budget(kind, _fraction(text, "a budget"))
+    except ValueError as error:
         raise UserError(f"a budget is {text!r}; a ratio such as 1/8 is needed") from error
+
+
+def _fraction(text: str, what: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{what} is {text!r}; a ratio such as 1/8 is needed") from error
 
 
 def _names(study: StudyConfig) -> Iterator[tuple[str, str, Mapping[str, Any] | Sequence[str]]]:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,7 +63,10 @@ def planned(study: StudyConfig, scores: HeadScores, run: Run) -> HeadPlan:
     if arm.random:
         summary = random_plan(combined, budget, arm.constraints, seed=run.seed, num_resamples=2)
     else:
-        summary = plan_from_scores(combined, budget, arm.constraints, num_resamples=2)
+        ratio = Fraction(arm.window_ratio)
+        summary = plan_from_scores(
+            combined, budget, arm.constraints, window_ratio=ratio, num_resamples=2
+        )
     return summary.plan
 
 
@@ -98,6 +102,10 @@ def test_arms_have_the_plans_that_their_words_say(study, scores, budget):
         groups = plans["groups"].layers[layer].fa_heads
         assert {h // 2 * 2 for h in groups} | {h // 2 * 2 + 1 for h in groups} == {*groups}
         assert plans["fixed"].layers[layer].fa_heads == tuple(range(number // LAYERS))
+    windows = sum(len(layer.heads_of("sliding_window")) for layer in plans["three_kinds"].layers)
+    assert windows == LAYERS * HEADS // 4 and by_layer(plans["three_kinds"]) == by_layer(
+        plans["head"]
+    )
     in_layer = f"in_layer_{number // LAYERS}"
     for layer, own in enumerate(plans[in_layer].layers):
         order = np.argsort(-retrieval[layer])[: number // LAYERS]
@@ -173,6 +181,7 @@ def test_what_decides_a_result_changes_its_inputs_and_words_do_not(study):
         ("arms.head.tokens={algin: 1}", r"arms\.head names 'algin'; there is align, "),
         ("arms.head.constraints={per_head: 1}", r"unknown config key arms\.head\.constraints\.per"),
         ("run.budgets=[1/8, 1/4, many]", r"a budget is 'many'; a ratio such as 1/8 is needed"),
+        ("arms.window.window_ratio=some", r"a window_ratio is 'some'; a ratio such as 1/8 is"),
         ("run.budgets=[1/8, 1/4, 0/8]", r"a budget is '0/8'; a ratio such as 1/8 is needed"),
         ("stages.align.settings.optim.rate=1", r"arm head, stage align: unknown config key optim"),
         ("score.scorers.names=[magic]", r"score: scorers\.names\[0\] is 'magic'"),
