@@ -34,8 +34,8 @@ class HydraLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        is_one = x.shape[:-1].numel() == 1
-        if not (torch.compiler.is_compiling() and is_one and self.out_features <= _FEW_ROWS):
+        is_few = torch.compiler.is_compiling() and self.out_features <= _FEW_ROWS
+        if not is_few or x.shape[:-1].numel() != 1:
             return super().forward(x)
         product = (self.weight.float() * x.reshape(-1).float()).sum(-1)
         if self.bias is not None:
