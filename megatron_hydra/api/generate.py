@@ -164,7 +164,7 @@ def generate(
     if out is None:
         return None
     prompts_hash = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    hashes = {name: weights_hash(path) for name, path in models.items()}
+    hashes = on_first_rank(lambda: {name: weights_hash(path) for name, path in models.items()})
     same = {"prompts": prompts_hash, "models": hashes, "windows": _hash(windows)}
     unfinished = UnfinishedCells(out, same, overwrite)
     on_first_rank(unfinished.open)
