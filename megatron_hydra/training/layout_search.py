@@ -73,14 +73,7 @@ def as_written(config: RunConfig, shape: ModelShape, plan: HeadPlan, cluster: Cl
     check_ranks(config, cluster.num_gpus)
     layout = _layout(config, shape, cluster.num_gpus)
     memory, why = memory_of_run(config, shape, plan, cluster.num_gpus)
-    return LaidOut(
-        config,
-        layout,
-        _time(config, shape, plan, cluster, layout),
-        _needle_seconds(config, shape, plan, cluster, layout),
-        memory,
-        why,
-    )
+    return _laid_out(config, shape, plan, cluster, layout, memory, why)
 
 
 def fastest(
@@ -111,9 +104,7 @@ def fastest(
             continue
         memory, _ = memory_of_run(changed, shape, plan, layout.num_gpus)
         if memory is not None and memory.peak <= cluster.device.memory_bytes:
-            time = _time(changed, shape, plan, cluster, layout)
-            needles = _needle_seconds(changed, shape, plan, cluster, layout)
-            return LaidOut(changed, layout, time, needles, memory)
+            return _laid_out(changed, shape, plan, cluster, layout, memory)
     return None
 
 
@@ -163,21 +154,23 @@ def _layout(config: RunConfig, shape: ModelShape, num_gpus: int) -> Layout:
     )
 
 
-def _time(
-    config: RunConfig, shape: ModelShape, plan: HeadPlan, cluster: Cluster, layout: Layout
-) -> StepTime:
+def _laid_out(
+    config: RunConfig,
+    shape: ModelShape,
+    plan: HeadPlan,
+    cluster: Cluster,
+    layout: Layout,
+    memory: TrainingMemory | None,
+    why_no_memory: str = "",
+) -> LaidOut:
     work = Work.of(shape, plan, counted_stage(config), config.data.seq_length)
     batch = config.data.global_batch_size
-    return step_time(work, batch, layout, cluster.device, cluster.gpus_per_node)
-
-
-def _needle_seconds(
-    config: RunConfig, shape: ModelShape, plan: HeadPlan, cluster: Cluster, layout: Layout
-) -> float:
-    rounds = NeedleRounds.of(config, layout.num_gpus)
-    if rounds is None:
-        return 0.0
-    return rounds.num_rounds * needle_seconds(shape, plan, rounds, layout, cluster.device)
+    time = step_time(work, batch, layout, cluster.device, cluster.gpus_per_node)
+    needles, rounds = 0.0, NeedleRounds.of(config, layout.num_gpus)
+    if rounds is not None:
+        of_round = needle_seconds(shape, plan, rounds, layout, cluster.device)
+        needles = rounds.num_rounds * of_round
+    return LaidOut(config, layout, time, needles, memory, why_no_memory)
 
 
 def _by_time(
