@@ -31,7 +31,7 @@ def question_figure(study: StudyConfig, figures: Sequence[ArmFigures]) -> Figure
     """
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    longest, above = max(study.lengths), min(max(study.lengths) - 1, study.data.length)
+    longest = max(study.lengths)
     costs = [cache * longest + state for cache, state in (each.cache for each in figures)]
     unit, unit_bytes = byte_unit(max(costs))
     by_tokens = len(set(costs)) == 1 and len({each.tokens for each in figures}) > 1
@@ -45,7 +45,7 @@ def question_figure(study: StudyConfig, figures: Sequence[ArmFigures]) -> Figure
         means = [100 * mean(of[length] for of in by_task) for length in study.lengths]
         left.plot(study.lengths, means, label=plain_text(each.name), linewidth=1.4, **style)
         x = each.tokens if by_tokens else cost / unit_bytes
-        right.plot([x], [100 * each.retrieval(above)], linestyle="none", **style)
+        right.plot([x], [100 * each.retrieval(study.retrieval_above)], linestyle="none", **style)
     _label(left, study.data.length)
     stored = f"cache and state at {longest:,} tokens ({unit})"
     right.set_xlabel("tokens of training" if by_tokens else stored)

@@ -200,6 +200,11 @@ class StudyConfig:
         """Of the evaluation, in tokens."""
         return tuple(self.data.length * times for times in self.evaluation.times)
 
+    @property
+    def retrieval_above(self) -> int:
+        """Retrieval is read off lengths above it: beyond the training length, or the longest."""
+        return min(max(self.lengths) - 1, self.data.length)
+
     def teacher_folder(self, name: str) -> Path:
         """Of Hugging Face."""
         given = self.teachers[name].folder

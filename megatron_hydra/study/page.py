@@ -223,7 +223,7 @@ def compare(
     both = [key for key in found[0] if key in found[1]]
     if not both:
         return None
-    above = min(max(study.lengths) - 1, study.data.length)
+    above = study.retrieval_above
     better, worse = ([by[key].bits(ordering.by, above) for key in both] for by in found)
     return paired_difference(better, worse)
 
