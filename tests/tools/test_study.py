@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra_tools import cli
+from hydra_tools.study import least_used
 
 from megatron_hydra.study.results import ArmResult
 
@@ -209,3 +210,12 @@ def test_a_teacher_that_fails_leaves_its_arms_and_says_why(config: Path, tmp_pat
     assert process.returncode == 1
     assert "teacher:made: failed: " in said and "script.py ended with code 1" in said
     assert not (tmp_path / "results").exists(), "no arm has failed"
+
+
+def test_arms_spread_evenly_over_gpus() -> None:
+    gpus, used = ["4", "2", "7"], list[str]()
+    for _ in range(7):
+        used.append(least_used(gpus, used))
+    assert used == ["4", "2", "7", "4", "2", "7", "4"]
+    used.remove("2")
+    assert least_used(gpus, used) == "2"

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hydra_tools import stops
@@ -36,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("--config", required=True, help="YAML file of the study")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--workers", type=int, default=1, help="arms that run side by side")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="arms that run side by side, on all GPUs"
+    )
     parser.add_argument("--minutes", type=float, help="stop after so many; what is left goes on")
     parser.add_argument(
         "--bundle", type=Path, metavar="FILE.tar",
@@ -161,6 +165,8 @@ class _Jobs:
         self.end = self.begun + max(0.0, 60 * minutes - _SECONDS_TO_STOP)
         self.stopped = ""
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.gpu_of: dict[str, str] = {}  # of each that runs, where there are several
+        self.gpus = _gpus()
         self.failed_teachers: set[str] = set()
         self.num_finished = self.num_failed = 0
 
@@ -210,13 +216,16 @@ class _Jobs:
         left = max(1.0, self.end - time.monotonic() - _SECONDS_TO_STOP)
         words = ["--config", self.args.config, *self.args.overrides, "--only", job]
         words += ["--seconds", str(left)]
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if len(self.gpus) > 1:
+            self.gpu_of[job] = least_used(self.gpus, self.gpu_of.values())
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpu_of[job]
         log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as stream:
             self.running[job] = subprocess.Popen(
                 [sys.executable, "-m", "hydra_tools.study", *words],
-                stdout=stream, stderr=stream, env={"OMP_NUM_THREADS": "1", **os.environ},
-                start_new_session=True,
+                stdout=stream, stderr=stream, env=environment, start_new_session=True,
                 preexec_fn=functools.partial(end_with_parent, os.getpid()),
             )  # fmt: skip
         self._say(f"{job}: started")
@@ -226,6 +235,7 @@ class _Jobs:
             if (code := process.poll()) is None:
                 continue
             del self.running[job]
+            self.gpu_of.pop(job, None)
             if code == 0:
                 self.num_finished += not job.startswith(_TEACHER)
                 self._say(f"{job}: finished")
@@ -282,6 +292,21 @@ class _Jobs:
     def _say(self, sentence: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self.begun), 60)
         print(f"{minutes:3d}:{seconds:02d} {sentence}", flush=True)
+
+
+def _gpus() -> list[str]:
+    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = named.split(",") if named else map(str, itertools.count())
+    return list(itertools.islice(names, torch.cuda.device_count()))
+
+
+def least_used(gpus: Sequence[str], in_use: Iterable[str]) -> str:
+    """The GPU that the fewest of those in use are, the first of several."""
+    counts = Counter(in_use)
+    return min(gpus, key=lambda gpu: counts[gpu])
 
 
 def _carried(study: StudyConfig) -> Iterator[tuple[Path, str]]:
