@@ -183,6 +183,8 @@ def train(
         name: make_samples(tokenizer, held_out, task, args.length, seed=SEED_SCORED)
         for name, task in needles.TASKS.items()
     }
+    # Compiled anew for each length of the curriculum.
+    loss_of = torch.compile(_loss, dynamic=False) if args.compile else _loss
     start, history, decay_from = time.monotonic(), [], args.max_steps - args.decay_steps
     bar = tqdm(enumerate(loader), total=args.max_steps, unit="step", mininterval=5.0)
     for step, (tokens, weights) in bar:
@@ -190,7 +192,11 @@ def train(
         lr = args.lr * min(1.0, (step + 1) / args.warmup_steps, max(remaining, 0.02))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = _train_step(model, optimizer, tokens.to(device), weights.to(device))
+        loss = loss_of(model, tokens.to(device), weights.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
         seconds = time.monotonic() - start
         if step % args.eval_every == args.eval_every - 1:
             record = {name: accuracy(model, samples) for name, samples in tests.items()}
@@ -204,24 +210,14 @@ def train(
     return {"steps": step + 1, "seconds": round(seconds, 1), "history": history}
 
 
-def _train_step(
-    model: Qwen3ForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    tokens: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """One update on the weighted next-token loss; return the loss."""
+def _loss(model: Qwen3ForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted next-token loss."""
     bf16 = torch.autocast("cuda", torch.bfloat16) if tokens.is_cuda else nullcontext()
     with bf16:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     targets, weights = tokens[:, 1:].flatten(), weights[:, 1:].flatten()
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
-    loss = (losses * weights).sum() / weights.sum()
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    return loss.detach()
+    return (losses * weights).sum() / weights.sum()
 
 
 @torch.no_grad()
@@ -265,6 +261,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--least-accuracy", type=float, default=0.9, help="else it has failed")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="fewer, larger kernels")
     parser.add_argument("--no-ablation", action="store_true", help="do not measure the heads")
     for name, default in {**SETTINGS, **SIZES}.items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)

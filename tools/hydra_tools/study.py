@@ -31,7 +31,7 @@ _TEACHER = "teacher:"
 _SECONDS_TO_STOP = 45.0
 _SECONDS_BETWEEN_LOOKS = 0.2
 _NO_END = 10**6
-_FAILURES_TO_STOP = 3
+_LEAST_FAILURES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,8 +260,9 @@ class _Jobs:
         )
         failed.save(self.study.results)
         self.num_failed += 1
-        if self.num_failed >= _FAILURES_TO_STOP and not self.num_finished:
-            # What ails all of them would use up a GPU's time for nothing.
+        # What ails all would use up a GPU's time for nothing: as many as started together have
+        # failed then, of which a few may fail while others still run well.
+        if self.num_failed >= max(_LEAST_FAILURES, self.args.workers) and not self.num_finished:
             self.stopped = self.stopped or "none has finished, and too many have failed"
 
     def _end_all(self) -> None:
