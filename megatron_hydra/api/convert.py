@@ -43,7 +43,7 @@ Reuse = Literal["all", "no_attention", "nothing"]
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that each teacher head's scale is measured on.
+    """The text that a teacher's heads are measured on, and what is measured beside their scales.
 
     Attributes:
         text: A file, a folder or a pattern; None for Python's documentation, which stands in for
@@ -53,6 +53,8 @@ class Calibration:
         length_tokens: Of a sequence; None for what the teacher is built for,
             `LONGEST_CALIBRATION` at most.
         how_to_name: What names a text, for the warning where none is.
+        recurrence: Let recurrent heads forget and write as their teacher's heads look
+            (`teachers/attention_statistics.py`), in place of the layer's own start.
     """
 
     text: str | None = None
@@ -60,6 +62,7 @@ class Calibration:
     num_tokens: int = 8192
     length_tokens: int | None = None
     how_to_name: str = "calibration.text"
+    recurrence: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,11 @@ def convert(
     _check_calibration(calibration)
     if plan is None and reuse != "all":
         raise UserError(f"reuse is {reuse}, but without a plan the teacher itself is converted")
+    if calibration.recurrence and (plan is None or reuse != "all"):
+        raise UserError(
+            "the calibration of recurrent heads needs a plan, and reuse to be all: it measures "
+            "what the hybrid takes from its teacher"
+        )
     if check_model_folder(teacher):
         raise UserError(f"the teacher {teacher} is a checkpoint folder: it is converted already")
     hash_of_weights, found = weights_hash(teacher), read_license(teacher)
@@ -145,15 +153,17 @@ def convert(
     check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
     tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
-    measures = config.fusion in ("scale", "gate") and reuse == "all" and calibration.num_tokens
-    if head_plan and measures:
+    has_scales = config.fusion in ("scale", "gate") and reuse == "all"
+    if head_plan and calibration.num_tokens and (has_scales or calibration.recurrence):
         batches = _batches(calibration, tokenizer, config.seq_length)
     tensors = weights.read_weights(teacher)
     initialize_model_parallel()
     if head_plan is None:
         model, reused = _build_teacher(config, tensors), None
     else:
-        model, reused = _build_hybrid(config, head_plan, tensors, batches, progress)
+        model, reused = _build_hybrid(
+            config, head_plan, tensors, batches, calibration.recurrence, progress
+        )
         if reuse != "all":
             fresh = build_model(config, head_plan)
             reused = keep_fresh(model, fresh, "" if reuse == "nothing" else ".self_attention.")
@@ -210,6 +220,8 @@ def _check_calibration(calibration: Calibration) -> None:
     length, wanted = calibration.length_tokens, calibration.num_tokens
     if wanted < 0:
         raise UserError(f"the number of calibration tokens is {wanted}; it must be 0 or more")
+    if not wanted and calibration.recurrence:
+        raise UserError("the calibration of recurrent heads needs calibration tokens, 0 are asked")
     if not wanted:
         return
     if length is not None and not 0 < length <= wanted:
@@ -227,6 +239,7 @@ def _record(calibration: Calibration, batches: Sequence[Tensor]) -> dict[str, An
     if batches:
         record["calibration_length"] = batches[0].shape[1]
         record["calibration_text"] = str(calibration.text or STAND_IN)
+        record["calibrated_recurrence"] = calibration.recurrence
     return record
 
 
@@ -269,16 +282,20 @@ def _build_hybrid(
     plan: HeadPlan,
     tensors: Mapping[str, Tensor],
     batches: Sequence[Tensor],
+    calibrates_recurrence: bool,
     progress: Progress,
 ) -> tuple[GPTModel, ReuseSummary]:
     from megatron_hydra.model.build import build_model
+    from megatron_hydra.teachers.attention_statistics import measure_attention, start_from_attention
     from megatron_hydra.teachers.conversion import tensors_by_head
     from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights
 
-    head_rms = None
+    head_rms = statistics = None
     if batches:
         teacher = _build_teacher(config, tensors)
         head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
+        if calibrates_recurrence:
+            statistics = measure_attention(teacher, progress(batches, "attention", "batch"))
         del teacher
     model = build_model(config, plan)
     reuse = reuse_teacher_weights(
@@ -287,4 +304,6 @@ def _build_hybrid(
         head_rms,
         progress=lambda layers: progress(layers, "weights", "layer"),
     )
+    if statistics is not None:
+        start_from_attention(model, statistics, reuse)
     return model, reuse

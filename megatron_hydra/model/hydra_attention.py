@@ -195,7 +195,7 @@ class HydraAttention(MegatronModule):
         projected, _ = self.in_proj(hidden_states)
         state = None
         if inference_context is not None:
-            state = LayerState.of(inference_context, self.layer_number, self._mixers(), projected)
+            state = LayerState.of(inference_context, self.layer_number, self.mixers(), projected)
 
         def mix(projected: Tensor, hidden_states: Tensor) -> Tensor:
             return self._mix(projected, hidden_states, rotary_pos_emb, packed_seq_params, state)
@@ -222,7 +222,7 @@ class HydraAttention(MegatronModule):
         cp_group = self.pg_collection.cp
         pieces = Pieces.of(len(projected), packed_seq_params, cp_group, first_position)
         stream = Stream.of(pieces, packed_seq_params, rotary_pos_emb, state)
-        first, *others = self._mixers()
+        first, *others = self.mixers()
         if state is None and self._overlaps(projected):
             main, side = torch.cuda.current_stream(), _side_stream()
             side.wait_stream(main)
@@ -241,7 +241,8 @@ class HydraAttention(MegatronModule):
             outputs = [mixer(sections, stream) for mixer in (first, *others)]
         return self.fusion(outputs, sections, hidden_states)
 
-    def _mixers(self) -> list[Mixer]:
+    def mixers(self) -> list[Mixer]:
+        """Of the layer's kinds, in order."""
         return [getattr(self, kind.module_name) for kind in self.kinds]
 
     def _overlaps(self, projected: Tensor) -> bool:
@@ -262,7 +263,7 @@ class HydraAttention(MegatronModule):
         """
         of_kinds = {
             f"{mixer.module_name}.{name}": (sections, 0)
-            for mixer in self._mixers()
+            for mixer in self.mixers()
             for name, sections in mixer.parameter_sections().items()
         }
         return {

@@ -81,6 +81,7 @@ def _convert(study: StudyConfig, run: Run, out: Path, converted: Path) -> None:
         calibration=Calibration(
             num_tokens=arm.calibration_tokens,
             length_tokens=study.data.length if arm.calibration_tokens else None,
+            recurrence=arm.calibrates_recurrence,
         ),
         reuse=arm.reuse,
     )  # fmt: skip

@@ -119,6 +119,8 @@ class Arm:
     """Of the hybrid, as `convert model.KEY=VALUE`."""
     calibration_tokens: Annotated[int, Limits(least=0)] = 8192
     """Each head's scale starts at what the teacher's head has on so much text; 0: at 1."""
+    calibrates_recurrence: bool = False
+    """As `convert --calibrate-recurrence`."""
     reuse: Reuse = "all"
     """What of the hybrid starts from the teacher's weights."""
     tokens: dict[str, Annotated[float, Limits(least=0)]] = field(default_factory=dict)

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{LONGEST_CALIBRATION} at most)",
     )
     parser.add_argument(
+        "--calibrate-recurrence",
+        action="store_true",
+        help="start decays and write strengths from how the teacher's heads look at that text",
+    )
+    parser.add_argument(
         "--reuse",
         choices=get_args(Reuse),
         default="all",
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
             args.calibration_tokens,
             args.calibration_length,
             "--calibration-text",
+            args.calibrate_recurrence,
         ),
         reuse=args.reuse,
         overwrite=args.overwrite,

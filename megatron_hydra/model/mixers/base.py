@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -62,6 +62,18 @@ class Stream:
             return cls(pieces, packed_seq_params, angles, angles, state)
         at = (pieces.layout.positions, pieces.positions)
         return cls(pieces, packed_seq_params, *(angles[positions] for positions in at))
+
+
+class StartOfLooking(NamedTuple):
+    """Where a kind's values start that no teacher has.
+
+    Attributes:
+        parameters: By name, of all heads.
+        rows: Of sections of the in-projection, `[n, width, h]`.
+    """
+
+    parameters: dict[str, Tensor]
+    rows: dict[str, Tensor]
 
 
 class Mixer(HeadModule):
@@ -151,6 +163,15 @@ class Mixer(HeadModule):
             like: Gives number format and device of all but recurrent states, which are float32.
         """
         raise NotImplementedError
+
+    def start_of_looking(self, distance: Tensor, write: Tensor) -> StartOfLooking:
+        """What starts a head that looks so far back, and at such tokens; nothing by default.
+
+        Args:
+            distance: `[n]`, in tokens, as `teachers/attention_statistics.py` measures.
+            write: `[n, h]`; its product with the layer's normed input is large where many look.
+        """
+        return StartOfLooking({}, {})
 
     def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
         """Load what :meth:`forward` and its backward pass of such rows would load when first run.

@@ -24,7 +24,7 @@ from megatron_hydra.model.kernel_choice import (
     choose_fused_kernels,
     choose_la_kernel,
 )
-from megatron_hydra.model.mixers.base import Mixer, Stream
+from megatron_hydra.model.mixers.base import Mixer, StartOfLooking, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import (
     InitHead,
@@ -125,6 +125,25 @@ class GatedDeltaNet(Mixer):
         if config.la_short_conv and config.la_conv_kernel_size > 1:
             state["conv"] = like.new_zeros(num_rows, config.la_conv_kernel_size - 1, 3 * n * d)
         return state
+
+    def start_of_looking(self, distance: Tensor, write: Tensor) -> StartOfLooking:
+        """Decays that reach as far back, the same for all tokens; strengths that tell tokens apart.
+
+        A state that forgets by gamma each token holds what is gamma / (1 - gamma) tokens back on
+        the mean. With gamma = exp(-exp(A_log) softplus(dt_bias)) and A_log = 0 that is
+        exp(-dt_bias).
+        """
+        config, prefix, n = self.config, self.prefix, len(self.heads)
+        parameters, rows = {}, {}
+        if config.la_decay and n:
+            width = self.dt_bias.numel() // n
+            parameters["A_log"] = torch.zeros(n)
+            parameters["dt_bias"] = -distance.log().repeat_interleave(width)
+            num_rows = self.decay_rows(config.kv_channels)
+            rows[f"{prefix}_decay"] = write.new_zeros(n, num_rows, write.shape[1])
+        if config.la_beta and n:
+            rows[f"{prefix}_beta"] = write[:, None]
+        return StartOfLooking(parameters, rows)
 
     def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
         """The gated delta rule's and, for it, the preparation's and the fusion's, on a GPU."""
