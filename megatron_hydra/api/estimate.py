@@ -100,8 +100,9 @@ class LayoutEstimate:
         step_seconds: Of a step.
         waits_for_processor: Whether Python launches kernels more slowly than the GPU runs them.
         tokens_per_second: Of all GPUs.
-        hours: Of the stage, those for needles counted in.
+        hours: Of the stage, the two that follow counted in.
         needle_hours: Of questions about needles; 0 without.
+        validation_hours: Of the loss on validation data; 0 without.
         gpu_hours: Of all GPUs that it uses.
         cost: By the price, if there is one.
         overrides: That give the configuration this layout; empty where it has it.
@@ -122,6 +123,7 @@ class LayoutEstimate:
     tokens_per_second: float
     hours: float
     needle_hours: float
+    validation_hours: float
     gpu_hours: float
     cost: float | None
     overrides: tuple[str, ...]
@@ -349,8 +351,7 @@ def _layout(
     run: LaidOut, written: RunConfig, cluster: Cluster, price: float | None
 ) -> LayoutEstimate:
     layout, seconds, memory = run.layout, run.time.seconds, run.memory
-    needle_hours = run.needle_seconds / 3600
-    hours = seconds * run.config.trainer.max_steps / 3600 + needle_hours
+    hours = run.seconds / 3600
     gpu_hours = hours * layout.num_gpus
     return LayoutEstimate(
         num_gpus=layout.num_gpus,
@@ -367,7 +368,8 @@ def _layout(
         waits_for_processor=run.time.waits_for_processor,
         tokens_per_second=_step_tokens(run.config) / seconds,
         hours=hours,
-        needle_hours=needle_hours,
+        needle_hours=run.needle_seconds / 3600,
+        validation_hours=run.validation_seconds / 3600,
         gpu_hours=gpu_hours,
         cost=None if price is None else gpu_hours * price,
         overrides=_overrides(written, run.config),

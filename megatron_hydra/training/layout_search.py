@@ -36,6 +36,7 @@ class LaidOut:
         layout: It.
         time: Of a step.
         needle_seconds: Of all rounds of questions about needles; 0 without.
+        validation_seconds: Of all measurements of the loss on validation data; 0 without.
         memory: Of the GPU that needs most; None where the formula does not reach.
         why_no_memory: Then says why.
     """
@@ -44,8 +45,15 @@ class LaidOut:
     layout: Layout
     time: StepTime
     needle_seconds: float
+    validation_seconds: float
     memory: TrainingMemory | None
     why_no_memory: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole stage."""
+        steps = self.time.seconds * self.config.trainer.max_steps
+        return steps + self.needle_seconds + self.validation_seconds
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,12 @@ def _laid_out(
     if rounds is not None:
         of_round = needle_seconds(shape, plan, rounds, layout, cluster.device)
         needles = rounds.num_rounds * of_round
-    return LaidOut(config, layout, time, needles, memory, why_no_memory)
+    validation, trainer = 0.0, config.trainer
+    if every := trainer.validate_every_n_steps:
+        per_replica = trainer.validation_steps * batch // (layout.micro_batch * layout.data)
+        once = time.forward_seconds * (per_replica + layout.pipeline - 1)
+        validation = -(-trainer.max_steps // every) * once
+    return LaidOut(config, layout, time, needles, validation, memory, why_no_memory)
 
 
 def _by_time(

@@ -115,11 +115,13 @@ class StepTime:
         seconds: All in all.
         waits_for_processor: Whether launching takes longer than what is launched.
         exchange_seconds: Of it, gradients and weights between replicas.
+        forward_seconds: Of a micro-batch's forward passes, the teacher's too where there is one.
     """
 
     seconds: float
     waits_for_processor: bool
     exchange_seconds: float
+    forward_seconds: float
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def step_time(
     micro_batch, waits = step.micro_batch()
     exchange = step.exchange_seconds()
     seconds = micro_batch * (num_micro_batches + layout.pipeline - 1) + exchange
-    return StepTime(seconds + step.optimizer_seconds(), waits, exchange)
+    forward = micro_batch * step.forward_share()
+    return StepTime(seconds + step.optimizer_seconds(), waits, exchange, forward)
 
 
 def needle_seconds(
@@ -259,6 +262,12 @@ class _Step:
             launched = launches * self.work.teacher_passes / self._passes()
             return max(of_teacher, launched) + of_student, launched > of_teacher
         return max(of_teacher + of_student, launches), launches > of_teacher + of_student
+
+    def forward_share(self) -> float:
+        """Of a micro-batch's FLOPs."""
+        teacher, student = self.work.flops(0.0, self.layout.pipeline)
+        in_all = sum(self.work.flops(self._recomputed_share, self.layout.pipeline))
+        return (teacher + student / _STUDENT_PASSES) / in_all
 
     def _passes(self) -> float:
         return self.work.teacher_passes + _STUDENT_PASSES + self._recomputed_share

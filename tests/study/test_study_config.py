@@ -147,8 +147,8 @@ def test_all_arms_train_on_the_same(study):
     sums = {run.arm: sum(study.tokens(run, stage) for stage in stages) for run in study.runs()}
     usual = sums.pop("head")
     assert {arm for arm, tokens in sums.items() if tokens != usual} == {
-        "teacher", "window_untrained", "no_align", "no_distill", "no_long_context", "quarter",
-        "half", "double",
+        "teacher", "window_untrained", "no_align", "calibrated_no_align", "no_distill",
+        "no_long_context", "quarter", "half", "double",
     }  # fmt: skip
     place = Path("there")
     head, window = (

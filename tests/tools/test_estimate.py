@@ -136,6 +136,32 @@ def test_needles_are_counted_into_the_hours(
     assert ten["as_written"]["needle_hours"] == pytest.approx(10 * hours)
 
 
+@pytest.mark.parametrize(("stage", "share"), [(1, 1 / 2), (2, 1 / 3)])
+def test_validation_is_counted_into_the_hours(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int, share: float
+) -> None:
+    """After steps 40, 80 and 100, each time 10 batches: forward, where a step goes back as well.
+
+    The share of a step is that of its passes, with a teacher's in stage 2; an optimizer's step and
+    the exchange of gradients, which validation has not, make it smaller.
+    """
+    command = ["estimate", "--config", STAGES[stage], "--gpu", "h100", "--teacher", str(teacher)]
+    command += ["--fa-fraction", "1/4", "--gpus", "8"]
+    command.insert(3, "trainer.max_steps=100")
+    (without,) = _json(command, tmp_path / "estimate.json")["stages"]
+    assert without["as_written"]["validation_hours"] == 0
+    assert "validation" not in capsys.readouterr().out
+    command[3:3] = ["trainer.validate_every_n_steps=40", f"data.validation_paths=[{tmp_path}/held]"]
+    (found,) = _json(command, tmp_path / "estimate.json")["stages"]
+    layout, hours = found["as_written"], found["as_written"]["validation_hours"]
+    assert layout["hours"] == pytest.approx(without["as_written"]["hours"] + hours)
+    assert "  validation: " in capsys.readouterr().out
+    assert 0.7 * share < hours * 3600 / (3 * 10) / layout["step_seconds"] < 1.001 * share
+    command.insert(3, "trainer.validation_steps=20")
+    (twice,) = _json(command, tmp_path / "estimate.json")["stages"]
+    assert twice["as_written"]["validation_hours"] == pytest.approx(2 * hours)
+
+
 @pytest.mark.parametrize("recompute", [[], ["model.recompute=full", "model.recompute_layers=1"]])
 def test_a_stored_models_memory_and_disk_are_the_dry_runs(
     inputs: Path, recompute: list[str]
