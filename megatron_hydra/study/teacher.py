@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash, read_json, write_json
 from megatron_hydra.processes import end_with_parent
+from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.study.config import Run, StudyConfig, Teacher
 from megatron_hydra.study.watch import Watch
 
@@ -68,7 +72,7 @@ def _record(study: StudyConfig, name: str) -> None:
     place, common = teacher_place(study, name), study.common_inputs()
     found = {
         "weights": weights_hash(study.teacher_folder(name)),
-        "scores": content_hash([place / "scores.json"]),
+        "scores": scores_hash(place / "scores.json"),
         "datasets": content_hash(_dataset(place, key).with_suffix(".bin") for key in _DATASETS),
         "data": common["data"],
         "score": common["score"],
@@ -82,6 +86,12 @@ def _record(study: StudyConfig, name: str) -> None:
             )
     heading = {"schema_version": _SCHEMA_VERSION, "kind": _KIND}
     write_json(place / INPUTS, heading | found, overwrite=True)
+
+
+def scores_hash(path: Path) -> str:
+    """Of what was measured: where and by which command says nothing of an arm."""
+    measured = replace(HeadScores.load(path), provenance={}).to_dict()
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def _dataset(place: Path, key: str) -> Path:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from megatron_hydra.selection.policy import plan_from_scores, random_plan
 from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.study.config import Run, StudyConfig, budget_for, load_study
-from megatron_hydra.study.teacher import script_arguments
+from megatron_hydra.study.teacher import scores_hash, script_arguments
 from megatron_hydra.tasks.probes import find_sub_probe
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,19 @@ def test_runs_come_question_by_question_and_their_first_replicates_first(study):
     firsts = ("layer_spread", "global", "window", "recipe", "fusion_none", "no_align", "fa_rope")
     seen = [[run.arm for run in runs].index(arm) for arm in firsts]
     assert seen == sorted(seen)
+
+
+def test_scores_are_known_by_what_was_measured(scores, tmp_path):
+    """Whoever scores the same teacher elsewhere goes on with the same results."""
+    other = replace(scores, provenance={"command": "elsewhere", "seconds": 3})
+    effects = {scorer: dict(of_probes) for scorer, of_probes in scores.effects.items()}
+    effects["path_patching"]["kv_retrieval"] = 2 * effects["path_patching"]["kv_retrieval"]
+    changed = replace(scores, effects=effects)
+    hashes = []
+    for name, each in (("here", scores), ("elsewhere", other), ("changed", changed)):
+        each.save(tmp_path / name)
+        hashes.append(scores_hash(tmp_path / name))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_all_arms_train_on_the_same(study):
