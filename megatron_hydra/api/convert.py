@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_CALIBRATION = 2048
 _BATCH_TOKENS = 2048
+_SHORTEST_FOR_RECURRENCE = 16
 _FORMATS: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16"}
 
 Reuse = Literal["all", "no_attention", "nothing"]
@@ -253,6 +254,11 @@ def _batches(
 
     wanted = calibration.num_tokens
     length = calibration.length_tokens or min(built_for, LONGEST_CALIBRATION, wanted)
+    if calibration.recurrence and length < _SHORTEST_FOR_RECURRENCE:
+        raise UserError(
+            f"the calibration length is {length} tokens; how far back heads look is measured on "
+            f"{_SHORTEST_FOR_RECURRENCE} or more"
+        )
     enough = 16 * wanted  # characters, for any language and tokenizer
     if calibration.text is None:
         text = stand_in_text(calibration.how_to_name)

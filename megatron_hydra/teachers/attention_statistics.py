@@ -148,7 +148,7 @@ def start_from_attention(
         attention = layer.self_attention
         for mixer in attention.mixers():
             heads = list(mixer.heads)
-            start = mixer.start_of_looking(
+            start = mixer.calibrated_start(
                 statistics.distance[index, heads], statistics.write[index, heads]
             )
             for name, values in start.parameters.items():

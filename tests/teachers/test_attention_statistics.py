@@ -159,6 +159,7 @@ def test_the_command_says_what_it_measured(
     assert record["provenance"]["calibrated_recurrence"] is True
     for more, message in (
         (["--calibration-tokens", "0"], "needs calibration tokens"),
+        (["--calibration-length", "15"], "how far back heads look is measured on 16 or more"),
         (["--reuse", "nothing"], "needs a plan, and reuse to be all"),
     ):
         assert cli.main([*words, "--overwrite", *more]) == 2

@@ -64,8 +64,8 @@ class Stream:
         return cls(pieces, packed_seq_params, *(angles[positions] for positions in at))
 
 
-class StartOfLooking(NamedTuple):
-    """Where a kind's values start that no teacher has.
+class CalibratedStart(NamedTuple):
+    """Where a kind's own values start that no teacher has.
 
     Attributes:
         parameters: By name, of all heads.
@@ -164,14 +164,14 @@ class Mixer(HeadModule):
         """
         raise NotImplementedError
 
-    def start_of_looking(self, distance: Tensor, write: Tensor) -> StartOfLooking:
-        """What starts a head that looks so far back, and at such tokens; nothing by default.
+    def calibrated_start(self, distance: Tensor, write: Tensor) -> CalibratedStart:
+        """The start of heads whose teacher's look so far back, and at such tokens; none by default.
 
         Args:
             distance: `[n]`, in tokens, as `teachers/attention_statistics.py` measures.
             write: `[n, h]`; its product with the layer's normed input is large where many look.
         """
-        return StartOfLooking({}, {})
+        return CalibratedStart({}, {})
 
     def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
         """Load what :meth:`forward` and its backward pass of such rows would load when first run.

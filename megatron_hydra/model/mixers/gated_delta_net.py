@@ -24,7 +24,7 @@ from megatron_hydra.model.kernel_choice import (
     choose_fused_kernels,
     choose_la_kernel,
 )
-from megatron_hydra.model.mixers.base import Mixer, StartOfLooking, Stream
+from megatron_hydra.model.mixers.base import CalibratedStart, Mixer, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import (
     InitHead,
@@ -126,7 +126,7 @@ class GatedDeltaNet(Mixer):
             state["conv"] = like.new_zeros(num_rows, config.la_conv_kernel_size - 1, 3 * n * d)
         return state
 
-    def start_of_looking(self, distance: Tensor, write: Tensor) -> StartOfLooking:
+    def calibrated_start(self, distance: Tensor, write: Tensor) -> CalibratedStart:
         """Decays that reach as far back, the same for all tokens; strengths that tell tokens apart.
 
         A state that forgets by gamma each token holds what is gamma / (1 - gamma) tokens back on
@@ -143,7 +143,7 @@ class GatedDeltaNet(Mixer):
             rows[f"{prefix}_decay"] = write.new_zeros(n, num_rows, write.shape[1])
         if config.la_beta and n:
             rows[f"{prefix}_beta"] = write[:, None]
-        return StartOfLooking(parameters, rows)
+        return CalibratedStart(parameters, rows)
 
     def load_kernels(self, num_sequences: int, num_tokens: int) -> None:
         """The gated delta rule's and, for it, the preparation's and the fusion's, on a GPU."""
