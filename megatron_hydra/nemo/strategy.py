@@ -127,6 +127,24 @@ class HydraStrategy(nl.MegatronStrategy):
         limit_groups(self.limit)
         self.when_joined()
 
+    def init_model_parallel(self) -> None:
+        """Wrap the model, in order with what comes before and after it.
+
+        NeMo 2.7.3 does so on a CUDA stream of its own that waits for no other and none for it:
+        where the GPU is busy, Megatron's DDP copies weights into its buffers after their memory was
+        given away, and the optimizer copies buffers that are not filled yet (Megatron-LM's issue
+        2044, mended there in pull requests 2652 and 2852, in Megatron-Bridge in 1706).
+        """
+        parallel, init_ddp = self.megatron_parallel, self.megatron_parallel.init_ddp
+
+        def in_order() -> None:
+            torch.cuda.synchronize()
+            init_ddp()
+            torch.cuda.synchronize()
+
+        parallel.init_ddp = in_order
+        super().init_model_parallel()
+
     def training_step(
         self, dataloader_iter: Any, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:

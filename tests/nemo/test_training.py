@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -370,3 +371,29 @@ def _log_lines() -> Iterator[list[str]]:
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+
+
+def test_the_model_is_wrapped_in_order_with_what_comes_before_and_after() -> None:
+    """On a stream of NeMo's own, whose work is awaited; what it copies is there when it begins."""
+    from nemo.lightning.megatron_parallel import MegatronParallel
+
+    from megatron_hydra import cpu
+    from megatron_hydra.nemo.strategy import HydraStrategy
+
+    cpu.install_if_needed()
+    calls: list[str] = []
+
+    class Parallel(SimpleNamespace):
+        init_model_parallel = MegatronParallel.init_model_parallel
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    fit = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    own: dict[str, Any] = {"init_ddp": lambda: calls.append("wrap"), "trainer": fit}
+    strategy = HydraStrategy()
+    strategy.megatron_parallel = Parallel(convert_module_fn=None, **own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+        strategy.init_model_parallel()
+    assert calls == ["wait", "wrap", "wait"]
