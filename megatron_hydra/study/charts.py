@@ -36,14 +36,18 @@ def question_figure(study: StudyConfig, figures: Sequence[ArmFigures]) -> Figure
     unit, unit_bytes = byte_unit(max(costs))
     by_tokens = len(set(costs)) == 1 and len({each.tokens for each in figures}) > 1
     for index, (each, cost) in enumerate(zip(figures, costs, strict=True)):
+        # Smaller from arm to arm: arms that lie upon one another are all seen.
+        below = 1 - index / len(figures)
         style = {
             "color": PALETTE[index % len(PALETTE)],
             "marker": _MARKERS[index // len(PALETTE) % len(_MARKERS)],
-            "markersize": 5,
+            "markersize": 4 + 5 * below,
         }
         by_task = [each.accuracy(task) for task in study.evaluation.tasks]
         means = [100 * mean(of[length] for of in by_task) for length in study.lengths]
-        left.plot(study.lengths, means, label=plain_text(each.name), linewidth=1.4, **style)
+        left.plot(
+            study.lengths, means, label=plain_text(each.name), linewidth=1 + 3 * below, **style
+        )
         x = each.tokens if by_tokens else cost / unit_bytes
         right.plot([x], [100 * each.retrieval(study.retrieval_above)], linestyle="none", **style)
     _label(left, study.data.length)
@@ -52,6 +56,7 @@ def question_figure(study: StudyConfig, figures: Sequence[ArmFigures]) -> Figure
     right.set_title("mean beyond the training length", loc="left", fontsize=9)
     if by_tokens:
         right.xaxis.set_major_formatter(lambda value, _: format_length(value))
+        right.locator_params(axis="x", nbins=4)
     figure.legend(loc="outside right center")
     return figure
 
