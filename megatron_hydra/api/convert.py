@@ -154,8 +154,8 @@ def convert(
     check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
     tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
-    has_scales = config.fusion in ("scale", "gate") and reuse == "all"
-    if head_plan and calibration.num_tokens and (has_scales or calibration.recurrence):
+    measures = calibration.recurrence or (_has_scales(config) and reuse == "all")
+    if head_plan and calibration.num_tokens and measures:
         batches = _batches(calibration, tokenizer, config.seq_length)
     tensors = weights.read_weights(teacher)
     initialize_model_parallel()
@@ -221,9 +221,11 @@ def _check_calibration(calibration: Calibration) -> None:
     length, wanted = calibration.length_tokens, calibration.num_tokens
     if wanted < 0:
         raise UserError(f"the number of calibration tokens is {wanted}; it must be 0 or more")
-    if not wanted and calibration.recurrence:
-        raise UserError("the calibration of recurrent heads needs calibration tokens, 0 are asked")
     if not wanted:
+        if calibration.recurrence:
+            raise UserError(
+                "the calibration of recurrent heads needs calibration tokens, 0 are asked"
+            )
         return
     if length is not None and not 0 < length <= wanted:
         raise UserError(
@@ -274,6 +276,10 @@ def _batches(
     return list(sequences.split(max(1, _BATCH_TOKENS // length)))
 
 
+def _has_scales(config: HydraConfig) -> bool:
+    return config.fusion in ("scale", "gate")
+
+
 def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
     from megatron_hydra.model.build import build_model
     from megatron_hydra.teachers.loading import load_weights_into
@@ -299,7 +305,8 @@ def _build_hybrid(
     head_rms = statistics = None
     if batches:
         teacher = _build_teacher(config, tensors)
-        head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
+        if _has_scales(config):
+            head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
         if calibrates_recurrence:
             statistics = measure_attention(teacher, progress(batches, "attention", "batch"))
         del teacher

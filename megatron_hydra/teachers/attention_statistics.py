@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_hydra.teachers.weight_reuse import ReuseSummary, run_hooked
+
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-
-    from megatron_hydra.teachers.weight_reuse import ReuseSummary
 
 _LEAST_DISTANCE = 2**-4
 _LARGEST_LOG_RATIO = 3.0
@@ -56,15 +56,7 @@ def measure_attention(teacher: GPTModel, token_batches: Iterable[Tensor]) -> Att
         token_batches: Token ids `[b, s]`, int64, s at least 4.
     """
     layers = [_Layer(layer.self_attention) for layer in teacher.decoder.layers]
-    device = next(teacher.parameters()).device
-    try:
-        for batch in token_batches:
-            tokens = batch.to(device)
-            positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-            teacher(tokens, positions, None)
-    finally:
-        for layer in layers:
-            layer.remove()
+    run_hooked(teacher, token_batches, [hook for layer in layers for hook in layer.hooks])
     return AttentionStatistics(
         torch.stack([layer.distance() for layer in layers]),
         torch.stack([layer.write() for layer in layers]),
@@ -82,10 +74,6 @@ class _Layer:
             attention.linear_qkv.register_forward_pre_hook(self._keep_hidden),
             attention.core_attention.register_forward_pre_hook(self._add),
         ]
-
-    def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
     def _keep_hidden(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
         self.hidden = inputs[0]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.hydra_attention import HydraAttention
@@ -193,8 +194,6 @@ def measure_head_rms(teacher: GPTModel, token_batches: Iterable[Tensor]) -> Tens
     heads, dim = teacher.config.num_attention_heads, teacher.config.kv_channels
     layers = teacher.decoder.layers
     squares = torch.zeros(len(layers), heads, dtype=torch.float64)
-    num_tokens = 0
-    device = next(teacher.parameters()).device
 
     def record(index: int, output: Tensor) -> None:
         per_head = output.unflatten(-1, (heads, dim))  # [s, b, heads * d] -> [s, b, heads, d]
@@ -206,14 +205,34 @@ def measure_head_rms(teacher: GPTModel, token_batches: Iterable[Tensor]) -> Tens
         )
         for index, layer in enumerate(layers)
     ]
+    num_tokens = run_hooked(teacher, token_batches, hooks)
+    return (squares / (num_tokens * dim)).sqrt().float()
+
+
+@torch.no_grad()
+def run_hooked(
+    teacher: GPTModel, token_batches: Iterable[Tensor], hooks: Sequence[RemovableHandle]
+) -> int:
+    """Run a teacher for what its hooks see; they are removed in any case.
+
+    Args:
+        teacher: Megatron's own model, whole on one rank (TP=1, PP=1).
+        token_batches: Token ids `[b, s]`, int64; one or more.
+        hooks: Of its modules.
+
+    Returns:
+        How many tokens it has read.
+    """
+    num_tokens = 0
+    device = next(teacher.parameters()).device
     try:
         for batch in token_batches:
             tokens = batch.to(device)
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
             teacher(tokens, positions, None)
             num_tokens += tokens.numel()
     finally:
         for hook in hooks:
             hook.remove()
     assert num_tokens, "no tokens to measure the heads on"
-    return (squares / (num_tokens * dim)).sqrt().float()
+    return num_tokens

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_hydra import cpu
 
 cpu.install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
-from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
+from kit.tiny_qwen3 import write_tiny_qwen3, write_tiny_teacher  # noqa: E402
 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
@@ -49,7 +49,7 @@ def _of_transformers(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Token by token, in float64, from the attention that transformers returns.
     """
-    model = Qwen3ForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager"
     )
     inputs: list[Tensor] = []
@@ -81,7 +81,10 @@ def _of_transformers(folder: Path, tokens: Tensor) -> tuple[Tensor, Tensor, Tens
     return distance, ratio, torch.stack(inputs)
 
 
-def test_statistics_are_those_of_transformers_attention(folder: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_statistics_are_those_of_transformers_attention(tmp_path: Path, family: str) -> None:
+    initialize_model_parallel()
+    folder = write_tiny_teacher(tmp_path, family)
     tokens = torch.randint(0, 257, (3, LENGTH), generator=torch.Generator().manual_seed(3))
     distance, ratio, inputs = _of_transformers(folder, tokens)
     found = measure_attention(loading.load_teacher(folder), tokens.split((2, 1)))
