@@ -104,15 +104,7 @@ def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | No
     previous = inputs / "hybrid"
     for stage in STAGES:
         shown: list[float] = []
-        of_run = [
-            f"data.paths=[{inputs}/data]", f"data.seq_length={LENGTH}", "data.num_workers=0",
-            "data.micro_batch_size=2", "data.global_batch_size=4", f"log.folder={folder / stage}",
-            f"trainer.max_steps={NUM_STEPS}", "optim.warmup_steps=1", "log.every_n_steps=1",
-            "strategy.tensor_model_parallel_size=1", "strategy.sequence_parallel=false",
-            f"transfer.init_from={previous}", "optim.lr=2e-4", "optim.min_lr=2e-4",
-        ]  # fmt: skip
-        if stage != "stage3_long_context":
-            of_run.append(f"transfer.teacher={inputs}/teacher")
+        of_run = _options(stage, inputs, previous, folder / stage)
         of_run += [x for x in overrides if stage != STAGES[0] or x not in GRAPHS]
         run = TrainingRun(load_config(EXAMPLE / f"{stage}.yaml", of_run))
         run.run(lambda step, scalars, shown=shown: shown.append(scalars["loss"]))
@@ -123,6 +115,20 @@ def transfer(inputs: Path, folder: Path, overrides: list[str], before: Path | No
     if torch.distributed.get_rank() == 0:
         found = {"losses": losses, "num_replayed": num_replayed}
         (folder / "losses.json").write_text(json.dumps(found))
+
+
+def _options(stage: str, inputs: Path, init_from: Path, folder: Path) -> list[str]:
+    """Of a stage's run on one rank."""
+    of_run = [
+        f"data.paths=[{inputs}/data]", f"data.seq_length={LENGTH}", "data.num_workers=0",
+        "data.micro_batch_size=2", "data.global_batch_size=4", f"log.folder={folder}",
+        f"trainer.max_steps={NUM_STEPS}", "optim.warmup_steps=1", "log.every_n_steps=1",
+        "strategy.tensor_model_parallel_size=1", "strategy.sequence_parallel=false",
+        f"transfer.init_from={init_from}", "optim.lr=2e-4", "optim.min_lr=2e-4",
+    ]  # fmt: skip
+    if stage != "stage3_long_context":
+        of_run.append(f"transfer.teacher={inputs}/teacher")
+    return of_run
 
 
 def _losses(folder: Path) -> dict[str, torch.Tensor]:
@@ -203,16 +209,9 @@ def train_with_late_buffers(inputs: Path, out: Path) -> None:
 
     buffers._ParamAndGradBuffer.__init__ = make_late
     MegatronParallel.init_ddp, HydraOptimizerModule.optimizers = keep, look
-    config = load_config(
-        EXAMPLE / "stage2_distill.yaml",
-        [
-            f"data.paths=[{inputs}/data]", f"data.seq_length={LENGTH}", "data.num_workers=0",
-            "data.micro_batch_size=2", "data.global_batch_size=2", f"log.folder={out}.run",
-            "trainer.max_steps=1", "strategy.tensor_model_parallel_size=1",
-            "strategy.sequence_parallel=false", f"transfer.init_from={inputs}/hybrid",
-            f"transfer.teacher={inputs}/teacher",
-        ],
-    )  # fmt: skip
+    stage = STAGES[1]
+    options = _options(stage, inputs, inputs / "hybrid", out.with_suffix(".run"))
+    config = load_config(EXAMPLE / f"{stage}.yaml", [*options, "trainer.max_steps=1"])
     TrainingRun(config).run(lambda step, scalars: None)
     out.write_text(json.dumps(found))
 
