@@ -50,7 +50,7 @@ TEXT_SHARE = 0.2  # of the sequences; the others hold needles in text
 CURRICULUM = ((4, 0), (2, 1), (1, 2))  # (part of the length, from which phase on)
 TIMES_EVALUATED = (1, 2, 4)
 
-SIZES = {  # the same
+SIZES = {  # of the shipped teacher
     "length": LENGTH,
     "vocab_size": 1024,
     "hidden_size": 128,
@@ -61,7 +61,7 @@ SIZES = {  # the same
     "head_dim": 32,
     "max_positions": 2048,
 }
-SETTINGS = {  # of the shipped teacher
+SETTINGS = {  # the same
     "seed": 4,
     "lr": 4e-3,
     "weight_decay": 0.3,

@@ -171,11 +171,12 @@ def _stage_lines(stage: StageEstimate, has_price: bool) -> list[str]:
         lines.append(
             "  * waits for the processor, which launches kernels more slowly than they run"
         )
-    for name in ("needle", "validation"):
-        hours = [getattr(layout, f"{name}_hours") for layout in layouts]
+    for title, hours in (
+        ("needles", [layout.needle_hours for layout in layouts]),
+        ("validation", [layout.validation_hours for layout in layouts]),
+    ):
         if any(hours):
             said = " and ".join(f"{each:.3g}" for each in hours)
-            title = "needles" if name == "needle" else name
             lines.append(f"  {title}: {said} of the hours, predicted and never measured")
     lines.append(
         f"  disk: {stage.disk_bytes / 2**30:,.3g} GiB for the checkpoints that are kept "
