@@ -12,6 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import cycle, islice
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 _SECONDS_FOR_STACKS = 2.0
+_FIRST_PORT, _NUM_PORTS = 10_000, 20_000
+# Test processes that run side by side begin at different ones.
+_ports = cycle((os.getpid() * 1009 + i) % _NUM_PORTS + _FIRST_PORT for i in range(_NUM_PORTS))
 # Where one cannot be imported, as without NeMo, the fork server goes on without it.
 _PRELOADED = ["kit.preload", "megatron_hydra.nemo.training"]
 
@@ -49,9 +54,7 @@ def run_distributed(
     start_method = "spawn" if torch.cuda.is_available() else "forkserver"
     if start_method == "forkserver":
         start_fork_server()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     with tempfile.TemporaryDirectory() as stacks:
         context = torch.multiprocessing.start_processes(
             _run,
@@ -64,6 +67,15 @@ def run_distributed(
         while not context.join(timeout=max(0.0, deadline - time.monotonic())):
             if time.monotonic() >= deadline:
                 raise TimeoutError(_kill(context.processes, Path(stacks), limit_s))
+
+
+def _free_port() -> int:
+    """One below those that systems give to connections, which would take it before the ranks do."""
+    for port in islice(_ports, _NUM_PORTS):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def as_every_rank(tp_size: int) -> Iterator[int]:
