@@ -81,15 +81,19 @@ class AskedModel:
         shape = ModelShape.from_fields(peek_metadata(self.path)["config"])
         return shape, HeadPlan.load(self.path / "plan.json")
 
-    def generator(self) -> Generator | CheckpointGenerator:
-        """Its tokenizer, and the model once it is asked; imports what runs it."""
+    def generator(self, forward_tokens: int | None = None) -> Generator | CheckpointGenerator:
+        """Its tokenizer, and the model once it is asked; imports what runs it.
+
+        Args:
+            forward_tokens: As a Hugging Face folder's `Generator` has it.
+        """
         if self.is_checkpoint:
             from megatron_hydra.evaluation.checkpoint_generator import CheckpointGenerator
 
             return CheckpointGenerator(self.path)
         from megatron_hydra.export.generating import Generator
 
-        return Generator(self.path, self.has_code)
+        return Generator(self.path, self.has_code, forward_tokens)
 
 
 def check_layout(models: Iterable[AskedModel], tensor_parallel: int | None) -> int:

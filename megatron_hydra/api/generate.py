@@ -99,6 +99,7 @@ def generate(
     batch_size: int | None = None,
     tensor_parallel: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    forward_tokens: int | None = None,
     trust_remote_code: bool = False,
     serve_dtype: ServeDtype = "bf16",
     overwrite: bool = False,
@@ -119,6 +120,8 @@ def generate(
         dump: JSON lines of the prompts, for another engine.
         batch_size: Prompts that are answered together; None for as many as have `batch_tokens`.
         batch_tokens: See there.
+        forward_tokens: Most tokens of a forward pass of a Hugging Face folder's model, where the
+            prompts that are answered together have more; None reads them at once.
         tensor_parallel: Ranks that hold a checkpoint's model together, the others share the
             prompts; None for all.
         trust_remote_code: Run model code that is not what this release exports.
@@ -150,7 +153,7 @@ def generate(
     on_first_rank: Callable[[Callable[[], Any]], Any] = _called
     if any(model.is_checkpoint for model in asked.values()):
         on_first_rank = _join_ranks(tensor_parallel)
-    generators = {name: model.generator() for name, model in asked.items()}
+    generators = {name: model.generator(forward_tokens) for name, model in asked.items()}
     text = read_text(texts, prompts.text_options) if texts else stand_in_text("--text")
     _check_tokenizers(generators, text)
     tell(f"lengths: {', '.join(f'{n:,}' for n in chosen.lengths)} tokens ({chosen.words})")
@@ -173,6 +176,11 @@ def generate(
     def size_at(length: int) -> int:
         return batch_size or max(1, batch_tokens // length)
 
+    def size_of_pass(length: int) -> int:
+        if forward_tokens is None:
+            return size_at(length)
+        return min(size_at(length), max(1, forward_tokens // length))
+
     for position, (name, generator) in enumerate(generators.items()):
         _tell_beyond(name, asked[name], chosen.lengths, tell)
         answered = []
@@ -184,7 +192,7 @@ def generate(
             answered.append(found)
         losses = on_first_rank(partial(unfinished.load_positions, position))
         if losses is None:
-            losses = _losses(name, generator, windows, size_at, progress)
+            losses = _losses(name, generator, windows, size_of_pass, progress)
             on_first_rank(partial(unfinished.save_positions, position, losses))
         results.append(_result(name, asked[name], serve_dtype, answered, losses))
         generator.release()

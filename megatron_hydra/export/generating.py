@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_hydra.errors import UserError
@@ -23,10 +24,12 @@ class Generator:
     Args:
         folder: Of Hugging Face.
         has_code: Whether transformers is to run the folder's own model code.
+        forward_tokens: Most tokens of a forward pass over prompts, one a prompt or more; longer
+            ones fill the cache in pieces. None: prompts are read in one pass.
     """
 
-    def __init__(self, folder: Path, has_code: bool) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, has_code: bool, forward_tokens: int | None = None) -> None:
+        self.folder, self.forward_tokens = folder, forward_tokens
         self._options = {"trust_remote_code": has_code, "local_files_only": True}
         self._model: Any = None
         try:
@@ -69,9 +72,36 @@ class Generator:
             ).to(model.device)
             # Exported hybrids see to it themselves; other models' steps are 2.5 times as long with.
             with torch.inference_mode(), without_plans(inputs["input_ids"]):
-                found = model.generate(**inputs, max_new_tokens=max_new_tokens)
+                cache = self._read(model, **inputs)
+                found = model.generate(
+                    **inputs, past_key_values=cache, max_new_tokens=max_new_tokens
+                )
             new = found[:, inputs["input_ids"].shape[1] :]
             yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def _read(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """The cache of all but the last token of prompts that are too much for one pass, else None.
+
+        transformers' own `prefill_chunk_size` counts the padding's positions (4.57), so that a
+        prompt with some would be read elsewhere than its answer is written.
+
+        Args:
+            model: Of transformers.
+            input_ids: `[b, s]`, padded on the left.
+            attention_mask: `[b, s]`, 0 for padding.
+        """
+        batch, length = input_ids.shape
+        if self.forward_tokens is None or batch * length <= self.forward_tokens:
+            return None
+        positions, cache = (attention_mask.cumsum(-1) - 1).clamp(min=0), None
+        for part in torch.arange(length - 1).split(max(1, self.forward_tokens // batch)):
+            piece = slice(int(part[0]), int(part[-1]) + 1)
+            cache = model(
+                input_ids[:, piece], attention_mask=attention_mask[:, : piece.stop],
+                position_ids=positions[:, piece], past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values  # fmt: skip
+        return cache
 
     @torch.inference_mode()
     def position_losses(

@@ -121,7 +121,8 @@ def _measure(study: StudyConfig, run: Run, folder: Path, watch: Watch) -> ArmRes
     if not out.exists():
         generate(
             {run.name: folder / "hf"}, out, prompts,
-            batch_tokens=asked.batch_tokens, progress=watch.progress,
+            batch_tokens=asked.batch_tokens, forward_tokens=asked.forward_tokens,
+            progress=watch.progress,
         )  # fmt: skip
     (evaluation,) = Generation.load(out).models
     student = Generator(folder / "hf", True)

@@ -7,154 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from megatron_hydra.api.convert import Reuse
 from megatron_hydra.errors import UserError
-from megatron_hydra.schema import Limits, PathText, as_overrides, named, read_config
-from megatron_hydra.selection.budget import Budget, Constraints
+from megatron_hydra.schema import as_overrides, named, read_config
+from megatron_hydra.selection.budget import Budget
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
+from megatron_hydra.study.sections import (
+    Arm,
+    DataSection,
+    EvaluationSection,
+    Question,
+    RunSection,
+    Stage,
+    Teacher,
+)
 from megatron_hydra.tasks.generation import find_generation_tasks
 from megatron_hydra.tasks.probes import find_sub_probe
 from megatron_hydra.training.config import RunConfig, load_config
 
 STAGES = ("align", "distill", "long_context")
-_Count = Annotated[int, Limits(least=1)]
-_Share = Annotated[float, Limits(least=0, most=1)]
-
-
-@dataclass
-class Replicate:
-    """Arms that are compared have the same of both: teacher, and seed of data and new weights."""
-
-    teacher: str
-    seed: Annotated[int, Limits(least=0, below=1000)]
-
-
-@dataclass
-class RunSection:
-    """Where the study lies, and how often each arm runs."""
-
-    folder: PathText
-    """Teachers, and the arms that are unfinished."""
-    budgets: list[str]
-    """FA heads as a share of all: 1/8 is LA:FA 7:1."""
-    replicates: list[Replicate]
-    results: PathText | None = None
-    """Folder of one JSON file for each finished or failed arm; None: `results` in `folder`."""
-    title: str = "The study"
-    """Of its page."""
-    note: str = ""
-    """What a reader of the page should know first."""
-
-
-@dataclass
-class Teacher:
-    """A pretrained model; one of the two is said."""
-
-    folder: PathText | None = None
-    """Hugging Face folder."""
-    script: PathText | None = None
-    """Python file that trains one and writes it to its `--out`."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of the script, without their dashes."""
-
-
-@dataclass
-class DataSection:
-    """What every arm trains on: `preprocess`'s documents, half of needles, of Python's docs."""
-
-    length: _Count
-    """Tokens of a document in stages 1 and 2: the teacher's own length."""
-    documents: _Count
-    long_length: _Count
-    """The same in stage 3."""
-    long_documents: _Count
-    retrieval_fraction: _Share = 0.5
-
-
-@dataclass
-class Stage:
-    """What a stage is for every arm."""
-
-    tokens: _Count
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Sections and keys of the stage's training, as in a stage's own YAML."""
-
-
-@dataclass
-class EvaluationSection:
-    """What every arm is asked."""
-
-    times: list[_Count]
-    """Lengths, in times of `data.length`."""
-    tasks: list[str] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_1"])
-    samples: _Count = 200
-    """Prompts of each task at each length, and of each probe."""
-    probes: list[str] = field(default_factory=list)
-    """Sub-probes, other than those that `tasks` ask, at `data.length`."""
-    text_tokens: _Count = 16384
-    """Held-out text for loss and divergence, in tokens."""
-    seed: int = 2_000_003
-    batch_tokens: _Count = 16384
-    """Of prompts that are answered together."""
-
-
-@dataclass
-class Arm:
-    """One way to make a hybrid; what it does not say is as everywhere."""
-
-    about: str
-    ratio: str | None = None
-    """FA heads as a share of all, whatever the budget is."""
-    budget: Literal["fa_ratio", "kv_cache_ratio"] = "fa_ratio"
-    constraints: Constraints = field(default_factory=Constraints)
-    combine: dict[str, Any] = field(default_factory=dict)
-    """Of the scores, as `plan combine.KEY=VALUE`."""
-    window_ratio: str = "0"
-    """Share of all heads that become windows, as `plan --window-ratio`."""
-    random: bool = False
-    """Heads by lot, drawn anew for each replicate."""
-    model: dict[str, Any] = field(default_factory=dict)
-    """Of the hybrid, as `convert model.KEY=VALUE`."""
-    calibration_tokens: Annotated[int, Limits(least=0)] = 8192
-    """Each head's scale starts at what the teacher's head has on so much text; 0: at 1."""
-    calibrates_recurrence: bool = False
-    """As `convert --calibrate-recurrence`."""
-    reuse: Reuse = "all"
-    """What of the hybrid starts from the teacher's weights."""
-    tokens: dict[str, Annotated[float, Limits(least=0)]] = field(default_factory=dict)
-    """Of a stage, in times of the study's; 0 leaves the stage out."""
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Changes of a stage's settings."""
-    replicates: _Count = 1
-    """It runs on the first so many."""
-    budgets: list[str] | None = None
-    """It runs at these alone; None: at all."""
-
-
-@dataclass
-class Ordering:
-    """A claim: one arm is better than another."""
-
-    better: str
-    worse: str
-    by: str = "retrieval"
-    """`retrieval`: tasks beyond the training length; else the name of a probe."""
-    paper: str = ""
-    """What the paper has for the two."""
-
-
-@dataclass
-class Question:
-    """A table of the page."""
-
-    title: str
-    arms: list[str]
-    paper: dict[str, str] = field(default_factory=dict)
-    """The paper's figures of an arm."""
-    orderings: list[Ordering] = field(default_factory=list)
-    note: str = ""
+IN_NATS = ("loss", "KL")
+"""What an ordering may be by, beside answers: the lower is the better."""
 
 
 @dataclass(frozen=True)
@@ -212,21 +86,58 @@ class StudyConfig:
         given = self.teachers[name].folder
         return Path(given) if given else self.folder / "teachers" / name / "hf"
 
+    @property
+    def budgets(self) -> list[str]:
+        """The study's, and those that its arms name beside."""
+        named = (budget for arm in self.arms.values() for budget in arm.budgets or ())
+        return list(dict.fromkeys([*self.run.budgets, *named]))
+
+    def budgets_of(self, question: Question) -> list[str]:
+        """At which an arm of a question runs."""
+        arms = [self.arms[name] for name in question.arms]
+        return [budget for budget in self.budgets if any(self._is_at(arm, budget) for arm in arms)]
+
+    def _is_at(self, arm: Arm, budget: str) -> bool:
+        return budget in (arm.budgets or self.run.budgets)
+
     def budget_of(self, arm: str, budget: str) -> str:
         """At which an arm runs where the study is at a budget."""
         return self.arms[arm].ratio or budget
 
-    def runs(self) -> list[Run]:
-        """All runs in their order: a budget, its questions, of each the first replicates first."""
+    def runs(self, asked: Sequence[str] = ()) -> list[Run]:
+        """Runs in their order: a budget, its questions, of each the first replicates first.
+
+        Args:
+            asked: Questions by their keys, in the order in which their arms run, each with its
+                budgets or, as `key@1/8`, at one; empty for all.
+
+        Raises:
+            UserError: If there is no such question, or nothing of it at that budget.
+        """
         found: dict[Run, None] = {}
-        for budget in self.run.budgets:
-            for question in self.questions.values():
-                for index, replicate in enumerate(self.run.replicates):
-                    for name in question.arms:
-                        arm, at = self.arms[name], self.budget_of(name, budget)
-                        if index < arm.replicates and budget in (arm.budgets or self.run.budgets):
-                            found[Run(name, at, replicate.teacher, replicate.seed)] = None
+        for question, budget in self._asked(asked):
+            for index, replicate in enumerate(self.run.replicates):
+                for name in question.arms:
+                    arm, at = self.arms[name], self.budget_of(name, budget)
+                    if index < arm.replicates and self._is_at(arm, budget):
+                        found[Run(name, at, replicate.teacher, replicate.seed)] = None
         return list(found)
+
+    def _asked(self, asked: Sequence[str]) -> Iterator[tuple[Question, str]]:
+        if not asked:
+            for budget in self.budgets:
+                yield from ((question, budget) for question in self.questions.values())
+        for words in asked:
+            key, _, budget = words.partition("@")
+            if key not in self.questions:
+                raise UserError(
+                    f"there is no question {key!r}; there is {', '.join(self.questions)}"
+                )
+            question = self.questions[key]
+            there = self.budgets_of(question)
+            if budget and budget not in there:
+                raise UserError(f"question {key} is at {', '.join(there)}, not at {budget!r}")
+            yield from ((question, each) for each in ([budget] if budget else there))
 
     def steps(self, run: Run, stage: str) -> int:
         """Optimizer steps of a run's stage; 0: it is left out."""
@@ -286,7 +197,8 @@ class StudyConfig:
 
     def common_inputs(self) -> dict[str, str]:
         """What decides every arm's result, by name."""
-        said = {"data": _said(self.data), "score": self.score, "evaluation": _said(self.evaluation)}
+        asked = {k: v for k, v in _said(self.evaluation).items() if k not in _AT_ONCE}
+        said = {"data": _said(self.data), "score": self.score, "evaluation": asked}
         return {name: _text(value) for name, value in said.items()}
 
     def inputs(self, run: Run) -> dict[str, str]:
@@ -301,6 +213,8 @@ class StudyConfig:
         return self.common_inputs() | {name: _text(value) for name, value in found.items()}
 
 
+# Of the evaluation: how much is read at once decides no result.
+_AT_ONCE = ("batch_tokens", "forward_tokens")
 # What of an arm decides no result, or is counted in the steps and settings of its stages.
 _ELSEWHERE = ("about", "replicates", "budgets", "tokens", "stages")
 
@@ -347,7 +261,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
             if "global_batch_size" not in section.settings.get("data", {}):
                 raise UserError(f"stages.{stage}.settings.data.global_batch_size is missing")
         for arm in study.arms.values():
-            for ratio in (*study.run.budgets, *([arm.ratio] if arm.ratio else [])):
+            for ratio in (*study.budgets, *([arm.ratio] if arm.ratio else [])):
                 _ratio(ratio, arm.budget)
             _fraction(arm.window_ratio, "a window_ratio")
         find_generation_tasks(study.evaluation.tasks)
@@ -385,15 +299,14 @@ def _names(study: StudyConfig) -> Iterator[tuple[str, str, Mapping[str, Any] | S
     yield from (("stages", name, STAGES) for name in study.stages)
     yield from (("the study needs all stages and", name, study.stages) for name in STAGES)
     yield from (("run.replicates", each.teacher, study.teachers) for each in study.run.replicates)
-    known = ("retrieval", *study.evaluation.probes)
+    known = ("retrieval", *IN_NATS, *study.evaluation.probes)
     for key, question in study.questions.items():
         yield from ((f"questions.{key}.arms", name, study.arms) for name in question.arms)
         yield from ((f"questions.{key}.paper", name, question.arms) for name in question.paper)
         for ordering in question.orderings:
             pair = (ordering.better, ordering.worse)
             yield from ((f"questions.{key}.orderings", name, question.arms) for name in pair)
-            yield f"questions.{key}.orderings", ordering.by, known
+            yield from ((f"questions.{key}", by, known) for by in question.measures(ordering))
     for name, arm in study.arms.items():
-        yield from ((f"arms.{name}.budgets", each, study.run.budgets) for each in arm.budgets or ())
         for stage in (*arm.tokens, *arm.stages):
             yield f"arms.{name}", stage, STAGES

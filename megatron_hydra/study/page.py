@@ -12,11 +12,18 @@ from statistics import mean
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import write_beside
-from megatron_hydra.study.config import Ordering, Question, Run, StudyConfig
+from megatron_hydra.study.config import IN_NATS, Run, StudyConfig
 from megatron_hydra.study.results import ArmResult
-from megatron_hydra.study.statistics import Difference, paired_difference, share_right
+from megatron_hydra.study.sections import Ordering, Question
+from megatron_hydra.study.statistics import (
+    Difference,
+    difference_in_nats,
+    paired_difference,
+    share_right,
+)
 
 Results = Mapping[Run, ArmResult]
+_MOST_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,8 @@ def _loss(result: ArmResult, length: int) -> float:
 def write_page(study: StudyConfig, results: Results, out: Path) -> None:
     """Write the page, and its pictures to `pictures/` beside it, in earlier ones' places.
 
+    Pictures have the page's name before theirs, so that two studies' pages can lie side by side.
+
     Raises:
         UserError: If there is no result, or the page cannot be written.
     """
@@ -102,15 +111,19 @@ def write_page(study: StudyConfig, results: Results, out: Path) -> None:
     lines = [f"# {study.run.title}", "", *_head(study, results)]
     for key, question in study.questions.items():
         lines += ["", f"## {question.title}", *(["", question.note] if question.note else [])]
-        for budget in study.run.budgets:
+        for budget in study.budgets_of(question):
             figures = list(_figures(study, results, question, budget))
             lines += ["", f"### {budget} of the heads FA"]
-            if figures:
-                picture = out.parent / "pictures" / f"study_{key}_{budget.replace('/', '_')}.png"
-                with chart_style():
-                    save_png(picture, question_figure(study, figures), overwrite=True)
-                lines += ["", *_table(study, question, figures)]
-                lines += ["", f"![{question.title}](pictures/{picture.name})"]
+            if not _compares(study, figures):
+                lines += ["", "Nothing to compare yet."]
+                lines += _absent(study, results, question, budget)
+                continue
+            name = f"{out.stem}_{key}_{budget.replace('/', '_')}.png"
+            with chart_style():
+                figure = question_figure(study, figures)
+                save_png(out.parent / "pictures" / name, figure, overwrite=True)
+            lines += ["", *_table(study, question, figures)]
+            lines += ["", f"![{question.title}](pictures/{name})"]
             lines += _absent(study, results, question, budget)
             lines += _orderings(study, results, question, budget)
     with write_beside(out, overwrite=True) as temporary:
@@ -135,9 +148,11 @@ def _head(study: StudyConfig, results: Results) -> list[str]:
         f"{lengths} tokens; all are asked the same. Loss is in nats on held-out text up to the "
         "training length, KL is the divergence of the next token from the teacher's there, cache "
         "is in bytes of bf16 a token, state in KiB a sequence. Figures are means over runs: pairs "
-        "of a teacher and a seed. An ordering is read off all lengths beyond the training length, "
-        "or off a probe; its interval is a paired bootstrap's, 95%, over runs and prompts, and "
-        "one run alone decides nothing.",
+        "of a teacher and a seed: rows of arms that have not run for the same ones do not compare, "
+        "orderings do, for they take the pairs that both arms have. An ordering is read off all "
+        "lengths beyond the training length, or off a probe; its interval is a paired bootstrap's, "
+        "95%, over runs and prompts. By loss or KL the lower is the better, and the interval is "
+        "Student's over runs. One run alone decides nothing.",
     ]
     return [*([study.run.note, ""] if study.run.note else []), *lines]
 
@@ -155,6 +170,11 @@ def _figures(
         found = [results[run] for run in _runs(study, arm, budget) if run in results]
         if found := [result for result in found if result.status == "finished"]:
             yield ArmFigures(arm, found, study.data.length)
+
+
+def _compares(study: StudyConfig, figures: Sequence[ArmFigures]) -> bool:
+    """Whether there is something to compare, of which some was made at the budget itself."""
+    return len(figures) > 1 and any(study.arms[each.name].ratio is None for each in figures)
 
 
 def _table(study: StudyConfig, question: Question, figures: Sequence[ArmFigures]) -> list[str]:
@@ -187,33 +207,32 @@ def _absent(study: StudyConfig, results: Results, question: Question, budget: st
             elif results[run].status == "failed":
                 failed.append(f"{arm} ({run.teacher}, seed {run.seed}): {results[run].reason}")
     lines = [f"- Failed: {each}" for each in failed]
-    lines += [f"- Not run: {', '.join(waiting)}"] if waiting else []
+    words = ", ".join(waiting) if len(waiting) <= _MOST_NAMED else f"{len(waiting)} runs"
+    lines += [f"- Not run: {words}"] if waiting else []
     return ["", *lines] if lines else []
 
 
 def _orderings(study: StudyConfig, results: Results, question: Question, budget: str) -> list[str]:
     rows = []
-    for ordering in question.orderings:
+    for ordering, by in (
+        (each, by) for each in question.orderings for by in question.measures(each)
+    ):
         if not all(_runs(study, arm, budget) for arm in (ordering.better, ordering.worse)):
             continue  # one of the two is of other budgets
-        found = compare(study, results, ordering, budget)
-        claim = f"{ordering.better} over {ordering.worse}"
-        if found is None:
-            rows.append([claim, ordering.by, ordering.paper, "", "", "0", "undecided: not run"])
-            continue
-        low, high = (f"{100 * value:+.1f}" for value in found.interval)
-        rows.append(
-            [claim, ordering.by, ordering.paper, f"{100 * found.value:+.1f}", f"{low} to {high}",
-             str(found.num_runs), found.verdict]
-        )  # fmt: skip
+        row = [f"{ordering.better} over {ordering.worse}", by]
+        row.append(ordering.paper if by == "retrieval" else "")
+        if found := compare(study, results, ordering, by, budget):
+            rows.append([*row, *found.words, str(found.num_runs), found.verdict])
+        else:
+            rows.append([*row, "", "", "0", "undecided: not run"])
     if not rows:
         return []
-    heads = ["claim", "by", "paper", "difference, points", "95% interval", "runs", "verdict"]
+    heads = ["claim", "by", "paper", "difference", "95% interval", "runs", "verdict"]
     return ["", *_markdown(heads, rows)]
 
 
 def compare(
-    study: StudyConfig, results: Results, ordering: Ordering, budget: str
+    study: StudyConfig, results: Results, ordering: Ordering, by: str, budget: str
 ) -> Difference | None:
     """Two arms on the teachers and seeds that both have finished; None if there are none."""
     found: list[dict[tuple[str, int], ArmResult]] = []
@@ -223,9 +242,17 @@ def compare(
     both = [key for key in found[0] if key in found[1]]
     if not both:
         return None
+    if by in IN_NATS:
+        ours, theirs = ([_nats(study, by, each[key]) for key in both] for each in found)
+        return difference_in_nats(ours, theirs)
     above = study.retrieval_above
-    better, worse = ([by[key].bits(ordering.by, above) for key in both] for by in found)
+    better, worse = ([each[key].bits(by, above) for key in both] for each in found)
     return paired_difference(better, worse)
+
+
+def _nats(study: StudyConfig, by: str, result: ArmResult) -> float:
+    figures = ArmFigures(result.arm, [result], study.data.length)
+    return figures.loss_nats if by == "loss" else figures.divergence_nats
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

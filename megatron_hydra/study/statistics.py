@@ -1,15 +1,17 @@
-"""Whether one arm is better than another: a paired bootstrap over runs and prompts.
+"""Whether one arm is better than another: of prompts by a paired bootstrap, else by pairs of runs.
 
 Legend: u = runs of both arms on the same teacher and seed, c = cells, r = resamples.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 NUM_RESAMPLES = 10_000
@@ -20,14 +22,25 @@ class Difference:
     """By how much one arm is better.
 
     Attributes:
-        value: Difference of the shares of right samples, the mean over cells and runs.
-        interval: 95%, of the bootstrap.
+        value: The mean over runs: of the shares of right samples, in points; or in nats, the lower
+            being the better.
+        interval: 95%.
         num_runs: u; the interval of a single run knows nothing of other seeds.
+        unit: Of both.
     """
 
     value: float
     interval: tuple[float, float]
     num_runs: int
+    unit: Literal["points", "nats"] = "points"
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Value and interval, to be read."""
+        digits = 1 if self.unit == "points" else 3
+        value, low, high = (f"{each:+.{digits}f}" for each in (self.value, *self.interval))
+        # One run's nats have no interval.
+        return f"{value} {self.unit}", f"{low} to {high}" if math.isfinite(self.interval[0]) else ""
 
     @property
     def verdict(self) -> Verdict:
@@ -62,7 +75,23 @@ def paired_difference(
     runs = rng.integers(len(counts), size=by_run.shape)
     means = np.take_along_axis(by_run, runs, axis=1).mean(1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return Difference(float(values.mean()), (float(low), float(high)), len(counts))
+    value, low, high = (100 * float(each) for each in (values.mean(), low, high))
+    return Difference(value, (low, high), len(counts))
+
+
+def difference_in_nats(better: Sequence[float], worse: Sequence[float]) -> Difference:
+    """Compare what two arms have of a loss, by Student's t interval of the paired differences.
+
+    Args:
+        better: Of each run, in nats.
+        worse: The same of the other arm, in the same order.
+    """
+    found = np.subtract(worse, better)
+    value, half = float(found.mean()), math.inf
+    if len(found) > 1:
+        error = found.std(ddof=1) / math.sqrt(len(found))
+        half = float(stats.t.ppf(0.975, len(found) - 1) * error)
+    return Difference(value, (value - half, value + half), len(found), "nats")
 
 
 def _counts(better: str, worse: str) -> tuple[int, int, int]:

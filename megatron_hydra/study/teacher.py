@@ -15,7 +15,8 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash, read_json, write_json
 from megatron_hydra.processes import end_with_parent
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.study.config import Run, StudyConfig, Teacher
+from megatron_hydra.study.config import Run, StudyConfig
+from megatron_hydra.study.sections import Teacher
 from megatron_hydra.study.watch import Watch
 
 INPUTS = "inputs.json"

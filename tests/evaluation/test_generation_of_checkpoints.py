@@ -97,6 +97,28 @@ def _scored_by_text(patch: pytest.MonkeyPatch) -> list[str]:
     return texts
 
 
+@pytest.mark.parametrize(("folder", "has_code"), [("hf", True), ("qwen3", False)])
+@pytest.mark.parametrize("most", [300, 5])
+def test_prompts_that_are_read_in_pieces_are_answered_alike(
+    models: Path, folder: str, has_code: bool, most: int
+) -> None:
+    """With more padding in a batch than a piece is long, and answers that end at once or not."""
+    lines = (models / "prompts.jsonl").read_text("utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines][:6]
+    prompts = [prompt[-(60 + 70 * i) :] for i, prompt in enumerate(prompts)]
+    generator = Generator(models / folder, has_code, most)
+    sizes = []
+    model = generator._load()
+    model.register_forward_pre_hook(
+        lambda _, args, options: sizes.append((args or (options["input_ids"],))[0].numel()),
+        with_kwargs=True,
+    )
+    in_pieces = list(generator.generate(prompts, 12, 3))
+    assert max(sizes) <= max(most, 3) and sizes.count(max(sizes)) > 1
+    assert in_pieces == list(Generator(models / folder, has_code).generate(prompts, 12, 3))
+    assert len({*in_pieces}) > 3, "too dull to compare"
+
+
 def _check(models: Path, out: Path) -> None:
     """All of the file is what the export's says, but for the folder and rounding."""
     expected, found = (Generation.load(path) for path in (models / "expected.json", out))

@@ -6,8 +6,14 @@ import random
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
-from megatron_hydra.study.statistics import Difference, paired_difference, share_right
+from megatron_hydra.study.statistics import (
+    Difference,
+    difference_in_nats,
+    paired_difference,
+    share_right,
+)
 
 
 def test_one_cell_has_the_interval_of_its_mean() -> None:
@@ -17,10 +23,11 @@ def test_one_cell_has_the_interval_of_its_mean() -> None:
     found = paired_difference([[better]], [[worse]])
     mean = 60 / 300
     error = np.sqrt((120 / 300 - mean**2) / 300)
-    assert found.value == pytest.approx(mean)
-    assert found.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.01)
+    assert found.value == pytest.approx(100 * mean)
+    bounds = (100 * (mean - 1.96 * error), 100 * (mean + 1.96 * error))
+    assert found.interval == pytest.approx(bounds, abs=1.0)
     other = paired_difference([[worse]], [[better]])
-    assert other.value == pytest.approx(-mean)
+    assert other.value == pytest.approx(-100 * mean)
 
 
 def test_pairs_count_and_not_shares_alone() -> None:
@@ -54,9 +61,9 @@ def test_equal_to_resampling_prompt_by_prompt() -> None:
             of_runs.append(sum(cells) / 2)
         means.append(sum(of_runs) / 3)
     assert found.value == pytest.approx(
-        np.mean([share_right(a) - share_right(b) for a, b in zip(better, worse, strict=True)])
+        100 * np.mean([share_right(a) - share_right(b) for a, b in zip(better, worse, strict=True)])
     )
-    assert found.interval == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.02)
+    assert found.interval == pytest.approx(100 * np.quantile(means, (0.025, 0.975)), abs=2)
 
 
 def test_seeds_that_disagree_leave_it_undecided() -> None:
@@ -66,6 +73,19 @@ def test_seeds_that_disagree_leave_it_undecided() -> None:
     assert paired_difference([right, wrong], [wrong, right]).verdict == "undecided"
     assert paired_difference([right], [wrong]).verdict == "undecided", "one seed"
     assert Difference(0.1, (0.0, 0.2), 3).verdict == "undecided"
+
+
+def test_differences_in_nats_have_the_interval_of_a_paired_test() -> None:
+    """scipy's own, of the runs' pairs."""
+    better, worse = [2.1, 2.3, 2.2, 2.4], [2.2, 2.5, 2.25, 2.55]
+    found = difference_in_nats(better, worse)
+    expected = ttest_rel(worse, better).confidence_interval(0.95)
+    assert found.value == pytest.approx(0.125) and found.verdict == "holds"
+    assert found.interval == pytest.approx((expected.low, expected.high))
+    assert difference_in_nats(worse, better).verdict == "does not hold"
+    assert difference_in_nats([2.1, 2.4], [2.2, 2.3]).verdict == "undecided"
+    one = difference_in_nats([2.1], [2.3])
+    assert one.verdict == "undecided" and one.words == ("+0.200 nats", "")
 
 
 def test_arms_that_were_not_asked_the_same_are_not_compared() -> None:

@@ -160,7 +160,9 @@ def test_all_arms_train_on_the_same(study):
     stages = ("align", "distill", "long_context")
     sums = {run.arm: sum(study.tokens(run, stage) for stage in stages) for run in study.runs()}
     usual = sums.pop("head")
-    assert {arm for arm, tokens in sums.items() if tokens != usual} == {
+    early = set(study.questions["early"].arms)
+    assert {sums[arm] for arm in early} == {usual // 10}
+    assert {arm for arm, tokens in sums.items() if tokens != usual} == early | {
         "teacher", "window_untrained", "no_align", "calibrated_no_align", "no_distill",
         "no_long_context", "quarter", "half", "double",
     }  # fmt: skip
@@ -185,7 +187,23 @@ def test_what_decides_a_result_changes_its_inputs_and_words_do_not(study):
     assert changed("arms.head.tokens={align: 0.5}") == {"stages"}
     assert changed("arms.head.model={la_rope: false}") == {"arm"}
     assert changed("evaluation.samples=7") == {"evaluation"}
+    assert changed("evaluation.batch_tokens=9", "evaluation.forward_tokens=9") == set()
     assert changed("arms.window.model={}") == set()
+
+
+def test_questions_are_asked_in_the_order_in_which_they_are_named(study):
+    asked = study.runs(["few@1/128", "granularity@1/4", "recipe"])
+    names = [run.name for run in asked]
+    few = study.runs(["few"])
+    assert [run for run in asked if run.budget == "1/128"] == few[len(few) // 2 :] == asked[:12]
+    assert {run.budget for run in few} == {"1/32", "1/128"}
+    assert names[12] == "1-4.head.first.0" and len(names) == len({*names})
+    assert [name for name in names if ".recipe." in name][0] == "1.recipe.first.0"
+    assert {*asked} < {*study.runs()}
+    with pytest.raises(UserError, match=r"question few is at 1/32, 1/128, not at '1/8'"):
+        study.runs(["few@1/8"])
+    with pytest.raises(UserError, match=r"there is no question 'fwe'; there is granularity, "):
+        study.runs(["fwe"])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +219,7 @@ def test_what_decides_a_result_changes_its_inputs_and_words_do_not(study):
         ("score.scorers.names=[magic]", r"score: scorers\.names\[0\] is 'magic'"),
         ("evaluation.tasks=[niah]", r"unknown generation task 'niah'"),
         ("teachers.first.folder=here", r"teachers\.first must say one of folder and script"),
-        ("evaluation.probes=[]", r"orderings names 'kv_retrieval'; there is retrieval"),
+        ("evaluation.probes=[]", r"questions\.selection names 'kv_retrieval'; there is retr"),
         ("evaluation.times=[]", r"evaluation\.times is empty"),
     ],
 )  # fmt: skip

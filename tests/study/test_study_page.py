@@ -73,7 +73,7 @@ def test_the_page_says_what_the_results_hold(study, tmp_path):
     # Loss up to 256: 30 tokens at 2.0 and 10 at 4.0.
     assert cells[5:] == ["2.500", "0.250", "768", "2", "1,234", "2"] and cells[2] == "3"
     assert re.search(
-        r"\| head over layer_scored \| retrieval \| +\| \+\d\d\.\d \| .* 2 \| holds \|", page
+        r"\| head over layer_scored \| retrieval \| +\| \+\d\d\.\d points \| .* 2 \| holds \|", page
     )
     assert "| head over window | retrieval |" in page
     assert re.search(r"head over window .* 1 \| undecided \|", page), "one of its runs failed"
@@ -104,15 +104,36 @@ def test_an_ordering_is_read_off_lengths_beyond_the_training_length(study):
         )
 
     results = {first: with_bits(first, "0000", "1100"), second: with_bits(second, "1111", "0100")}
-    found = compare(study, results, ordering, "1/4")
-    assert found is not None and found.value == 0.25 and found.num_runs == 1
-    assert compare(study, {first: results[first]}, ordering, "1/4") is None
+    found = compare(study, results, ordering, "retrieval", "1/4")
+    assert found is not None and found.value == 25 and found.num_runs == 1
+    assert compare(study, {first: results[first]}, ordering, "retrieval", "1/4") is None
+
+
+def test_an_ordering_by_loss_or_divergence_has_the_lower_first(study):
+    """The loss is of positions up to the training length; two runs decide where they agree."""
+    ordering = study.questions["granularity"].orderings[0]
+    results = {}
+    for arm, loss, divergences in (("head", 2.5, (0.25, 0.26)), ("layer_scored", 3.5, (0.5, 0.51))):
+        for seed, divergence in enumerate(divergences):
+            run = Run(arm, "1/4", "quickstart", seed)
+            result = dataclasses.replace(made(study, run, 0.5), divergence_nats=divergence)
+            assert result.evaluation is not None
+            # 30 tokens at the first, 10 at 4.0: 2.5 of the first arm is (30 * 2 + 10 * 4) / 40.
+            low = PositionLoss(1, 128, 30, (40 * loss - 40) / 30)
+            rest = result.evaluation.loss_by_position[1:]
+            evaluation = dataclasses.replace(result.evaluation, loss_by_position=(low, *rest))
+            results[run] = dataclasses.replace(result, evaluation=evaluation)
+    by_loss, by_divergence = (compare(study, results, ordering, by, "1/4") for by in ("loss", "KL"))
+    assert by_loss is not None and by_loss.value == pytest.approx(1.0)
+    assert by_divergence is not None and by_divergence.value == pytest.approx(0.25)
+    assert by_divergence.verdict == "holds" and by_divergence.words[0] == "+0.250 nats"
 
 
 def test_orderings_are_told_at_the_budgets_of_both_arms(tmp_path):
     study = load_study(ROOT / "examples/study/study.yaml", [f"run.results={tmp_path}"])
-    run = study.runs()[0]
-    write_page(study, {run: made(study, run, 0.5)}, tmp_path / "page.md")
+    arms = ("head", "global")
+    results = {run: made(study, run, 0.5) for run in study.runs() if run.arm in arms}
+    write_page(study, results, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text().split("## ")
     eighth, quarter = (
         part for part in page if "of the heads FA" in part and "| head over global |" in part
@@ -136,12 +157,21 @@ def test_without_a_result_there_is_no_page(study, tmp_path):
     assert not (tmp_path / "page.md").exists()
 
 
-def test_the_committed_page_is_what_the_committed_results_make(tmp_path):
-    """Nothing on it is written by hand, and its YAML is still the one that was run."""
-    found = load_study(
-        ROOT / "examples/study/cpu.yaml", [f"run.results={ROOT}/examples/study/results_cpu"]
-    )
+@pytest.mark.parametrize(
+    ("config", "folder", "page"),
+    [("cpu", "results_cpu", "study_cpu"), ("study", "results", "study")],
+)
+def test_the_committed_pages_are_what_the_committed_results_make(config, folder, page, tmp_path):
+    """Nothing on them is written by hand, and their YAML is still the one that was run."""
+    place = ROOT / "examples/study"
+    found = load_study(place / f"{config}.yaml", [f"run.results={place / folder}"])
     results = load_results(found)
-    assert [*results] == found.runs()
-    write_page(found, results, tmp_path / "study.md")
-    assert (tmp_path / "study.md").read_text() == (ROOT / "docs/study.md").read_text()
+    assert len(results) == len(list((place / folder).iterdir())), "all are the study's"
+    if config == "cpu":
+        assert [*results] == found.runs()
+    write_page(found, results, tmp_path / f"{page}.md")
+    assert (tmp_path / f"{page}.md").read_text() == (ROOT / f"docs/{page}.md").read_text()
+    shown = {path.name for path in (tmp_path / "pictures").iterdir()}
+    committed = {path.name for path in (ROOT / "docs/pictures").glob(f"{page}_*")}
+    others = {name for name in committed if name.startswith("study_cpu_") and page == "study"}
+    assert shown == committed - others

@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="results and trained teachers in one file: read at the start where the study's folder "
         "lacks them, written whenever one is finished",
     )  # fmt: skip
+    parser.add_argument(
+        "--questions", nargs="+", default=(), metavar="NAME[@BUDGET]",
+        help="run the arms of these questions alone, in this order; default: of all",
+    )  # fmt: skip
     parser.add_argument("--retry-failed", action="store_true", help="run failed arms again")
     parser.add_argument(
         "--dry-run",
@@ -74,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--workers must be 1 or more and --minutes above 0")
     if args.only is not None:
         return _run_one(study, args.only, args.seconds)
+    runs = study.runs(args.questions)
     if args.bundle is not None and args.bundle.exists():
         _unpack(study, args.bundle)
     if args.report is not None:
@@ -81,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
         write_page(study, load_results(study), args.report)
         return 0
-    verdicts = {run: _verdict(study, run, args.retry_failed) for run in study.runs()}
+    verdicts = {run: _verdict(study, run, args.retry_failed) for run in runs}
     if args.dry_run:
         _tell(study, verdicts)
         return 0
