@@ -1,4 +1,4 @@
-"""The models that answer by generating text: Hugging Face folders and hybrids' checkpoints."""
+"""The models that answer by generating text: Hugging Face folders and checkpoints."""
 
 from __future__ import annotations
 
@@ -57,12 +57,7 @@ class AskedModel:
             weight_files(path)
             return cls(path, False, brings_code(path, is_trusted))
         check_model_folder(path)
-        if peek_metadata(path).get("kind") == "teacher":
-            raise UserError(
-                f"{path} is a teacher's checkpoint, whose attention, Megatron's own, does not "
-                "decode: name its Hugging Face folder, or what `export` makes of it"
-            )
-        HeadPlan.load(path / "plan.json")
+        _plan_of(path)
         return cls(path, True)
 
     @property
@@ -79,7 +74,7 @@ class AskedModel:
         if not self.is_checkpoint:
             return folder_shape(self.path)
         shape = ModelShape.from_fields(peek_metadata(self.path)["config"])
-        return shape, HeadPlan.load(self.path / "plan.json")
+        return shape, _plan_of(self.path)
 
     def generator(self, forward_tokens: int | None = None) -> Generator | CheckpointGenerator:
         """Its tokenizer, and the model once it is asked; imports what runs it.
@@ -94,6 +89,13 @@ class AskedModel:
         from megatron_hydra.export.generating import Generator
 
         return Generator(self.path, self.has_code, forward_tokens)
+
+
+def _plan_of(checkpoint: Path) -> HeadPlan | None:
+    """A hybrid's; None for a teacher."""
+    if peek_metadata(checkpoint).get("kind") == "teacher":
+        return None
+    return HeadPlan.load(checkpoint / "plan.json")
 
 
 def check_layout(models: Iterable[AskedModel], tensor_parallel: int | None) -> int:

@@ -114,7 +114,7 @@ def generate(
 
     Args:
         models: Folders by the names that the results give them: Hugging Face folders, which answer
-            by transformers, and hybrids' checkpoints, which answer under Megatron.
+            by transformers, and checkpoints of hybrids or teachers, which answer under Megatron.
         out: The results' JSON file, which the first rank writes; None writes the prompts alone.
         prompts: What is asked.
         dump: JSON lines of the prompts, for another engine.

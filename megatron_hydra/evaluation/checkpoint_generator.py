@@ -1,4 +1,4 @@
-"""Text that a checkpoint's hybrid generates under Megatron, on one rank or on several."""
+"""Text that a checkpoint's model generates under Megatron, on one rank or on several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_hydra.teachers.tokenizer import load_model_tokenizer
 
 
 class CheckpointGenerator:
-    """A hybrid and its tokenizer; Megatron's parallel state is set up before.
+    """A hybrid or a teacher, and its tokenizer; Megatron's parallel state is set up before.
 
     What it generates is collective: every rank asks the same. Replicas share batches.
 

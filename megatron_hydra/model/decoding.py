@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatron_hydra.errors import UserError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from megatron_hydra.model.mixers.base import Mixer
 
 
+# Without cuDNN, which plans anew, far longer than a token takes, for every number of keys.
+FOR_ONE_TOKEN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # What Megatron's and Transformer Engine's modules, and configurations, read in a forward pass.
 _SEQUENCE_PARALLEL = (
     "sequence_parallel",
@@ -140,7 +143,7 @@ def check_decoding(
     for what, is_asked in unknown.items():
         if is_asked:
             raise UserError(
-                f"a hybrid does not decode with {what}; it needs whole rows, a "
+                f"a model does not decode with {what}; it needs whole rows, a "
                 "StaticInferenceContext, and no parallelism but tensor and data parallel"
             )
 

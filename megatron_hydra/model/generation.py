@@ -1,4 +1,4 @@
-"""Generates tokens with a hybrid under Megatron: batched, greedy or sampled, tensor parallel.
+"""Generates tokens with a model under Megatron: batched, greedy or sampled, tensor parallel.
 
 Legend: b = rows, t = tokens of the longest prompt, m = new tokens, v = vocabulary.
 """
@@ -16,8 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.decoding import check_decoding, without_sequence_parallelism
-from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.schema import Limits, check_fields
 
 
@@ -56,7 +56,7 @@ def generate(
     prompt. Sequence parallelism is off meanwhile.
 
     Args:
-        model: A hybrid without wrappers, in evaluation mode.
+        model: A hybrid or a teacher (`build.build_model`) without wrappers, in evaluation mode.
         tokens: `[b, t]` integer on the model's device, the same on all tensor-parallel ranks.
         num_new_tokens: m.
         lengths: Tokens of each prompt; None: all t.
@@ -68,7 +68,7 @@ def generate(
         `[b, m]` int64: what follows each prompt, the same on all tensor-parallel ranks.
 
     Raises:
-        UserError: If the model is not a hybrid, it cannot decode as it stands (see
+        UserError: If the model is neither, it cannot decode as it stands (see
             `decoding.check_decoding`), or an argument does not fit.
     """
     lengths = _checked_lengths(model, tokens, num_new_tokens, lengths)
@@ -152,11 +152,10 @@ def _share(chosen: Tensor, group: dist.ProcessGroup) -> None:
 def _checked_lengths(
     model: GPTModel, tokens: Tensor, num_new_tokens: int, lengths: Sequence[int] | None
 ) -> list[int]:
-    layers = getattr(getattr(model, "decoder", None), "layers", [])
-    if not any(isinstance(layer.self_attention, HydraAttention) for layer in layers):
+    if not isinstance(model, GPTModel) or not isinstance(model.config, HydraFields):
         raise UserError(
-            f"generate needs a hybrid's GPTModel without wrappers, got {type(model).__name__}: a "
-            "teacher's attention, Megatron's own, does not decode here"
+            "generate needs the GPTModel of a hybrid or its teacher without wrappers, got "
+            f"{type(model).__name__}"
         )
     if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
         raise UserError(
@@ -172,7 +171,7 @@ def _checked_lengths(
             f"lengths is {lengths}; {b} numbers are needed, one a row, each from 1 to {t}"
         )
     least, most = int(tokens.min()), int(tokens.max())
-    vocabulary = model.config.vocab_size  # type: ignore[attr-defined]
+    vocabulary = model.config.vocab_size
     if least < 0 or most >= vocabulary:
         raise UserError(
             f"tokens has ids from {least} to {most}; the vocabulary's are 0 to {vocabulary - 1}"

@@ -16,7 +16,9 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
+from megatron_hydra.model.decoding import FOR_ONE_TOKEN
 from megatron_hydra.model.sequence import SequenceLayout
 from megatron_hydra.model.sharding import initial_device
 
@@ -80,7 +82,8 @@ class LocalCoreAttention(MegatronModule):
 
         Args:
             query: `[s, b, heads, d]`; `[s, heads, d]` where packed.
-            key: `[s, b, groups, d]`, groups dividing heads; `[s, groups, d]` where packed.
+            key: `[s, b, groups, d]`, groups dividing heads; `[s, groups, d]` where packed. With
+                more tokens than the query has, as in decoding, the query's are the last of them.
             value: As `key`.
             attention_mask: Ignored: the mask is always causal.
             packed_seq_params: Where a packed row's documents lie (`thd`).
@@ -91,6 +94,8 @@ class LocalCoreAttention(MegatronModule):
         is_packed = query.dim() == 3
         if is_packed:
             query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        if len(key) > len(query):
+            return self._attend_to_kept(query, key, value)
         layout = SequenceLayout.of(query.shape[0], packed_seq_params, self.cp_group)
         mask = None if layout.is_whole else layout.causal_mask().to(query.device)
         key, value = (
@@ -109,3 +114,16 @@ class LocalCoreAttention(MegatronModule):
         )
         output = output.permute(2, 0, 1, 3).flatten(2)
         return output.squeeze(1) if is_packed else output
+
+    def _attend_to_kept(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[s, b, heads * d]` of whole rows' last tokens, see `decoding.py`."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        s, t = query.shape[2], key.shape[2]
+        options: dict[str, Any] = dict(scale=self.softmax_scale, enable_gqa=True)
+        if s == 1:
+            with sdpa_kernel(FOR_ONE_TOKEN):
+                output = F.scaled_dot_product_attention(query, key, value, **options)
+        else:
+            mask = torch.ones(s, t, dtype=torch.bool, device=query.device).tril(t - s)
+            output = F.scaled_dot_product_attention(query, key, value, mask, **options)
+        return output.permute(2, 0, 1, 3).flatten(2)

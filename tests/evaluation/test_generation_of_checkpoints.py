@@ -160,6 +160,40 @@ def test_checkpoint_and_folders_stand_in_one_table(models, tmp_path, capsys):
 
 
 @pytest.mark.dist
+def test_a_teachers_checkpoint_answers_beside_its_hybrid_as_its_folder_does(
+    models, tmp_path, monkeypatch
+):
+    texts, out = _scored_by_text(monkeypatch), tmp_path / "out.json"
+    named = ["--model", f"teacher={models}/teacher", "--hf", f"folder={models}/qwen3"]
+    assert cli.main([*_of_checkpoint(models, out), *named]) == 0
+    found = {model.name: model for model in Generation.load(out).models}
+    _check_teacher(found["teacher"], found["folder"])
+    assert found["teacher"].tasks != found["hf"].tasks
+    by_model = {name: texts[20 * i : 20 * (i + 1)] for i, name in enumerate(found)}
+    assert len(texts) == 60
+    assert by_model["teacher"] == by_model["folder"] != by_model["hf"]
+    run_distributed(_ask_teacher_on_ranks, 2, models, tmp_path)
+    (of_ranks,) = Generation.load(tmp_path / "ranks.json").models
+    _check_teacher(of_ranks, found["folder"])
+
+
+def _check_teacher(of_checkpoint: Any, of_folder: Any) -> None:
+    assert of_checkpoint.tasks == of_folder.tasks
+    assert 0 < sum(task.num_right for task in of_folder.tasks) < 20, "too dull to compare"
+    for name in ("fa_heads", "total_heads", "cache_bytes_per_token", "state_bytes"):
+        assert getattr(of_checkpoint, name) == getattr(of_folder, name), name
+    losses = [[each.loss_nats for each in x.loss_by_position] for x in (of_checkpoint, of_folder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0]
+
+
+def _ask_teacher_on_ranks(models: Path, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        _scored_by_text(patch)
+        named, out = {"teacher": models / "teacher"}, folder / "ranks.json"
+        verb.generate(named, out, _prompts(models), batch_size=2, tensor_parallel=2)
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("tensor", [2, 1], ids=["tensor", "replicas"])
 def test_two_ranks_go_on_where_one_was_killed(models, tmp_path, tensor):
     """The first two cells are one rank's, of which the third was killed.
@@ -183,11 +217,16 @@ def test_two_ranks_go_on_where_one_was_killed(models, tmp_path, tensor):
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
-def _go_on(models: Path, folder: Path, tensor: int) -> None:
-    prompts = verb.Prompts(
+def _prompts(models: Path) -> verb.Prompts:
+    """Those of the options."""
+    return verb.Prompts(
         ("niah_single_2", "vt"), (400, 500), 5, 1500, 1, "short", (f"{models}/text.txt",),
         TextOptions(),
     )  # fmt: skip
+
+
+def _go_on(models: Path, folder: Path, tensor: int) -> None:
+    prompts = _prompts(models)
     with pytest.MonkeyPatch.context() as patch:
         texts = _scored_by_text(patch)
         out, named = folder / "out.json", {"hf": models / "hybrid"}
@@ -224,7 +263,6 @@ def test_torchrun_starts_it(models, tmp_path):
         (["--generate"], "name the models with --model, or with --hf"),
         (["--hf", "{}/hf", "--model", "a={}/hybrid"], "; --generate takes both"),
         (["--generate", "--model", "a={}/gone"], "model folder .*gone does not exist"),
-        (["--generate", "--model", "a={}/teacher"], "is a teacher's checkpoint, whose attention"),
         (["--generate", "--hf", "{}/hybrid"], "or name it with --model and --generate"),
         (
             ["--generate", "--hf", "a={}/hf", "--model", "a={}/hybrid"],

@@ -15,7 +15,7 @@ install_if_needed()
 
 from kit.distributed import run_distributed  # noqa: E402
 from kit.exported import UNEVEN, megatron_logits, twins  # noqa: E402
-from kit.tiny import random_model, tiny_config, token_batch  # noqa: E402
+from kit.tiny import tiny_config, token_batch  # noqa: E402
 from kit.tiny_qwen3 import write_byte_tokenizer  # noqa: E402
 from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
 from transformers import TopPLogitsWarper  # noqa: E402
@@ -153,10 +153,12 @@ def test_bad_sampling_is_named(values, message):
         Sampling(**values)
 
 
-def test_a_teacher_is_refused():
-    initialize_model_parallel()
-    with pytest.raises(UserError, match="generate needs a hybrid's GPTModel without wrappers"):
-        generate(random_model(), torch.ones(1, 3, dtype=torch.long), 1)
+def test_other_models_are_named(hybrid):
+    message = "needs the GPTModel of a hybrid or its teacher without wrappers, got"
+    with pytest.raises(UserError, match=f"{message} Sequential"):
+        generate(torch.nn.Sequential(hybrid[0]), _prompts(), 1)
+    with pytest.raises(UserError, match=f"{message} HydraForCausalLM"):
+        generate(hybrid[1], _prompts(), 1)
 
 
 VOCABULARY = 265  # not divisible by two ranks

@@ -156,7 +156,7 @@ def test_what_decoding_does_not_know_is_named_before_the_first_token(
 ):
     monkeypatch.setattr(hybrid.config, name, value)
     monkeypatch.setattr(hybrid, "forward", None)
-    with pytest.raises(UserError, match=f"a hybrid does not decode with {what}; it needs whole"):
+    with pytest.raises(UserError, match=f"a model does not decode with {what}; it needs whole"):
         generate(hybrid, _tokens(2, 12), 3)
 
 

@@ -95,9 +95,9 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--generate",
         action="store_true",
-        help="the models of --model, hybrids' checkpoints or Hugging Face folders, answer "
-        "RULER-style tasks by the text that they generate, greedily: checkpoints under Megatron, "
-        "on the ranks of torchrun -m hydra_tools.evaluate too",
+        help="the models of --model, checkpoints or Hugging Face folders, answer RULER-style "
+        "tasks by the text that they generate, greedily: checkpoints under Megatron, on the ranks "
+        "of torchrun -m hydra_tools.evaluate too",
     )
     group.add_argument(
         "--hf",

@@ -16,18 +16,15 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraConfig, HydraFields
-from megatron_hydra.model.decoding import LayerState
+from megatron_hydra.model.decoding import FOR_ONE_TOKEN, LayerState
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
 from megatron_hydra.model.sharding import initial_device
-
-# Without cuDNN, which plans anew, far longer than a token takes, for every number of keys.
-_FOR_ONE_TOKEN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class FullAttention(Mixer):
@@ -179,7 +176,7 @@ class FullAttention(Mixer):
             # A step reads all keys once: queries are filled up rather than keys copied.
             filled = query.new_zeros(b, self.num_slots, s, d)
             filled = filled.index_copy(1, self.kept_slots, query)
-            with sdpa_kernel(_FOR_ONE_TOKEN):
+            with sdpa_kernel(FOR_ONE_TOKEN):
                 output = F.scaled_dot_product_attention(
                     filled, keys, values, scale=scale, enable_gqa=True
                 ).index_select(1, self.kept_slots)
