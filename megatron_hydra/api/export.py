@@ -117,12 +117,14 @@ def export(
     state = int(0 if plan is None else state_bytes(shape, _FORMATS[name]).of(plan))
     with write_beside(out, overwrite, kind="folder", marker="config.json") as temporary:
         temporary.mkdir(parents=True)
+        figures = folder.CardFigures(cache, state, name, versions(), table)
         if plan is None:
-            folder.write_teacher_parts(temporary, config, loaded.tokenizer_folder, of_weights)
+            folder.write_teacher_parts(
+                temporary, config, loaded.meta, loaded.tokenizer_folder, of_weights, figures
+            )
             parameters = dict(loaded.model.named_parameters())
             tensors = iter(hugging_face_tensors(config, parameters).items())
         else:
-            figures = folder.CardFigures(cache, state, name, versions(), table)
             folder.write_hybrid_parts(
                 temporary, config, plan, loaded.meta, loaded.tokenizer_folder, of_weights, figures
             )

@@ -75,9 +75,7 @@ def write_hybrid_parts(
     write_model_parts(folder, config, plan, dtype, family_of(config).tokenizer_class)
     plan.save(folder / PLAN)
     write_json(folder / CHECKPOINT, dict(meta))
-    (folder / "README.md").write_text(
-        _card(config, plan, figures, license_of(meta, "model.json")), "utf-8"
-    )
+    _write_card(folder, _card(config, plan, figures, license_of(meta, "model.json")))
 
 
 def write_model_parts(
@@ -107,7 +105,12 @@ def write_model_parts(
 
 
 def write_teacher_parts(
-    folder: Path, config: HydraConfig, tokenizer_folder: Path, dtype: torch.dtype
+    folder: Path,
+    config: HydraConfig,
+    meta: Mapping[str, Any],
+    tokenizer_folder: Path,
+    dtype: torch.dtype,
+    figures: CardFigures,
 ) -> None:
     """All but the weights of a teacher, as its family's own model; arguments as above."""
     family = family_of(config)
@@ -129,6 +132,7 @@ def write_teacher_parts(
         }
     (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     _write_tokenizer(folder, tokenizer_folder)
+    _write_card(folder, _card(config, None, figures, license_of(meta, "model.json")))
 
 
 def _write_tokenizer(folder: Path, source: Path) -> None:
@@ -145,10 +149,52 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
     settings.save_pretrained(folder)
 
 
+def _write_card(folder: Path, text: str) -> None:
+    (folder / "README.md").write_text(text, "utf-8")
+
+
 def _card(
-    config: HydraConfig, plan: HeadPlan, figures: CardFigures, license: License | None
+    config: HydraConfig, plan: HeadPlan | None, figures: CardFigures, license: License | None
 ) -> str:
-    """The model card, Markdown with the hub's front matter."""
+    """The model card, Markdown with the hub's front matter; without a plan a teacher's."""
+    versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
+    header = "" if license is None else license.front_matter
+    sentence = (
+        "Which that is, the checkpoint does not say." if license is None else license.sentence
+    )
+    tags, what, rows, call, usage = _of_teacher(config, figures)
+    origin = "the model that was converted"
+    if plan is not None:
+        tags, what, rows, call, usage = _of_hybrid(config, plan, figures)
+        origin = "the teacher, whose weights it started from"
+    return f"""---
+{header}library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+{what} Written by megatron_hydra.
+
+| | |
+|---|---|
+| layers | {config.num_layers} |
+{rows}| longest sequence the model was built for | {config.seq_length:,} tokens |
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "THIS FOLDER"{call})("Once upon a time"))
+```
+{usage}
+{figures.results}License: that of {origin}. {sentence}
+
+Versions: {versions}.{"" if plan is None else f" Hash of the model code: `{code_hash()}`."}
+"""
+
+
+def _of_hybrid(
+    config: HydraConfig, plan: HeadPlan, figures: CardFigures
+) -> tuple[str, str, str, str, str]:
+    """Tags, what it is, rows of the table, what its call says more, and what it needs."""
     kinds = Counter(kind for layer in plan.resolved(config.la_kind).layers for kind in layer.kinds)
     total = plan.num_layers * plan.num_heads
     stored = sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
@@ -157,41 +203,31 @@ def _card(
     others = "".join(
         f"| heads of kind `{kind}` | {count} |\n" for kind, count in kinds.items() if kind != "fa"
     )
-    versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
-    header = "" if license is None else license.front_matter
-    sentence = (
-        "Which that is, the checkpoint does not say." if license is None else license.sentence
-    )
-    return f"""---
-{header}library_name: transformers
-pipeline_tag: text-generation
-tags: [hybrid-attention, linear-attention, custom_code]
----
-# A head-level hybrid
+    what = """# A head-level hybrid
 
 Each attention head of the teacher is of one kind: the few that retrieve keep full attention (FA),
 the others do not keep keys and values of every token
-([HydraHead, arXiv 2606.20097](https://arxiv.org/abs/2606.20097)). Written by megatron_hydra.
-
-| | |
-|---|---|
-| layers | {plan.num_layers} |
-| heads with full attention | {kinds["fa"]} of {total} |
+([HydraHead, arXiv 2606.20097](https://arxiv.org/abs/2606.20097))."""
+    rows = f"""| heads with full attention | {kinds["fa"]} of {total} |
 {others}| query groups whose keys and values are stored | {stored} of {groups} |
 | cache per token, {figures.dtype} | {hybrid:,} bytes (teacher: {teacher:,}) |
 | state per sequence, whatever its length | {figures.state:,} bytes |
-| longest sequence the model was built for | {config.seq_length:,} tokens |
-
-```python
-from transformers import pipeline
-
-print(pipeline("text-generation", "THIS FOLDER", trust_remote_code=True)("Once upon a time"))
-```
+"""
+    usage = """\
 It needs PyTorch and transformers; on a GPU also flash-linear-attention (`pip install fla-core`),
 without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere; the cache is
 dynamic, or static (`cache_implementation="static"`). Assisted decoding is refused.
-
-{figures.results}License: that of the teacher, whose weights it started from. {sentence}
-
-Versions: {versions}. Hash of the model code: `{code_hash()}`.
 """
+    tags = "hybrid-attention, linear-attention, custom_code"
+    return tags, what, rows, ", trust_remote_code=True", usage
+
+
+def _of_teacher(config: HydraConfig, figures: CardFigures) -> tuple[str, str, str, str, str]:
+    """As above, of a model whose heads are all as they were."""
+    what = f"""# A teacher
+
+As transformers' own `{family_of(config).architecture}`: all its heads have full attention."""
+    rows = f"""| heads with full attention | {config.num_layers * config.num_attention_heads} |
+| cache per token, {figures.dtype} | {figures.cache_per_token[1]:,} bytes |
+"""
+    return "teacher", what, rows, "", "It needs PyTorch and transformers.\n"

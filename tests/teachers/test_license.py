@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard  # noqa: E402
 from hydra_tools import cli  # noqa: E402
 from kit.tiny_models import PLAN  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.teachers.checkpoint import read_metadata  # noqa: E402
@@ -90,6 +91,23 @@ def test_from_the_folder_to_the_card_and_back(tmp_path):
     assert cli.main(["convert", "--hybrid", f"{tmp_path}/hf", "--out", f"{tmp_path}/back"]) == 0
     metas = [read_metadata(tmp_path / name) for name in ("hybrid", "back")]
     assert metas[0]["teacher_license"] == metas[1]["teacher_license"] != NONE
+
+
+def test_a_teachers_card_has_its_licence_too(tmp_path):
+    """And what a later `convert` of the exported folder reads there."""
+    teacher = _write(write_tiny_qwen3(tmp_path / "qwen3"), "license: mit")
+    assert cli.main(["convert", "--teacher", str(teacher), "--out", f"{tmp_path}/teacher"]) == 0
+    assert cli.main(["export", "--model", f"{tmp_path}/teacher", "--out", f"{tmp_path}/hf"]) == 0
+    card = ModelCard.load(tmp_path / "hf/README.md")
+    assert card.data.license == "mit" and card.data.tags == ["teacher"]
+    assert "trust_remote_code" not in card.text and "model code" not in card.text
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    heads = config.num_hidden_layers * config.num_attention_heads
+    assert f"| heads with full attention | {heads} |" in card.text
+    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert f"| cache per token, float32 | {cache:,} bytes |" in card.text
+    found = read_license(tmp_path / "hf")
+    assert found is not None and found.ids == ("mit",)
 
 
 def test_a_folder_that_states_none_and_a_checkpoint_that_does_not_know(tmp_path, capsys):
