@@ -15,6 +15,8 @@ from megatron_hydra.schema import MAY_LACK, load_json
 from megatron_hydra.study.config import Run, StudyConfig
 
 FILE_KIND, SCHEMA_VERSION = "study_arm", 1
+OF_TEACHER = "teacher's "
+"""What inputs begin with that all results of a teacher have in common."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ def load_results(study: StudyConfig) -> dict[Run, ArmResult]:
     """The results that there are of the study's runs.
 
     Raises:
-        UserError: If one cannot be read, or is of other settings than the study's.
+        UserError: If one cannot be read, or is of other settings than the study's, or of another
+            teacher, data or scores than the others of that teacher.
     """
-    found = {}
+    found: dict[Run, ArmResult] = {}
+    of_teacher: dict[tuple[str, str], tuple[str, Path]] = {}
     for run in study.runs():
         path = study.results / f"{run.name}.json"
         if not path.is_file():
@@ -97,4 +101,10 @@ def load_results(study: StudyConfig) -> dict[Run, ArmResult]:
         for key, value in study.inputs(run).items():
             if found[run].inputs.get(key) != value:
                 raise UserError(f"{path} was made with another {key}: run it again")
+        for key, value in found[run].inputs.items():
+            first, where = of_teacher.setdefault((run.teacher, key), (value, path))
+            if key.startswith(OF_TEACHER) and value != first:
+                raise UserError(
+                    f"{path} and {where} are of different ones of the {key}: run one of them again"
+                )
     return found

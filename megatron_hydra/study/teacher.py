@@ -16,6 +16,7 @@ from megatron_hydra.files import content_hash, read_json, write_json
 from megatron_hydra.processes import end_with_parent
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.study.config import Run, StudyConfig
+from megatron_hydra.study.results import OF_TEACHER
 from megatron_hydra.study.sections import Teacher
 from megatron_hydra.study.watch import Watch
 
@@ -124,7 +125,7 @@ def all_inputs(study: StudyConfig, run: Run) -> dict[str, str]:
     """Everything that decides a run's result, by name."""
     of_teacher = teacher_inputs(study, run.teacher)
     return study.inputs(run) | {
-        f"teacher's {key}": of_teacher[key] for key in ("weights", "scores", "datasets")
+        f"{OF_TEACHER}{key}": of_teacher[key] for key in ("weights", "scores", "datasets")
     }
 
 

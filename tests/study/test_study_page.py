@@ -151,6 +151,18 @@ def test_results_of_other_settings_are_not_told(study):
         load_results(study)
 
 
+def test_results_of_two_teachers_of_one_name_are_not_told(study):
+    """As where a bundle of another run was unpacked into the folder."""
+    first, *others = (made(study, run, 0.5) for run in study.runs()[:3])
+    for result, weights in ((first, "1"), (others[0], "1"), (others[1], "2")):
+        dataclasses.replace(result, inputs=result.inputs | {"teacher's weights": weights}).save(
+            study.results
+        )
+    with pytest.raises(UserError, match=rf"{others[1].run.name}.json and .*{first.run.name}.json "
+                       "are of different ones of the teacher's weights: run one"):  # fmt: skip
+        load_results(study)
+
+
 def test_without_a_result_there_is_no_page(study, tmp_path):
     with pytest.raises(UserError, match="holds no result of the study: run it first"):
         write_page(study, load_results(study), tmp_path / "page.md")
