@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.export.mixers_hydra import without_plans
+from megatron_hydra.export.stream_hydra import CACHE
 from megatron_hydra.progress import Progress, no_progress
 
 _POSITIONS = 256
@@ -72,15 +73,13 @@ class Generator:
             ).to(model.device)
             # Exported hybrids see to it themselves; other models' steps are 2.5 times as long with.
             with torch.inference_mode(), without_plans(inputs["input_ids"]):
-                cache = self._read(model, **inputs)
-                found = model.generate(
-                    **inputs, past_key_values=cache, max_new_tokens=max_new_tokens
-                )
+                read = self._read(model, **inputs)
+                found = model.generate(**inputs, **read, max_new_tokens=max_new_tokens)
             new = found[:, inputs["input_ids"].shape[1] :]
             yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)
 
-    def _read(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """The cache of all but the last token of prompts that are too much for one pass, else None.
+    def _read(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+        """The cache of all but the last token of prompts that are too much for one pass.
 
         transformers' own `prefill_chunk_size` counts the padding's positions (4.57), so that a
         prompt with some would be read elsewhere than its answer is written.
@@ -89,19 +88,23 @@ class Generator:
             model: Of transformers.
             input_ids: `[b, s]`, padded on the left.
             attention_mask: `[b, s]`, 0 for padding.
+
+        Returns:
+            An argument of `generate`; none where one pass can read all.
         """
         batch, length = input_ids.shape
         if self.forward_tokens is None or batch * length <= self.forward_tokens:
-            return None
+            return {}
         positions, cache = (attention_mask.cumsum(-1) - 1).clamp(min=0), None
         for part in torch.arange(length - 1).split(max(1, self.forward_tokens // batch)):
             piece = slice(int(part[0]), int(part[-1]) + 1)
-            cache = model(
+            output = model(
                 input_ids[:, piece], attention_mask=attention_mask[:, : piece.stop],
-                position_ids=positions[:, piece], past_key_values=cache, use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values  # fmt: skip
-        return cache
+                position_ids=positions[:, piece], use_cache=True, logits_to_keep=1,
+                **{CACHE: cache},
+            )  # fmt: skip
+            cache = output[CACHE]
+        return {CACHE: cache}
 
     @torch.inference_mode()
     def position_losses(
