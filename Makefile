@@ -60,7 +60,8 @@ test: $(INSTALLED) $(NEWEST)/.installed
 # As root on Debian; testpaths has no tests/cluster, which starts a Slurm over hosts that are namespaces.
 test-cluster: $(INSTALLED)
 	apt-get update -qq
-	apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps
+	apt-get install -qq -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps \
+		buildah debootstrap
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest -q --show-capture=no tests/cluster
 
 test-slow: $(INSTALLED) $(LM_EVAL)/.installed
