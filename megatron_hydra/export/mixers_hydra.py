@@ -20,9 +20,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_hydra import HydraLayerCache
 from .configuration_hydra import HydraHeadConfig
-from .recurrence_hydra import attention_of_a_token, gated_delta_rule, window_attention
-from .stream_hydra import Stream, take
+from .recurrence_hydra import (
+    attention_of_a_token,
+    gated_delta_rule,
+    short_convolution,
+    window_attention,
+)
+from .stream_hydra import Stream, rotated, take
 
+PIECE = 4096
+"""Tokens of each row whose queries and keys are prepared at once."""
 _FEWEST_DECAY_ROWS_AT = 8
 _FEW_ROWS = 2048
 
@@ -124,7 +131,7 @@ class FullAttention(Mixer):
         if stream.query_scale is not None:
             query = query * stream.query_scale
         if self.config.fa_rope:
-            query, key = rotated(query, stream), rotated(key, stream)
+            query, key = stream.rotated(query), stream.rotated(key)
         # [b, t, n, d] -> [b, n, t, d]
         query, key, value = (
             part.transpose(1, 2) for part in (query, key, self._heads(self.v_proj(x)))
@@ -188,15 +195,7 @@ class GatedDeltaNet(Mixer):
 
     def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
         """`[b, t, h]` to `[b, t, n, d]`."""
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
-        if self.config.la_short_conv:
-            qkv = self._convolved(qkv, stream, cache)
-        query, key, value = (self._heads(part) for part in qkv.chunk(3, dim=-1))
-        # Both at once: a step of one token takes as long as its operations are many.
-        both = torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
-        if self.config.la_rope:
-            both = rotated(both, stream)
-        query, key = F.normalize(both.float(), dim=-1).to(value.dtype).chunk(2, dim=2)
+        query, key, value = self._prepared(x, stream, cache)
         log_decay = self._log_decay(x)
         if self.beta_proj is not None:
             beta = self.beta_proj(x).float().sigmoid()
@@ -223,9 +222,45 @@ class GatedDeltaNet(Mixer):
         gate = self._heads(self.gate_proj(x))
         return F.silu(gate) if self.config.la_output_gate == "silu" else 2 * gate.sigmoid()
 
-    def _convolved(self, qkv: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
-        """Causal convolution and SiLU; what is kept are a row's last k - 1 real inputs."""
-        name, past = f"{self.name}_conv", self.config.la_conv_kernel_size - 1
+    def _prepared(
+        self, x: Tensor, stream: Stream, cache: HydraLayerCache | None
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values `[b, t, n, d]`, queries and keys of unit length.
+
+        What float32 takes is the memory of a piece of the tokens, not of a whole long prompt.
+        """
+        qkv, past = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1), 0
+        if self.config.la_short_conv:
+            past = self.config.la_conv_kernel_size - 1
+            qkv = self._after_past(qkv, stream, cache, past)
+        pieces = [
+            self._piece(
+                qkv[:, start : start + PIECE + past],
+                stream.cos[:, start : start + PIECE],
+                stream.sin[:, start : start + PIECE],
+            )
+            for start in range(0, x.shape[1], PIECE)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
+
+    def _piece(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        if self.config.la_short_conv:
+            qkv = short_convolution(qkv, self.conv_weight)
+        query, key, value = (self._heads(part) for part in qkv.chunk(3, dim=-1))
+        # Both at once: a step of one token takes as long as its operations are many.
+        both = torch.cat((self.q_norm(query), self.k_norm(key)), dim=2)
+        if self.config.la_rope:
+            both = rotated(both, cos, sin)
+        query, key = F.normalize(both.float(), dim=-1).to(value.dtype).chunk(2, dim=2)
+        return query, key, value
+
+    def _after_past(
+        self, qkv: Tensor, stream: Stream, cache: HydraLayerCache | None, past: int
+    ) -> Tensor:
+        """With a row's last real inputs of before in front; its last ones here are kept."""
+        name = f"{self.name}_conv"
         before = None if cache is None else cache.states.get(name)
         if before is None:
             before = qkv.new_zeros(len(qkv), past, qkv.shape[-1])
@@ -235,14 +270,7 @@ class GatedDeltaNet(Mixer):
         elif cache is not None:
             last = stream.num_real[:, None] + torch.arange(past, device=qkv.device)
             cache.keep(name, take(padded, last))
-        # Summed in float32, as the training kernels do.
-        taps, num_tokens = self.conv_weight.float(), qkv.shape[1]
-        if num_tokens == 1:
-            return F.silu((padded.float() * taps.mT).sum(1, keepdim=True)).to(qkv.dtype)
-        total = padded[:, :num_tokens].float() * taps[:, 0]
-        for i in range(1, past + 1):
-            total = total.addcmul(padded[:, i : i + num_tokens].float(), taps[:, i])
-        return F.silu(total).to(qkv.dtype)
+        return padded
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """`[b, t, n, 1]` float32."""
@@ -293,7 +321,7 @@ class SlidingWindow(Mixer):
     def forward(self, x: Tensor, stream: Stream, cache: HydraLayerCache | None) -> Tensor:
         """`[b, t, h]` to `[b, t, n, d]`; keys are kept with RoPE on them."""
         query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
-        query, key = rotated(self.q_norm(query), stream), rotated(self.k_norm(key), stream)
+        query, key = stream.rotated(self.q_norm(query)), stream.rotated(self.k_norm(key))
         names = ("window_keys", "window_values")
         kept = None
         if cache is not None and names[0] in cache.states:
@@ -352,13 +380,6 @@ def without_plans(x: Tensor) -> AbstractContextManager[None]:
 def normed(x: Tensor, eps: float) -> Tensor:
     """x over its root mean square along the last dimension, computed in float32."""
     return F.rms_norm(x, x.shape[-1:], eps=eps)
-
-
-def rotated(x: Tensor, stream: Stream) -> Tensor:
-    """RoPE on `[b, t, n, d]`: halves are pairs."""
-    cos, sin = stream.cos, stream.sin
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def eager_attention(

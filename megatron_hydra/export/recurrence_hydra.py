@@ -70,6 +70,27 @@ def gated_delta_rule(
     return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype), state
 
 
+def short_convolution(padded: Tensor, weight: Tensor) -> Tensor:
+    """Causal convolution over tokens and SiLU; summed in float32, as the training kernels do.
+
+    Args:
+        padded: `[b, k - 1 + t, channels]`, the last k - 1 inputs of before first.
+        weight: `[channels, k]`, the tap of the token itself last.
+
+    Returns:
+        `[b, t, channels]` in the inputs' dtype.
+    """
+    taps = weight.float()
+    past = taps.shape[1] - 1
+    num_tokens = padded.shape[1] - past
+    if num_tokens == 1:
+        return F.silu((padded.float() * taps.mT).sum(1, keepdim=True)).to(padded.dtype)
+    total = padded[:, :num_tokens].float() * taps[:, 0]
+    for i in range(1, past + 1):
+        total = total.addcmul(padded[:, i : i + num_tokens].float(), taps[:, i])
+    return F.silu(total).to(padded.dtype)
+
+
 def _step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -73,6 +73,10 @@ class Stream:
             return self
         return replace(self, cos=self.pack(self.cos), sin=self.pack(self.sin))
 
+    def rotated(self, x: Tensor) -> Tensor:
+        """RoPE on `[b, t, n, d]`."""
+        return rotated(x, self.cos, self.sin)
+
     def pack(self, x: Tensor) -> Tensor:
         """Move each row's real tokens of `[b, t, ...]` to its start."""
         return x if self.order is None else take(x, self.order)
@@ -86,6 +90,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of `[b, t, ...]` by `index` `[b, tokens]`."""
     shape = (*index.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.view(shape).expand(*index.shape, *x.shape[2:]))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on `[b, t, n, d]`: halves are pairs; angles as a stream has them."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def stream_of(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +86,34 @@ def test_pieces_of_other_hybrids(plan, overrides, max_length):
     tokens = _tokens(length=40)
     logits, _ = _in_pieces(exported, tokens, [3, 20, 1, 1, 15], max_length=max_length)
     torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_long_prompts_are_prepared_a_piece_at_a_time(hybrid, monkeypatch):
+    """Equal bit by bit, with padding too, and no tensor in float32 is of the whole prompt."""
+    exported = copy.deepcopy(hybrid[1]).bfloat16()
+    tokens, mask = _tokens(2, 96), torch.ones(2, 96, dtype=torch.long)
+    mask[0, :30] = mask[1, 70:80] = 0
+    mixer = next(m for m in exported.modules() if getattr(m, "name", "") == "la")
+    whole, _ = _in_pieces(exported, tokens, [90, 6], mask)
+    monkeypatch.setattr(sys.modules[type(mixer).__module__], "PIECE", 7)
+    found, _ = _in_pieces(exported, tokens, [90, 6], mask)
+    assert torch.equal(found, whole)
+    x, sizes = torch.randn(2, 500, exported.config.hidden_size).bfloat16(), []
+    stream = SimpleNamespace(
+        cos=torch.ones(2, 500, 1, 1).bfloat16(), sin=torch.zeros(2, 500, 1, 1).bfloat16(),
+        is_padded=False,
+    )  # fmt: skip
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(found) if t.dtype == torch.float32)
+            return found
+
+    with torch.no_grad(), Sizes():
+        query, key, _ = mixer._prepared(x, stream, None)
+    assert query.shape == key.shape == (2, 500, len(mixer.heads), exported.config.head_dim)
+    assert 0 < max(sizes) <= 3 * query.numel() * (7 + 3) / 500
 
 
 HOLES = torch.ones(3, 40, dtype=torch.long)
