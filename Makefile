@@ -7,6 +7,7 @@
 #   make checks       formatter, linter, types, and the pages of docs/ with their links
 #   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)
 #   make bench-2-gpus on a machine with two: the certificate, and training steps over both
+#   make bench-8-gpus on a machine with eight: certificates, steps at every layout, the stages in a chain
 #   make teacher      train the quickstart's teacher anew (a GPU helps)
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ NEWEST := $(VENV)/transformers-newest
 # EleutherAI's harness, which shares PyTorch and all else too.
 LM_EVAL := $(VENV)/lm-eval
 
-.PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus checks certificates teacher \
+.PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus bench-8-gpus checks certificates teacher \
 	clean
 
 install: $(INSTALLED)
@@ -112,6 +113,16 @@ bench-2-gpus:
 		--stages align $(WHOLE) --out $(BENCH_OUT)/cp_2.json
 	$(TORCHRUN_2) $(STEP) --tp 2 --plan uniform uneven --lengths 16384 \
 		--stages distill long_context --out $(BENCH_OUT)/tp_2_uneven.json
+
+# On a GPU machine with eight, some 35 minutes (the same line goes on where it stopped): the certificates,
+# steps at every layout, and the three stages after one another, killed once and gone on.
+CERTIFY_8 := $(PYTHON) -m torch.distributed.run --nproc-per-node 8 -m hydra_tools.certify --overwrite \
+	--config examples/qwen3_1p7b/certify.yaml --layers 4 --length 256 --steps 2 model.vocab_size=8192
+bench-8-gpus:
+	mkdir -p $(BENCH_OUT)
+	$(CERTIFY_8) --tp 8 --cp 8 --pp 2 --out $(BENCH_OUT)/eight_gpus.json
+	$(CERTIFY_8) --tp 8 --cp 8 --pp 2 --precision float32 --backend local --out $(BENCH_OUT)/eight_gpus_float32.json
+	$(PYTHON) tools/benchmarks/layouts.py --gpus 8 --out $(BENCH_OUT)/layouts
 
 checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
