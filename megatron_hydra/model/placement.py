@@ -166,7 +166,7 @@ def _balance(
     sizes = Counter(head // heads_per_group for head in layer_plan.fa_heads)
     capacity = layer_plan.num_heads // tp_size
 
-    # Heads of several LA kinds are dealt in order, so a rank's cost on the average.
+    # Of several LA kinds a rank takes what makes it as dear as the others: here the average.
     others = Counter(layer_plan.kinds[head] for head in layer_plan.la_heads)
     of_kinds = {kind: cost_model.head(kind, sequence_length) for kind in others}
     fa_head, la_head = cost_model.head("fa", sequence_length), max(of_kinds.values(), default=0.0)
@@ -186,7 +186,14 @@ def _balance(
         shares = _whole_groups(sizes, tp_size, capacity, rank_cost)
     if shares is None:
         shares = _split_groups(sizes, tp_size, capacity, rank_cost)
-    return _deal(layer_plan, heads_per_group, shares, capacity)
+    fa_costs = [
+        share.num_fa_heads * fa_head + len(share.groups) * cost_model.fa_group(sequence_length)
+        for share in shares
+    ]
+    free = [capacity - share.num_fa_heads for share in shares]
+    la_heads = _deal_others(layer_plan, free, fa_costs, of_kinds)
+    fa_heads = _deal(layer_plan, heads_per_group, shares)
+    return [fa + la for fa, la in zip(fa_heads, la_heads, strict=True)]
 
 
 def _whole_groups(
@@ -271,12 +278,9 @@ def _split_groups(
     return shares
 
 
-def _deal(
-    layer_plan: LayerHeadPlan, heads_per_group: int, shares: list[_Share], capacity: int
-) -> list[list[int]]:
-    """Turn shares into heads: FA heads of the groups in turn, then LA heads to fill up."""
-    la_heads = iter(layer_plan.la_heads)
-    waiting: list[int] = []  # FA heads of groups that earlier ranks opened
+def _deal(layer_plan: LayerHeadPlan, heads_per_group: int, shares: list[_Share]) -> list[list[int]]:
+    """Turn shares into FA heads, of the groups in turn."""
+    waiting: list[int] = []  # of groups that earlier ranks opened
     ranks = []
     for share in shares:
         own = [h for h in layer_plan.fa_heads if h // heads_per_group in share.groups]
@@ -284,8 +288,37 @@ def _deal(
         firsts = {h // heads_per_group: h for h in reversed(own)}.values()
         own.sort(key=lambda head: (head not in firsts, head))
         num_own = min(len(own), share.num_fa_heads)
-        heads = own[:num_own] + waiting[: share.num_fa_heads - num_own]
+        ranks.append(own[:num_own] + waiting[: share.num_fa_heads - num_own])
         waiting = waiting[share.num_fa_heads - num_own :] + own[num_own:]
-        ranks.append(heads + list(islice(la_heads, capacity - len(heads))))
     assert not waiting
+    return ranks
+
+
+def _deal_others(
+    layer_plan: LayerHeadPlan,
+    free: Sequence[int],
+    fa_costs: Sequence[float],
+    of_kinds: Mapping[HeadKind, float],
+) -> list[list[int]]:
+    """The heads that are not FA, of each kind in order: the dearest kind's first.
+
+    Each goes to the rank that is cheapest if the rest of its room is filled with the cheapest kind;
+    with two kinds no deal has a cheaper dearest rank, as all of the dearer kind weigh the same.
+    """
+    room, least = list(free), min(of_kinds.values(), default=0.0)
+    costs = [cost + n * least for cost, n in zip(fa_costs, free, strict=True)]
+    ranks: list[list[int]] = [[] for _ in free]
+    for kind in sorted(of_kinds, key=lambda kind: -of_kinds[kind]):
+        heads = [h for h in layer_plan.la_heads if layer_plan.kinds[h] == kind]
+        counts = [0] * len(ranks)
+        for _ in heads:
+            if of_kinds[kind] > least:
+                rank = min((r for r, n in enumerate(room) if n), key=costs.__getitem__)
+            else:
+                rank = next(r for r, n in enumerate(room) if n)
+            counts[rank], room[rank] = counts[rank] + 1, room[rank] - 1
+            costs[rank] += of_kinds[kind] - least
+        dealt = iter(heads)
+        for rank, count in enumerate(counts):
+            ranks[rank] += islice(dealt, count)
     return ranks

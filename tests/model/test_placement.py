@@ -94,6 +94,39 @@ def test_balanced_is_at_most_a_fortieth_dearer_than_the_cheapest(
                 assert 1 - 1e-9 <= dearest <= 1.025
 
 
+LA_KINDS: tuple[HeadKind, ...] = ("gated_delta_net", "sliding_window", "kda")
+
+
+@pytest.mark.parametrize("length", [64, 1024, 65536])
+@pytest.mark.parametrize(("tp_size", "num_kinds", "most"), [(2, 2, 1), (4, 2, 1), (2, 3, 1.03)])
+@pytest.mark.parametrize("seed", range(8))
+def test_kinds_of_la_heads_are_dealt_as_cheaply_as_brute_force(
+    seed: int, tp_size: int, num_kinds: int, most: float, length: int
+) -> None:
+    """Among all deals of the heads that are not FA, where the FA heads lie as they do."""
+    draw = random.Random(seed)
+    kinds = [draw.choice(("fa", *LA_KINDS[:num_kinds])) for _ in range(8)]
+    layer = LayerHeadPlan(tuple(kinds))
+    placement = place_heads(layer, 4, tp_size, "balanced", length, SMALL)
+    assert sorted(h for heads in placement.heads_per_rank for h in heads) == list(range(8))
+    fa_costs = [
+        len(placement.fa_heads(rank)) * SMALL.head("fa", length)
+        + len(placement.owned_groups(rank)) * SMALL.fa_group(length)
+        for rank in range(tp_size)
+    ]
+    room = [8 // tp_size - len(placement.fa_heads(rank)) for rank in range(tp_size)]
+    best = min(
+        max(
+            cost + sum(SMALL.head(kinds[head], length) for head in part)
+            for cost, part in zip(fa_costs, deal, strict=True)
+        )
+        for deal in deals(layer.la_heads, tp_size)
+        if [len(part) for part in deal] == room
+    )
+    found = max(placement.predicted_costs)
+    assert best * (1 - 1e-9) <= found <= best * most * (1 + 1e-9)
+
+
 def test_sizes_that_greed_deals_badly_are_exchanged() -> None:
     """Two ranks get 6 and 6 FA heads of groups of 3, 3, 2, 2, 2, where greed gives 7 and 5."""
     for num_heads, groups, sizes in ((32, 8, (3, 3, 2, 2, 2)), (48, 6, (5, 5, 4, 2, 2, 2))):
