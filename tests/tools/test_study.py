@@ -170,6 +170,20 @@ def test_a_foreign_archive_is_refused_and_writes_nothing_outside(
     assert not list(tmp_path.rglob("outside"))
 
 
+def test_a_bundle_that_was_packed_anew_is_read(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `tar cf`, which puts folders into it."""
+    scores = tmp_path / "bundle/teachers/made/scores.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text("{}")
+    with tarfile.open(tmp_path / "bundle.tar", "w") as tar:
+        tar.add(tmp_path / "bundle/teachers", "teachers")
+    words = ["study", "--config", str(config), "--bundle", f"{tmp_path}/bundle.tar", "--dry-run"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "study/teachers/made/scores.json").read_text() == "{}"
+
+
 @pytest.mark.slow
 def test_a_teacher_that_is_trained_and_not_yet_scored_is_carried(
     config: Path, tmp_path: Path

@@ -339,6 +339,8 @@ def _unpack(study: StudyConfig, bundle: Path) -> None:
     try:
         with tarfile.open(bundle) as tar:
             for member in tar.getmembers():
+                if member.isdir():  # as where somebody packed it anew
+                    continue
                 kind, _, rest = member.name.partition("/")
                 if kind not in ("results", "teachers") or not (rest and member.isfile()):
                     raise UserError(f"{bundle} holds {member.name}: it is no bundle of a study")
