@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, origin
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.progress import Progress, no_progress
@@ -97,7 +95,6 @@ def convert(
     calibration: Calibration = Calibration(),
     reuse: Reuse = "all",
     overwrite: bool = False,
-    command: str | None = None,
     progress: Progress = no_progress,
 ) -> Conversion:
     """Write a checkpoint of a hybrid, started from its teacher's weights, or of the teacher itself.
@@ -112,7 +109,6 @@ def convert(
         calibration: For a hybrid whose fusion has a scale for each head and reuses all.
         reuse: What of a hybrid starts from the teacher's weights, the rest at random.
         overwrite: Replace an earlier checkpoint.
-        command: For provenance; None takes the process's own.
         progress: Shows how far it is.
 
     Raises:
@@ -168,12 +164,7 @@ def convert(
         if reuse != "all":
             fresh = build_model(config, head_plan)
             reused = keep_fresh(model, fresh, "" if reuse == "nothing" else ".self_attention.")
-    provenance = {
-        "command": command or shlex.join(sys.argv),
-        "versions": versions(),
-        "reuse": reuse,
-        **_record(calibration, batches),
-    }
+    provenance = origin(reuse=reuse, **_record(calibration, batches))
     checkpoint.save_checkpoint(
         out, model, config, head_plan, teacher, provenance, overwrite,
         teacher_weights_hash=hash_of_weights, teacher_license=license_of_teacher,

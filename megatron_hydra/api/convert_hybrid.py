@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, origin
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.teachers.model_folder import is_checkpoint_folder
@@ -18,7 +16,6 @@ def convert_hybrid(
     out: Path,
     *,
     overwrite: bool = False,
-    command: str | None = None,
     progress: Progress = no_progress,
 ) -> HeadPlan:
     """Write the checkpoint of a hybrid that :func:`~megatron_hydra.api.export.export` wrote.
@@ -30,7 +27,6 @@ def convert_hybrid(
         hybrid: The Hugging Face folder, its weights trained on or not.
         out: The checkpoint folder.
         overwrite: Replace an earlier checkpoint.
-        command: For provenance; None takes the process's own.
         progress: Shows how far it is.
 
     Returns:
@@ -58,11 +54,7 @@ def convert_hybrid(
     initialize_model_parallel()
     model = build_model(config, plan)
     load_exported_weights(model, hybrid, lambda layers: progress(layers, "weights", "layer"))
-    provenance = {
-        "command": command or shlex.join(sys.argv),
-        "versions": versions(),
-        "exported_from": meta["provenance"],
-    }
+    provenance = origin(exported_from=meta["provenance"])
     save_checkpoint(
         out, model, config, plan, hybrid, provenance, overwrite,
         teacher_weights_hash=meta["teacher_weights_hash"],

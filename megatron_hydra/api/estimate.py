@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron_hydra.api.dry_run import read_model
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, versions, write_json
+from megatron_hydra.files import check_output, origin, write_json
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import find_device, weight_bytes
 from megatron_hydra.selection.policy import read_shape
@@ -182,11 +180,10 @@ class Estimate:
     errors_percent: dict[str, int]
     network_bytes_per_s: float
 
-    def save(self, path: str | Path, overwrite: bool = False, command: str | None = None) -> None:
-        """Write it as JSON; ``command`` is for provenance, None the process's own."""
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write it as JSON."""
         check_output(path, overwrite, "file")
-        provenance = {"command": command or shlex.join(sys.argv), "versions": versions()}
-        data = {"schema_version": 1, "kind": "estimate", **asdict(self), "provenance": provenance}
+        data = {"schema_version": 1, "kind": "estimate", **asdict(self), "provenance": origin()}
         write_json(path, data, overwrite)
 
 

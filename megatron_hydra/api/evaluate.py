@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +24,7 @@ from megatron_hydra.evaluation.ruler import (
     make_task_samples,
     needle_depths,
 )
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, origin
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import (
@@ -86,7 +84,6 @@ def evaluate(
     *,
     serve_dtype: ServeDtype = "bf16",
     overwrite: bool = False,
-    command: str | None = None,
     progress: Progress = no_progress,
     tell: Callable[[str], None] = logger.info,
 ) -> Evaluation:
@@ -98,7 +95,6 @@ def evaluate(
         questions: What is asked.
         serve_dtype: Number format of the caches when they serve, in which bytes are told.
         overwrite: Replace an existing output.
-        command: For provenance; None takes the process's own.
         progress: Shows how far it is.
         tell: Gets a line on each thing that was chosen, before the work.
 
@@ -139,16 +135,14 @@ def evaluate(
         _evaluate(name, folder, samples, windows, lengths, serve_dtype, progress, tell)
         for name, folder in models.items()
     ]
-    provenance = {
-        "command": command or shlex.join(sys.argv),
-        "text": " ".join(questions.texts) or STAND_IN,
-        "lengths": chosen.words,
-        "training_length": trained_on.words,
-        "perplexity_tokens": len(windows) - 1,
-        "seed": questions.seed,
-        "models": {name: _origin(folder) for name, folder in models.items()},
-        "versions": versions(),
-    }
+    provenance = origin(
+        text=" ".join(questions.texts) or STAND_IN,
+        lengths=chosen.words,
+        training_length=trained_on.words,
+        perplexity_tokens=len(windows) - 1,
+        seed=questions.seed,
+        models={name: _origin(folder) for name, folder in models.items()},
+    )
     (length,) = trained_on.lengths
     evaluation = Evaluation(tuple(results), length, provenance, serve_dtype)
     evaluation.save(out, overwrite)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -27,7 +25,7 @@ from megatron_hydra.evaluation.positions import (
     loss_by_position,
     position_windows,
 )
-from megatron_hydra.files import check_output, check_outputs, versions, write_beside
+from megatron_hydra.files import check_output, check_outputs, origin, write_beside
 from megatron_hydra.processes import is_first_rank
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import (
@@ -103,7 +101,6 @@ def generate(
     trust_remote_code: bool = False,
     serve_dtype: ServeDtype = "bf16",
     overwrite: bool = False,
-    command: str | None = None,
     progress: Progress = no_progress,
     tell: Callable[[str], None] = logger.info,
 ) -> Generation | None:
@@ -127,7 +124,6 @@ def generate(
         trust_remote_code: Run model code that is not what this release exports.
         serve_dtype: Number format of the caches when they serve, in which bytes are told.
         overwrite: Replace existing outputs.
-        command: For provenance; None takes the process's own.
         progress: Shows how far it is.
         tell: Gets a line, on the first rank, on each thing that was chosen, before the work.
 
@@ -196,17 +192,14 @@ def generate(
             on_first_rank(partial(unfinished.save_positions, position, losses))
         results.append(_result(name, asked[name], serve_dtype, answered, losses))
         generator.release()
-    named_text = " ".join(prompts.texts) or STAND_IN
-    provenance = {
-        "command": command or shlex.join(sys.argv),
-        "text": named_text,
-        "lengths": chosen.words,
-        "wording": prompts.wording,
-        "seed": prompts.seed,
-        "perplexity_tokens": sum(len(window) - 1 for window in windows),
-        "weights": hashes,
-        "versions": versions(),
-    }
+    provenance = origin(
+        text=" ".join(prompts.texts) or STAND_IN,
+        lengths=chosen.words,
+        wording=prompts.wording,
+        seed=prompts.seed,
+        perplexity_tokens=sum(len(window) - 1 for window in windows),
+        weights=hashes,
+    )
     head = not_comparable(prompts.wording, ", ".join(prompts.texts) or "Python's documentation")
     generation = Generation(tuple(results), head, serve_dtype, prompts_hash, provenance)
     on_first_rank(partial(generation.save, out, overwrite))

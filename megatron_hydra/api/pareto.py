@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 from megatron_hydra.api.plan import recombine
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, origin
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.cost import ServeDtype
 from megatron_hydra.selection.pareto import ParetoTable, pareto_table
@@ -30,7 +28,6 @@ def pareto(
     combine: Sequence[str] = (),
     solver: Literal["exact", "greedy"] = "exact",
     overwrite: bool = False,
-    command: str | None = None,
 ) -> ParetoTable:
     """Plan every budget and write the table.
 
@@ -45,7 +42,6 @@ def pareto(
         combine: As :func:`~megatron_hydra.api.plan.recombine`.
         solver: As :func:`~megatron_hydra.api.plan.plan`.
         overwrite: Replace an existing output.
-        command: For provenance; None takes the process's own.
 
     Raises:
         UserError: As :func:`~megatron_hydra.api.plan.plan`.
@@ -56,13 +52,11 @@ def pareto(
     table = pareto_table(
         combined, budgets, constraints, context_tokens, device, serve_dtype, solver=solver
     )
-    provenance = {
-        "command": command or shlex.join(sys.argv),
-        "constraints": asdict(constraints),
-        "solver": solver,
-        "combination": asdict(combined.combination),
-        "scores": dict(combined.provenance),
-        "versions": versions(),
-    }
+    provenance = origin(
+        constraints=asdict(constraints),
+        solver=solver,
+        combination=asdict(combined.combination),
+        scores=dict(combined.provenance),
+    )
     table.save(out, provenance, overwrite)
     return table

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs
+from megatron_hydra.files import check_output, check_outputs, origin
 from megatron_hydra.model.mixers.costs import LAKind
 from megatron_hydra.schema import Limits, read_config
 from megatron_hydra.selection.budget import Budget, Constraints
@@ -49,7 +47,6 @@ def plan(
     random_seed: int | None = None,
     picture: Path | None = None,
     overwrite: bool = False,
-    command: str | None = None,
 ) -> Planning:
     """Choose the heads that keep full attention; write the plan and its picture.
 
@@ -64,7 +61,6 @@ def plan(
         random_seed: Draw the heads at random, as a control; the scores decide nothing then.
         picture: PNG file; None for one beside the plan.
         overwrite: Replace existing outputs.
-        command: For provenance; None takes the process's own.
 
     Raises:
         UserError: For scores, a budget or constraints that cannot be met, or an output that is in
@@ -85,7 +81,7 @@ def plan(
         raise UserError("heads drawn at random have no windows: leave --window-ratio out")
     else:
         summary = random_plan(combined, budget, constraints, seed=random_seed)
-    provenance = {**summary.plan.provenance, "command": command or shlex.join(sys.argv)}
+    provenance = {**summary.plan.provenance, **origin()}
     head_plan = dataclasses.replace(summary.plan, provenance=provenance)
     # matplotlib takes a while to import: bad input is reported first.
     from megatron_hydra.report.heatmap import save_head_map

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_outputs, versions
+from megatron_hydra.files import check_outputs, origin
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.tasks.broken_lines import BrokenLines
 from megatron_hydra.tasks.text_files import TextOptions, find_texts, read_pieces
@@ -93,7 +91,6 @@ def preprocess(
     *,
     num_processes: int = 1,
     overwrite: bool = False,
-    command: str | None = None,
     progress: Progress = no_progress,
     on_bytes: Callable[[int, int], object] = lambda num, total: None,
     tell: Callable[[str], None] = logger.info,
@@ -107,7 +104,6 @@ def preprocess(
         retrieval: Make documents of one length of it; None takes each text for a document.
         num_processes: That tokenise; the dataset is the same for any number.
         overwrite: Replace an existing dataset.
-        command: For provenance; None takes the process's own.
         progress: Shows how many retrieval documents are made.
         on_bytes: Told how many more bytes of the texts are read, and how many there are; 0 where
             that is unknown.
@@ -152,12 +148,9 @@ def preprocess(
         pieces = _mixed_documents(
             source, files, broken, encode, end[1], loaded, retrieval, progress
         )
-    provenance = {
-        "command": command or shlex.join(sys.argv),
-        "seed": 0 if retrieval is None else retrieval.seed,
-        "versions": versions(),
-        "broken_lines": broken.found,  # written when all is read
-    }
+    # The broken lines are written when all is read.
+    seed = 0 if retrieval is None else retrieval.seed
+    provenance = origin(seed=seed, broken_lines=broken.found)
     counts = write_pieces(out, pieces, num_token_ids(loaded), provenance, overwrite, end)
     return Dataset(out, *counts, broken)
 

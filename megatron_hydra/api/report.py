@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_hydra.files import check_outputs
+from megatron_hydra.files import check_outputs, command_line
 from megatron_hydra.report import write_report
 from megatron_hydra.report.training_runs import CONFIG_FILES
 from megatron_hydra.teachers.config_json import config_hash
@@ -26,7 +24,6 @@ def report(
     generation: Path | None = None,
     teacher: Path | None = None,
     overwrite: bool = False,
-    command: str | None = None,
 ) -> Path:
     """Write the page; it needs no other file and no network.
 
@@ -40,7 +37,6 @@ def report(
         generation: What :func:`~megatron_hydra.api.generate.generate` wrote; None leaves it out.
         teacher: Folder of the teacher that plan and scores must be of, and which names it.
         overwrite: Replace an existing page.
-        command: For provenance; None takes the process's own.
 
     Raises:
         UserError: If an input is missing or odd, they do not belong together, or the page would
@@ -57,7 +53,7 @@ def report(
         runs=runs,
         pareto=pareto,
         generation=generation,
-        command=command or shlex.join(sys.argv),
+        command=command_line(),
         teacher_config_hash=config_hash(teacher) if teacher else "",
         teacher_name=teacher.resolve().name if teacher else "",
         overwrite=overwrite,

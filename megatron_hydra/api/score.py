@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, versions
+from megatron_hydra.files import check_output, check_outputs, origin
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.processes import is_first_rank
 from megatron_hydra.progress import Progress, no_progress
@@ -60,7 +58,6 @@ def score(
     *,
     config_file: str | None = None,
     overwrite: bool = False,
-    command: str | None = None,
     progress: Progress = no_progress,
     tell: Callable[[str], None] = logger.info,
 ) -> Scoring:
@@ -73,7 +70,6 @@ def score(
         config: What is measured on what.
         config_file: It was read from, which the output must not replace.
         overwrite: Replace an existing output, and start an unfinished run anew.
-        command: For provenance; None takes the process's own.
         progress: Shows how far it is.
         tell: Gets a line, on the first rank, on each thing that was chosen.
 
@@ -128,12 +124,7 @@ def score(
         if controls:
             nothing = ProbeRecord(CONTROL_PROBE, CONTROL_PROBE, "none", 1, (0,), (), 0, 0)
             records = (*records, nothing)
-        provenance = {
-            "command": command or shlex.join(sys.argv),
-            "config": config.to_dict(),
-            "text": config.probes.text or STAND_IN,
-            "versions": versions(),
-        }
+        provenance = origin(config=config.to_dict(), text=config.probes.text or STAND_IN)
         scores = HeadScores(
             shape, loaded.meta["teacher_config_hash"], records, {**effects, **controls},
             config.combination(), provenance, loaded.meta["teacher_weights_hash"],

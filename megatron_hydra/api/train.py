@@ -9,9 +9,8 @@ from __future__ import annotations
 import faulthandler
 import gc
 import logging
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,6 @@ def train(
     *,
     config_file: str | Path | None = None,
     overwrite: bool = False,
-    command: Sequence[str] | None = None,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, scalars: None,
     asks_to_stop: Callable[[], bool] = lambda: False,
     on_stop: Callable[[Training], None] = lambda training: None,
@@ -59,7 +57,6 @@ def train(
         config: What is trained how, from :func:`~megatron_hydra.training.config.load_config`.
         config_file: It was read from, which the run must not replace.
         overwrite: Start anew: first remove what an earlier run wrote to the folder, nothing else.
-        command: For provenance; None takes the process's own.
         on_step: Gets each finished step's number, from 1 on, and its scalars, on the first rank.
         asks_to_stop: Asked after each step, on every rank; if one says yes, all save and stop.
         on_stop: Called where a run has stopped early, before the ranks wait for one another: a
@@ -93,7 +90,6 @@ def train(
         num_steps = run.run(
             on_step,
             start_anew=overwrite,
-            command=list(sys.argv if command is None else command),
             asks_to_stop=asks_to_stop,
         )
         training = Training(folder, num_steps, num_steps == config.trainer.max_steps)

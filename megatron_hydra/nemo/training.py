@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from nemo.collections import llm
 
 from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import versions
+from megatron_hydra.files import origin
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import release_cuda_graphs
 from megatron_hydra.model.config import HydraFields, recompute_fields
@@ -103,7 +103,6 @@ class TrainingRun:
         self,
         show: ShowStep,
         start_anew: bool = False,
-        command: Sequence[str] = (),
         asks_to_stop: Callable[[], bool] = lambda: False,
     ) -> int:
         """Train from the newest finished checkpoint, or from the start, and write the hybrid.
@@ -111,7 +110,6 @@ class TrainingRun:
         Args:
             show: Called on rank 0 after each step with finished steps and scalars.
             start_anew: Leave an earlier run's checkpoints, which rank 0 is removing, aside.
-            command: Recorded as provenance.
             asks_to_stop: Looked at once per step: where it is true on any rank, all save and stop.
 
         Returns:
@@ -146,7 +144,7 @@ class TrainingRun:
                 # NeMo keeps the first run's: a next one in this process has its own batches.
                 unset_num_microbatches_calculator()
             if trainer.global_step == config.trainer.max_steps:
-                self._write_hybrid(model, command)
+                self._write_hybrid(model)
         return int(trainer.global_step)
 
     @staticmethod
@@ -257,18 +255,16 @@ class TrainingRun:
         name = torch.cuda.get_device_name()
         return seconds_at_peak(self.config, shape, self.model_config.plan, name, self.world_size)
 
-    def _write_hybrid(self, model: HydraModel, command: Sequence[str]) -> None:
-        provenance = {
-            "stage": self.config.transfer.stage,
-            "init_from": self.meta["provenance"],
-            "max_steps": self.config.trainer.max_steps,
-            "seq_length": self.config.data.seq_length,
-            "inputs": dict(self.identity.inputs),
-            "command": list(command),
-            "versions": versions(),
-            "hardware": f"{self.world_size} x "
-            + (torch.cuda.get_device_name() if self.on_gpu else "CPU"),
-        }
+    def _write_hybrid(self, model: HydraModel) -> None:
+        device = torch.cuda.get_device_name() if self.on_gpu else "CPU"
+        provenance = origin(
+            stage=self.config.transfer.stage,
+            init_from=self.meta["provenance"],
+            max_steps=self.config.trainer.max_steps,
+            seq_length=self.config.data.seq_length,
+            inputs=dict(self.identity.inputs),
+            hardware=f"{self.world_size} x {device}",
+        )
         # The run is placed for its own length; the model still reaches as far as it did before.
         model_config = copy.copy(self.model_config)
         model_config.seq_length = max(

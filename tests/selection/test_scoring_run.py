@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,8 +19,7 @@ from megatron_hydra.errors import UserError
 
 cpu.install_if_needed()
 
-from hydra_tools import score as verb  # noqa: E402
-from hydra_tools.cli import main  # noqa: E402
+from hydra_tools.cli import main, run_verb  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
@@ -76,9 +74,7 @@ def assert_equal_effects(found: HeadScores, expected: HeadScores, atol: float) -
 def on_a_rank(words: list[str]) -> None:
     """What torchrun starts on each rank."""
     os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    assert verb.run(parser.parse_args(words[1:])) == 0
+    assert run_verb("score", words[1:], "score") == 0
 
 
 @pytest.mark.dist

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import struct
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra_tools import cli, train
+from hydra_tools import cli
 from kit.scores import make_scores
 
 from megatron_hydra import __version__
@@ -365,12 +364,8 @@ def test_recorded_training_command_can_be_typed_again(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr("sys.argv", ["/somewhere/hydra_tools/train.py"])
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    typed = ["--config", "a.yaml", "data.seed=4", "--overwrite"]
-    command = train._command(parser.parse_args(typed))
-    assert command == [*start.split(), *typed]
+    words = ["--config", "a.yaml", "data.seed=4", "--overwrite"]
+    assert cli.typed("train", words) == [*start.split(), *words]
 
 
 _OTHER_RANK = """

@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 
 import megatron_hydra
 from megatron_hydra.errors import UserError
+from megatron_hydra.files import COMMAND
 
 # In the order of the work. Each is a module of this package (`-` is `_` there) with
 # `add_arguments(parser)` and `run(args) -> int`; importing one may be slow (PyTorch, Megatron), so
@@ -90,7 +92,23 @@ def run_verb(verb: str, arguments: Sequence[str], prog: str) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(arguments)))
+    told = COMMAND.set(shlex.join(typed(verb, arguments)))
+    try:
+        return int(module.run(parser.parse_args(arguments)))
+    finally:
+        COMMAND.reset(told)
+
+
+def typed(verb: str, arguments: Sequence[str]) -> list[str]:
+    """What a user types on each node; ``sys.argv`` has a file's place on this machine."""
+    start = ["megatron-hydra", verb]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
+        num_local = os.environ["LOCAL_WORLD_SIZE"]
+        num_nodes = int(os.environ["WORLD_SIZE"]) // int(num_local)
+        nodes = [] if num_nodes == 1 else ["--nnodes", str(num_nodes)]
+        ranks = [*nodes, "--nproc-per-node", num_local]
+        start = ["torchrun", *ranks, "-m", f"hydra_tools.{verb}"]
+    return [*start, *arguments]
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -92,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
         ),
         reuse=args.reuse,
         overwrite=args.overwrite,
-        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
         progress=progress,
     )
     print("\n".join(_lines(done)))
@@ -103,10 +100,7 @@ def _convert_back(args: argparse.Namespace) -> int:
     """Of an exported hybrid."""
     if args.plan is not None or args.overrides:
         raise UserError("an exported hybrid has its plan and its options: give --hybrid alone")
-    command = shlex.join(["megatron-hydra", *sys.argv[1:]])
-    plan = convert_hybrid(
-        args.hybrid, args.out, overwrite=args.overwrite, command=command, progress=progress
-    )
+    plan = convert_hybrid(args.hybrid, args.out, overwrite=args.overwrite, progress=progress)
     num_heads = plan.num_layers * plan.num_heads
     print(f"heads: {plan.num_fa_heads} with full attention of {num_heads}")
     print(f"checkpoint: {args.out}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     found = estimate(runs, args.gpu, args.gpus, args.nodes, args.price_per_hour, model)
     if args.json:
-        found.save(args.json, args.overwrite, shlex.join(["megatron-hydra", *sys.argv[1:]]))
+        found.save(args.json, args.overwrite)
     print("\n".join(_lines(found)))
     if args.picture:
         print(_draw(found, by_context(runs, args.gpu, args.gpus, args.nodes, model), args))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +159,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         questions,
         serve_dtype=args.serve_dtype,
         overwrite=args.overwrite,
-        command=_command(),
         progress=progress,
         tell=print,
     )
@@ -170,14 +168,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(f"text: {STAND_IN} (--text)")
     print(f"\nevaluation: {args.out}")
     return 0
-
-
-def _command() -> str:
-    """As it was typed: torchrun's ranks have a file's place in front, not the verb."""
-    words = sys.argv[1:]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return shlex.join(launch.command("evaluate", words))
-    return shlex.join(["megatron-hydra", *words])
 
 
 def _check_options(args: argparse.Namespace, generates: bool) -> None:
@@ -215,7 +205,6 @@ def _generate(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         serve_dtype=args.serve_dtype,
         overwrite=args.overwrite,
-        command=_command(),
         progress=progress,
         tell=print,
     )

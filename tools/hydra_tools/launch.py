@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_tools import stops
@@ -78,21 +77,3 @@ def tell_torchrun(sentence: str, stack: str = "") -> None:
         more = {"timestamp": int(time.time()), **({"py_callstack": stack} if stack else {})}
         report = {"message": {"message": sentence, "extraInfo": more}}
         Path(path).write_text(json.dumps(report), encoding="utf-8")
-
-
-def command(verb: str, arguments: Sequence[str]) -> list[str]:
-    """What a user types on each node; ``sys.argv`` has a file's place on this machine."""
-    start = ["megatron-hydra", verb]
-    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
-        num_local = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // num_local
-        nodes = [] if num_nodes == 1 else ["--nnodes", str(num_nodes)]
-        start = [
-            "torchrun",
-            *nodes,
-            "--nproc-per-node",
-            str(num_local),
-            "-m",
-            f"hydra_tools.{verb}",
-        ]
-    return [*start, *arguments]

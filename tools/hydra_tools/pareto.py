@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -54,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
         combine=args.combine,
         solver=args.solver,
         overwrite=args.overwrite,
-        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
     )
     print("\n".join(format_table(table)))
     print(f"\ntable: {args.out}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -96,7 +95,6 @@ def run(args: argparse.Namespace) -> int:
         random_seed=args.random_seed,
         picture=args.png,
         overwrite=args.overwrite,
-        command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
     )
     summary, shape = done.summary, done.scores.shape
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

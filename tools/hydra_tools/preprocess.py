@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -97,7 +95,6 @@ def run(args: argparse.Namespace) -> int:
             retrieval,
             num_processes=args.processes,
             overwrite=args.overwrite,
-            command=shlex.join(["megatron-hydra", *sys.argv[1:]]),
             progress=progress,
             on_bytes=on_bytes,
             tell=partial(print, flush=True),

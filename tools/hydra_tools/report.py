@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
         generation=args.generation,
         teacher=args.teacher,
         overwrite=args.overwrite,
-        command=f"megatron-hydra {shlex.join(sys.argv[1:])}",
     )
     print(f"report: {page}")
     return 0

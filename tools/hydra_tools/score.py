@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from functools import partial
 
@@ -38,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
         config,
         config_file=args.config,
         overwrite=args.overwrite,
-        command=_command(args),
         progress=progress,
         tell=partial(print, flush=True),
     )
@@ -105,12 +103,6 @@ def _reproducibility(scores: HeadScores) -> str:
         f"({half.lower:.2f} to {half.upper:.2f} over splits), with {half.num_pairs_per_half} pairs "
         "or more of each sub-probe in a half"
     )
-
-
-def _command(args: argparse.Namespace) -> str:
-    given = (("--config", args.config), ("--teacher", args.teacher), ("--out", args.out))
-    flags = [word for pair in given if pair[1] is not None for word in pair]
-    return shlex.join(launch.command("score", [*flags, *args.overrides]))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
                 config,
                 config_file=args.config,
                 overwrite=args.overwrite,
-                command=_command(args),
                 on_step=shown.show,
                 asks_to_stop=asked.is_asked,
                 on_stop=tell_of_the_stop,
@@ -174,11 +173,6 @@ def _say(sentence: str) -> None:
     if launch.rank() == 0:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
-
-
-def _command(args: argparse.Namespace) -> list[str]:
-    overwrite = ["--overwrite"] if args.overwrite else []
-    return launch.command("train", ["--config", args.config, *args.overrides, *overwrite])
 
 
 class _Progress:
