@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 
-from megatron_hydra.files import check_outputs, command_line
-from megatron_hydra.report import write_report
-from megatron_hydra.report.training_runs import CONFIG_FILES
+from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.generation import Generation
+from megatron_hydra.evaluation.reading import read_evaluation
+from megatron_hydra.files import check_output, check_outputs, command_line, write_beside
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.report import render_report
+from megatron_hydra.report.training_runs import CONFIG_FILES, read_run
+from megatron_hydra.selection.pareto import ParetoTable
+from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.teachers.config_json import config_hash
 
 _READ_OF_RUN = (*CONFIG_FILES, "tensorboard", "hybrid")
@@ -45,16 +52,21 @@ def report(
     # The page may stand in a run's folder, beside what is read there.
     read = [folder / part for folder in runs.values() for part in _READ_OF_RUN]
     check_outputs([out], (scores, plan, evaluation, pareto, generation, teacher, *read))
-    return write_report(
-        out,
-        scores=scores,
-        plan=plan,
-        evaluation=evaluation,
-        runs=runs,
-        pareto=pareto,
-        generation=generation,
+    check_output(out, overwrite, "file")
+    if not runs:
+        raise UserError("no training run given: pass --run NAME=FOLDER for each stage")
+    page = render_report(
+        HeadScores.load(scores),
+        HeadPlan.load(plan),
+        read_evaluation(evaluation),
+        [read_run(name, folder) for name, folder in runs.items()],
+        pareto=None if pareto is None else ParetoTable.load(pareto),
+        generation=None if generation is None else Generation.load(generation),
         command=command_line(),
         teacher_config_hash=config_hash(teacher) if teacher else "",
         teacher_name=teacher.resolve().name if teacher else "",
-        overwrite=overwrite,
+        written=datetime.now(timezone.utc).date(),
     )
+    with write_beside(out, overwrite) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return out

@@ -1,5 +1,5 @@
 """The report of a transfer: one self-contained HTML page."""
 
-from megatron_hydra.report.page import render_report, write_report
+from megatron_hydra.report.page import render_report
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["render_report"]

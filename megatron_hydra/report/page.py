@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from datetime import date, datetime, timezone
-from pathlib import Path
+from collections.abc import Sequence
+from datetime import date
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import Generation
-from megatron_hydra.evaluation.reading import in_one_format, read_evaluation
+from megatron_hydra.evaluation.reading import in_one_format
 from megatron_hydra.evaluation.results import Evaluation
-from megatron_hydra.files import check_output, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.chart_style import Picture, chart_style, to_picture
 from megatron_hydra.report.headline import headline, hybrids_of
@@ -25,62 +22,10 @@ from megatron_hydra.report.sections import (
     training_section,
 )
 from megatron_hydra.report.selection_section import selection_section
-from megatron_hydra.report.training_runs import TrainingRun, read_run
+from megatron_hydra.report.training_runs import TrainingRun
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import scores_as_planned
 from megatron_hydra.selection.scores import HeadScores
-
-
-def write_report(
-    out: str | os.PathLike[str],
-    *,
-    scores: str | os.PathLike[str],
-    plan: str | os.PathLike[str],
-    evaluation: str | os.PathLike[str],
-    runs: Mapping[str, str | os.PathLike[str]],
-    pareto: str | os.PathLike[str] | None = None,
-    generation: str | os.PathLike[str] | None = None,
-    command: str = "",
-    teacher_config_hash: str = "",
-    teacher_name: str = "",
-    overwrite: bool = False,
-) -> Path:
-    """Read the outputs of a transfer and write one self-contained HTML page.
-
-    Args:
-        out: The page.
-        scores: What ``megatron-hydra score`` wrote.
-        plan: What ``megatron-hydra plan`` wrote.
-        evaluation: What ``megatron-hydra evaluate`` wrote.
-        runs: Run folders by the names that the page gives them, in order.
-        pareto: What ``megatron-hydra pareto`` wrote; None leaves it out.
-        generation: What ``megatron-hydra evaluate --hf`` wrote; None leaves it out.
-        command: The command that makes the page, for its provenance.
-        teacher_config_hash: Hash of the teacher that plan and scores must be of; empty: unchecked.
-        teacher_name: What the page calls the teacher; empty: as the scores' file records it.
-        overwrite: Replace an existing page.
-
-    Raises:
-        UserError: If an input is missing or odd, or they do not belong together.
-    """
-    target = check_output(out, overwrite, "file")
-    if not runs:
-        raise UserError("no training run given: pass --run NAME=FOLDER for each stage")
-    page = render_report(
-        HeadScores.load(scores),
-        HeadPlan.load(plan),
-        read_evaluation(evaluation),
-        [read_run(name, folder) for name, folder in runs.items()],
-        pareto=None if pareto is None else ParetoTable.load(pareto),
-        generation=None if generation is None else Generation.load(generation),
-        command=command,
-        teacher_config_hash=teacher_config_hash,
-        teacher_name=teacher_name,
-        written=datetime.now(timezone.utc).date(),
-    )
-    with write_beside(target, overwrite) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return target
 
 
 def render_report(
@@ -96,7 +41,19 @@ def render_report(
     teacher_name: str = "",
     written: date | None = None,
 ) -> str:
-    """The page as HTML; see :func:`write_report`. ``written`` is the page's own date, if any.
+    """The page as HTML, which needs no other file and no network.
+
+    Args:
+        scores: Of every head of the teacher.
+        plan: Made from them.
+        evaluation: Of the teacher and of at least one hybrid of the plan.
+        runs: In the order of the page.
+        pareto: Of the same scores; None leaves it out.
+        generation: What models answered by generating text; None leaves it out.
+        command: That makes the page, for its provenance.
+        teacher_config_hash: Of the teacher that plan and scores must be of; empty: unchecked.
+        teacher_name: What the page calls the teacher; empty: as the scores record it.
+        written: The page's own date; None leaves it out.
 
     Raises:
         UserError: If the inputs do not belong together.

@@ -23,25 +23,36 @@ from test_report import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_hydra.evaluation.reading import read_evaluation
 from megatron_hydra.evaluation.results import Accuracy
-from megatron_hydra.report import write_report
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.report import render_report
 from megatron_hydra.report.headline import num_parameters
 from megatron_hydra.report.training_runs import read_run
 from megatron_hydra.report.units import format_bytes, format_plain, format_time
 from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.scores import HeadScores
 
 HOSTILE = "<script>alert(1)</script><img src='https://example.org/x.png'>&amp;\"{{ 7 * 7 }}$x$"
 
 
 def write_inputs(folder: Path, run: Path, **provenance: Any) -> dict[str, Any]:
-    """Inputs that belong together, as arguments of `write_report`."""
+    """Inputs that belong together, as arguments of `page_of`."""
     table = [[0.1 * head for head in range(HEADS)] for _ in range(LAYERS)]
     scores = make_scores(table, GROUPS, teacher_config_hash=HASH, provenance=provenance)
     scores.save(folder / "scores.json")
     head_plan().save(folder / "plan.json")
     (folder / "evaluation.json").write_text(json.dumps(evaluation_data()))
     files = {name: folder / f"{name}.json" for name in ("scores", "plan", "evaluation")}
-    return {"out": folder / "report.html", **files, "runs": {"first": run}}
+    return {**files, "runs": {"first": run}}
+
+
+def page_of(scores: Path, plan: Path, evaluation: Path, runs: dict[str, Path], **more: str) -> Page:
+    """The page of these files."""
+    files = HeadScores.load(scores), HeadPlan.load(plan), read_evaluation(evaluation)
+    page = scores.with_name("report.html")
+    page.write_text(render_report(*files, [read_run(*run) for run in runs.items()], **more))
+    return Page(page)
 
 
 def record_run(folder: Path, config: str = "a: 1\n", **provenance: Any) -> Path:
@@ -73,7 +84,7 @@ def test_the_title_names_the_teacher_where_it_is_known(
 ) -> None:
     record = {} if recorded is None else {"config": {"model": {"teacher": recorded}}}
     arguments = write_inputs(tmp_path, record_run(tmp_path / "run"), **record)
-    page = Page(write_report(**arguments, teacher_name=given))
+    page = page_of(**arguments, teacher_name=given)
     assert re.search(rf"transfer report {re.escape(title)} 2 of 8 heads keep full", page.text)
     assert "2 layers × 4 heads, 2 query groups per layer, head dimension 8" in page.text
 
@@ -81,7 +92,7 @@ def test_the_title_names_the_teacher_where_it_is_known(
 def test_a_stage_is_told_by_name_purpose_size_time_and_place(tmp_path: Path) -> None:
     config = "data: {seq_length: 2048, global_batch_size: 32}\ntrainer: {accelerator: gpu}\n"
     run = record_run(tmp_path / "run", config, stage="distill", hardware="8 x Some GPU")
-    page = Page(write_report(**write_inputs(tmp_path, run)))
+    page = page_of(**write_inputs(tmp_path, run))
     # The events count from step 0, so that step 2 is the last.
     row = "first (stage 2, distillation) the whole hybrid learns the teacher's next-token "
     assert f"{row}distribution 2 131,072 " in page.text
@@ -93,7 +104,7 @@ def test_a_stage_is_told_by_name_purpose_size_time_and_place(tmp_path: Path) -> 
 def test_what_a_run_does_not_record_is_not_guessed(tmp_path: Path) -> None:
     run = read_run("first", record_run(tmp_path / "a"))
     assert (run.title, run.purpose, run.hardware, run.num_tokens) == ("first", "", "", None)
-    page = Page(write_report(**write_inputs(tmp_path, tmp_path / "a")))
+    page = page_of(**write_inputs(tmp_path, tmp_path / "a"))
     assert re.search(r"Date first – 2 – [\d.]+ [mµ]?s – \d{4}-", page.text)
     device_alone = record_run(tmp_path / "b", "trainer: {accelerator: cpu}\n", stage=["odd"])
     assert read_run("first", device_alone).hardware == "CPU"
@@ -124,7 +135,7 @@ def test_the_headline_is_the_range_and_not_the_easiest_cell(tmp_path: Path) -> N
         for task, right in zip(model["tasks"], counts):
             task.update(Accuracy(right, 50).to_dict())
     arguments["evaluation"].write_text(json.dumps(data))
-    page = Page(write_report(**arguments))
+    page = page_of(**arguments)
     summary, _, rest = page.text.partition("; the teacher answers")
     # Lower middle of four; cells in the file's order are single, then multi_key, by length.
     assert "60.0% of the samples in its median cell (multi-key needle at 64 tokens)" in summary
@@ -137,7 +148,7 @@ def test_the_headline_is_the_range_and_not_the_easiest_cell(tmp_path: Path) -> N
 
 
 def test_full_and_linear_attention_are_spelt_out_before_they_are_shortened(tmp_path: Path) -> None:
-    body = Page(write_report(**write_inputs(tmp_path, record_run(tmp_path / "run")))).text
+    body = page_of(**write_inputs(tmp_path, record_run(tmp_path / "run"))).text
     for short, words in (("FA", "full attention (FA)"), ("LA", "linear attention (LA)")):
         first = re.search(rf"\b{short}\b", body)
         assert first is not None and body.index(words) + len(words) - 3 == first.start()
@@ -146,7 +157,7 @@ def test_full_and_linear_attention_are_spelt_out_before_they_are_shortened(tmp_p
 def test_other_heads_are_called_what_they_are(tmp_path: Path) -> None:
     """A plan may name kinds for single heads: a window is not linear attention."""
     arguments = write_inputs(tmp_path, record_run(tmp_path / "run"))
-    assert "have linear attention (LA): " in Page(write_report(**arguments)).text
+    assert "have linear attention (LA): " in page_of(**arguments).text
     data = json.loads(arguments["plan"].read_text())
     layer, num_heads = data["layers"][0], data["num_heads"]
     others = [head for head in range(num_heads) if head not in layer["fa_heads"]]
@@ -154,7 +165,7 @@ def test_other_heads_are_called_what_they_are(tmp_path: Path) -> None:
     for path in (arguments["plan"], tmp_path / "run/hybrid/plan.json"):
         path.write_text(json.dumps(data))
     count = sum(num_heads - len(each["fa_heads"]) for each in data["layers"]) - 1
-    text = Page(write_report(**{**arguments, "overwrite": True})).text
+    text = page_of(**arguments).text
     assert f"linear attention (LA) or a window: {count} Gated DeltaNet, 1 sliding window." in text
 
 
@@ -174,7 +185,7 @@ def test_hostile_names_are_text_wherever_they_come_from(tmp_path: Path) -> None:
         model["grid"]["task"] += HOSTILE
     data["models"][3]["plan"] = CONTROL
     arguments["evaluation"].write_text(json.dumps(data))
-    page = Page(write_report(**arguments, teacher_name=HOSTILE, command=HOSTILE))
+    page = page_of(**arguments, teacher_name=HOSTILE, command=HOSTILE)
     assert not {"script", "img"} & set(page.tags)
     assert page.text.count(HOSTILE) > 20
     # Escaped once: the reader sees what the user wrote, and nothing is filled in.
@@ -201,7 +212,7 @@ def test_axes_have_plain_figures(tmp_path: Path) -> None:
     """Neither `500m` for 0.5 nor `7k` for 7,000, nor powers of ten."""
     run = tmp_path / "run"
     write_run(run, {"train/loss": [300.0, 3.0, 0.03]})
-    page = write_report(**write_inputs(tmp_path, run)).read_text()
+    page = page_of(**write_inputs(tmp_path, run)).source
     charts = page[page.index("<h2>Training</h2>") : page.index("<h2>Provenance</h2>")]
     ticks = re.findall(r"<text [^>]*>(\d[^<]*)</text>", charts)
     assert {"0.8", "0.1", "100"} <= set(ticks)
