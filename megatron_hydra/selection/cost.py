@@ -176,7 +176,7 @@ def total_cache_bytes(
     shape: ModelShape, context_tokens: int, dtype: ServeDtype = "bf16"
 ) -> PlanCost:
     """Bytes that one sequence of T tokens keeps: KV cache and state."""
-    _check_positive("context", context_tokens)
+    _check_context(context_tokens)
     return cache_bytes_per_token(shape, dtype) * context_tokens + state_bytes(shape, dtype)
 
 
@@ -218,7 +218,7 @@ def flops_of_sequence(shape: ModelShape, num_tokens: int) -> PlanCost:
     what is left out; a matrix of n values costs 2 n per token (Kaplan et al., arXiv 2001.08361,
     table 1).
     """
-    _check_positive("context", num_tokens)
+    _check_context(num_tokens)
     model = shape.cost_model
     group = model.fa_group(num_tokens)
     # No gate; a group costs two projections of that size.
@@ -243,19 +243,17 @@ def decode_bounds(
     shape: ModelShape,
     context_tokens: int,
     device: Device,
-    batch_size: int = 1,
     dtype: ServeDtype = "bf16",
 ) -> tuple[PlanCost, PlanCost]:
     """Seconds that a decoded token takes at least, by memory traffic and by arithmetic.
 
-    The roofline model (Williams et al., CACM 52(4), 2009). Memory: the weights once per step, so
-    shared by the batch; the sequence's KV cache read; its state read and written. Arithmetic: the
-    FLOPs of the last token of T, at the bfloat16 peak whatever the format. Predicted, not
-    measured: launches, communication and whatever keeps kernels from the peak come on top.
-    UserError if context or batch is below 1.
+    The roofline model (Williams et al., CACM 52(4), 2009), of one sequence. Memory: the weights;
+    the sequence's KV cache read; its state read and written. Arithmetic: the FLOPs of the last
+    token of T, at the bfloat16 peak whatever the format. Predicted, not measured: launches,
+    communication and whatever keeps kernels from the peak come on top. UserError if the context is
+    below 1.
     """
-    _check_positive("batch size", batch_size)
-    traffic = weight_bytes_read(shape, dtype) * (1 / batch_size)
+    traffic = weight_bytes_read(shape, dtype)
     traffic += total_cache_bytes(shape, context_tokens, dtype) + state_bytes(shape, dtype)
     flops = flops_of_sequence(shape, context_tokens + 1)
     flops += flops_of_sequence(shape, context_tokens) * -1
@@ -267,38 +265,22 @@ def decode_seconds(
     plan: HeadPlan | None,
     context_tokens: int,
     device: Device,
-    batch_size: int = 1,
     dtype: ServeDtype = "bf16",
 ) -> float:
-    """Predicted seconds per decoded token of each sequence: the larger of :func:`decode_bounds`."""
-    bounds = decode_bounds(shape, context_tokens, device, batch_size, dtype)
+    """Predicted seconds per decoded token: the larger of :func:`decode_bounds`."""
+    bounds = decode_bounds(shape, context_tokens, device, dtype)
     return max(bound.of(plan) for bound in bounds)
 
 
-def training_step_seconds(
-    shape: ModelShape,
-    context_tokens: int,
-    device: Device,
-    num_sequences: int = 1,
-    efficiency: float = TRAINING_EFFICIENCY,
-) -> PlanCost:
-    """Predicted seconds of a training step on one device: three forward passes' FLOPs.
+def training_step_seconds(shape: ModelShape, context_tokens: int, device: Device) -> PlanCost:
+    """Predicted seconds of a training step of one sequence on one device: three forward passes.
 
     A backward pass takes twice the forward's FLOPs (Kaplan et al., arXiv 2001.08361, section
-    2.1); the optimizer and a distillation's teacher are left out.
-
-    Args:
-        shape: The model.
-        context_tokens: Tokens of a sequence.
-        device: Its peak is what ``efficiency`` is a share of.
-        num_sequences: Sequences of the step, all on this device.
-        efficiency: Share of the peak that is reached, above 0 and at most 1; else a UserError.
+    2.1); the optimizer and a distillation's teacher are left out. It reaches
+    :data:`TRAINING_EFFICIENCY` of the device's peak.
     """
-    _check_positive("number of sequences", num_sequences)
-    if not 0 < efficiency <= 1:
-        raise UserError(f"efficiency {efficiency} must be above 0 and at most 1")
-    flops = flops_of_sequence(shape, context_tokens) * (3 * num_sequences)
-    return flops * (1 / (device.flops_per_s * efficiency))
+    flops = flops_of_sequence(shape, context_tokens) * 3
+    return flops * (1 / (device.flops_per_s * TRAINING_EFFICIENCY))
 
 
 @dataclass(frozen=True)
@@ -365,6 +347,6 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
-def _check_positive(what: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{what} is {value}; it must be 1 or more")
+def _check_context(num_tokens: int) -> None:
+    if num_tokens < 1:
+        raise UserError(f"context is {num_tokens}; it must be 1 or more")

@@ -20,7 +20,6 @@ from megatron_hydra.selection.uncertainty import (
     above_noise_floor,
     bootstrap_scores,
     carries_uncertainty,
-    chosen_again,
     counted_means,
     draw_pairs,
     score_intervals,
@@ -278,12 +277,11 @@ def _chosen_again(
     drawn = draw_pairs(scores, len(samples), seed)
     means = counted_means(scores, {name: counts[:number] for name, counts in drawn.items()})
     sizes = [np.abs(mean) for by_probe in means.values() for mean in by_probe.values()]
-    effect_sizes = iter(np.mean(sizes, axis=0))
-
-    def choose_in_resample(sample: Array) -> frozenset[Head]:
-        return choose(problem, sample, next(effect_sizes)) or frozenset()
-
-    return chosen_again(samples[:number], choose_in_resample)
+    times = np.zeros(samples.shape[1:])
+    for sample, effect_size in zip(samples[:number], np.mean(sizes, axis=0), strict=True):
+        for head in choose(problem, sample, effect_size) or ():
+            times[head] += 1
+    return times / number
 
 
 def _kept_share(samples: Array, is_fa: np.ndarray) -> Array:

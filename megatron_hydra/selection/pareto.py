@@ -89,7 +89,6 @@ def pareto_table(
     serve_dtype: ServeDtype = "bf16",
     *,
     solver: Solver = "exact",
-    seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> ParetoTable:
     """Plan every budget and cost it.
@@ -102,15 +101,14 @@ def pareto_table(
         device: On which times are predicted.
         serve_dtype: Number format of weights and caches.
         solver: `exact` or `greedy`.
-        seed: Of the resamples.
-        num_resamples: How many.
+        num_resamples: Behind the intervals.
 
     Raises:
         UserError: If a budget cannot be met; says what is possible.
     """
     samples = None
     if carries_uncertainty(scores):
-        samples = bootstrap_scores(scores, num_resamples, seed)
+        samples = bootstrap_scores(scores, num_resamples)
     rows = []
     for budget in budgets:
         plan = choose_plan(scores, budget, constraints, solver)

@@ -53,11 +53,6 @@ class PlanSummary:
     explanation: Explanation
 
     @property
-    def num_la_heads(self) -> int:
-        """Heads that become linear attention, in the whole model."""
-        return self.shape.total_heads - self.plan.num_fa_heads
-
-    @property
     def fa_heads_per_layer(self) -> tuple[int, ...]:
         """Number of FA heads of each layer."""
         return tuple(len(layer.fa_heads) for layer in self.plan.layers)

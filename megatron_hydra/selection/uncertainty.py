@@ -11,8 +11,7 @@ Legend: l = layers, n = heads of a layer, p = kept pairs of a sub-probe, r = res
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +25,9 @@ from megatron_hydra.selection.scores import HeadScores
 
 logger = logging.getLogger(__name__)
 
+_LEVEL = 0.95
+"""Share of draws in which an interval is to hold the true value."""
+_NUM_SPLITS = 100
 _AT_ONCE = 64  # resamples combined at once: 64 x 448 heads x 16 sub-probes are 4 MB per scorer
 
 
@@ -99,8 +101,8 @@ def draw_pairs(scores: HeadScores, num_resamples: int, seed: int) -> dict[str, A
     return counts
 
 
-def score_intervals(samples: Array, level: float = 0.95) -> Intervals:
-    """Percentile intervals: where a head's score would lie if other pairs had been drawn.
+def score_intervals(samples: Array) -> Intervals:
+    """95% percentile intervals: where a head's score would lie if other pairs had been drawn.
 
     How often 95% intervals hold the true score, simulated with the paper's combination of ten
     sub-probes, for heads with a mean effect of 0.015 to 0.9 and an error of a pair of 0.4 times
@@ -116,35 +118,25 @@ def score_intervals(samples: Array, level: float = 0.95) -> Intervals:
 
     Args:
         samples: [r, l, n], of :func:`bootstrap_scores`.
-        level: Share of draws in which an interval is to hold the score.
-
-    Raises:
-        UserError: If ``level`` is not between 0 and 1.
     """
-    _check_level(level)
-    lower, upper = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Intervals(lower, upper)
+    return Intervals(*np.quantile(samples, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0))
 
 
-def above_noise_floor(scores: HeadScores, level: float = 0.95) -> NDArray[np.bool_]:
+def above_noise_floor(scores: HeadScores) -> NDArray[np.bool_]:
     """Heads with a notable effect that is no accident of the pairs.
 
     In at least one sub-probe and scorer of the combination the interval of the mean effect must
     lie wholly beyond +/- :data:`NOTABLE_EFFECT`. The intervals are Student's, widened for the
     number of chances that a head has (Bonferroni), so that a head whose true mean effects are all
-    within +/- :data:`NOTABLE_EFFECT` passes with probability ``1 - level`` at the most, if its
-    effects are about normal (simulated at 0.95: 3%; with errors as skewed as an exponential
+    within +/- :data:`NOTABLE_EFFECT` passes with a probability of 5% at the most, if its effects
+    are about normal (simulated: 3%; with errors as skewed as an exponential
     distribution 20%). That is a head's error, not that of the whole map: of 448 heads without
     effect, but with large noise, 22 may pass. A sub-probe of one pair has no interval, so heads
     of scores that carry no uncertainty are never above.
 
     Returns:
         [l, n].
-
-    Raises:
-        UserError: If ``level`` is not between 0 and 1.
     """
-    _check_level(level)
     several = [
         (effects, scores.pair_weights(name))
         for scorer in scores.combination.scorers
@@ -154,7 +146,7 @@ def above_noise_floor(scores: HeadScores, level: float = 0.95) -> NDArray[np.boo
     above = np.zeros((scores.num_layers, scores.num_heads), dtype=bool)
     for effects, weights in several:
         p = len(effects)
-        quantile = stats.t.ppf(1 - (1 - level) / 2 / len(several), p - 1)
+        quantile = stats.t.ppf(1 - (1 - _LEVEL) / 2 / len(several), p - 1)
         mean = np.average(effects, axis=0, weights=weights)
         # The standard error of a ratio of totals (Cochran, Sampling Techniques, 1977, section 6.4).
         share = (weights / weights.sum())[:, None, None]
@@ -163,56 +155,39 @@ def above_noise_floor(scores: HeadScores, level: float = 0.95) -> NDArray[np.boo
     return above
 
 
-def split_half_correlation(scores: HeadScores, num_splits: int = 100, seed: int = 0) -> SplitHalf:
-    """Whether one half of the pairs ranks the heads as the other half does.
+def split_half_correlation(scores: HeadScores, seed: int = 0) -> SplitHalf:
+    """Whether one half of the pairs ranks the heads as the other half does, in 100 random splits.
 
     A sub-probe with an odd number of pairs leaves one out of each split, another each time.
     Sub-probes of one pair are left out of both halves; a warning names them.
 
     Args:
         scores: What to split; both halves are combined as the whole is.
-        num_splits: Random splits.
         seed: Of the splits.
 
     Raises:
-        UserError: If ``num_splits`` is below 1, if a scorer or capability has no sub-probe of two
-            pairs, or if all heads of a half score the same, so that no correlation is defined.
+        UserError: If a scorer or capability has no sub-probe of two pairs, or if all heads of a
+            half score the same, so that no correlation is defined.
     """
-    if num_splits < 1:
-        raise UserError(f"{num_splits} splits; at least 1 is needed")
     num_pairs = _num_pairs_to_split(scores)
     generator = np.random.default_rng(seed)
     halves: tuple[dict[str, Array], dict[str, Array]] = ({}, {})
     for name, p in num_pairs.items():
-        order = generator.permuted(np.tile(np.arange(p), (num_splits, 1)), axis=1)
+        order = generator.permuted(np.tile(np.arange(p), (_NUM_SPLITS, 1)), axis=1)
         size = p // 2
         for counts, chosen in zip(halves, (order[:, :size], order[:, size : 2 * size])):
-            counts[name] = np.zeros((num_splits, p))
+            counts[name] = np.zeros((_NUM_SPLITS, p))
             np.put_along_axis(counts[name], chosen, 1, axis=1)
-    first, second = (_combine_counted(scores, half).reshape(num_splits, -1) for half in halves)
+    first, second = (_combine_counted(scores, half).reshape(_NUM_SPLITS, -1) for half in halves)
     constant = (np.ptp(first, axis=1) == 0) | (np.ptp(second, axis=1) == 0)
     if constant.any():
         raise UserError(
-            f"no rank correlation of split halves: in {constant.sum()} of {num_splits} splits all "
+            f"no rank correlation of split halves: in {constant.sum()} of {_NUM_SPLITS} splits all "
             "heads of a half score the same; more pairs or stronger effects are needed"
         )
     found = [stats.spearmanr(a, b).statistic for a, b in zip(first, second)]
     lower, median, upper = np.quantile(found, [0.025, 0.5, 0.975]).tolist()
     return SplitHalf(median, lower, upper, min(num_pairs.values()) // 2)
-
-
-def chosen_again(samples: Array, choose: Callable[[Array], AbstractSet[tuple[int, int]]]) -> Array:
-    """Share of resamples in which a policy chooses a head, [l, n].
-
-    Args:
-        samples: [r, l, n], of :func:`bootstrap_scores`.
-        choose: The policy: scores [l, n] to chosen (layer, head), counted from 0.
-    """
-    times = np.zeros(samples.shape[1:])
-    for sample in samples:
-        for head in choose(sample):
-            times[head] += 1
-    return times / len(samples)
 
 
 def _num_pairs_read(scores: HeadScores) -> dict[str, int]:
@@ -285,8 +260,3 @@ def _counted_mean(effects: Array, counts: Array) -> Array:
     for pair, effect in enumerate(effects):
         total += counts[:, pair, None, None] * effect
     return np.asarray(total / counts.sum(axis=1)[:, None, None])
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise UserError(f"the level of an interval is {level}; it must be between 0 and 1")

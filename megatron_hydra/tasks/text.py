@@ -101,11 +101,9 @@ def read_text(
     return text
 
 
-def split_held_out(
-    text_tokens: Sequence[int], num_blocks: int = 100
-) -> tuple[list[int], list[int]]:
-    """Cut text into blocks and hold every tenth block out: (training tokens, held-out tokens)."""
-    edges = [len(text_tokens) * i // num_blocks for i in range(num_blocks + 1)]
+def split_held_out(text_tokens: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Cut text into 100 blocks and hold every tenth out: (training tokens, held-out tokens)."""
+    edges = [len(text_tokens) * i // 100 for i in range(101)]
     training: list[int] = []
     held_out: list[int] = []
     for i, (start, stop) in enumerate(pairwise(edges)):
