@@ -29,14 +29,14 @@ from megatron_hydra.selection.scorers.activations import (
     run_with_activations,
     swap_heads,
 )
-from megatron_hydra.selection.scorers.base import PairBatch, SingleRound
+from megatron_hydra.selection.scorers.base import PairBatch, Scorer
 from megatron_hydra.tasks.readout import answer_logits
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
-class _Ablation(SingleRound):
+class _Ablation(Scorer):
     """What both ablations share: all but the output that stands in."""
 
     def stand_ins(self, model: GPTModel, batch: PairBatch, clean: Activations) -> list[Tensor]:

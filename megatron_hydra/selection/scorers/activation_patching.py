@@ -33,13 +33,13 @@ from megatron_hydra.selection.scorers.activations import (
     run_with_activations,
     waves,
 )
-from megatron_hydra.selection.scorers.base import PairBatch, SingleRound
+from megatron_hydra.selection.scorers.base import PairBatch, Scorer
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
-class ActivationPatching(SingleRound):
+class ActivationPatching(Scorer):
     """Finds receivers: the heads that write the answer."""
 
     name = "activation_patching"

@@ -206,26 +206,6 @@ def swap_heads(model: GPTModel, clean: Tensor, other: Tensor, heads: Sequence[in
     return variants
 
 
-def finish_run(model: GPTModel, hidden: Tensor, index: int, frozen: Sequence[Tensor]) -> Tensor:
-    """From the residual stream after layer ``index``'s attention to the logits.
-
-    Args:
-        model: As everywhere here.
-        hidden: [k, n, b, h].
-        index: The layer, from 0.
-        frozen: Each layer's attention output after the projection, [k, n, b, h], n = 1 where all
-            variants share it; those above ``index`` are added as they are.
-
-    Returns:
-        [k, n, b, v], over the whole vocabulary on every tensor-parallel rank.
-    """
-    layers = model.decoder.layers
-    hidden = add_mlp(layers[index], hidden)
-    for layer, attention_output in zip(layers[index + 1 :], frozen[index + 1 :], strict=True):
-        hidden = add_mlp(layer, hidden + attention_output)
-    return read_logits(model, hidden)
-
-
 def read_logits(model: GPTModel, hidden: Tensor) -> Tensor:
     """Logits [..., v] of the last layer's output [..., h]; the whole vocabulary on every rank."""
     weight = None

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_hydra.selection.scorers.activations import gather_heads, removed_after
-from megatron_hydra.selection.scorers.base import PairBatch, SingleRound
+from megatron_hydra.selection.scorers.base import PairBatch, Scorer
 from megatron_hydra.tasks.probes import Probe
 from megatron_hydra.tasks.readout import answer_logits
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
-class AttentionScore(SingleRound):
+class AttentionScore(Scorer):
     """Finds heads that look at the answer; correlation, not cause."""
 
     name = "attention_score"

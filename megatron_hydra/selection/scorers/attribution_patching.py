@@ -25,19 +25,19 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.selection.scorers.activation_patching import patch_heads
 from megatron_hydra.selection.scorers.activations import (
     Activations,
-    finish_run,
+    add_mlp,
     gather_heads,
     project,
+    read_logits,
     run_with_activations,
 )
-from megatron_hydra.selection.scorers.base import Effects, PairBatch
-from megatron_hydra.tasks.probes import Probe
+from megatron_hydra.selection.scorers.base import Effects, PairBatch, Scorer
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
-class AttributionPatching:
+class AttributionPatching(Scorer):
     """Estimates receivers, and measures the foremost.
 
     Args:
@@ -57,7 +57,6 @@ class AttributionPatching:
             )
         self.num_rechecked = num_rechecked
         self.rechecked: dict[int, list[int]] = {}
-        self._num_rounds = 0
 
     def start_round(self, done: Effects) -> bool:
         """First estimate; then choose the heads to measure."""
@@ -69,10 +68,6 @@ class AttributionPatching:
                 layer, head = divmod(place, sizes.shape[1])
                 self.rechecked.setdefault(layer, []).append(head)
         return self._num_rounds == 1 or (self._num_rounds == 2 and bool(self.rechecked))
-
-    def accepts(self, probe: Probe) -> bool:
-        """Every probe."""
-        return True
 
     def measure(self, model: GPTModel, batch: PairBatch) -> Tensor:
         """Estimate every head; see :class:`~megatron_hydra.selection.scorers.base.Scorer`."""
@@ -113,12 +108,14 @@ def _gradients(model: GPTModel, batch: PairBatch, clean: Activations) -> tuple[T
     leaves = [outputs.detach().clone().requires_grad_() for outputs in clean.head_outputs]
     with torch.enable_grad(), _fixed_weights(model):
         attention = [
-            project(layer, leaf)[:, None]
-            for layer, leaf in zip(model.decoder.layers, leaves, strict=True)
+            project(layer, leaf) for layer, leaf in zip(model.decoder.layers, leaves, strict=True)
         ]
-        logits = finish_run(model, clean.embedding[:, None] + attention[0], 0, attention)
+        hidden = clean.embedding
+        for layer, output in zip(model.decoder.layers, attention, strict=True):
+            hidden = add_mlp(layer, hidden + output)
+        logits = read_logits(model, hidden)
         # Pairs do not meet, so that the sum's gradient holds each pair's own.
-        total = batch.measure(logits[:, 0].transpose(0, 1)).sum()
+        total = batch.measure(logits.transpose(0, 1)).sum()
         return torch.autograd.grad(total, leaves)
 
 

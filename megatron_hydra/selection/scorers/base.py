@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -114,8 +114,8 @@ def collate(probe: Probe, pairs: Sequence[int], gaps: Sequence[float] = ()) -> P
     )
 
 
-class Scorer(Protocol):
-    """A way to measure heads: one file each, all with this interface.
+class Scorer:
+    """A way to measure heads: one file each.
 
     A scorer works in rounds. Before each, :meth:`start_round` sees all effects found so far, its
     own earlier rounds' included, and says whether there is anything left to do; in a round,
@@ -124,16 +124,20 @@ class Scorer(Protocol):
     """
 
     name: str
+    _num_rounds = 0
 
     def start_round(self, done: Effects) -> bool:
-        """Prepare the next round; False if there is none.
+        """Prepare the next round; False if there is none, by itself after the first.
 
         Raises:
             UserError: If the scorer needs another one's effects that are not there.
         """
+        self._num_rounds += 1
+        return self._num_rounds == 1
 
     def accepts(self, probe: Probe) -> bool:
-        """Whether the scorer can read this kind of probe."""
+        """Whether the scorer can read this kind of probe; every one, unless it says otherwise."""
+        return True
 
     def measure(self, model: GPTModel, batch: PairBatch) -> Tensor:
         """Measure every head on every pair: float64 [b, l, n], on the CPU.
@@ -142,18 +146,4 @@ class Scorer(Protocol):
         over the tensor-parallel group; ``model`` is a teacher in evaluation mode on one pipeline
         stage, without sequence parallel.
         """
-
-
-class SingleRound:
-    """What scorers of one round that read every probe share."""
-
-    _started = False
-
-    def start_round(self, done: Effects) -> bool:
-        """True the first time."""
-        first, self._started = not self._started, True
-        return first
-
-    def accepts(self, probe: Probe) -> bool:
-        """Every probe."""
-        return True
+        raise NotImplementedError

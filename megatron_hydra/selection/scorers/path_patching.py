@@ -54,8 +54,7 @@ from megatron_hydra.selection.scorers.activations import (
     variants_in,
     waves,
 )
-from megatron_hydra.selection.scorers.base import Effects, PairBatch
-from megatron_hydra.tasks.probes import Probe
+from megatron_hydra.selection.scorers.base import Effects, PairBatch, Scorer
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -66,7 +65,7 @@ Head = tuple[int, int]
 """Layer and head, from 0."""
 
 
-class PathPatching:
+class PathPatching(Scorer):
     """Finds senders: the heads that feed the heads that matter.
 
     Args:
@@ -88,7 +87,6 @@ class PathPatching:
             raise UserError(f"path_patching's max_rounds is {max_rounds}; it must be 1 or more")
         self.min_effect, self.max_rounds = min_effect, max_rounds
         self.targets: frozenset[Head] = frozenset()
-        self._num_rounds = 0
 
     def start_round(self, done: Effects) -> bool:
         """Take the receivers, later also the last round's senders, as targets.
@@ -111,10 +109,6 @@ class PathPatching:
         logger.info("path_patching: round %d, %d targets", self._num_rounds, len(grown))
         if not grown:
             logger.warning("no head's effect reaches %g: there are no senders", self.min_effect)
-        return True
-
-    def accepts(self, probe: Probe) -> bool:
-        """Every probe."""
         return True
 
     @torch.no_grad()
