@@ -74,7 +74,7 @@ class ScoringRun:
         model: The teacher's part on this rank, in evaluation mode.
         probes: Sub-probes, with names of their own.
         scorers: In order; a scorer sees the effects of those before it.
-        partial: Where finished units are kept; None keeps none.
+        partial: Where finished units are kept.
         min_gap: Readout -> the least clean-corrupt gap that counts, in logits or nats.
         batch_tokens: Tokens of one forward, unless a single sample is longer.
         progress: Shown on the first rank.
@@ -85,7 +85,7 @@ class ScoringRun:
         model: GPTModel,
         probes: Sequence[Probe],
         scorers: Sequence[Scorer],
-        partial: PartialFolder | None,
+        partial: PartialFolder,
         min_gap: Mapping[str, float],
         batch_tokens: int = 8192,
         progress: Progress = no_progress,
@@ -111,7 +111,7 @@ class ScoringRun:
         for scorer in self.scorers:
             if not any(scorer.accepts(probe) for probe in self.probes):
                 raise UserError(f"no probe of probes.names can be read by scorer {scorer.name}")
-        self._open()
+        self.finished = from_first_rank(self._unfinished)
         records = self._measure_gaps()
         effects: dict[str, dict[str, Tensor]] = {}
         for scorer in self.scorers:
@@ -125,12 +125,7 @@ class ScoringRun:
         }
         return tuple(records.values()), as_arrays
 
-    def _open(self) -> None:
-        self.finished = from_first_rank(self._unfinished)
-
     def _unfinished(self) -> dict[str, Array]:
-        if self.partial is None:
-            return {}
         self.partial.open()
         return self.partial.load()
 
@@ -202,7 +197,7 @@ class ScoringRun:
         for unit in self.progress(mine, phase, "batch"):
             name = f"{phase}.{unit.key}"
             found[name] = compute(unit).numpy()
-            if self.partial is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+            if parallel_state.get_tensor_model_parallel_rank() == 0:
                 self.partial.save(name, found[name])
         for part in _gather(found):
             self.finished.update(part)
