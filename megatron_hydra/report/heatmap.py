@@ -27,47 +27,36 @@ _SMALL_CELL_INCHES = (0.3, 0.22)
 _TITLE_CHARACTERS = 11  # an inch
 
 
-def draw_head_map(scores: HeadScores, plan: HeadPlan | None, ax: Axes) -> None:
+def draw_head_map(scores: HeadScores, plan: HeadPlan, ax: Axes) -> None:
     """Draw the scores as shaded cells, layers down and heads across, FA heads outlined.
 
     Gaps part the query groups. Small maps show each score in its cell.
 
     Args:
         scores: Score of each head.
-        plan: Its FA heads are outlined; None draws the scores alone.
+        plan: For the same teacher; its FA heads are outlined.
         ax: Axes to draw on; its figure gets a colour bar.
-
-    Raises:
-        UserError: If ``plan`` was made for another teacher than ``scores``.
     """
-    if plan is not None:
-        plan.check_teacher(
-            scores.num_layers,
-            scores.num_heads,
-            scores.num_query_groups,
-            scores.teacher_config_hash,
-        )
     cells = draw_cells(scores.scores, scores.num_query_groups, ax)
     ax.set_xlabel(f"head, in {scores.num_query_groups} query groups")
     ax.set_ylabel("layer")
     if not _is_large(scores):
         _write_numbers(scores.scores, cells.get_clim()[1], ax)
-    if plan is not None:
-        outline_fa_heads(plan, ax, line_width=1.5 if _is_large(scores) else 2.0)
-        ax.legend(
-            handles=[fa_outline_key(plan)],
-            loc="lower left",
-            bbox_to_anchor=(0.0, 1.0),
-            handletextpad=0.2,
-            borderpad=0.0,
-        )
+    outline_fa_heads(plan, ax, line_width=1.5 if _is_large(scores) else 2.0)
+    ax.legend(
+        handles=[fa_outline_key(plan)],
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        handletextpad=0.2,
+        borderpad=0.0,
+    )
     add_score_bar(cells, ax, is_tall=_is_large(scores))
 
 
 def save_head_map(
     path: str | os.PathLike[str],
     scores: HeadScores,
-    plan: HeadPlan | None,
+    plan: HeadPlan,
     title: str,
     overwrite: bool = False,
 ) -> None:
@@ -86,11 +75,11 @@ def save_head_map(
     with chart_style():
         figure = head_map_figure(scores, plan)
         title = textwrap.fill(title, round(_TITLE_CHARACTERS * figure.get_figwidth()))
-        figure.axes[0].set_title(title, loc="left", fontsize=11, pad=6 if plan is None else 22)
+        figure.axes[0].set_title(title, loc="left", fontsize=11, pad=22)
         save_png(path, figure, overwrite)
 
 
-def head_map_figure(scores: HeadScores, plan: HeadPlan | None) -> Figure:
+def head_map_figure(scores: HeadScores, plan: HeadPlan) -> Figure:
     """A figure of the map's own size with :func:`draw_head_map`."""
     width, height = _SMALL_CELL_INCHES if _is_large(scores) else _CELL_INCHES
     size = (2.0 + width * scores.num_heads, 1.0 + height * scores.num_layers)

@@ -32,12 +32,8 @@ from megatron_hydra.selection.uncertainty import (
 _RANK_TICKS = (1, 5, 10, 20, 50, 100, 200, 400, 800, 1600, 3200)
 _SAME_SCORE = 1e-6
 _DASHES = (0, (4, 3))
-# Why a head that stands behind the budget by its score is FA: words, marker.
-_REASONS = {
-    "constraint": ("by a constraint", "D"),
-    "random": ("by lot, behind the budget", "D"),
-    "": ("for another reason than score", "D"),
-}
+# Why a head that stands behind the budget by its score is FA.
+_REASONS = {"constraint": "by a constraint", "random": "by lot, behind the budget"}
 
 
 class Ranking(NamedTuple):
@@ -75,11 +71,8 @@ def rank_heads(scores: HeadScores, plan: HeadPlan) -> Ranking:
     """Order the heads by score, then by the size of their effect, then by layer and head.
 
     Raises:
-        UserError: If ``plan`` was made for another teacher than ``scores`` or of other scores.
+        UserError: If ``plan`` was made of other scores.
     """
-    plan.check_teacher(
-        scores.num_layers, scores.num_heads, scores.num_query_groups, scores.teacher_config_hash
-    )
     explanation = read_explanation(plan)
     if explanation is not None:
         _check_scores(scores, explanation)
@@ -148,9 +141,9 @@ def _point_kinds(ranking: Ranking) -> list[tuple[str, NDArray[np.bool_], dict[st
         kinds.append((f"{name}, above noise floor", chosen & ranking.is_above, filled))
         kinds.append((f"{name}, below noise floor", chosen & ~ranking.is_above, hollow))
     for reason, chosen in ranking.reasons.items():
-        words, marker = _REASONS.get(reason, _REASONS[""])
+        words = _REASONS.get(reason, "for another reason than score")
         ring = {"markersize": 6.5, "markerfacecolor": "none", "markeredgecolor": INK}
-        kinds.append((f"full attention {words}", chosen, {"marker": marker, **ring}))
+        kinds.append((f"full attention {words}", chosen, {"marker": "D", **ring}))
     return kinds
 
 

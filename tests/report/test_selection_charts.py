@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-from kit.plans import all_fa
 from kit.scores import make_scores
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PatchCollection
@@ -151,11 +150,6 @@ def test_odd_plans_can_be_drawn(fa_heads: dict[int, list[int]], num_lines: int) 
     ax = draw(make_scores(np.zeros((3, 4)), 2), make_plan(fa_heads))
     assert sum(line.get_linestyle() != "None" for line in ax.lines) == num_lines
     ax.figure.canvas.draw()
-
-
-def test_a_plan_of_another_teacher_is_refused() -> None:
-    with pytest.raises(UserError, match="the teacher has 3 layers"):
-        rank_heads(noisy_scores(), all_fa(2, 4, 2))
 
 
 def panels(figure: Figure) -> list[tuple[Axes, PatchCollection]]:
