@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import lock, parse_json, write_json
+from megatron_hydra.schema import flat
 
 _RECORD, _LOCK = "run.json", ".lock"
 _HALF_WRITTEN = r"\..*\.\d+\.partial"
@@ -84,7 +85,10 @@ class UnfinishedWork:
             self._remove_units()  # of a run that was killed as it began, if there are any
             write_json(self.path / _RECORD, self.fingerprint)
             return
-        found, own = _flat(self.parsed(_RECORD)), _flat(self.fingerprint)
+        found, own = (
+            {key: value for key, value in flat(record) if value != {}}
+            for record in (self.parsed(_RECORD), self.fingerprint)
+        )
         for key in {**found, **own}:
             if found.get(key) != own.get(key):
                 raise UserError(
@@ -114,14 +118,3 @@ def forget_unfinished(out: Path) -> None:
 
 def _folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested objects as `section.key` -> value."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -20,7 +20,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "errors": set(),
     "disk": {"errors"},
     "files": {"disk", "errors"},
-    "unfinished": {"errors", "files"},
+    "unfinished": {"errors", "files", "schema"},
     "yaml_text": {"errors", "files"},
     "schema": {"errors", "files", "yaml_text"},
     "head_plan": {"errors", "files", "schema"},
