@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,6 @@ from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.policy import PlanSummary, plan_from_scores, random_plan
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.selection.scoring_config import CombineSection
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class _Overrides:
     """What ``combine.KEY=VALUE`` and ``model.KEY=VALUE`` may change."""
 
     model: LAHeads
-    combine: CombineSection = field(default_factory=CombineSection)
+    combine: Combination
 
 
 def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
@@ -130,14 +129,11 @@ def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
         return scores
     old = dataclasses.asdict(scores.combination)
     values = {f"combine.{name}": value for name, value in old.items()}
-    values["combine.scorers"] = list(old["scorers"])
     for item in dataclasses.fields(LAHeads):
         values[f"model.{item.name}"] = getattr(scores.shape, item.name)
     read = read_config(_Overrides, None, [_as_list(word) for word in overrides], values)
-    new = dataclasses.asdict(read.combine)
     shape = dataclasses.replace(scores.shape, **dataclasses.asdict(read.model))
-    combination = Combination(**{**new, "scorers": tuple(new["scorers"])})
-    return dataclasses.replace(scores.with_combination(combination), shape=shape)
+    return dataclasses.replace(scores.with_combination(read.combine), shape=shape)
 
 
 def _as_list(override: str) -> str:
