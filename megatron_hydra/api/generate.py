@@ -290,21 +290,14 @@ def _draw(
     held_out: Sequence[int],
     progress: Progress,
 ) -> list[list[GenerationSample]]:
-    text = generator.tokenizer.decode(held_out, clean_up_tokenization_spaces=False)
+    words = generator.tokenizer.decode(held_out, clean_up_tokenization_spaces=False).split()
     tasks = find_generation_tasks(prompts.tasks)
     pairs = [(task, length) for task in tasks for length in lengths]
-    cells: list[list[GenerationSample]] = []
-    for task, length in progress(pairs, "prompts", "cell"):
-        cells += make_generation_samples(
-            generator.num_tokens,
-            text,
-            [task],
-            [length],
-            prompts.num_samples,
-            prompts.seed,
-            prompts.wording,
-        )
-    return cells
+    told = prompts.num_samples, prompts.seed, prompts.wording
+    return [
+        make_generation_samples(generator.num_tokens, words, task, length, *told)
+        for task, length in progress(pairs, "prompts", "cell")
+    ]
 
 
 def _windows(prompts: Prompts, length: int, held_out: Sequence[int]) -> list[Sequence[int]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -97,47 +97,32 @@ class GenerationTask:
 
 def make_generation_samples(
     num_tokens: Callable[[str], int],
-    text: str,
-    tasks: Iterable[GenerationTask],
-    lengths: Sequence[int],
-    num_samples: int,
-    seed: int,
-    wording: str = "ruler",
-) -> Iterator[list[GenerationSample]]:
-    """Draw the samples of each task at each length, a cell at a time.
-
-    Args:
-        num_tokens: Of a prompt, as the model's tokenizer counts them.
-        text: For haystacks; repeated where it is shorter than one.
-        tasks: What is asked.
-        lengths: In tokens, prompt and answer together.
-        num_samples: Of each cell.
-        seed: Of everything drawn.
-        wording: One of :data:`~megatron_hydra.tasks.wording.WORDINGS`.
-
-    Raises:
-        UserError: If a length is too short for a task; names the least.
-    """
-    words = text.split()
-    for task in tasks:
-        for length in lengths:
-            yield _cell(num_tokens, words, task, length, num_samples, seed, WORDINGS[wording])
-
-
-def _cell(
-    num_tokens: Callable[[str], int],
     words: Sequence[str],
     task: GenerationTask,
     length: int,
     num_samples: int,
     seed: int,
-    wording: Wording,
+    wording: str = "ruler",
 ) -> list[GenerationSample]:
-    answer_tokens = task.tokens(wording)
+    """Draw the samples of a cell.
+
+    Args:
+        num_tokens: Of a prompt, as the model's tokenizer counts them.
+        words: Of text for haystacks; repeated where they are fewer than one has.
+        task: What is asked.
+        length: In tokens, prompt and answer together.
+        num_samples: How many.
+        seed: Of everything drawn.
+        wording: One of :data:`~megatron_hydra.tasks.wording.WORDINGS`.
+
+    Raises:
+        UserError: If the length is too short for the task; names the least.
+    """
+    answer_tokens = task.tokens(WORDINGS[wording])
 
     def draw(index: int, size: int) -> Prompt:
         rng = random.Random(f"{task.name} {length} {index} {seed}")
-        return task.draw(rng, wording, words, length, size)
+        return task.draw(rng, WORDINGS[wording], words, length, size)
 
     def needed(index: int, size: int) -> int:
         return num_tokens(draw(index, size).text) + answer_tokens

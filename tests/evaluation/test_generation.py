@@ -80,15 +80,14 @@ def test_the_verb_counts_what_greedy_decoding_gives(models, tmp_path, capsys, mo
     def with_answers(num_tokens, *arguments):
         tokenizer = AutoTokenizer.from_pretrained(models / "hf")
         model = AutoModelForCausalLM.from_pretrained(models / "hf", trust_remote_code=True)
-        for cell in real(num_tokens, *arguments):
-            changed = []
-            for sample in cell:
-                tokens = tokenizer(sample.prompt, return_tensors="pt").input_ids
-                with torch.no_grad():
-                    first = int(model(tokens).logits[0, -1].argmax())
-                answers = (tokenizer.decode([first]), "nowhere")[: 1 + sample.index % 2]
-                changed.append(type(sample)(**{**vars(sample), "answers": answers}))
-            yield changed
+        changed = []
+        for sample in real(num_tokens, *arguments):
+            tokens = tokenizer(sample.prompt, return_tensors="pt").input_ids
+            with torch.no_grad():
+                first = int(model(tokens).logits[0, -1].argmax())
+            answers = (tokenizer.decode([first]), "nowhere")[: 1 + sample.index % 2]
+            changed.append(type(sample)(**{**vars(sample), "answers": answers}))
+        return changed
 
     monkeypatch.setattr(verb, "make_generation_samples", with_answers)
     out, dump = tmp_path / "generation.json", tmp_path / "prompts.jsonl"
@@ -328,8 +327,8 @@ def test_a_needle_is_counted_where_it_lies():
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_single_3", "niah_multikey_2"])
 def test_drawn_needles_have_depths_from_start_to_end(name):
-    text = " ".join(f"word{i}." for i in range(500))
-    tasks = find_generation_tasks([name])
-    (cell,) = make_generation_samples(len, text, tasks, [6000], 200, seed=1)
+    words = [f"word{i}." for i in range(500)]
+    (task,) = find_generation_tasks([name])
+    cell = make_generation_samples(len, words, task, 6000, 200, seed=1)
     depths = [sample.depth for sample in cell]
     assert None not in depths and min(depths) < 0.1 and max(depths) > 0.8
