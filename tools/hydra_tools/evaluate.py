@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_tools import launch
+from hydra_tools.named_folders import named_folders
 from hydra_tools.progress import progress
 from megatron_hydra.api.evaluate import PERPLEXITY_TOKENS, Questions, evaluate
 from megatron_hydra.api.generate import Prompts, generate
@@ -154,7 +154,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         perplexity_tokens=args.perplexity_tokens,
     )
     evaluation = evaluate(
-        parse_models(args.model),
+        _checkpoints(args),
         args.out,
         questions,
         serve_dtype=args.serve_dtype,
@@ -219,53 +219,22 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _models(args: argparse.Namespace) -> dict[str, Path]:
     """Those of --hf, then those of --model."""
-    folders = parse_folders(args.hf or ())
+    folders = named_folders("--hf", args.hf or (), "model")
     for folder in folders.values():
         if is_checkpoint_folder(folder):
             raise UserError(
                 f"{folder} is a checkpoint folder: `export` makes a Hugging Face folder of it; "
                 "or name it with --model and --generate"
             )
-    others = parse_models(args.model or ())
+    others = _checkpoints(args)
     if twice := sorted(folders.keys() & others.keys()):
         raise UserError(f"--hf and --model both name {twice[0]!r}: each model needs its own name")
     return folders | others
 
 
-def parse_folders(arguments: Sequence[str]) -> dict[str, Path]:
-    """Read ``NAME=FOLDER`` or ``FOLDER`` arguments, the latter named by the folder.
-
-    Raises:
-        UserError: For a repeated name.
-    """
-    folders: dict[str, Path] = {}
-    for argument in arguments:
-        before, equals, after = argument.partition("=")
-        # A folder's own name may have the sign.
-        is_named = before and after and not Path(argument).is_dir()
-        name, folder = (before, after) if equals and is_named else ("", argument)
-        name = name or Path(folder).resolve().name
-        if name in folders:
-            raise UserError(f"--hf names {name!r} twice: each model needs its own name")
-        folders[name] = Path(folder)
-    return folders
-
-
-def parse_models(arguments: Sequence[str]) -> dict[str, Path]:
-    """Read ``NAME=FOLDER`` arguments.
-
-    Raises:
-        UserError: For an argument without ``=`` or a repeated name.
-    """
-    folders: dict[str, Path] = {}
-    for argument in arguments:
-        name, equals, folder = argument.partition("=")
-        if not (name and equals and folder):
-            raise UserError(f"--model {argument!r} must be NAME=FOLDER, as in teacher=models/qwen")
-        if name in folders:
-            raise UserError(f"--model names {name!r} twice: each model needs its own name")
-        folders[name] = Path(folder)
-    return folders
+def _checkpoints(args: argparse.Namespace) -> dict[str, Path]:
+    """Those of --model."""
+    return named_folders("--model", args.model or (), "model", "teacher=models/qwen")
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from hydra_tools.named_folders import named_folders
 from megatron_hydra.api.report import report
-from megatron_hydra.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         scores=args.scores,
         plan=args.plan,
         evaluation=args.evaluation,
-        runs=_parse_runs(args.run),
+        runs=named_folders("--run", args.run, "run", "stage1=runs/stage1"),
         pareto=args.pareto,
         generation=args.generation,
         teacher=args.teacher,
@@ -50,15 +49,3 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"report: {page}")
     return 0
-
-
-def _parse_runs(arguments: Sequence[str]) -> dict[str, Path]:
-    runs: dict[str, Path] = {}
-    for argument in arguments:
-        name, equals, folder = argument.partition("=")
-        if not (name and equals and folder):
-            raise UserError(f"--run {argument!r} must be NAME=FOLDER, as in stage1=runs/stage1")
-        if name in runs:
-            raise UserError(f"--run names {name!r} twice: each run needs its own name")
-        runs[name] = Path(folder)
-    return runs
