@@ -15,7 +15,7 @@ from megatron_hydra.evaluation.positions import PositionLoss
 from megatron_hydra.evaluation.results import (
     Accuracy,
     Cell,
-    aligned,
+    align,
     format_perplexity,
     percent_text,
 )
@@ -234,16 +234,14 @@ def generation_table(result: Generation) -> str:
         )
         rows.append([task, f"{length:,}", *texts])
     heading = "samples with every answer in % with 95% interval, and RULER's string_match_all"
-    lines = [result.head, heading, aligned(rows)]
+    lines = [result.head, heading, *align(rows)]
     if result.has_depths:
-        lines += [
-            "right in % by depth of the needle, in fifths of the prompt",
-            aligned(_grid(result)),
-        ]
+        lines.append("right in % by depth of the needle, in fifths of the prompt")
+        lines += align(_grid(result))
     if result.models[0].loss_by_position:
         names = [model.name for model in result.models]
         rows = [["tokens before", *names], *_perplexities(result)]
-        lines += ["perplexity of held-out text by position", aligned(rows)]
+        lines += ["perplexity of held-out text by position", *align(rows)]
     return "\n".join(lines)
 
 

@@ -220,19 +220,19 @@ def format_table(models: Sequence[ModelResult], serve_dtype: ServeDtype) -> str:
             + [format_perplexity(model.loss_nats[length]) for length in models[0].loss_nats]
             + [f"{model.cache_bytes_per_token:,}", f"{model.state_bytes:,}"]
         )
-    return aligned(rows)
+    return "\n".join(align(rows))
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines, the first column to the left and the others to the right."""
+def align(rows: Sequence[Sequence[str]], num_left: int = 1) -> list[str]:
+    """Lines of a text table: the first columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    return [
         "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
+            cell.ljust(width) if i < num_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
-    )
+    ]
 
 
 def percent_text(accuracy: Accuracy) -> str:

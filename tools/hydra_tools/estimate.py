@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_tools.on_plans import align, read_ratio
+from hydra_tools.on_plans import read_ratio
 from megatron_hydra.api.estimate import (
     ContextHours,
     Estimate,
@@ -17,6 +17,7 @@ from megatron_hydra.api.estimate import (
     estimate,
 )
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.results import align
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.selection.cost import DEVICES, find_device
 from megatron_hydra.training.config import load_config, overrides_of_stage
@@ -152,7 +153,7 @@ def _stage_lines(stage: StageEstimate, has_price: bool) -> list[str]:
     lines = [
         f"{stage.folder}: {stage.stage}, {stage.num_steps:,} steps, {stage.num_tokens:,} tokens, "
         f"{stage.fa_heads} of {stage.total_heads} heads FA",
-        *(f"  {line}" for line in align(rows, num_left=1)),
+        *(f"  {line}" for line in align(rows)),
     ]
     if stage.as_written is None:
         lines.append(f"  not as written: {stage.why_not_as_written}")

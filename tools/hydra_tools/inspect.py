@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra_tools.on_plans import add_cost_arguments, align, cost_lines, how_sure
+from hydra_tools.on_plans import add_cost_arguments, cost_lines, how_sure
 from megatron_hydra.api.inspect import Inspection, draw, inspect
 from megatron_hydra.errors import UserError
+from megatron_hydra.evaluation.results import align
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.comparison import PlanComparison
 from megatron_hydra.selection.explanation import ChosenHead, Explanation

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from fractions import Fraction
 
+from megatron_hydra.evaluation.results import align
 from megatron_hydra.selection.budget import Constraints
 from megatron_hydra.selection.cost import (
     DEVICES,
@@ -146,19 +146,7 @@ def cost_lines(plan: Costs, teacher: Costs) -> list[str]:
     for name, of_plan, of_teacher in figures:
         share = f"{of_plan / of_teacher:.0%}" if of_teacher else ""
         rows.append([name, f"{of_teacher:.4g}", f"{of_plan:.4g}", share])
-    return align(rows, num_left=1)
-
-
-def align(rows: Sequence[Sequence[str]], num_left: int) -> list[str]:
-    """Lines of a text table: the first columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < num_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return align(rows)
 
 
 def _positive(text: str) -> int:

@@ -9,11 +9,11 @@ from pathlib import Path
 from hydra_tools.on_plans import (
     add_choice_arguments,
     add_cost_arguments,
-    align,
     read_constraints,
     read_ratio,
 )
 from megatron_hydra.api.pareto import pareto
+from megatron_hydra.evaluation.results import align
 from megatron_hydra.selection.budget import Budget, BudgetKind
 from megatron_hydra.selection.cost import Costs, find_device
 from megatron_hydra.selection.pareto import ParetoTable
@@ -78,7 +78,7 @@ def format_table(table: ParetoTable) -> list[str]:
         f"one sequence of {teacher.context_tokens:,} tokens; times predicted for {device}, weights "
         f"and KV cache served in {dtype} (the LA state is fp32)"
     ]
-    lines += align(rows, num_left=1)
+    lines += align(rows)
     if any(row.is_dominated for row in table.rows):
         lines.append("* another row keeps as much and costs less")
     return lines
