@@ -15,12 +15,17 @@ from typing import Any
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import lock_holder
 from megatron_hydra.training.config import RunConfig, load_config
-from megatron_hydra.training.run_files import RUN_CONFIG, checkpoint_step, trained_steps
+from megatron_hydra.training.run_files import (
+    NEEDLES,
+    RUN_CONFIG,
+    VALIDATION,
+    checkpoint_step,
+    trained_steps,
+)
 from megatron_hydra.training.run_folder import RunFolder
 
 _TAIL_BYTES = 2**16
 _STEPS_OF_A_RATE = 20
-_NEEDLES = "needles/"
 
 
 @dataclass(frozen=True)
@@ -136,17 +141,17 @@ def _newest_records(file: Path) -> Sequence[Mapping[str, Any]]:
 
 def _newest_validation(file: Path) -> tuple[int, float | None] | None:
     """Step and loss of the last line that has one."""
-    record = _newest_record(file, '"validation/loss"')
-    return None if record is None else (record["step"], record["validation/loss"])
+    record = _newest_record(file, f'"{VALIDATION}loss"')
+    return None if record is None else (record["step"], record[f"{VALIDATION}loss"])
 
 
 def _newest_needles(file: Path) -> tuple[int, str, float] | None:
     """Step, task and share of the last line that has one."""
-    record = _newest_record(file, f'"{_NEEDLES}')
+    record = _newest_record(file, f'"{NEEDLES}')
     if record is None:
         return None
-    name = next(name for name in record if name.startswith(_NEEDLES))
-    return record["step"], name.removeprefix(_NEEDLES), record[name]
+    name = next(name for name in record if name.startswith(NEEDLES))
+    return record["step"], name.removeprefix(NEEDLES), record[name]
 
 
 def _newest_record(file: Path, part: str) -> Mapping[str, Any] | None:

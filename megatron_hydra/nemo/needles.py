@@ -22,6 +22,7 @@ from megatron_hydra.tasks.needles import (
 from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.dataset_checks import read_tokens
+from megatron_hydra.training.run_files import NEEDLES
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 _HAYSTACK_TOKENS = 2**20
@@ -88,7 +89,7 @@ class Needles:
                 found = generate(gpt_model, prompts, answers.shape[1])
                 num_right += (found == answers).all(dim=1).sum()
         torch.distributed.all_reduce(num_right, group=parallel_state.get_data_parallel_group())
-        return {f"needles/{self.task.name}": int(num_right) / len(self._samples)}
+        return {f"{NEEDLES}{self.task.name}": int(num_right) / len(self._samples)}
 
 
 class _Questions:

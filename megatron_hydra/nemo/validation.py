@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from megatron_hydra.nemo.data import make_data_module
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.random_states import random_states, set_random_states
+from megatron_hydra.training.run_files import VALIDATION
 from megatron_hydra.training.samples import micro_batch_samples
 
 _SHOWN = ("loss", "kl", "ce")
@@ -94,7 +95,7 @@ class Validation:
             )
             # Nothing on a pipeline stage before the last.
             reduced = model.over_pipeline(reduction.reduce(outputs) if outputs else {})
-        return {f"validation/{name}": float(reduced[name]) for name in _SHOWN if name in reduced}
+        return {f"{VALIDATION}{name}": float(reduced[name]) for name in _SHOWN if name in reduced}
 
     def _micro_batches(self, per_step: int) -> Iterator[dict[str, Tensor]]:
         """This replica's, dealt as the training's are."""

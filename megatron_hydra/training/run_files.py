@@ -16,6 +16,8 @@ from megatron_hydra.training.config import RunConfig
 OUTPUT_FOLDERS = ("checkpoints", "tensorboard", "hybrid", "data_index", "nemo_logs", "wandb")
 RUN_CONFIG = "run_config.yaml"
 METRICS = "metrics.jsonl"
+VALIDATION, NEEDLES = "validation/", "needles/"
+"""Before the names of what is measured on held-out samples, and of the tasks with needles."""
 HEADER = "# The resolved configuration of a training run: written and read by megatron-hydra train."
 """The first line of a run's own configuration file."""
 

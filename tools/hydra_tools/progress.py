@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -13,26 +13,18 @@ Item = TypeVar("Item")
 
 SHOWN_SCALARS = ("loss", "kl", "ce", "grad_norm", "lr", "tokens_per_s")
 """Of a training step, for people, in this order."""
-VALIDATION = "validation/loss"
-"""Of some steps alone; shown until the next one has another."""
-NEEDLES = "needles/"
-"""Before the task's name; likewise, and with its step."""
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-def progress(
-    items: Iterable[Item], description: str, unit: str, total: int | None = None
-) -> Iterator[Item]:
+def progress(items: Iterable[Item], description: str, unit: str) -> Iterator[Item]:
     """Yield ``items`` and tell on stderr how far the loop is; nothing for an empty list.
 
     Args:
         items: What is gone through.
         description: What is done with them.
         unit: One of them, in the singular.
-        total: Their number, where ``items`` has no length.
     """
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
+    total = len(items) if isinstance(items, Sized) else None
     with meter(description, unit, total) as shown:
         for item in items:
             yield item

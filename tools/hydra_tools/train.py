@@ -8,13 +8,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools import launch, stops
-from hydra_tools.progress import NEEDLES, SHOWN_SCALARS, VALIDATION
+from hydra_tools.progress import SHOWN_SCALARS
 from megatron_hydra.api.train import Training, train
 from megatron_hydra.errors import UserError
 from megatron_hydra.training.config import RunConfig, load_config
+from megatron_hydra.training.run_files import NEEDLES, VALIDATION
 
 if TYPE_CHECKING:
     from megatron_hydra.api.dry_run import DryRun
+
+_HELD_OUT = f"{VALIDATION}loss"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,8 +194,8 @@ class _Progress:
         if self.bar is None:
             stage, max_steps = self.config.transfer.stage, self.config.trainer.max_steps
             self.bar = meter(stage, "step", max_steps, initial=step - 1)
-        if VALIDATION in scalars:
-            self.validation = {VALIDATION: scalars[VALIDATION]}
+        if _HELD_OUT in scalars:  # of some steps alone; shown until the next one has another
+            self.validation = {_HELD_OUT: scalars[_HELD_OUT]}
         for name in scalars:
             if name.startswith(NEEDLES):
                 self.needles = f", {name} {scalars[name]:.4g} at step {step:,}"
@@ -213,8 +216,8 @@ def _progress_text(scalars: dict[str, float]) -> str:
     if layers:
         worst = max(layers, key=lambda name: layers[name])
         shown = {"loss": shown.pop("loss"), f"worst {worst}": layers[worst], **shown}
-    if VALIDATION in scalars:
-        shown[VALIDATION] = scalars[VALIDATION]
+    if _HELD_OUT in scalars:
+        shown[_HELD_OUT] = scalars[_HELD_OUT]
     return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
