@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import ModelShape, num_stored_groups
+from megatron_hydra.selection.cost import ModelShape, flops_of_sequence
 from megatron_hydra.training.memory import training_memory
+from megatron_hydra.training.step_time import Work
 
 LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
 SHAPE = ModelShape(LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True)
@@ -42,35 +43,15 @@ def predicted_gib(
 
 
 def model_tflop(stage: str, length: int, layers: int, plan: HeadPlan | None) -> float:
-    """Operations of a step: two per weight and token forward, twice that backward.
+    """Operations of a step, as a training counts them for its own MFU.
 
-    Attention counts its causal half; the gated delta rule of a head counts 6 d^2 per token (a read,
-    a correction and a write of its state). Without a plan for the stages of full attention.
+    Without a plan for the stages of full attention.
     """
-    matrix = HIDDEN * DIM
-    num_heads = layers * HEADS
-    common = layers * 3 * HIDDEN * FFN + num_heads * matrix  # MLP, output projection
-    logits = 2 * length * HIDDEN * VOCAB
-
-    def attention(fa_heads: int) -> float:
-        return fa_heads * 2 * DIM * length**2 + (num_heads - fa_heads) * 6 * DIM**2 * length
-
-    qkv = matrix * (num_heads + 2 * layers * GROUPS)
-    teacher = 2 * length * (qkv + common) + attention(num_heads)
-    if plan is None:
-        student = teacher
-    else:
-        fa_heads, groups = plan.num_fa_heads, num_stored_groups(plan)
-        # Query and gate, key and value of a group; query, key, value and gate of an LA head.
-        hybrid = matrix * (2 * fa_heads + 2 * groups + 4 * (num_heads - fa_heads))
-        student = 2 * length * (hybrid + common) + attention(fa_heads)
-    mlp = 2 * length * layers * 3 * HIDDEN * FFN
-    total = {
-        "align": teacher + 3 * (student - mlp),
-        "distill": 3 * student + teacher + 4 * logits,
-        "long_context": 3 * (student + logits),
-    }[_OF_TRANSFER.get(stage, stage)]
-    return total / 1e12
+    shape, of_transfer = replace(SHAPE, num_layers=layers), _OF_TRANSFER.get(stage, stage)
+    if plan is not None:
+        return sum(Work.of(shape, plan, of_transfer, length).flops(0.0, 1)) / 1e12
+    passes = 3 + (of_transfer == "distill")
+    return passes * flops_of_sequence(shape, length).of(None) / 1e12
 
 
 def rank_tflop(student: Any) -> tuple[list[float], float]:
