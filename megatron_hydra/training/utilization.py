@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import DEVICES, Device
+from megatron_hydra.selection.cost import DEVICES
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.memory import counted_stage
 from megatron_hydra.training.step_time import Work
@@ -18,11 +18,6 @@ _BY_DRIVER_NAME = {
     "NVIDIA H100 80GB HBM3": DEVICES["h100"],
     "NVIDIA H200": DEVICES["h200"],
 }
-
-
-def known_device(driver_name: str) -> Device | None:
-    """The published figures of a GPU by its driver's name; None where they are not known here."""
-    return _BY_DRIVER_NAME.get(driver_name)
 
 
 def flops_of_step(config: RunConfig, shape: ModelShape, plan: HeadPlan) -> float | None:
@@ -58,7 +53,7 @@ def seconds_at_peak(
     Returns:
         None where it is not known: other GPUs, other formats than bf16, packed documents.
     """
-    device, flops = known_device(driver_name), flops_of_step(config, shape, plan)
+    device, flops = _BY_DRIVER_NAME.get(driver_name), flops_of_step(config, shape, plan)
     if device is None or flops is None or config.trainer.precision != "bf16":
         return None
     return flops / (num_gpus * device.flops_per_s)
