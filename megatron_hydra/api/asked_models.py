@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from megatron_hydra.api.hugging_face import built_for, folder_config, folder_shape
 from megatron_hydra.errors import UserError
 from megatron_hydra.export.code import brings_code
-from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.files import parse_json
+from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
 from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.teachers.config_json import read_config, shape_fields
+from megatron_hydra.teachers.families import FAMILIES
 from megatron_hydra.teachers.model_folder import (
     check_model_folder,
     is_checkpoint_folder,
@@ -24,6 +26,8 @@ from megatron_hydra.teachers.model_folder import (
 if TYPE_CHECKING:
     from megatron_hydra.evaluation.checkpoint_generator import CheckpointGenerator
     from megatron_hydra.export.generating import Generator
+
+_HYBRID = "hydra_head"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class AskedModel:
             UserError: If it cannot be asked.
         """
         if not is_checkpoint_folder(path):
-            folder_config(path)
+            _keys(path)
             weight_files(path)
             return cls(path, False, brings_code(path, is_trusted))
         check_model_folder(path)
@@ -63,18 +67,28 @@ class AskedModel:
     @property
     def built_for(self) -> int | None:
         """Tokens that the model is built for; None where its folder does not say."""
+        name, config = "max_position_embeddings", {}
         if not self.is_checkpoint:
-            return built_for(self.path)
-        config = peek_metadata(self.path).get("config")
-        found = config.get("seq_length") if isinstance(config, dict) else None
+            config = _config(self.path)
+        elif isinstance(stored := peek_metadata(self.path).get("config"), dict):
+            name, config = "seq_length", stored
+        found = config.get(name)
         return found if isinstance(found, int) else None
 
     def shape_and_plan(self) -> tuple[ModelShape | None, HeadPlan | None]:
-        """What costs are counted from, as :func:`folder_shape` has it."""
-        if not self.is_checkpoint:
-            return folder_shape(self.path)
-        shape = ModelShape.from_fields(peek_metadata(self.path)["config"])
-        return shape, _plan_of(self.path)
+        """What costs are counted from, and a hybrid's plan; None where it is of no kind known here.
+
+        A teacher's costs are those of its shape; what a hybrid of it would be has no part in it.
+        """
+        if self.is_checkpoint:
+            shape = ModelShape.from_fields(peek_metadata(self.path)["config"])
+            return shape, _plan_of(self.path)
+        config = _config(self.path)
+        if config.get("model_type") == _HYBRID:
+            return _exported_shape(config), _exported_plan(config)
+        if config.get("model_type") not in FAMILIES:
+            return None, None
+        return ModelShape.from_fields(shape_fields(read_config(self.path))), None
 
     def generator(self, forward_tokens: int | None = None) -> Generator | CheckpointGenerator:
         """Its tokenizer, and the model once it is asked; imports what runs it.
@@ -89,6 +103,48 @@ class AskedModel:
         from megatron_hydra.export.generating import Generator
 
         return Generator(self.path, self.has_code, forward_tokens)
+
+
+def _keys(folder: Path) -> Mapping[str, Any]:
+    """What stands in config.json."""
+    path = folder / "config.json"
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path}: it holds no object")
+    return found
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """The same; of a hybrid also what it leaves out, as it has its default."""
+    found = _keys(folder)
+    if found.get("model_type") != _HYBRID:
+        return found
+    from megatron_hydra.export.configuration_hydra import HydraHeadConfig
+
+    return vars(HydraHeadConfig.from_pretrained(folder)) | {"model_type": _HYBRID}
+
+
+def _exported_shape(config: Mapping[str, Any]) -> ModelShape:
+    return ModelShape(
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_query_groups=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        tied_embeddings=config["tie_word_embeddings"],
+        conv_kernel_size=config["la_conv_kernel_size"] if config["la_short_conv"] else 0,
+        sliding_window_tokens=config["sliding_window_tokens"],
+    )
+
+
+def _exported_plan(config: Mapping[str, Any]) -> HeadPlan:
+    layers = tuple(LayerHeadPlan(tuple(kinds)) for kinds in config["head_kinds"])
+    return HeadPlan(layers, config["num_key_value_heads"])
 
 
 def _plan_of(checkpoint: Path) -> HeadPlan | None:
