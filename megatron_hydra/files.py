@@ -12,15 +12,12 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import socket
 import struct
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +44,6 @@ _HASH_BLOCKS = 1024
 # File systems take 255; the rest is for what a temporary name adds.
 _LONGEST_NAME_BYTES = 224
 OutputKind = Literal["file", "folder"]
-COMMAND: ContextVar[str | None] = ContextVar("COMMAND", default=None)
-"""What a user typed, where that is known better than by `sys.argv`."""
 
 
 def check_output(
@@ -308,16 +303,6 @@ def content_hash(files: Iterable[str | os.PathLike[str]]) -> str:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
-
-
-def command_line() -> str:
-    """The command that is run."""
-    return COMMAND.get() or shlex.join(sys.argv)
-
-
-def origin(**more: Any) -> dict[str, Any]:
-    """A provenance record: the command that is run, ``more`` (JSON values), and the versions."""
-    return {"command": command_line(), **more, "versions": versions()}
 
 
 def versions() -> dict[str, str]:

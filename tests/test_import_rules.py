@@ -20,6 +20,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "errors": set(),
     "disk": {"errors"},
     "files": {"disk", "errors"},
+    "provenance": {"files"},
     "unfinished": {"errors", "files", "schema"},
     "yaml_text": {"errors", "files"},
     "schema": {"errors", "files", "yaml_text"},
@@ -41,7 +42,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "selection",
     },
     "nemo": {
-        "disk", "errors", "files", "head_plan", "model", "teachers", "tasks", "transfer",
+        "disk", "errors", "head_plan", "model", "provenance", "teachers", "tasks", "transfer",
         "selection", "training",
     },
     "evaluation": {
@@ -55,7 +56,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
         "selection", "evaluation", "report", "schema", "training", "nemo", "processes", "progress",
-        "certify", "export",
+        "provenance", "certify", "export",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
     "study": {

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, origin
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
 from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.tasks.text_files import TextOptions, find_texts

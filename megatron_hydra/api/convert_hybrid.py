@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, origin
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.provenance import origin
 from megatron_hydra.teachers.model_folder import is_checkpoint_folder
 
 

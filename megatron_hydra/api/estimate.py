@@ -10,8 +10,9 @@ from pathlib import Path
 
 from megatron_hydra.api.dry_run import read_model
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, origin, write_json
+from megatron_hydra.files import check_output, write_json
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.cost import find_device, weight_bytes
 from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.selection.shape import ModelShape

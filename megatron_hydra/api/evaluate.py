@@ -24,9 +24,10 @@ from megatron_hydra.evaluation.ruler import (
     make_task_samples,
     needle_depths,
 )
-from megatron_hydra.files import check_output, check_outputs, origin
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.cost import (
     ModelShape,
     ServeDtype,

@@ -25,9 +25,10 @@ from megatron_hydra.evaluation.positions import (
     loss_by_position,
     position_windows,
 )
-from megatron_hydra.files import check_output, check_outputs, origin, write_beside
+from megatron_hydra.files import check_output, check_outputs, write_beside
 from megatron_hydra.processes import is_first_rank
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.cost import (
     ServeDtype,
     cache_bytes_per_token,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_hydra.api.plan import recombine
-from megatron_hydra.files import check_output, check_outputs, origin
+from megatron_hydra.files import check_output, check_outputs
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.cost import ServeDtype
 from megatron_hydra.selection.pareto import ParetoTable, pareto_table

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, origin
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.model.mixers.costs import LAKind
+from megatron_hydra.provenance import origin
 from megatron_hydra.schema import Limits, read_config
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination

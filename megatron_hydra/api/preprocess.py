@@ -13,8 +13,9 @@ import numpy as np
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_outputs, origin
+from megatron_hydra.files import check_outputs
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.provenance import origin
 from megatron_hydra.tasks.broken_lines import BrokenLines
 from megatron_hydra.tasks.text_files import TextOptions, find_texts, read_pieces
 from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer

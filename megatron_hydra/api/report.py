@@ -9,8 +9,9 @@ from pathlib import Path
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import Generation
 from megatron_hydra.evaluation.reading import read_evaluation
-from megatron_hydra.files import check_output, check_outputs, command_line, write_beside
+from megatron_hydra.files import check_output, check_outputs, write_beside
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.provenance import command_line
 from megatron_hydra.report import render_report
 from megatron_hydra.report.training_runs import CONFIG_FILES, read_run
 from megatron_hydra.selection.pareto import ParetoTable

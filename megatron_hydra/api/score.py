@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import check_output, check_outputs, origin
+from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.processes import is_first_rank
 from megatron_hydra.progress import Progress, no_progress
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects

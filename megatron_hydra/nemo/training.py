@@ -18,7 +18,6 @@ from nemo.collections import llm
 
 from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import origin
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import release_cuda_graphs
 from megatron_hydra.model.config import HydraFields, recompute_fields
@@ -36,6 +35,7 @@ from megatron_hydra.nemo.run_state import RunStateCallback
 from megatron_hydra.nemo.stragglers import StragglerWatch
 from megatron_hydra.nemo.strategy import fp8_fields, make_plugins, make_strategy, use_gpu
 from megatron_hydra.nemo.validation import Validation
+from megatron_hydra.provenance import origin
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.checkpoint import (
     model_fields,

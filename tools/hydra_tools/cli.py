@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import megatron_hydra
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import COMMAND
+from megatron_hydra.provenance import COMMAND
 
 # In the order of the work. Each is a module of this package (`-` is `_` there) with
 # `add_arguments(parser)` and `run(args) -> int`; importing one may be slow (PyTorch, Megatron), so
