@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
@@ -115,9 +115,11 @@ def evaluate(
     from megatron_hydra.evaluation.perplexity import text_windows
     from megatron_hydra.parallel import initialize_model_parallel
 
-    reaches = {name: _read_reach(folder) for name, folder in models.items()}
+    folders = {name: _read_folder(folder) for name, folder in models.items()}
+    reaches = {name: folder.reach for name, folder in folders.items()}
     text = read_text(texts, questions.text_options) if texts else stand_in_text("--text")
-    tokenizer = _common_tokenizer(models, text)
+    sizes = {name: folder.vocab_size for name, folder in folders.items()}
+    tokenizer = _common_tokenizer(models, sizes, text)
     # Held out, as far as the models were trained on the same text.
     _, held_out = split_held_out(tokenizer.encode(text, add_special_tokens=False))
     trained_on, chosen = _choose_lengths(questions, reaches, len(held_out) - 1)
@@ -142,7 +144,7 @@ def evaluate(
         training_length=trained_on.words,
         perplexity_tokens=len(windows) - 1,
         seed=questions.seed,
-        models={name: _origin(folder) for name, folder in models.items()},
+        models={name: folder.origin for name, folder in folders.items()},
     )
     (length,) = trained_on.lengths
     evaluation = Evaluation(tuple(results), length, provenance, serve_dtype)
@@ -191,48 +193,41 @@ def _choose_lengths(
     return trained_on, default_lengths(reaches, length if is_known else None, most)
 
 
-def _read_reach(folder: Path) -> Reach:
+class _Folder(NamedTuple):
+    """What a model's small files say."""
+
+    reach: Reach
+    vocab_size: int
+    origin: dict[str, Any]
+    """How the model and its plan came to be."""
+
+
+def _read_folder(folder: Path) -> _Folder:
     """Read a model's small files, so that a bad folder is named before anything takes long."""
     from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
     from megatron_hydra.teachers.config_json import read_config
 
+    origin: dict[str, Any] = {"path": str(folder)}
     if not is_checkpoint_folder(folder):
-        return Reach(read_config(folder)["max_position_embeddings"])
+        config = read_config(folder)
+        return _Folder(Reach(config["max_position_embeddings"]), config["vocab_size"], origin)
     meta = read_metadata(folder)
-    if meta["kind"] == "hybrid":
-        HeadPlan.load(folder / "plan.json")
-    return Reach(meta["config"]["seq_length"], meta["provenance"].get("seq_length"))
-
-
-def _vocab_size(folder: Path) -> int:
-    from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
-    from megatron_hydra.teachers.config_json import read_config
-
-    if not is_checkpoint_folder(folder):
-        return int(read_config(folder)["vocab_size"])
-    return int(read_metadata(folder)["config"]["vocab_size"])
-
-
-def _origin(folder: Path) -> dict[str, Any]:
-    """How a model and its plan came to be, as far as its folder says."""
-    from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
-
-    if not is_checkpoint_folder(folder):
-        return {"path": str(folder)}
-    meta = read_metadata(folder)
-    origin = {"path": str(folder), "weights": meta["provenance"]}
+    origin["weights"] = meta["provenance"]
     if meta["kind"] == "hybrid":
         plan = HeadPlan.load(folder / "plan.json").provenance
         origin["plan"] = {key: value for key, value in plan.items() if key != "explanation"}
-    return origin
+    reach = Reach(meta["config"]["seq_length"], meta["provenance"].get("seq_length"))
+    return _Folder(reach, meta["config"]["vocab_size"], origin)
 
 
-def _common_tokenizer(folders: Mapping[str, Path], text: str) -> Any:
+def _common_tokenizer(
+    folders: Mapping[str, Path], vocab_sizes: Mapping[str, int], text: str
+) -> Any:
     """The models' tokenizer; samples are shared, so all must encode text alike."""
     from megatron_hydra.teachers.tokenizer import load_model_tokenizer
 
     tokenizers = {
-        name: load_model_tokenizer(folder, _vocab_size(folder)) for name, folder in folders.items()
+        name: load_model_tokenizer(folder, vocab_sizes[name]) for name, folder in folders.items()
     }
     first = next(iter(tokenizers))
     expected = tokenizers[first].encode(text[:_COMPARED_CHARACTERS], add_special_tokens=False)
