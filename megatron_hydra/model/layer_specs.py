@@ -29,15 +29,12 @@ from megatron_hydra.model.mixers.kinds import check_kinds
 from megatron_hydra.model.padding import needs_padding, padded_mlp
 
 
-def get_hydra_layer_spec(
-    config: HydraConfig, layer_plan: LayerHeadPlan, backend: str | None = None
-) -> ModuleSpec:
+def get_hydra_layer_spec(config: HydraConfig, layer_plan: LayerHeadPlan) -> ModuleSpec:
     """Spec of one layer: Megatron's own, with :class:`HydraAttention` as its self-attention.
 
     Args:
         config: The model's configuration.
         layer_plan: The kind of each head of the layer.
-        backend: `local` or `transformer_engine`; None takes `config.backend`.
 
     Raises:
         UserError: If plan and config disagree, or Transformer Engine is not installed.
@@ -47,17 +44,16 @@ def get_hydra_layer_spec(
             f"the plan has {layer_plan.num_heads} heads per layer, "
             f"the model {config.num_attention_heads}"
         )
-    backend = backend or config.backend
-    layer = _base_layer(config, backend)
+    layer = _base_layer(config)
     attention = ModuleSpec(
         module=HydraAttention,
         params={"layer_plan": layer_plan},
-        submodules=_attention_submodules(config, backend),
+        submodules=_attention_submodules(config),
     )
     return _with(
         layer,
         self_attention=attention,
-        input_layernorm=IdentityOp if _fuses_norm(config, backend) else _norm(backend),
+        input_layernorm=IdentityOp if _fuses_norm(config) else _norm(config),
         # A checkpoint has the norm under one name, whether it is fused or not.
         sharded_state_dict_keys_map={
             **_without_attention(layer.submodules),
@@ -67,20 +63,14 @@ def get_hydra_layer_spec(
 
 
 def get_hydra_block_spec(
-    config: HydraConfig,
-    plan: HeadPlan,
-    backend: str | None = None,
-    vp_stage: int | None = None,
-    pp_rank: int | None = None,
+    config: HydraConfig, plan: HeadPlan, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Spec of this pipeline stage's layers, each by its own plan; for `GPTModel`.
 
     Args:
         config: The model's configuration.
         plan: The whole model's plan.
-        backend: As in :func:`get_hydra_layer_spec`.
         vp_stage: Virtual pipeline stage, if there are any.
-        pp_rank: Pipeline rank; None takes Megatron's.
 
     Raises:
         UserError: If plan and config disagree, or a kind of head is unknown.
@@ -89,22 +79,17 @@ def get_hydra_block_spec(
     check_kinds(plan)
     # Layers that differ must not be stacked on one axis of a checkpoint's tensors.
     config.hetereogenous_dist_checkpoint = True
-    backend = backend or config.backend
-    specs = [get_hydra_layer_spec(config, layer_plan, backend) for layer_plan in plan.layers]
-    return _block(config, specs, backend, vp_stage, pp_rank)
+    specs = [get_hydra_layer_spec(config, layer_plan) for layer_plan in plan.layers]
+    return _block(config, specs, vp_stage)
 
 
 def get_teacher_block_spec(
-    config: HydraConfig,
-    backend: str | None = None,
-    vp_stage: int | None = None,
-    pp_rank: int | None = None,
+    config: HydraConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """Spec of the teacher's layers: Megatron's own SelfAttention, no hybrid anywhere."""
-    backend = backend or config.backend
-    layer = _base_layer(config, backend)
-    if backend == "local":
-        attention, qk_norm = layer.submodules.self_attention, _qk_norm(config, backend)
+    layer = _base_layer(config)
+    if config.backend == "local":
+        attention, qk_norm = layer.submodules.self_attention, _qk_norm(config)
         attention.submodules = dataclasses.replace(
             attention.submodules,
             core_attention=LocalCoreAttention,
@@ -112,38 +97,38 @@ def get_teacher_block_spec(
             k_layernorm=qk_norm,
         )
         layer = _with(layer, input_layernorm=LocalRMSNorm)
-    return _block(config, [layer] * config.num_layers, backend, vp_stage, pp_rank)
+    return _block(config, [layer] * config.num_layers, vp_stage)
 
 
-def _base_layer(config: HydraConfig, backend: str) -> ModuleSpec:
+def _base_layer(config: HydraConfig) -> ModuleSpec:
     """Megatron's own spec of a layer, the MLP padded where ranks cannot share it equally."""
-    layer = _megatron_layer(config, backend)
+    layer = _megatron_layer(config)
     if needs_padding(config, config.ffn_hidden_size):
         layer = _with(layer, mlp=padded_mlp(layer.submodules.mlp))
     return layer
 
 
-def _megatron_layer(config: HydraConfig, backend: str) -> ModuleSpec:
-    if backend == "local":
+def _megatron_layer(config: HydraConfig) -> ModuleSpec:
+    if config.backend == "local":
         layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         return _with(layer, pre_mlp_layernorm=LocalRMSNorm)
-    if backend == "transformer_engine":
+    if config.backend == "transformer_engine":
         _transformer_engine()
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    raise UserError(f"backend is {backend!r}; allowed: local, transformer_engine")
+    raise UserError(f"backend is {config.backend!r}; allowed: local, transformer_engine")
 
 
-def _fuses_norm(config: HydraConfig, backend: str) -> bool:
+def _fuses_norm(config: HydraConfig) -> bool:
     """Whether the norm before the attention is part of its in-projection's module.
 
     The dynamic gate looks at the normed hidden states, which then would not leave that module.
     """
-    return backend == "transformer_engine" and config.fusion != "gate"
+    return config.backend == "transformer_engine" and config.fusion != "gate"
 
 
-def _attention_submodules(config: HydraConfig, backend: str) -> HydraAttentionSubmodules:
-    qk_norm = _qk_norm(config, backend)
-    if backend == "local":
+def _attention_submodules(config: HydraConfig) -> HydraAttentionSubmodules:
+    qk_norm = _qk_norm(config)
+    if config.backend == "local":
         return HydraAttentionSubmodules(
             in_proj=ColumnParallelLinear,
             core_attention=LocalCoreAttention,
@@ -152,7 +137,7 @@ def _attention_submodules(config: HydraConfig, backend: str) -> HydraAttentionSu
             head_norm=LocalRMSNorm,
             linear_proj=RowParallelLinear,
         )
-    te, fuses_norm = _transformer_engine(), _fuses_norm(config, backend)
+    te, fuses_norm = _transformer_engine(), _fuses_norm(config)
     return HydraAttentionSubmodules(
         in_proj=te.TELayerNormColumnParallelLinear if fuses_norm else te.TEColumnParallelLinear,
         core_attention=te.TEDotProductAttention,
@@ -163,12 +148,12 @@ def _attention_submodules(config: HydraConfig, backend: str) -> HydraAttentionSu
     )
 
 
-def _norm(backend: str) -> type:
-    return LocalRMSNorm if backend == "local" else _transformer_engine().TENorm
+def _norm(config: HydraConfig) -> type:
+    return LocalRMSNorm if config.backend == "local" else _transformer_engine().TENorm
 
 
-def _qk_norm(config: HydraConfig, backend: str) -> type:
-    return _norm(backend) if config.qk_layernorm else IdentityOp
+def _qk_norm(config: HydraConfig) -> type:
+    return _norm(config) if config.qk_layernorm else IdentityOp
 
 
 def _transformer_engine():  # type: ignore[no-untyped-def]
@@ -188,16 +173,12 @@ def _transformer_engine():  # type: ignore[no-untyped-def]
 
 
 def _block(
-    config: HydraConfig,
-    specs: list[ModuleSpec],
-    backend: str,
-    vp_stage: int | None,
-    pp_rank: int | None,
+    config: HydraConfig, specs: list[ModuleSpec], vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=specs[offset : offset + count], layer_norm=_norm(backend)
+        layer_specs=specs[offset : offset + count], layer_norm=_norm(config)
     )
 
 

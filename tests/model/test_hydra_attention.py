@@ -312,7 +312,7 @@ def test_choices_that_do_not_fit_are_errors():
     with pytest.raises(UserError, match="size 16 does not fit the model: the 8 query heads"):
         tiny_config(tensor_model_parallel_size=16, vocab_size=64, ffn_hidden_size=48)
     with pytest.raises(UserError, match="transformer_engine', which is not installed"):
-        get_hydra_layer_spec(tiny_config(), tiny_plan().layers[0], "transformer_engine")
+        get_hydra_layer_spec(tiny_config(backend="transformer_engine"), tiny_plan().layers[0])
     with pytest.raises(UserError, match="4 heads"):
         get_hydra_layer_spec(tiny_config(), type(tiny_plan().layers[0])(("fa",) * 4))
 
