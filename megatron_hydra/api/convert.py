@@ -140,7 +140,7 @@ def convert(
     from megatron_hydra.model.build import build_model
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.teachers import checkpoint, weights
-    from megatron_hydra.teachers.loading import hydra_config
+    from megatron_hydra.teachers.loading import build_teacher, hydra_config
     from megatron_hydra.teachers.tokenizer import check_tokenizer
     from megatron_hydra.teachers.weight_reuse import keep_fresh
 
@@ -157,7 +157,7 @@ def convert(
     tensors = weights.read_weights(teacher)
     initialize_model_parallel()
     if head_plan is None:
-        model, reused = _build_teacher(config, tensors), None
+        model, reused = build_teacher(config, tensors), None
     else:
         model, reused = _build_hybrid(
             config, head_plan, tensors, batches, calibration.recurrence, progress
@@ -272,15 +272,6 @@ def _has_scales(config: HydraConfig) -> bool:
     return config.fusion in ("scale", "gate")
 
 
-def _build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
-    from megatron_hydra.model.build import build_model
-    from megatron_hydra.teachers.loading import load_weights_into
-
-    model = build_model(config, None)
-    load_weights_into(model, tensors)
-    return model
-
-
 def _build_hybrid(
     config: HydraConfig,
     plan: HeadPlan,
@@ -292,11 +283,12 @@ def _build_hybrid(
     from megatron_hydra.model.build import build_model
     from megatron_hydra.teachers.attention_statistics import measure_attention, start_from_attention
     from megatron_hydra.teachers.conversion import tensors_by_head
+    from megatron_hydra.teachers.loading import build_teacher
     from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights
 
     head_rms = statistics = None
     if batches:
-        teacher = _build_teacher(config, tensors)
+        teacher = build_teacher(config, tensors)
         if _has_scales(config):
             head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
         if calibrates_recurrence:

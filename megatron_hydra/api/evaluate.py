@@ -14,6 +14,7 @@ from megatron_hydra.evaluation.lengths import (
     Reach,
     check_window,
     default_lengths,
+    tell_beyond,
     training_length,
 )
 from megatron_hydra.evaluation.results import Evaluation, ModelResult, NeedleGrid, count_right
@@ -256,12 +257,7 @@ def _evaluate(
     loaded = load_any_model(folder)
     model, config, plan = loaded.model.eval(), loaded.config, loaded.plan
     shape = ModelShape.from_config(config)
-    beyond = [length for length in lengths if length > config.seq_length]
-    if beyond:
-        tell(
-            f"{name} is built for {config.seq_length} tokens: its results at "
-            f"{', '.join(map(str, beyond))} tokens are beyond that"
-        )
+    tell_beyond(name, config.seq_length, lengths, tell)
 
     def shown(items: Any, description: str, unit: str) -> Any:
         return progress(items, f"{name}: {description}", unit)

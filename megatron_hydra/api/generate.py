@@ -19,7 +19,7 @@ from megatron_hydra.evaluation.generation import (
     Generation,
     UnfinishedCells,
 )
-from megatron_hydra.evaluation.lengths import Choice, Reach, default_lengths
+from megatron_hydra.evaluation.lengths import Choice, Reach, default_lengths, tell_beyond
 from megatron_hydra.evaluation.positions import (
     PositionLoss,
     loss_by_position,
@@ -179,7 +179,7 @@ def generate(
         return min(size_at(length), max(1, forward_tokens // length))
 
     for position, (name, generator) in enumerate(generators.items()):
-        _tell_beyond(name, asked[name], chosen.lengths, tell)
+        tell_beyond(name, asked[name].built_for, chosen.lengths, tell)
         answered = []
         for number, cell in enumerate(cells, position * len(cells)):
             found = on_first_rank(partial(unfinished.load, number))
@@ -254,18 +254,6 @@ def _choose_lengths(prompts: Prompts, models: Mapping[str, AskedModel]) -> Choic
             )
         reaches[name] = Reach(num_tokens)
     return default_lengths(reaches, None, _ANY_LENGTH)
-
-
-def _tell_beyond(
-    name: str, model: AskedModel, lengths: Sequence[int], tell: Callable[[str], None]
-) -> None:
-    most = model.built_for
-    beyond = [length for length in lengths if most is not None and length > most]
-    if beyond:
-        tell(
-            f"{name} is built for {most} tokens: its results at "
-            f"{', '.join(map(str, beyond))} tokens are beyond that"
-        )
 
 
 def _check_tokenizers(generators: Mapping[str, AnyGenerator], text: str) -> None:

@@ -172,7 +172,7 @@ class _Certifier:
             self.kept[check.other] = self._train(check.other)
         record = self._train(check.layout)
         if self.rank == 0:
-            found = bit_differences(record, self.kept[check.other], self.run.resolved_plan)
+            found = bit_differences(record, self.kept[check.other])
             self._add(check, "all bits", found, 0.0)
 
     def _checkpoint(self, check: Check) -> None:

@@ -49,7 +49,7 @@ def logit_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> D
     return _worst(found, expected, None)
 
 
-def bit_differences(found: Record, expected: Record, plan: HeadPlan) -> Difference:
+def bit_differences(found: Record, expected: Record) -> Difference:
     """The worst absolute difference of two records that should have the same bits."""
     pairs = [("loss", torch.tensor(found.losses), torch.tensor(expected.losses))]
     pairs.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +71,18 @@ def default_lengths(models: Mapping[str, Reach], trained_on: int | None, most: i
         why = "the models are built for" if limit == built_for else "there is text for"
         words += f"; no longer, as {limit:,} tokens are what {why}"
     return Choice(lengths, words)
+
+
+def tell_beyond(
+    name: str, built_for: int | None, lengths: Sequence[int], tell: Callable[[str], None]
+) -> None:
+    """Tell which lengths are more tokens than the model is built for, if its folder says that."""
+    beyond = [length for length in lengths if built_for is not None and length > built_for]
+    if beyond:
+        tell(
+            f"{name} is built for {built_for} tokens: its results at "
+            f"{', '.join(map(str, beyond))} tokens are beyond that"
+        )
 
 
 def check_window(longest: int, max_tokens: int) -> None:

@@ -17,12 +17,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.tasks.needles import NeedleSample, NeedleTask, make_needle_sample
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-
-    from megatron_hydra.progress import Progress
 
 MAX_TOKENS = 8192
 """Tokens of one forward, unless a single sample is longer."""
@@ -108,7 +107,7 @@ def make_task_samples(
 
 
 def answered_right(
-    model: GPTModel, samples: Sequence[NeedleSample], progress: Progress | None = None
+    model: GPTModel, samples: Sequence[NeedleSample], progress: Progress = no_progress
 ) -> list[bool]:
     """Whether greedy decoding would answer each sample rightly.
 
@@ -122,7 +121,7 @@ def answered_right(
 
     batches = _batches(samples)
     right: list[bool] = []
-    for batch in batches if progress is None else progress(batches, "needles", "batch"):
+    for batch in progress(batches, "needles", "batch"):
         tokens, answers = teacher_forced(batch)
         predicted = answer_logits(model, tokens, answers.shape[1]).argmax(dim=-1)
         right.extend((predicted.cpu() == answers).all(dim=1).tolist())

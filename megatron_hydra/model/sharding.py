@@ -45,10 +45,10 @@ class HeadModule(MegatronModule):
         return self
 
 
-def mark_rank_local(parameter: torch.nn.Parameter, partition_dim: int = 0) -> None:
+def mark_rank_local(parameter: torch.nn.Parameter) -> None:
     """Tell Megatron that the tensor is this rank's own, so that gradient norms count every rank."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.partition_dim = partition_dim  # type: ignore[attr-defined]
+    parameter.partition_dim = 0  # type: ignore[attr-defined]
     parameter.partition_stride = 1  # type: ignore[attr-defined]
 
 

@@ -117,7 +117,11 @@ def load_teacher(folder: str | Path, **overrides: Any) -> GPTModel:
         UserError: As :func:`hydra_config` and :func:`read_weights`.
     """
     config = hydra_config(folder, **overrides)
-    tensors = read_weights(folder)
+    return build_teacher(config, read_weights(folder))
+
+
+def build_teacher(config: HydraConfig, tensors: Mapping[str, Tensor]) -> GPTModel:
+    """The same from weights that are read already."""
     model = build_model(config, None)
     load_weights_into(model, tensors)
     return model
