@@ -11,19 +11,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra_kernels.linear_kl import LinearKLOutput, LossOptions, linear_kl
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.model.kernel_choice import choose_fused_kernels
 from megatron_hydra.transfer.hidden_states import (
     final_hidden_states,
     stage_hidden_states,
     unwrapped_model,
 )
-from megatron_hydra.transfer.losses import chunked_distillation_loss
 
 if TYPE_CHECKING:
-    from hydra_kernels.linear_kl import LinearKLOutput, LossOptions
     from megatron.core.packed_seq_params import PackedSeqParams
 
 
@@ -55,7 +55,8 @@ def distillation_loss(
         packed_seq_params: Documents of packed sequences, with b = 1; None for whole sequences.
 
     Raises:
-        UserError: As `chunked_distillation_loss`.
+        UserError: Vocabularies or settings that do not fit, or a label outside the vocabulary on a
+            token that counts: the datasets and the run's configuration give them.
         ValueError: If the models do not hold the last pipeline stage.
     """
     student_model = unwrapped_model(student)
@@ -74,18 +75,22 @@ def distillation_loss(
     # Labels follow the hidden states' order, token by token of all sequences, rather than the
     # other way round: a transposed gradient would not be contiguous, and megatron-core 0.16 drops
     # the all-reduce of such a tensor.
-    return chunked_distillation_loss(
-        student_hidden.flatten(0, 1),
-        _output_weight(student_model),
-        teacher_hidden,
-        teacher_weight,
-        labels.t().flatten(),
-        loss_mask.t().flatten(),
-        loss=loss,
-        vocab_size=student_model.config.vocab_size,
-        group=group,
-        impl=choose_fused_kernels(student_model.config.fused_kernels),
-    )
+    impl = choose_fused_kernels(student_model.config.fused_kernels)
+    try:
+        return linear_kl(
+            student_hidden.flatten(0, 1),
+            _output_weight(student_model),
+            teacher_hidden,
+            teacher_weight,
+            labels.t().flatten(),
+            loss_mask.t().flatten(),
+            loss=loss,
+            vocab_size=student_model.config.vocab_size,
+            group=group,
+            impl=impl,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def pipeline_output(

@@ -6,6 +6,8 @@ that are not summed (or summed twice, under sequence parallel), a transposed bat
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -41,15 +43,14 @@ def full_loss(
 
 def check_sharded_vocabulary(tp_size: int) -> None:
     """Every rank: values of the whole, gradients of its rows, and a part of the hidden states'."""
+    from hydra_kernels import linear_kl as operator
     from kit.losses import with_options
     from megatron.core import parallel_state
 
     from megatron_hydra.model.parallel_sizes import padded_size, real_part
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.transfer import losses
 
-    chunked_distillation_loss = with_options(losses.chunked_distillation_loss)
-
+    linear_kl = with_options(partial(operator.linear_kl, impl="reference"))
     initialize_model_parallel(tensor=tp_size)
     group = parallel_state.get_tensor_model_parallel_group()
     rng = torch.Generator().manual_seed(0)
@@ -73,7 +74,7 @@ def check_sharded_vocabulary(tp_size: int) -> None:
                     whole[0].clone().requires_grad_(),
                     padded(whole[1][mine]).requires_grad_(),
                 ]
-                parts = chunked_distillation_loss(
+                parts = linear_kl(
                     *student,
                     whole[2],
                     padded(whole[3][mine]),
@@ -104,6 +105,7 @@ def check_on_gpt_model(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+    from megatron_hydra.errors import UserError
     from megatron_hydra.model.build import build_model
     from megatron_hydra.transfer import distillation
 
@@ -154,6 +156,10 @@ def check_on_gpt_model(
     alone = distillation_loss(student, None, *batch, kl_weight=0.0, ce_weight=1.0, chunk_tokens=5)
     megatron_loss = (student(tokens, position_ids, None, labels=labels) * loss_mask).sum()
     torch.testing.assert_close(alone.loss_sum, megatron_loss, rtol=1e-5, atol=1e-5)
+
+    labels[0, 0] = vocab_size
+    with pytest.raises(UserError, match=f"label {vocab_size} counts"):
+        distillation_loss(student, teacher, *batch, chunk_tokens=5, **WEIGHTS)
 
 
 def check_rank(tp_size: int, models: list[tuple[bool, bool]]) -> None:
