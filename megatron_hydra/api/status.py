@@ -24,7 +24,6 @@ from megatron_hydra.training.run_files import (
 )
 from megatron_hydra.training.run_folder import RunFolder
 
-_TAIL_BYTES = 2**16
 _STEPS_OF_A_RATE = 20
 
 
@@ -98,7 +97,7 @@ def status(run: str | os.PathLike[str]) -> Status:
 def status_of(config: RunConfig) -> Status:
     """What the run folder of a configuration tells, which need not be there yet."""
     folder, now = RunFolder(config), time.time()
-    records = _newest_records(folder.metrics)
+    records = _newest_records(folder.metrics, _STEPS_OF_A_RATE + 1)
     newest: Mapping[str, Any] = records[-1] if records else {}
     saved = _newest_save(folder)
     return Status(
@@ -124,51 +123,41 @@ def _placed(config: RunConfig, run: Path) -> RunConfig:
     return replace(config, log=replace(config.log, folder=os.fspath(run)))
 
 
-def _newest_records(file: Path) -> Sequence[Mapping[str, Any]]:
-    """The last lines of a run's `metrics.jsonl`, but for one that is being written."""
-    if not file.is_file():
-        return ()
-    with file.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        stream.seek(max(0, size - _TAIL_BYTES))
-        lines = stream.read().split(b"\n")
-    whole = lines[0 if size <= _TAIL_BYTES else 1 : -1]
+def _newest_records(file: Path, number: int, part: str = "") -> list[dict[str, Any]]:
+    """The last lines of a run's `metrics.jsonl` that have a part, which may lie far above the end.
+
+    A line that is being written is none of them.
+    """
+    if not file.is_file() or not file.stat().st_size:
+        return []
+    lines: list[bytes] = []
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        end = text.rfind(b"\n")
+        while len(lines) < number and end > 0:
+            place = text.rfind(part.encode(), 0, end)
+            if place < 0:
+                break
+            before = text.rfind(b"\n", 0, place)
+            lines.append(text[before + 1 : text.find(b"\n", place)])
+            end = before
     try:
-        return [json.loads(line) for line in whole[-_STEPS_OF_A_RATE - 1 :]]
+        return [json.loads(line) for line in reversed(lines)]
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}") from error
 
 
 def _newest_validation(file: Path) -> tuple[int, float | None] | None:
     """Step and loss of the last line that has one."""
-    record = _newest_record(file, f'"{VALIDATION}loss"')
-    return None if record is None else (record["step"], record[f"{VALIDATION}loss"])
+    records = _newest_records(file, 1, f'"{VALIDATION}loss"')
+    return (records[0]["step"], records[0][f"{VALIDATION}loss"]) if records else None
 
 
 def _newest_needles(file: Path) -> tuple[int, str, float] | None:
     """Step, task and share of the last line that has one."""
-    record = _newest_record(file, f'"{NEEDLES}')
-    if record is None:
-        return None
-    name = next(name for name in record if name.startswith(NEEDLES))
-    return record["step"], name.removeprefix(NEEDLES), record[name]
-
-
-def _newest_record(file: Path, part: str) -> Mapping[str, Any] | None:
-    """The last line that has a part, which may lie far above the end."""
-    if not file.is_file() or not file.stat().st_size:
-        return None
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        last = text.rfind(b"\n")  # what stands behind it is being written
-        place = text.rfind(part.encode(), 0, max(0, last))
-        if place < 0:
-            return None
-        line = text[text.rfind(b"\n", 0, place) + 1 : text.find(b"\n", place)]
-    try:
-        record: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-    return record
+    for record in _newest_records(file, 1, f'"{NEEDLES}'):
+        name = next(name for name in record if name.startswith(NEEDLES))
+        return record["step"], name.removeprefix(NEEDLES), record[name]
+    return None
 
 
 def _seconds_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:
