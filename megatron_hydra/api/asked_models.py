@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.export.code import brings_code
-from megatron_hydra.files import parse_json
 from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
 from megatron_hydra.selection.cost import ModelShape
-from megatron_hydra.teachers.config_json import read_config, shape_fields
+from megatron_hydra.teachers.config_json import read_config, read_keys, shape_fields
 from megatron_hydra.teachers.families import FAMILIES
 from megatron_hydra.teachers.model_folder import (
     check_model_folder,
@@ -57,7 +56,7 @@ class AskedModel:
             UserError: If it cannot be asked.
         """
         if not is_checkpoint_folder(path):
-            _keys(path)
+            read_keys(path / "config.json")
             weight_files(path)
             return cls(path, False, brings_code(path, is_trusted))
         check_model_folder(path)
@@ -105,21 +104,9 @@ class AskedModel:
         return Generator(self.path, self.has_code, forward_tokens)
 
 
-def _keys(folder: Path) -> Mapping[str, Any]:
-    """What stands in config.json."""
-    path = folder / "config.json"
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it holds no object")
-    return found
-
-
 def _config(folder: Path) -> Mapping[str, Any]:
-    """The same; of a hybrid also what it leaves out, as it has its default."""
-    found = _keys(folder)
+    """What stands in config.json; of a hybrid also what it leaves out, as it has its default."""
+    found = read_keys(folder / "config.json")
     if found.get("model_type") != _HYBRID:
         return found
     from megatron_hydra.export.configuration_hydra import HydraHeadConfig

@@ -123,8 +123,11 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder)
     if not path.is_file():
         path /= "config.json"
-    raw = _read(path)
-    family = FAMILIES[raw["model_type"]]
+    raw = read_keys(path)
+    name = raw.get("model_type")
+    if name not in tuple(FAMILIES):
+        raise UserError(f"{path} has model_type {name!r}; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
     _refuse_unsupported(path, raw, family)
     config = {**family.defaults, **raw}
     _fill_in(config, family)
@@ -168,21 +171,24 @@ def _hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(canonical, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.parent.is_dir():
-        raise UserError(f"model folder {path.parent} does not exist")
+def read_keys(path: Path) -> dict[str, Any]:
+    """What stands in a config.json, of whatever model it is.
+
+    Raises:
+        UserError: If there is none, or it is no JSON object.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist")
     try:
-        raw = parse_json(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path.parent} is not a Hugging Face model: it has no config.json"
-        ) from None
+        raise UserError(f"{folder} is not a Hugging Face model: it has no config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    found = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or found not in tuple(FAMILIES):
-        raise UserError(f"{path} has model_type {found!r}; supported: {', '.join(FAMILIES)}")
-    return raw
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path}: it holds no object")
+    return found
 
 
 @functools.cache
