@@ -111,6 +111,12 @@ class UnfinishedWork:
                 path.unlink()
 
 
+def num_finished(out: Path) -> int:
+    """How many units of an output that is not there yet are finished."""
+    names = (path.name for path in _folder(out).glob("[!.]*"))
+    return sum(name != _RECORD for name in names)
+
+
 def forget_unfinished(out: Path) -> None:
     """Have the next run of an output begin anew, whatever another has left of it."""
     (_folder(out) / _RECORD).unlink(missing_ok=True)

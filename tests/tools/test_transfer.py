@@ -207,6 +207,28 @@ def test_a_dry_run_tells_and_changes_nothing(
     assert said()["score"] == f"to run again, as {folder}/run/scores.json is missing"
 
 
+def test_a_dry_run_tells_how_much_of_a_step_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """By this the Slurm script tells whether a job gets on."""
+
+    def said(step: str) -> str:
+        capsys.readouterr()
+        assert cli.main([*_command(folder), "--dry-run"]) == 0
+        return dict(re.findall(r"^(\w+) +(.*)$", capsys.readouterr().out, re.M))[step]
+
+    _ran(monkeypatch, folder, fails_at="scores.json")
+    assert said("score") == "to go on"
+    for name in ("run.json", ".lock", "clean.npy", "swaps.npy", ".more.npy.7.partial"):
+        _write(folder / "run/scores.json.partial" / name, "")
+    assert said("score") == "to go on with 2 measurements kept"
+    shutil.rmtree(folder / "run/scores.json.partial")
+    _ran(monkeypatch, folder, fails_at="stage1_align")
+    for step in (4, 10, 12):
+        _write(folder / f"run/stage1_align/checkpoints/step_{step}/weights/.metadata", "")
+    assert said("stage1_align") == "to go on after step 12"
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -323,10 +345,9 @@ def test_the_whole_chain_killed_gone_on_with_and_changed(tmp_path: Path) -> None
     def state() -> dict[str, dict]:
         return json.loads((run / "transfer.json").read_text())["steps"]
 
-    def saved() -> list[str]:
-        return sorted(
-            path.name for path in run.glob("stage1_align/checkpoints/step_*[0-9]/weights/.metadata")
-        )
+    def saved() -> list[int]:
+        whole = run.glob("stage1_align/checkpoints/step_*[0-9]/weights/.metadata")
+        return sorted(int(path.parents[1].name.removeprefix("step_")) for path in whole)
 
     def wait_for_a_save(process: subprocess.Popen) -> None:
         while not saved():
@@ -341,14 +362,15 @@ def test_the_whole_chain_killed_gone_on_with_and_changed(tmp_path: Path) -> None
     os.kill(int(child), signal.SIGKILL)
     first.kill()
     first.communicate()
-    begun = state()
+    begun, kept = state(), saved()[-1]
     assert list(begun) == list(STEPS[:5]) and begun["stage1_align"]["finished"] is None
 
     second = start()
     said = second.communicate()[0]
     assert second.returncode == 0, said
     ran = re.findall(r"^== (\w+): (.*)$", said, re.M)
-    assert ran == [*((name, "done") for name in STEPS[:4]), ("stage1_align", "to go on"),
+    going_on = ("stage1_align", f"to go on after step {kept}")
+    assert ran == [*((name, "done") for name in STEPS[:4]), going_on,
                    *((name, "to run") for name in STEPS[5:])]  # fmt: skip
     lines = (run / "stage1_align/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]

@@ -136,7 +136,9 @@ class State:
         if awaited:
             return f"to run again if {', '.join(awaited)} will have changed"
         if record.finished is None:
-            return "to go on" if step.goes_on else "to run again, as it was cut off"
+            if not step.goes_on:
+                return "to run again, as it was cut off"
+            return f"to go on {step.kept()}".rstrip()
         return "done" if step.is_there() else f"to run again, as {step.output} is missing"
 
     def begin(self, step: Step, inputs: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_hydra.api.status import status_of
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 from megatron_hydra.schema import PathText, as_overrides, flat, named, read_config
@@ -21,7 +22,7 @@ from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
 from megatron_hydra.training.config import HELD_BY_CONTENT, MAY_CHANGE, RunConfig, load_config
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import datasets_hash
-from megatron_hydra.unfinished import forget_unfinished
+from megatron_hydra.unfinished import forget_unfinished, num_finished
 
 STAGES = ("stage1_align", "stage2_distill", "stage3_long_context")
 _Options = dict[str, Any] | None
@@ -110,6 +111,14 @@ class Step:
             folder = self.output
             return (folder / "model.json").is_file() and any(folder.glob("weights/*.distcp"))
         return (self.output / "config.json" if self.verb == "export" else self.output).is_file()
+
+    def kept(self) -> str:
+        """What is finished of a step that goes on, in words; empty where nothing is."""
+        if self.run is None:
+            number, words = num_finished(self.output), "with {:,} measurements kept"
+        else:
+            number, words = status_of(self.run).saved_step, "after step {:,}"
+        return words.format(number) if number else ""
 
     def clear(self) -> None:
         """Remove what an earlier run of this step left, made of other inputs; nothing else."""
