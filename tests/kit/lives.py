@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from kit import forks
@@ -154,6 +155,23 @@ def read_tensors(weights: Path) -> dict[str, Any]:
     if not file.exists():
         dcp_to_torch_save(weights, file)
     return torch.load(file, weights_only=False)
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nests of dictionaries, lists, arrays and plain values differ, bit for bit."""
+    if type(one) is not type(other):
+        return [path]
+    if isinstance(one, dict):
+        wrong = [f"{path}.{key}" for key in one.keys() ^ other.keys()]
+        parts = [(key, one[key], other[key]) for key in one.keys() & other.keys()]
+    elif isinstance(one, list | tuple):
+        wrong = [] if len(one) == len(other) else [path]
+        parts = [(index, *pair) for index, pair in enumerate(zip(one, other, strict=False))]
+    else:
+        is_array = isinstance(one, torch.Tensor | np.ndarray)
+        is_equal = np.array_equal(one, other) if is_array else one == other
+        return [] if is_equal else [path]
+    return wrong + [item for key, a, b in parts for item in differences(a, b, f"{path}.{key}")]
 
 
 def torchrun(ranks: int) -> list[str]:

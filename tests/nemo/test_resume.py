@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -33,6 +31,7 @@ from kit.lives import (
     RUN_SECONDS_MAX,
     Run,
     checkpoint_step,
+    differences,
     order,
     paths,
     read_tensors,
@@ -237,27 +236,10 @@ def _compare(quiet: list[Run], killed: list[Run], num_kills: int) -> None:
         common = found.checkpoint()[1]
         assert common["PreTrainingDataModule"]["consumed_samples"] == found.num_steps * BATCH, what
         for one, other in zip(found.checkpoint(), expected.checkpoint(), strict=True):
-            assert not (different := _differences(one, other)), f"{what}: {different}"
+            assert not (different := differences(one, other)), f"{what}: {different}"
         ends = [read_tensors(run.folder / "hybrid/weights") for run in (found, expected)]
-        assert not (different := _differences(*ends)), f"{what}: {different}"
-        assert _differences(ends[0], start), f"{what}: nothing was trained"
-
-
-def _differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nests of dictionaries, lists, arrays and plain values differ, bit for bit."""
-    if type(one) is not type(other):
-        return [path]
-    if isinstance(one, dict):
-        wrong = [f"{path}.{key}" for key in one.keys() ^ other.keys()]
-        parts = [(key, one[key], other[key]) for key in one.keys() & other.keys()]
-    elif isinstance(one, list | tuple):
-        wrong = [] if len(one) == len(other) else [path]
-        parts = [(index, *pair) for index, pair in enumerate(zip(one, other, strict=False))]
-    else:
-        is_array = isinstance(one, torch.Tensor | np.ndarray)
-        is_equal = np.array_equal(one, other) if is_array else one == other
-        return [] if is_equal else [path]
-    return wrong + [item for key, a, b in parts for item in _differences(a, b, f"{path}.{key}")]
+        assert not (different := differences(*ends)), f"{what}: {different}"
+        assert differences(ends[0], start), f"{what}: nothing was trained"
 
 
 def _steps_of_newest_log(run: Path) -> list[int]:
