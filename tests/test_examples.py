@@ -148,6 +148,47 @@ def test_the_slurm_script_requeues_what_gets_on(
     assert said in "\n".join(printed) and "stage2" not in "\n".join(printed)
 
 
+# transfer, as far as the script sees it: what is finished, a step by its launcher, and its end.
+TRANSFER = """#!/bin/bash
+case "$*" in
+*--dry-run) {finished}; exit ;;
+esac
+launcher=${{@: -1:1}} # the last word stands above the user's own
+yaml=examples/qwen3_1p7b/stage1_align.yaml
+${{launcher#run.launcher=}} -m hydra_tools.train --config $yaml "log.folder=a b"
+exit {code}
+"""
+SCONTROL = '#!/bin/sh\ncase $1 in show) echo node0 ;; *) echo "scontrol $*" ;; esac\n'
+
+
+@pytest.mark.parametrize(
+    ("finished", "code", "ends", "said"),
+    [
+        ("echo done", 0, 0, "job 7, start 0: my transfer.yaml on node"),
+        ("date +%N", 3, 75, "my transfer.yaml failed with code 3, but steps were saved since"),
+        ("echo done", 3, 3, "my transfer.yaml failed with code 3, and no step was saved since"),
+        ("date +%N", 2, 2, "my transfer.yaml cannot run as it was asked to: not requeued"),
+    ],
+)
+def test_the_slurm_script_is_the_launcher_of_a_transfer(
+    tmp_path: Path, finished: str, code: int, ends: int, said: str
+) -> None:
+    """Catches ranks on the first node alone, and bad input that is queued again and again."""
+    python = TRANSFER.format(finished=finished, code=code)
+    printed = _run_with_stubs(
+        tmp_path,
+        f"bash {SLURM} 'my transfer.yaml' run.launcher=torchrun; echo code $?",
+        {"srun": SHOW, "python": python, "scontrol": SCONTROL},
+        **NODE_LIST,
+    )
+    (line,) = [line for line in printed if " hydra_tools.train " in line]
+    launch = Launch.read(line)
+    assert launch.num_ranks == 16 and line.endswith("/stage1_align.yaml log.folder=a b ")
+    _check(launch)
+    assert printed[-1] == f"code {ends}" and said in "\n".join(printed)
+    assert ("scontrol requeue 7" in printed) is (ends == 75)
+
+
 def test_the_script_for_several_machines_starts_what_its_head_shows(tmp_path: Path) -> None:
     text = (EXAMPLES / "multinode/torchrun.sh").read_text()
     line = re.search(r"HEAD_NODE=.*\\\n.*--config \S+", text)

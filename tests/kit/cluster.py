@@ -16,10 +16,10 @@ HOSTS = ("node0", "node1")
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
-def call(*command: str, check: bool = True, **environment: str) -> str:
-    """Run a command from the root of the repository; return what it printed."""
+def call(*command: str, check: bool = True, cwd: Path = ROOT, **environment: str) -> str:
+    """Run a command, from the root of the repository by default; return what it printed."""
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -62,15 +62,26 @@ def until(is_so: Callable[[], object], seconds: float, what: str) -> None:
 
 
 class Job:
-    """A batch job of the shipped script with YAML files of the test's own, over both hosts."""
+    """A batch job of the shipped script with YAML files of the test's own, over both hosts.
 
-    def __init__(self, folder: Path, options: Sequence[str] = (), more: Sequence[str] = ()) -> None:
+    Args:
+        folder: Of the stages' YAML files; logs go there too.
+        options: Of sbatch.
+        more: Arguments of the script.
+        cwd: Where it is submitted.
+        environment: Of the script.
+    """
+
+    def __init__(
+        self, folder: Path, options: Sequence[str] = (), more: Sequence[str] = (),
+        cwd: Path = ROOT, **environment: str,
+    ) -> None:  # fmt: skip
         self.log = folder / "job-%j.log"
-        environment = {"CONFIGS": str(folder), "GPUS_PER_NODE": "1", "LOGS": f"{folder}/logs"}
+        given = {"CONFIGS": str(folder), "GPUS_PER_NODE": "1", "LOGS": f"{folder}/logs"}
         printed = call(
             "sbatch", "--parsable", "--cpus-per-task=2", "--gpus-per-node=1", "--time=20",
-            f"--output={self.log}", *options, "examples/slurm/transfer.sbatch", *more,
-            **environment,
+            f"--output={self.log}", *options, f"{ROOT}/examples/slurm/transfer.sbatch",
+            *more, cwd=cwd, **{**given, **environment},
         )  # fmt: skip
         self.number = printed.strip()
         self.log = folder / f"job-{self.number}.log"
