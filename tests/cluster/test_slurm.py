@@ -122,12 +122,12 @@ def test_what_cannot_go_on_is_not_started_again(tmp_path: Path, inputs: Path) ->
 
 
 def test_a_second_job_at_once_is_refused(tmp_path: Path, inputs: Path) -> None:
-    """And not queued again because the first one gets on."""
+    """And not queued again because the first one gets on; from a folder of the user's own."""
     folder = _configs(tmp_path / "two", inputs)
     more = ["stage1_align.trainer.max_steps=100000", "resume.save_every_n_steps=5"]
-    first = Job(folder, ["--nodes=1"], more, GPUS_PER_NODE="2")
+    first = Job(folder, ["--nodes=1"], more, cwd=tmp_path, GPUS_PER_NODE="2")
     _wait_for_step(folder, "stage1_align", 5)
-    second = Job(folder, ["--nodes=1"], more, GPUS_PER_NODE="2")
+    second = Job(folder, ["--nodes=1"], more, cwd=tmp_path, GPUS_PER_NODE="2")
     assert second.wait_for_end(240) == ("FAILED", "1:0"), second.said()
     assert "stage1_align is in use by process" in second.said()
     assert "as another process works in its folder: not requeued" in second.said()

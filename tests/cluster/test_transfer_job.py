@@ -152,5 +152,6 @@ def test_a_second_job_in_the_same_folder_is_refused(home: Path) -> None:
     assert second.wait_for_end(120) == ("FAILED", "2:0"), second.said()
     assert "run.folder runs/two is in use by process" in second.said()
     assert "cannot run as it was asked to: not requeued" in second.said()
-    call("scancel", "--batch", "--signal=TERM", first.number)
-    assert first.wait_for_end(120) == ("FAILED", "75:0"), first.said()
+    call("scancel", "--batch", "--signal=USR1", first.number)  # as before the time limit
+    first.wait_for_restart(1)
+    assert "requeued: my configs/transfer.yaml was asked to stop" in first.said()

@@ -346,8 +346,9 @@ def test_the_whole_chain_killed_gone_on_with_and_changed(tmp_path: Path) -> None
         return json.loads((run / "transfer.json").read_text())["steps"]
 
     def saved() -> list[int]:
-        whole = run.glob("stage1_align/checkpoints/step_*[0-9]/weights/.metadata")
-        return sorted(int(path.parents[1].name.removeprefix("step_")) for path in whole)
+        steps = [path.parents[1] for path in run.glob("stage1_align/*/step_*[0-9]/*/.metadata")]
+        whole = [step for step in steps if not Path(f"{step}-unfinished").exists()]
+        return sorted(int(step.name.removeprefix("step_")) for step in whole)
 
     def wait_for_a_save(process: subprocess.Popen) -> None:
         while not saved():
