@@ -10,29 +10,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from kit.cluster import ROOT, call
 
-ROOT = Path(__file__).parents[2]
-BASE, IMAGE = "docker.io/library/python:3.11-slim", "localhost/megatron-hydra-cpu"
+BASE, IMAGE = "localhost/hydra-test-base", "localhost/hydra-test-cpu"
 PACKAGES = "python3,python3-venv,python3-dev,python-is-python3,python3-pip,ca-certificates"
 
 # As Docker has it: the container's name is an address, and `--user` any number.
 _AS_USER = """echo "127.0.0.1 $(hostname)" >> /etc/hosts
 exec setpriv --reuid=12345 --regid=12345 --clear-groups bash -ec "$0" """
-
-
-def call(*words: str | Path, **options: object) -> str:
-    done = subprocess.run(
-        [str(word) for word in words], text=True, capture_output=True,
-        env={**os.environ, "BUILDAH_ISOLATION": "chroot"}, **options,  # type: ignore[call-overload]
-    )  # fmt: skip
-    assert not done.returncode, f"{words[:3]}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
-    return str(done.stdout)
 
 
 def package_settings() -> list[str]:
@@ -52,44 +42,47 @@ def package_settings() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The image's options to run with."""
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
+    """A container of the image, and the options to run in it."""
+    os.environ["BUILDAH_ISOLATION"] = "chroot"  # needs no more than root
     folder = tmp_path_factory.mktemp("image")
     release = call("sh", "-c", ". /etc/os-release; echo $VERSION_CODENAME").strip()
     known = call("apt-cache", "policy", "base-files")  # where this machine has its Debian from
     address = re.findall(rf" (\S+) {release}/main ", known)[0]
     options = ("--variant=minbase", f"--include={PACKAGES}")
-    call("debootstrap", *options, release, folder / "base", address)
+    call("debootstrap", *options, release, f"{folder}/base", address)
     for path in Path("/etc/apt/sources.list.d").iterdir():
         (folder / "base/etc/apt/sources.list.d" / path.name).write_bytes(path.read_bytes())
     container = call("buildah", "from", "scratch").strip()
-    call("buildah", "add", "-q", container, folder / "base", "/")
+    call("buildah", "add", "-q", container, f"{folder}/base", "/")
     path = "PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     call("buildah", "config", "--env", path, container)
     call("buildah", "commit", "-q", "--rm", container, BASE)
-    call("git", "clone", "--quiet", ROOT, folder / "clone")
+    call("git", "clone", "--quiet", str(ROOT), f"{folder}/clone")
     settings = package_settings()
-    file = folder / "clone/docker/Dockerfile.cpu"
-    call("buildah", "bud", "--pull-never", *settings, "-f", file, "-t", IMAGE, folder / "clone")
-    yield settings
-    call("buildah", "rm", "--all")
+    file, clone = f"{folder}/clone/docker/Dockerfile.cpu", f"{folder}/clone"
+    options = ("--pull-never", f"--from={BASE}", *settings)
+    call("buildah", "bud", *options, "-f", file, "-t", IMAGE, clone)
+    container = call("buildah", "from", "--pull-never", IMAGE).strip()
+    yield container, settings
+    call("buildah", "rm", container)
     call("buildah", "rmi", "--force", IMAGE, BASE)
 
 
-def test_the_quickstarts_first_steps_run_in_the_image(image: list[str], tmp_path: Path) -> None:
+def test_the_quickstarts_first_steps_run_in_the_image(
+    image: tuple[str, list[str]], tmp_path: Path
+) -> None:
     """As far as its converted hybrid, as a user whom the image does not know, into their folder."""
-    container = call("buildah", "from", "--pull-never", IMAGE).strip()
+    container, settings = image
     (tmp_path / "runs").mkdir()
     os.chown(tmp_path / "runs", 12345, 12345)
     mounted = f"--volume={tmp_path}/runs:/workspace/megatron_hydra/runs"
 
     def in_image(script: str) -> str:
-        options = [*image, mounted, "--user=root"]
-        return call(
-            "buildah", "run", *options, container, "--", "sh", "-c", _AS_USER, script, timeout=1500
-        )
+        options = [*settings, mounted, "--user=root"]
+        return call("buildah", "run", *options, container, "--", "sh", "-c", _AS_USER, script)
 
-    default = call("buildah", "run", *image, container, "--", "id", "-un")
+    default = call("buildah", "run", *settings, container, "--", "id", "-un")
     assert default.strip() == "hydra" and in_image("id -u").strip() == "12345"
     assert "megatron-core" in in_image(".venv/bin/megatron-hydra doctor || true")
     # Two folders below the repository, as run.sh itself.
