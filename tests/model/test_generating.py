@@ -13,16 +13,15 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
+from kit.contexts import contexts_of  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
 from kit.exported import UNEVEN, megatron_logits, twins  # noqa: E402
 from kit.tiny import tiny_config, token_batch  # noqa: E402
 from kit.tiny_qwen3 import write_byte_tokenizer  # noqa: E402
-from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
 from transformers import TopPLogitsWarper  # noqa: E402
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
-from megatron_hydra.model import generation  # noqa: E402
 from megatron_hydra.model.generation import Sampling, generate, likeliest  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import (  # noqa: E402
@@ -213,16 +212,7 @@ def _generate_on_ranks(folder: Path) -> None:
 
 def _kept_bytes(model: torch.nn.Module, num_new_tokens: int) -> int:
     """What this rank's context holds."""
-    contexts = []
-
-    def keep(*sizes: int) -> StaticInferenceContext:
-        contexts.append(StaticInferenceContext(*sizes))
-        return contexts[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "StaticInferenceContext", keep)
-        generate(model, RANK_PROMPTS, num_new_tokens)
-    (context,) = contexts
+    (context,) = contexts_of(lambda: generate(model, RANK_PROMPTS, num_new_tokens))
     return sum(layer.num_bytes for layer in context.key_value_memory_dict.values())
 
 

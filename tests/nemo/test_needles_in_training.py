@@ -139,24 +139,15 @@ def _check_count(inputs: Path, tensor: int) -> None:
 
 def _check_predicted_caches(inputs: Path, model: Any, tensor: int) -> None:
     """What the dry run says of a batch's caches, against what the contexts hold."""
-    from megatron.core.inference.contexts import StaticInferenceContext
+    from kit.contexts import contexts_of  # Megatron, which not every test here loads
 
     from megatron_hydra.head_plan import HeadPlan
-    from megatron_hydra.model import generation
     from megatron_hydra.selection.shape import ModelShape
     from megatron_hydra.training.config import load_config
     from megatron_hydra.training.memory import decoding_cache_bytes
     from megatron_hydra.training.needle_rounds import NeedleRounds
 
-    contexts = []
-
-    def keep(*sizes: int) -> StaticInferenceContext:
-        contexts.append(StaticInferenceContext(*sizes))
-        return contexts[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "StaticInferenceContext", keep)
-        _needles(inputs).measure(SimpleNamespace(module=model))
+    contexts = contexts_of(lambda: _needles(inputs).measure(SimpleNamespace(module=model)))
     held = [
         sum(layer.num_bytes for layer in context.key_value_memory_dict.values())
         for context in contexts

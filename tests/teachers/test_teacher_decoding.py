@@ -20,12 +20,12 @@ from megatron_hydra import cpu
 cpu.install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
+from kit.contexts import contexts_of  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
 from kit.families import CASES  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_teacher  # noqa: E402
 from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E402
 
-from megatron_hydra.model import generation  # noqa: E402
 from megatron_hydra.model.generation import generate  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import ModelShape, cache_bytes_per_token  # noqa: E402
@@ -122,15 +122,6 @@ def _check_on_ranks(folder: Path) -> None:
 
 def _kept_bytes(model: Any) -> int:
     """What this rank's context holds after five tokens."""
-    contexts = []
-
-    def keep(*sizes: int) -> StaticInferenceContext:
-        contexts.append(StaticInferenceContext(*sizes))
-        return contexts[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "StaticInferenceContext", keep)
-        generate(model, PROMPTS, 5)
-    (context,) = contexts
+    (context,) = contexts_of(lambda: generate(model, PROMPTS, 5))
     kept = [tensor for pair in context.key_value_memory_dict.values() for tensor in pair]
     return sum(tensor.untyped_storage().nbytes() for tensor in kept)
