@@ -312,10 +312,7 @@ def _deal_others(
         heads = [h for h in layer_plan.la_heads if layer_plan.kinds[h] == kind]
         counts = [0] * len(ranks)
         for _ in heads:
-            if of_kinds[kind] > least:
-                rank = min((r for r, n in enumerate(room) if n), key=costs.__getitem__)
-            else:
-                rank = next(r for r, n in enumerate(room) if n)
+            rank = min((r for r, n in enumerate(room) if n), key=costs.__getitem__)
             counts[rank], room[rank] = counts[rank] + 1, room[rank] - 1
             costs[rank] += of_kinds[kind] - least
         dealt = iter(heads)
