@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig
@@ -26,7 +26,6 @@ from megatron_hydra.teachers.tokenizer import find_tokenizer, load_tokenizer, to
 if TYPE_CHECKING:
     from megatron_hydra.head_plan import HeadPlan
     from megatron_hydra.model.config import HydraConfig
-    from megatron_hydra.teachers.license import License
 
 PLAN, CHECKPOINT = "plan.json", "checkpoint.json"
 """What the model's own configuration does not say of the checkpoint that it comes from."""
@@ -75,7 +74,7 @@ def write_hybrid_parts(
     write_model_parts(folder, config, plan, dtype, family_of(config).tokenizer_class)
     plan.save(folder / PLAN)
     write_json(folder / CHECKPOINT, dict(meta))
-    _write_card(folder, _card(config, plan, figures, license_of(meta, "model.json")))
+    _write_card(folder, config, plan, meta, figures)
 
 
 def write_model_parts(
@@ -132,7 +131,7 @@ def write_teacher_parts(
         }
     (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     _write_tokenizer(folder, tokenizer_folder)
-    _write_card(folder, _card(config, None, figures, license_of(meta, "model.json")))
+    _write_card(folder, config, None, meta, figures)
 
 
 def _write_tokenizer(folder: Path, source: Path) -> None:
@@ -149,52 +148,63 @@ def _write_tokenizer(folder: Path, source: Path) -> None:
     settings.save_pretrained(folder)
 
 
-def _write_card(folder: Path, text: str) -> None:
-    (folder / "README.md").write_text(text, "utf-8")
-
-
-def _card(
-    config: HydraConfig, plan: HeadPlan | None, figures: CardFigures, license: License | None
-) -> str:
+def _write_card(
+    folder: Path,
+    config: HydraConfig,
+    plan: HeadPlan | None,
+    meta: Mapping[str, Any],
+    figures: CardFigures,
+) -> None:
     """The model card, Markdown with the hub's front matter; without a plan a teacher's."""
+    license = license_of(meta, "model.json")
     versions = ", ".join(f"{name} {version}" for name, version in figures.versions.items())
     header = "" if license is None else license.front_matter
     sentence = (
         "Which that is, the checkpoint does not say." if license is None else license.sentence
     )
-    tags, what, rows, call, usage = _of_teacher(config, figures)
-    origin = "the model that was converted"
-    if plan is not None:
-        tags, what, rows, call, usage = _of_hybrid(config, plan, figures)
-        origin = "the teacher, whose weights it started from"
-    return f"""---
+    card = _teacher_card(config, figures) if plan is None else _card(config, plan, figures)
+    text = f"""---
 {header}library_name: transformers
 pipeline_tag: text-generation
-tags: [{tags}]
+tags: [{card.tags}]
 ---
-{what} Written by megatron_hydra.
+{card.title} Written by megatron_hydra.
 
 | | |
 |---|---|
 | layers | {config.num_layers} |
-{rows}| longest sequence the model was built for | {config.seq_length:,} tokens |
+{card.rows}| longest sequence the model was built for | {config.seq_length:,} tokens |
 
 ```python
 from transformers import pipeline
 
-print(pipeline("text-generation", "THIS FOLDER"{call})("Once upon a time"))
+print(pipeline("text-generation", "THIS FOLDER"{card.argument})("Once upon a time"))
 ```
-{usage}
-{figures.results}License: that of {origin}. {sentence}
+{card.needs}
+{figures.results}License: that of {card.origin}. {sentence}
 
-Versions: {versions}.{"" if plan is None else f" Hash of the model code: `{code_hash()}`."}
+Versions: {versions}.{card.end}
 """
+    (folder / "README.md").write_text(text, "utf-8")
 
 
-def _of_hybrid(
-    config: HydraConfig, plan: HeadPlan, figures: CardFigures
-) -> tuple[str, str, str, str, str]:
-    """Tags, what it is, rows of the table, what its call says more, and what it needs."""
+class _Card(NamedTuple):
+    """What a hybrid's card and a teacher's do not have in common."""
+
+    tags: str
+    title: str
+    """With what it is."""
+    rows: str
+    """Of the table."""
+    argument: str
+    """Of the call that runs it."""
+    needs: str
+    origin: str
+    """Whose licence it has."""
+    end: str
+
+
+def _card(config: HydraConfig, plan: HeadPlan, figures: CardFigures) -> _Card:
     kinds = Counter(kind for layer in plan.resolved(config.la_kind).layers for kind in layer.kinds)
     total = plan.num_layers * plan.num_heads
     stored = sum(len(plan.fa_groups(layer)) for layer in range(plan.num_layers))
@@ -203,7 +213,7 @@ def _of_hybrid(
     others = "".join(
         f"| heads of kind `{kind}` | {count} |\n" for kind, count in kinds.items() if kind != "fa"
     )
-    what = """# A head-level hybrid
+    title = """# A head-level hybrid
 
 Each attention head of the teacher is of one kind: the few that retrieve keep full attention (FA),
 the others do not keep keys and values of every token
@@ -213,21 +223,35 @@ the others do not keep keys and values of every token
 | cache per token, {figures.dtype} | {hybrid:,} bytes (teacher: {teacher:,}) |
 | state per sequence, whatever its length | {figures.state:,} bytes |
 """
-    usage = """\
+    needs = """\
 It needs PyTorch and transformers; on a GPU also flash-linear-attention (`pip install fla-core`),
 without which recurrent heads run on PyTorch, slowly. Batches may be padded anywhere; the cache is
 dynamic, or static (`cache_implementation="static"`). Assisted decoding is refused.
 """
-    tags = "hybrid-attention, linear-attention, custom_code"
-    return tags, what, rows, ", trust_remote_code=True", usage
+    return _Card(
+        tags="hybrid-attention, linear-attention, custom_code",
+        title=title,
+        rows=rows,
+        argument=", trust_remote_code=True",
+        needs=needs,
+        origin="the teacher, whose weights it started from",
+        end=f" Hash of the model code: `{code_hash()}`.",
+    )
 
 
-def _of_teacher(config: HydraConfig, figures: CardFigures) -> tuple[str, str, str, str, str]:
-    """As above, of a model whose heads are all as they were."""
-    what = f"""# A teacher
+def _teacher_card(config: HydraConfig, figures: CardFigures) -> _Card:
+    title = f"""# A teacher
 
 As transformers' own `{family_of(config).architecture}`: all its heads have full attention."""
     rows = f"""| heads with full attention | {config.num_layers * config.num_attention_heads} |
 | cache per token, {figures.dtype} | {figures.cache_per_token[1]:,} bytes |
 """
-    return "teacher", what, rows, "", "It needs PyTorch and transformers.\n"
+    return _Card(
+        tags="teacher",
+        title=title,
+        rows=rows,
+        argument="",
+        needs="It needs PyTorch and transformers.\n",
+        origin="the model that was converted",
+        end="",
+    )
