@@ -12,7 +12,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.export.code import brings_code
 from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
 from megatron_hydra.selection.cost import ModelShape
-from megatron_hydra.teachers.config_json import read_config, read_keys, shape_fields
+from megatron_hydra.teachers.config_json import FIELDS, read_config, read_keys, shape_fields
 from megatron_hydra.teachers.families import FAMILIES
 from megatron_hydra.teachers.model_folder import (
     check_model_folder,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from megatron_hydra.export.generating import Generator
 
 _HYBRID = "hydra_head"
+_OF_HEADS = ("la_short_conv", "la_conv_kernel_size", "sliding_window_tokens")
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
 
 
 def _exported_shape(config: Mapping[str, Any]) -> ModelShape:
-    return ModelShape(
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        tied_embeddings=config["tie_word_embeddings"],
-        conv_kernel_size=config["la_conv_kernel_size"] if config["la_short_conv"] else 0,
-        sliding_window_tokens=config["sliding_window_tokens"],
-    )
+    """An exported hybrid calls its sizes as teachers do, and what its heads are as we do."""
+    sizes = {ours: config[theirs] for theirs, ours in FIELDS.items()}
+    return ModelShape.from_fields(sizes | {name: config[name] for name in _OF_HEADS})
 
 
 def _exported_plan(config: Mapping[str, Any]) -> HeadPlan:
