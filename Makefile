@@ -122,7 +122,7 @@ bench-8-gpus:
 	mkdir -p $(BENCH_OUT)
 	$(CERTIFY_8) --tp 8 --cp 8 --pp 2 --out $(BENCH_OUT)/eight_gpus.json
 	$(CERTIFY_8) --tp 8 --cp 8 --pp 2 --precision float32 --backend local --out $(BENCH_OUT)/eight_gpus_float32.json
-	$(PYTHON) tools/benchmarks/layouts.py --gpus 8 --out $(BENCH_OUT)/layouts
+	$(PYTHON) tools/benchmarks/layouts.py --gpus 8 --steps 5 --patience 480 --out $(BENCH_OUT)/layouts
 
 checks: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
