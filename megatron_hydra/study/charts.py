@@ -1,10 +1,14 @@
-"""The picture of a question: retrieval by length, and against what a sequence stores or took."""
+"""The picture of a question: retrieval by length, and against what a sequence stores, or training.
+
+Legend: a = arms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,48 +21,99 @@ if TYPE_CHECKING:
     from megatron_hydra.study.page import ArmFigures
 
 _MARKERS = "osD^vP"
+Styles = Sequence[Mapping[str, Any]]
 
 
 def question_figure(study: StudyConfig, figures: Sequence[ArmFigures]) -> Figure:
-    """Two panels: accuracy by length, the mean over tasks; and the mean beyond the training length.
+    """Two panels: accuracy by length, the mean over tasks, thin for each run; and what it costs.
 
-    The second is drawn against the cache of the longest sequence, or, where arms differ in nothing
-    but tokens, against these.
+    The second has the mean beyond the training length against the cache of the longest sequence,
+    small for each run. Where arms differ in nothing but tokens, it has loss and divergence against
+    these.
 
     Args:
         study: Its tasks and lengths.
-        figures: Arms that have results.
+        figures: [a], of arms that have results.
     """
     figure = Figure(figsize=(8.6, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    longest = max(study.lengths)
-    costs = [cache * longest + state for cache, state in (each.cache for each in figures)]
-    unit, unit_bytes = byte_unit(max(costs))
-    by_tokens = len(set(costs)) == 1 and len({each.tokens for each in figures}) > 1
-    for index, (each, cost) in enumerate(zip(figures, costs, strict=True)):
-        # Smaller from arm to arm: arms that lie upon one another are all seen.
-        below = 1 - index / len(figures)
-        style = {
-            "color": PALETTE[index % len(PALETTE)],
-            "marker": _MARKERS[index // len(PALETTE) % len(_MARKERS)],
-            "markersize": 4 + 5 * below,
-        }
-        by_task = [each.accuracy(task) for task in study.evaluation.tasks]
-        means = [100 * mean(of[length] for of in by_task) for length in study.lengths]
-        left.plot(
-            study.lengths, means, label=plain_text(each.name), linewidth=1 + 3 * below, **style
-        )
-        x = each.tokens if by_tokens else cost / unit_bytes
-        right.plot([x], [100 * each.retrieval(study.retrieval_above)], linestyle="none", **style)
+    by_tokens = _differ_in_tokens(study, figures)
+    left, right = figure.subplots(1, 2, sharey=not by_tokens)
+    styles = [_style(index, len(figures)) for index in range(len(figures))]
+    for each, style in zip(figures, styles, strict=True):
+        for run in each.runs if len(each.runs) > 1 else ():
+            left.plot(study.lengths, _shares(study, run), color=style["color"], linewidth=0.6)
+        width, name = style["markersize"] / 3, plain_text(each.name)
+        left.plot(study.lengths, _shares(study, each), label=name, linewidth=width, **style)
     _label(left, study.data.length)
-    stored = f"cache and state at {longest:,} tokens ({unit})"
-    right.set_xlabel("tokens of training" if by_tokens else stored)
-    right.set_title("mean beyond the training length", loc="left", fontsize=9)
-    if by_tokens:
-        right.xaxis.set_major_formatter(lambda value, _: format_length(value))
-        right.locator_params(axis="x", nbins=4)
+    (_draw_tokens if by_tokens else _draw_stored)(right, study, figures, styles)
     figure.legend(loc="outside right center")
     return figure
+
+
+def _style(index: int, num_arms: int) -> Mapping[str, Any]:
+    """Smaller from arm to arm: arms that lie upon one another are all seen."""
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "marker": _MARKERS[index // len(PALETTE) % len(_MARKERS)],
+        "markersize": 4 + 5 * (1 - index / num_arms),
+    }
+
+
+def _shares(study: StudyConfig, figures: ArmFigures) -> list[float]:
+    """Right prompts by length in %, the mean over tasks."""
+    by_task = [figures.accuracy(task) for task in study.evaluation.tasks]
+    return [100 * mean(of[length] for of in by_task) for length in study.lengths]
+
+
+def _differ_in_tokens(study: StudyConfig, figures: Sequence[ArmFigures]) -> bool:
+    """Whether arms differ in how long they train, in all stages, and in nothing else."""
+    arms = [study.arms[each.name] for each in figures]
+    like = [replace(arm, about="", tokens={}, replicates=1, budgets=None) for arm in arms]
+    if any(0 in arm.tokens.values() for arm in arms) or any(arm != like[0] for arm in like):
+        return False
+    return len({each.tokens for each in figures}) > 1
+
+
+def _draw_stored(
+    ax: Axes, study: StudyConfig, figures: Sequence[ArmFigures], styles: Styles
+) -> None:
+    longest, above = max(study.lengths), study.retrieval_above
+
+    def stored(each: ArmFigures) -> float:
+        cache, state = each.cache
+        return cache * longest + state
+
+    unit, unit_bytes = byte_unit(max(map(stored, figures)))
+    for each, style in zip(figures, styles, strict=True):
+        small = {**style, "markersize": 2}
+        for one, marked in ((each, style), *((run, small) for run in each.runs)):
+            found = ([stored(one) / unit_bytes], [100 * one.retrieval(above)])
+            ax.plot(*found, linestyle="none", **marked)
+    ax.set_xlabel(f"cache and state at {longest:,} tokens ({unit})")
+    ax.set_title("mean beyond the training length", loc="left", fontsize=9)
+
+
+def _draw_tokens(
+    ax: Axes, study: StudyConfig, figures: Sequence[ArmFigures], styles: Styles
+) -> None:
+    """Loss and divergence: a line joins what the same teacher and seed have of several arms."""
+    by_pair: dict[tuple[str, int], list[tuple[ArmFigures, Mapping[str, Any]]]] = {}
+    for each, style in sorted(zip(figures, styles, strict=True), key=lambda both: both[0].tokens):
+        for run in each.runs:
+            pair = (run.results[0].teacher, run.results[0].seed)
+            by_pair.setdefault(pair, []).append((run, style))
+    for found in by_pair.values():
+        tokens = [run.tokens for run, _ in found]
+        losses = [run.loss_nats for run, _ in found]
+        divergences = [run.divergence_nats for run, _ in found]
+        for values, dashes in ((losses, "-"), (divergences, "--")):
+            ax.plot(tokens, values, color=MUTED, linewidth=0.8, linestyle=dashes)
+            for x, y, (_, style) in zip(tokens, values, found, strict=True):
+                ax.plot([x], [y], **{**style, "markersize": 5})
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("tokens of training (millions)")
+    ax.set_title("loss (line) and KL (dashed), in nats", loc="left", fontsize=9)
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}")
 
 
 def _label(ax: Axes, length: int) -> None:

@@ -17,6 +17,7 @@ from megatron_hydra.study.sections import (
     Arm,
     DataSection,
     EvaluationSection,
+    Finding,
     Question,
     RunSection,
     Stage,
@@ -60,6 +61,8 @@ class StudyConfig:
     """In the order in which their arms run."""
     score: dict[str, Any] = field(default_factory=dict)
     """Sections of `score --config`."""
+    findings: dict[str, Finding] = field(default_factory=dict)
+    """What a reader should take along."""
 
     @property
     def folder(self) -> Path:
@@ -307,6 +310,11 @@ def _names(study: StudyConfig) -> Iterator[tuple[str, str, Mapping[str, Any] | S
             pair = (ordering.better, ordering.worse)
             yield from ((f"questions.{key}.orderings", name, question.arms) for name in pair)
             yield from ((f"questions.{key}", by, known) for by in question.measures(ordering))
+    for key, finding in study.findings.items():
+        for each in finding.rests_on:
+            yield from ((f"findings.{key}", arm, study.arms) for arm in (each.better, each.worse))
+            yield f"findings.{key}", each.by, known
+            yield f"findings.{key}", each.budget, study.budgets
     for name, arm in study.arms.items():
         for stage in (*arm.tokens, *arm.stages):
             yield f"arms.{name}", stage, STAGES

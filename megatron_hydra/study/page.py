@@ -1,6 +1,7 @@
 """The page of a study: a table, a picture and the orderings of each question, from the results.
 
-Nothing is written by hand but the study's own titles and notes: every figure is a result's.
+Nothing is written by hand but the study's own titles, notes and findings: every figure is a
+result's, and a finding stands where the results bear it out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import write_beside
 from megatron_hydra.study.config import IN_NATS, Run, StudyConfig
 from megatron_hydra.study.results import ArmResult
-from megatron_hydra.study.sections import Ordering, Question
+from megatron_hydra.study.sections import Evidence, Question
 from megatron_hydra.study.statistics import (
     Difference,
     difference_in_nats,
@@ -39,6 +40,11 @@ class ArmFigures:
     name: str
     results: Sequence[ArmResult]
     length: int
+
+    @property
+    def runs(self) -> list[ArmFigures]:
+        """One by one."""
+        return [ArmFigures(self.name, [result], self.length) for result in self.results]
 
     def accuracy(self, task: str) -> dict[int, float]:
         """By length, as a share."""
@@ -83,9 +89,10 @@ class ArmFigures:
         return sum(self.results[0].tokens.values())
 
     @property
-    def num_fa_heads(self) -> int:
-        """In the whole model."""
-        return sum(map(len, self.results[0].fa_heads))
+    def num_fa_heads(self) -> str:
+        """In the whole model; a budget of the cache buys more of one teacher than of another."""
+        found = sorted({sum(map(len, result.fa_heads)) for result in self.results})
+        return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _loss(result: ArmResult, length: int) -> float:
@@ -109,6 +116,7 @@ def write_page(study: StudyConfig, results: Results, out: Path) -> None:
     from megatron_hydra.study.charts import question_figure
 
     lines = [f"# {study.run.title}", "", *_head(study, results)]
+    lines += _findings(study, results) + _papers_orderings(study, results)
     for key, question in study.questions.items():
         lines += ["", f"## {question.title}", *(["", question.note] if question.note else [])]
         for budget in study.budgets_of(question):
@@ -149,10 +157,12 @@ def _head(study: StudyConfig, results: Results) -> list[str]:
         "training length, KL is the divergence of the next token from the teacher's there, cache "
         "is in bytes of bf16 a token, state in KiB a sequence. Figures are means over runs: pairs "
         "of a teacher and a seed: rows of arms that have not run for the same ones do not compare, "
-        "orderings do, for they take the pairs that both arms have. An ordering is read off all "
+        "orderings do, for they take the pairs that both arms have; beside them stands what each "
+        "run finds beyond the training length, in %. An ordering is read off all "
         "lengths beyond the training length, or off a probe; its interval is a paired bootstrap's, "
         "95%, over runs and prompts. By loss or KL the lower is the better, and the interval is "
-        "Student's over runs. One run alone decides nothing.",
+        "Student's over runs. One run alone decides nothing. Arms share a device, so that nothing "
+        "is said of speed.",
     ]
     return [*([study.run.note, ""] if study.run.note else []), *lines]
 
@@ -180,19 +190,19 @@ def _compares(study: StudyConfig, figures: Sequence[ArmFigures]) -> bool:
 def _table(study: StudyConfig, question: Question, figures: Sequence[ArmFigures]) -> list[str]:
     asked = study.evaluation
     heads = ["arm", "", "FA heads", *(task.replace("niah_", "") for task in asked.tasks)]
-    heads += [*asked.probes, "loss", "KL", "cache", "state", "tokens", "runs"]
+    heads += [*asked.probes, "loss", "KL", "cache", "state", "tokens", "by run"]
     heads += ["paper"] if question.paper else []
-    rows = []
+    rows, above = [], study.retrieval_above
     for each in figures:
         cache, state = each.cache
-        cells = [each.name, study.arms[each.name].about, str(each.num_fa_heads)]
+        cells = [each.name, study.arms[each.name].about, each.num_fa_heads]
         for task in asked.tasks:
             shares = each.accuracy(task).values()
             cells.append(" / ".join(f"{100 * share:.0f}" for share in shares))
         cells += [f"{100 * each.probe(name):.0f}" for name in asked.probes]
         cells += [f"{each.loss_nats:.3f}", f"{each.divergence_nats:.3f}"]
         cells += [f"{cache:,.0f}", f"{state / 1024:,.0f}", f"{each.tokens:,}"]
-        cells += [str(len(each.results))]
+        cells += [", ".join(f"{100 * run.retrieval(above):.0f}" for run in each.runs)]
         rows.append([*cells, *([question.paper.get(each.name, "")] if question.paper else [])])
     return _markdown(heads, rows)
 
@@ -219,24 +229,81 @@ def _orderings(study: StudyConfig, results: Results, question: Question, budget:
     ):
         if not all(_runs(study, arm, budget) for arm in (ordering.better, ordering.worse)):
             continue  # one of the two is of other budgets
-        row = [f"{ordering.better} over {ordering.worse}", by]
-        row.append(ordering.paper if by == "retrieval" else "")
-        if found := compare(study, results, ordering, by, budget):
-            rows.append([*row, *found.words, str(found.num_runs), found.verdict])
-        else:
-            rows.append([*row, "", "", "0", "undecided: not run"])
+        pair = (ordering.better, ordering.worse)
+        row = [" over ".join(pair), by, ordering.paper if by == "retrieval" else ""]
+        rows.append([*row, *_verdict(compare(study, results, pair, by, budget))])
     if not rows:
         return []
     heads = ["claim", "by", "paper", "difference", "95% interval", "runs", "verdict"]
     return ["", *_markdown(heads, rows)]
 
 
+def _verdict(found: Difference | None) -> list[str]:
+    if found is None:
+        return ["", "", "0", "undecided: not run"]
+    return [*found.words, str(found.num_runs), found.verdict]
+
+
+def _papers_orderings(study: StudyConfig, results: Results) -> list[str]:
+    """Those that the paper has a figure for, of all questions, where one has run."""
+    rows = []
+    for question in study.questions.values():
+        for ordering in (each for each in question.orderings if each.paper):
+            pair = (ordering.better, ordering.worse)
+            for budget in study.budgets_of(question):
+                if found := compare(study, results, pair, "retrieval", budget):
+                    rows.append([" over ".join(pair), budget, ordering.paper, *_verdict(found)])
+    if not rows:
+        return []
+    heads = ["claim", "FA heads", "paper", "difference", "95% interval", "runs", "verdict"]
+    return ["", "## The paper's orderings", "", *_markdown(heads, rows)]
+
+
+def _findings(study: StudyConfig, results: Results) -> list[str]:
+    """Each with its numbers; those that the results do not bear out are said to be so."""
+    if not study.findings:
+        return []
+    lines = ["", "## What to take along", ""]
+    without = []
+    for finding in study.findings.values():
+        numbers = [_number(study, results, each) for each in finding.rests_on]
+        if all(numbers):
+            lines.append(f"- {finding.says} ({'; '.join(map(str, numbers))})")
+        else:
+            without.append(f"- Not borne out by these results: {finding.says}")
+    return lines + without
+
+
+def _number(study: StudyConfig, results: Results, evidence: Evidence) -> str | None:
+    """What a comparison found, in words; None if it is not what the finding says."""
+    pair = (evidence.better, evidence.worse)
+    found = compare(study, results, pair, evidence.by, evidence.budget)
+    if found is None:
+        return None
+    low, high = found.interval
+    if evidence.within is None:
+        holds = found.verdict == "holds"
+    else:
+        holds = found.num_runs > 1 and max(-low, high) <= evidence.within
+    value, interval = found.words
+    words = f"{' over '.join(pair)} at {evidence.budget}, {evidence.by}: {value}, {interval}"
+    return words if holds else None
+
+
 def compare(
-    study: StudyConfig, results: Results, ordering: Ordering, by: str, budget: str
+    study: StudyConfig, results: Results, arms: tuple[str, str], by: str, budget: str
 ) -> Difference | None:
-    """Two arms on the teachers and seeds that both have finished; None if there are none."""
+    """Two arms on the teachers and seeds that both have finished; None if there are none.
+
+    Args:
+        study: The study.
+        results: Of its runs.
+        arms: The better first.
+        by: As of :class:`~megatron_hydra.study.sections.Ordering`.
+        budget: At which both ran, where they have none of their own.
+    """
     found: list[dict[tuple[str, int], ArmResult]] = []
-    for arm in (ordering.better, ordering.worse):
+    for arm in arms:
         done = [results[run] for run in _runs(study, arm, budget) if run in results]
         found.append({(r.teacher, r.seed): r for r in done if r.status == "finished"})
     both = [key for key in found[0] if key in found[1]]

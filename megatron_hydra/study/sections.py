@@ -154,3 +154,25 @@ class Question:
     def measures(self, ordering: Ordering) -> list[str]:
         """What one of its orderings is by."""
         return [ordering.by] if ordering.by else self.by
+
+
+@dataclass
+class Evidence:
+    """A comparison that a finding rests on: one arm is better than another, or as good."""
+
+    better: str
+    worse: str
+    budget: str
+    by: str = "retrieval"
+    """As an ordering's."""
+    within: Annotated[float, Limits(above=0)] | None = None
+    """They are as good: the interval lies within so many points, or nats. None: one is better."""
+
+
+@dataclass
+class Finding:
+    """A sentence of the page, which stands there while the results bear it out."""
+
+    says: str
+    rests_on: list[Evidence]
+    """All must hold."""

@@ -30,6 +30,7 @@ from megatron_hydra.tasks.probes import find_sub_probe
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "examples/study").glob("*.yaml"))
 LAYERS, HEADS, GROUPS = 8, 16, 8
+FINDS = "findings.layers.rests_on=[{better: head, worse: "
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_all_arms_train_on_the_same(study):
     stages = ("align", "distill", "long_context")
     sums = {run.arm: sum(study.tokens(run, stage) for stage in stages) for run in study.runs()}
     usual = sums.pop("head")
-    early = set(study.questions["early"].arms)
+    early = {arm for key in ("early", "early_kinds") for arm in study.questions[key].arms}
     assert {sums[arm] for arm in early} == {usual // 10}
     assert {arm for arm, tokens in sums.items() if tokens != usual} == early | {
         "teacher", "window_untrained", "no_align", "calibrated_no_align", "no_distill",
@@ -195,9 +196,10 @@ def test_questions_are_asked_in_the_order_in_which_they_are_named(study):
     asked = study.runs(["few@1/128", "granularity@1/4", "recipe"])
     names = [run.name for run in asked]
     few = study.runs(["few"])
-    assert [run for run in asked if run.budget == "1/128"] == few[len(few) // 2 :] == asked[:12]
+    half = len(few) // 2
+    assert [run for run in asked if run.budget == "1/128"] == few[half:] == asked[:half]
     assert {run.budget for run in few} == {"1/32", "1/128"}
-    assert names[12] == "1-4.head.first.0" and len(names) == len({*names})
+    assert names[half] == "1-4.head.first.0" and len(names) == len({*names})
     assert [name for name in names if ".recipe." in name][0] == "1.recipe.first.0"
     assert {*asked} < {*study.runs()}
     with pytest.raises(UserError, match=r"question few is at 1/32, 1/128, not at '1/8'"):
@@ -210,6 +212,9 @@ def test_questions_are_asked_in_the_order_in_which_they_are_named(study):
     ("override", "message"),
     [
         ("questions.kinds.arms=[heads]", r"questions\.kinds\.arms names 'heads'; there is head, "),
+        (f"{FINDS}heads, budget: 1/8}}]", r"findings\.layers names 'heads'; there is head, "),
+        (f"{FINDS}kda, budget: 1/9}}]", r"findings\.layers names '1/9'; there is 1/8, 1/4, "),
+        (f"{FINDS}kda, budget: 1/8, by: los}}]", r"findings\.layers names 'los'; there is retri"),
         ("arms.head.tokens={algin: 1}", r"arms\.head names 'algin'; there is align, "),
         ("arms.head.constraints={per_head: 1}", r"unknown config key arms\.head\.constraints\.per"),
         ("run.budgets=[1/8, 1/4, many]", r"a budget is 'many'; a ratio such as 1/8 is needed"),

@@ -12,9 +12,11 @@ import pytest
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import Answered, GeneratedResult
 from megatron_hydra.evaluation.positions import PositionLoss
+from megatron_hydra.study.charts import question_figure
 from megatron_hydra.study.config import Run, StudyConfig, load_study
-from megatron_hydra.study.page import compare, write_page
+from megatron_hydra.study.page import ArmFigures, compare, write_page
 from megatron_hydra.study.results import ArmResult, load_results
+from megatron_hydra.study.sections import Evidence, Finding
 
 ROOT = Path(__file__).parents[2]
 SHARES = {"head": 0.9, "layer_scored": 0.4, "window": 0.7, "window_untrained": 0.1, "recipe": 0.7}
@@ -70,8 +72,14 @@ def test_the_page_says_what_the_results_hold(study, tmp_path):
             for length in study.lengths
         ]  # fmt: skip
         assert cells[3 + number] == " / ".join(f"{share:.0f}" for share in shares)
+    beyond = [
+        100 * sum(t.num_right for t in each.tasks if t.length > 256)
+        / sum(t.num_samples for t in each.tasks if t.length > 256)
+        for each in both
+    ]  # fmt: skip
+    by_run = ", ".join(f"{share:.0f}" for share in beyond)
     # Loss up to 256: 30 tokens at 2.0 and 10 at 4.0.
-    assert cells[5:] == ["2.500", "0.250", "768", "2", "1,234", "2"] and cells[2] == "3"
+    assert cells[5:] == ["2.500", "0.250", "768", "2", "1,234", by_run] and cells[2] == "3"
     assert re.search(
         r"\| head over layer_scored \| retrieval \| +\| \+\d\d\.\d points \| .* 2 \| holds \|", page
     )
@@ -88,7 +96,6 @@ def test_the_page_says_what_the_results_hold(study, tmp_path):
 
 
 def test_an_ordering_is_read_off_lengths_beyond_the_training_length(study):
-    ordering = study.questions["granularity"].orderings[0]
     first = Run("head", "1/4", "quickstart", 0)
     second = dataclasses.replace(first, arm="layer_scored")
 
@@ -104,14 +111,14 @@ def test_an_ordering_is_read_off_lengths_beyond_the_training_length(study):
         )
 
     results = {first: with_bits(first, "0000", "1100"), second: with_bits(second, "1111", "0100")}
-    found = compare(study, results, ordering, "retrieval", "1/4")
+    arms = ("head", "layer_scored")
+    found = compare(study, results, arms, "retrieval", "1/4")
     assert found is not None and found.value == 25 and found.num_runs == 1
-    assert compare(study, {first: results[first]}, ordering, "retrieval", "1/4") is None
+    assert compare(study, {first: results[first]}, arms, "retrieval", "1/4") is None
 
 
 def test_an_ordering_by_loss_or_divergence_has_the_lower_first(study):
     """The loss is of positions up to the training length; two runs decide where they agree."""
-    ordering = study.questions["granularity"].orderings[0]
     results = {}
     for arm, loss, divergences in (("head", 2.5, (0.25, 0.26)), ("layer_scored", 3.5, (0.5, 0.51))):
         for seed, divergence in enumerate(divergences):
@@ -123,10 +130,68 @@ def test_an_ordering_by_loss_or_divergence_has_the_lower_first(study):
             rest = result.evaluation.loss_by_position[1:]
             evaluation = dataclasses.replace(result.evaluation, loss_by_position=(low, *rest))
             results[run] = dataclasses.replace(result, evaluation=evaluation)
-    by_loss, by_divergence = (compare(study, results, ordering, by, "1/4") for by in ("loss", "KL"))
+    arms = ("head", "layer_scored")
+    by_loss, by_divergence = (compare(study, results, arms, by, "1/4") for by in ("loss", "KL"))
     assert by_loss is not None and by_loss.value == pytest.approx(1.0)
     assert by_divergence is not None and by_divergence.value == pytest.approx(0.25)
     assert by_divergence.verdict == "holds" and by_divergence.words[0] == "+0.250 nats"
+
+
+def test_a_finding_stands_while_the_results_bear_it_out(study, tmp_path):
+    evidence = {
+        "Heads win.": Evidence("head", "layer_scored", "1/4"),
+        "Layers win.": Evidence("layer_scored", "head", "1/4"),
+        "They are alike.": Evidence("head", "layer_scored", "1/4", within=5),
+        "Heads are alike.": Evidence("head", "recipe", "1/4", within=5),
+        "The teacher wins.": Evidence("teacher", "head", "1/4"),
+    }
+    study.findings = {says: Finding(says, [each]) for says, each in evidence.items()}
+    both = [evidence["Heads win."], evidence["Layers win."]]
+    study.findings["both"] = Finding("Both.", both)
+    shares = {"head": 0.8, "recipe": 0.8, "layer_scored": 0.3}
+    results = {run: made(study, run, shares[run.arm]) for run in study.runs() if run.arm in shares}
+    for run in [run for run in results if run.arm == "recipe"]:
+        like = next(each for each in results if (each.arm, each.seed) == ("head", run.seed))
+        answered = results[like].evaluation
+        results[run] = dataclasses.replace(results[run], evaluation=answered)
+    write_page(study, results, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert re.search(
+        r"^- Heads win. \(head over layer_scored at 1/4, retrieval: \+\d+\.\d points, ", page, re.M
+    )
+    assert "- Heads are alike. (head over recipe at 1/4, retrieval: +0.0 points" in page
+    for says in ("Layers win.", "They are alike.", "The teacher wins.", "Both."):
+        assert f"- Not borne out by these results: {says}\n" in page
+
+
+def test_the_papers_orderings_stand_together(tmp_path):
+    study = load_study(ROOT / "examples/study/study.yaml", [f"run.results={tmp_path}"])
+    arms = {"head": 0.9, "layer_spread": 0.3, "global": 0.9}
+    results = {run: made(study, run, arms[run.arm]) for run in study.runs() if run.arm in arms}
+    write_page(study, results, tmp_path / "page.md")
+    _, _, after = (tmp_path / "page.md").read_text().partition("## The paper's orderings")
+    rows = [line for line in after.partition("## ")[0].splitlines() if " over " in line]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| head over layer_spread", "1/8"], ["| head over layer_spread", "1/4"],
+        ["| head over global", "1/8"], ["| head over global", "1/4"],
+    ]  # fmt: skip
+    assert all(row.endswith("| holds |") for row in rows[:2])
+
+
+def test_arms_that_differ_in_tokens_alone_are_drawn_against_them(tmp_path):
+    study = load_study(ROOT / "examples/study/study.yaml", [f"run.results={tmp_path}"])
+
+    def labels(*arms: str) -> list[str]:
+        figures = []
+        for number, arm in enumerate(arms, 1):
+            found = made(study, Run(arm, "1/8", "first", 0), 0.5)
+            found = dataclasses.replace(found, tokens={"distill": 1000 * number})
+            figures.append(ArmFigures(arm, [found], study.data.length))
+        return [ax.get_xlabel() for ax in question_figure(study, figures).axes]
+
+    assert labels("quarter", "half", "head")[1] == "tokens of training (millions)"
+    for arms in (("quarter", "window"), ("no_align", "head")):
+        assert labels(*arms)[1].startswith("cache and state")
 
 
 def test_orderings_are_told_at_the_budgets_of_both_arms(tmp_path):
