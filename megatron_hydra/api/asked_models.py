@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from megatron_hydra.export.generating import Generator
 
 _HYBRID = "hydra_head"
-_OF_HEADS = ("la_short_conv", "la_conv_kernel_size", "sliding_window_tokens")
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _config(folder: Path) -> Mapping[str, Any]:
 def _exported_shape(config: Mapping[str, Any]) -> ModelShape:
     """An exported hybrid calls its sizes as teachers do, and what its heads are as we do."""
     sizes = {ours: config[theirs] for theirs, ours in FIELDS.items()}
-    return ModelShape.from_fields(sizes | {name: config[name] for name in _OF_HEADS})
+    return ModelShape.from_fields({**config, **sizes})
 
 
 def _exported_plan(config: Mapping[str, Any]) -> HeadPlan:

@@ -205,8 +205,9 @@ def _planned(plan: HeadPlan | None) -> dict[str, Any]:
     shape = None if plan is None else read_shape(plan)
     if shape is None:
         return {}
-    kinds = {"la_kind": shape.la_kind, "sliding_window_tokens": shape.sliding_window_tokens}
-    return {name: value for name, value in kinds.items() if value != getattr(ModelShape, name)}
+    return {
+        name: value for name, value in shape.la_heads.items() if value != getattr(ModelShape, name)
+    }
 
 
 def _check_calibration(calibration: Calibration) -> None:

@@ -76,8 +76,7 @@ class Model:
         found.check_teacher(shape.num_layers, shape.num_heads, shape.num_query_groups, "")
         planned = read_shape(found)
         if planned is not None:
-            kinds = ("la_kind", "sliding_window_tokens")
-            shape = replace(shape, **{name: getattr(planned, name) for name in kinds})
+            shape = replace(shape, **planned.la_heads)
         return cls(shape, found)
 
 

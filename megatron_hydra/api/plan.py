@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs
-from megatron_hydra.model.mixers.costs import LAKind
 from megatron_hydra.provenance import origin
-from megatron_hydra.schema import Limits, read_config
+from megatron_hydra.schema import read_config
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.policy import PlanSummary, plan_from_scores, random_plan
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import LAHeads
 
 
 @dataclass(frozen=True)
@@ -95,19 +95,6 @@ def plan(
 
 
 @dataclass
-class LAHeads:
-    """What the plan's LA heads will be, which decides what they cost; ``convert`` takes it over.
-
-    Attributes:
-        la_kind: As :class:`~megatron_hydra.model.config.HydraConfig` has it.
-        sliding_window_tokens: The same.
-    """
-
-    la_kind: LAKind
-    sliding_window_tokens: Annotated[int, Limits(least=1)]
-
-
-@dataclass
 class _Overrides:
     """What ``combine.KEY=VALUE`` and ``model.KEY=VALUE`` may change."""
 
@@ -130,8 +117,7 @@ def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
         return scores
     old = dataclasses.asdict(scores.combination)
     values = {f"combine.{name}": value for name, value in old.items()}
-    for item in dataclasses.fields(LAHeads):
-        values[f"model.{item.name}"] = getattr(scores.shape, item.name)
+    values |= {f"model.{name}": value for name, value in scores.shape.la_heads.items()}
     read = read_config(_Overrides, None, [_as_list(word) for word in overrides], values)
     shape = dataclasses.replace(scores.shape, **dataclasses.asdict(read.model))
     return dataclasses.replace(scores.with_combination(read.combine), shape=shape)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_hydra.errors import UserError
@@ -18,11 +19,23 @@ if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
 
 _Count = Annotated[int, Limits(least=1)]
-_OF_KINDS = ("la_kind", "sliding_window_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LAHeads:
+    """The model's options that decide what its LA heads cost; a plan may be made for any of them.
+
+    Attributes:
+        la_kind: What the LA heads are.
+        sliding_window_tokens: What heads of a sliding window see.
+    """
+
+    la_kind: LAKind = field(default="gated_delta_net", metadata=MAY_LACK)
+    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(LAHeads):
     """Sizes of a teacher, which its hybrids share: all that the costs depend on.
 
     Attributes:
@@ -35,8 +48,6 @@ class ModelShape:
         vocab_size: Rows of the embedding and of the output layer.
         tied_embeddings: Whether both are one matrix.
         conv_kernel_size: Taps of the LA heads' short convolution; 0 without.
-        la_kind: What the LA heads are.
-        sliding_window_tokens: What heads of a sliding window see.
 
     Raises:
         UserError: If a size is no positive whole number, or the heads are not divisible by groups.
@@ -53,8 +64,6 @@ class ModelShape:
     vocab_size: _Count
     tied_embeddings: bool
     conv_kernel_size: Annotated[int, Limits(least=0)] = 4
-    la_kind: LAKind = field(default="gated_delta_net", metadata=MAY_LACK)
-    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -72,7 +81,7 @@ class ModelShape:
     def from_fields(cls, fields: Mapping[str, Any]) -> ModelShape:
         """As :meth:`from_config`, of a configuration's fields; those of LA heads may be lacking."""
         taps = fields.get("la_conv_kernel_size", cls.conv_kernel_size)
-        kinds = {name: fields[name] for name in _OF_KINDS if name in fields}
+        la_heads = {item.name for item in dataclass_fields(LAHeads)}
         return cls(
             num_layers=fields["num_layers"],
             num_heads=fields["num_attention_heads"],
@@ -83,8 +92,13 @@ class ModelShape:
             vocab_size=fields["vocab_size"],
             tied_embeddings=fields["share_embeddings_and_output_weights"],
             conv_kernel_size=taps if fields.get("la_short_conv", True) else 0,
-            **kinds,
+            **{name: fields[name] for name in la_heads & fields.keys()},
         )
+
+    @property
+    def la_heads(self) -> dict[str, Any]:
+        """What :class:`LAHeads` says, by the names of the model's options."""
+        return {item.name: getattr(self, item.name) for item in dataclass_fields(LAHeads)}
 
     @property
     def total_heads(self) -> int:
