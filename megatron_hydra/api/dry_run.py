@@ -17,6 +17,7 @@ from megatron_hydra.training.dataset_checks import check_all_datasets, read_toke
 from megatron_hydra.training.document_lengths import UpSampling, describe_lengths, up_sampling
 from megatron_hydra.training.memory import TrainingMemory, decoding_cache_bytes, memory_of_run
 from megatron_hydra.training.needle_rounds import NeedleRounds
+from megatron_hydra.training.run_files import checkpoint_step
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, result_bytes
 
@@ -93,7 +94,6 @@ def dry_run(
     shape = ModelShape.from_fields(model)
     memory, why_no_memory = memory_of_run(config, shape, plan, num_ranks)
     rounds = NeedleRounds.of(config, num_ranks)
-    finished = folder.finished_checkpoints()
     num_tokens = config.trainer.max_steps * config.data.global_batch_size * config.data.seq_length
     return DryRun(
         folder=folder.path,
@@ -105,7 +105,7 @@ def dry_run(
         up_sampling=up_sampling(config.data, num_tokens),
         fa_heads=sum(len(layer.fa_heads) for layer in plan.layers),
         total_heads=shape.total_heads,
-        saved_step=int(finished[0].name.removeprefix("step_")) if finished else 0,
+        saved_step=next(map(checkpoint_step, folder.finished_checkpoints()), None) or 0,
         checkpoint_bytes=checkpoint_bytes,
         hybrid_bytes=hybrid_bytes,
         memory=memory,

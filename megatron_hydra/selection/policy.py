@@ -28,7 +28,7 @@ from megatron_hydra.selection.explanation import (
 )
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.selection.windows import choose_windows
+from megatron_hydra.selection.windows import WINDOW, choose_windows
 
 DEFAULT_CONTEXT_TOKENS = 32768
 """Where costs are told when a budget names no length."""
@@ -111,7 +111,7 @@ def choose_plan(
 ) -> HeadPlan:
     """The plan of :func:`plan_from_scores` without its explanation, which takes longer."""
     _, chosen = _choose(scores, budget, constraints, solver)
-    return _make_plan(scores, chosen, {}, {})
+    return _make_plan(scores, chosen, {})
 
 
 def random_plan(
@@ -253,7 +253,6 @@ def _choose(
 def _make_plan(
     scores: HeadScores,
     chosen: frozenset[Head],
-    provenance: Mapping[str, Any],
     windows: Mapping[int, Sequence[int]],
 ) -> HeadPlan:
     return HeadPlan.from_fa_heads(
@@ -262,8 +261,7 @@ def _make_plan(
         scores.num_heads,
         scores.num_query_groups,
         scores.teacher_config_hash,
-        provenance,
-        other_kinds={layer: {"sliding_window": heads} for layer, heads in windows.items()},
+        other_kinds={layer: {WINDOW: heads} for layer, heads in windows.items()},
     )
 
 
@@ -276,7 +274,7 @@ def _summary(
     made_by: Mapping[str, Any],
     windows: Mapping[int, Sequence[int]],
 ) -> PlanSummary:
-    shape, plan = scores.shape, _make_plan(scores, chosen, {}, windows)
+    shape, plan = scores.shape, _make_plan(scores, chosen, windows)
     context = budget.context_tokens or DEFAULT_CONTEXT_TOKENS
     provenance = {
         **made_by,
@@ -293,7 +291,7 @@ def _summary(
         "teacher_weights_hash": scores.teacher_weights_hash,
         "versions": versions(),
     }
-    plan = _make_plan(scores, chosen, provenance, windows)
+    plan = replace(plan, provenance=provenance)
     return PlanSummary(plan, shape, budget, constraints, explanation)
 
 

@@ -9,11 +9,13 @@ from fractions import Fraction
 import numpy as np
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadKind
 from megatron_hydra.selection.budget import Budget
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.optimiser import Head
 from megatron_hydra.selection.scores import HeadScores
 
+WINDOW: HeadKind = "sliding_window"
 _SCORERS = ("mean_ablation", "window_ablation")
 
 
@@ -59,8 +61,8 @@ def choose_windows(
     shape = scores.shape
     if not 0 <= ratio <= 1:
         raise UserError(f"the window ratio is {float(ratio):g}; allowed: 0 to 1")
-    if shape.la_kind == "sliding_window":
-        raise UserError("model.la_kind is sliding_window: all heads without FA are windows already")
+    if shape.la_kind == WINDOW:
+        raise UserError(f"model.la_kind is {WINDOW}: all heads without FA are windows already")
     if budget.kind in ("cache_gib", "decode_ms"):
         raise UserError(
             f"a budget of {budget.words} counts no windows: give the number or ratio of FA heads, "
