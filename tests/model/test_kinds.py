@@ -34,6 +34,7 @@ def _one_rank():
 
 def test_every_kind_has_costs_and_names_of_its_own():
     assert list(KINDS) == list(COSTS)
+    assert all(type(kind.costs) is type(COSTS[name]) for name, kind in KINDS.items())
     for name in ("label", "module_name", "gate_name"):
         assert len({getattr(kind, name) for kind in KINDS.values()}) == len(KINDS)
 

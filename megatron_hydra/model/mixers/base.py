@@ -21,6 +21,7 @@ from megatron_hydra.head_plan import HeadKind
 from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.decoding import LayerState
+from megatron_hydra.model.mixers.costs import KindCosts
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import HeadModule
@@ -97,6 +98,8 @@ class Mixer(HeadModule):
     """As messages call its heads."""
     module_name: ClassVar[str]
     """The layer's attribute, and so part of its parameters' names in checkpoints."""
+    costs: ClassVar[KindCosts]
+    """What a head costs: one of `costs.COSTS`, where planning finds it without PyTorch."""
     gate_name: ClassVar[str]
     """The section whose rows gate the outputs, see :meth:`gate_activation`."""
     teacher_norms: ClassVar[tuple[str, ...]] = ("q_layernorm", "k_layernorm")

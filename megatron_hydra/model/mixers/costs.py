@@ -99,13 +99,13 @@ class GatedDeltaNetCosts:
 
     title = "Gated DeltaNet"
 
-    def decay_rows(self, model: CostModel) -> int:
+    def decay_rows(self, head_dim: int) -> int:
         """Rows of the in-projection that its decay is made of."""
         return 1
 
     def weights(self, model: CostModel) -> float:
         """q, k, v, z and output; decay and beta; taps."""
-        rows = self.decay_rows(model) + 1
+        rows = self.decay_rows(model.head_dim) + 1
         taps = 3 * model.head_dim * model.la_conv_kernel_size
         return 5 * model.matrix + rows * model.hidden_size + taps
 
@@ -117,7 +117,7 @@ class GatedDeltaNetCosts:
         """
         dim, chunk = model.head_dim, model.la_chunk_tokens
         per_token = (
-            2 * (self.decay_rows(model) + 1) * model.hidden_size  # rows a and b
+            2 * (self.decay_rows(model.head_dim) + 1) * model.hidden_size  # rows a and b
             + 6 * model.la_conv_kernel_size * dim
             + 5 * 2 * chunk * dim  # QK^T, KK^T, T K, T V, (QK^T) U
             + 3 * 2 * dim * dim  # W S, Q S, K^T U
@@ -156,23 +156,23 @@ class KimiDeltaAttentionCosts(GatedDeltaNetCosts):
 
     title = "Kimi Delta Attention"
 
-    def decay_rows(self, model: CostModel) -> int:
-        """The bottleneck, see `mixers/kda.py`."""
-        return max(1, model.head_dim // 8)
+    def decay_rows(self, head_dim: int) -> int:
+        """r, the width of the decay's bottleneck, see `mixers/kda.py`."""
+        return max(1, head_dim // 8)
 
     def weights(self, model: CostModel) -> float:
         """As Gated DeltaNet's, and what takes the bottleneck to the channels."""
-        return super().weights(model) + self.decay_rows(model) * model.head_dim
+        return super().weights(model) + self.decay_rows(model.head_dim) * model.head_dim
 
     def flops(self, model: CostModel, num_tokens: int) -> float:
         """As Gated DeltaNet's, and the same."""
-        up = 2.0 * num_tokens * self.decay_rows(model) * model.head_dim
+        up = 2.0 * num_tokens * self.decay_rows(model.head_dim) * model.head_dim
         return super().flops(model, num_tokens) + up
 
     def kept_bytes(self, model: CostModel, num_runs: int = 1) -> float:
         """As Gated DeltaNet's, and its decays in float32: raw, and summed for each run."""
-        per_channel = 4 * model.head_dim * (1 + 2 * num_runs)
-        return super().kept_bytes(model, num_runs) + 2 * self.decay_rows(model) + per_channel
+        kept = 2 * self.decay_rows(model.head_dim) + 4 * model.head_dim * (1 + 2 * num_runs)
+        return super().kept_bytes(model, num_runs) + kept
 
     def gradient_bytes(self, model: CostModel, num_runs: int = 1) -> float:
         """As Gated DeltaNet's, and the decays' in float32."""

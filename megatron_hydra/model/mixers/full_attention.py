@@ -22,6 +22,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraConfig, HydraFields
 from megatron_hydra.model.decoding import FOR_ONE_TOKEN, LayerState
 from megatron_hydra.model.mixers.base import Mixer, Stream
+from megatron_hydra.model.mixers.costs import FullAttentionCosts
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
 from megatron_hydra.model.sharding import initial_device
@@ -38,6 +39,7 @@ class FullAttention(Mixer):
     kind = "fa"
     label = "FA"
     module_name = "full_attention"
+    costs = FullAttentionCosts()
     gate_name = "fa_gate"
 
     @classmethod

@@ -25,6 +25,7 @@ from megatron_hydra.model.kernel_choice import (
     choose_la_kernel,
 )
 from megatron_hydra.model.mixers.base import CalibratedStart, Mixer, Stream
+from megatron_hydra.model.mixers.costs import GatedDeltaNetCosts
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import (
     InitHead,
@@ -48,6 +49,7 @@ class GatedDeltaNet(Mixer):
     kind = "gated_delta_net"
     label = "LA"
     module_name = "linear_attention"
+    costs = GatedDeltaNetCosts()
     prefix = "la"
     """Of its sections' names."""
     gate_name = "la_gate"
@@ -70,15 +72,10 @@ class GatedDeltaNet(Mixer):
             is_identity = config.la_output_gate == "sigmoid"
             sections.append(Section(cls.gate_name, *heads, head_dim, starts_at_zero=is_identity))
         if config.la_decay:
-            sections.append(Section(f"{prefix}_decay", *heads, cls.decay_rows(head_dim)))
+            sections.append(Section(f"{prefix}_decay", *heads, cls.costs.decay_rows(head_dim)))
         if config.la_beta:
             sections.append(Section(f"{prefix}_beta", *heads, 1))
         return sections
-
-    @classmethod
-    def decay_rows(cls, head_dim: int) -> int:
-        """Rows of a head that its decay is made of."""
-        return 1
 
     @classmethod
     def gate_activation(cls, config: HydraFields) -> Literal["silu", "sigmoid2"]:
@@ -139,7 +136,7 @@ class GatedDeltaNet(Mixer):
             width = self.dt_bias.numel() // n
             parameters["A_log"] = torch.zeros(n)
             parameters["dt_bias"] = -distance.log().repeat_interleave(width)
-            num_rows = self.decay_rows(config.kv_channels)
+            num_rows = self.costs.decay_rows(config.kv_channels)
             rows[f"{prefix}_decay"] = write.new_zeros(n, num_rows, write.shape[1])
         if config.la_beta and n:
             rows[f"{prefix}_beta"] = write[:, None]

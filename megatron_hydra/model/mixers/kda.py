@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_hydra.model.mixers.costs import KimiDeltaAttentionCosts
 from megatron_hydra.model.mixers.gated_delta_net import (
     GatedDeltaNet,
     every_head,
@@ -33,15 +34,11 @@ class KimiDeltaAttention(GatedDeltaNet):
     kind = "kda"
     label = "KDA"
     module_name = "kimi_delta_attention"
+    costs = KimiDeltaAttentionCosts()
     prefix = "kda"
     gate_name = "kda_gate"
     head_tensors = ("conv_weight", "A_log", "dt_bias", "decay_up")
     has_fused_decay = False
-
-    @classmethod
-    def decay_rows(cls, head_dim: int) -> int:
-        """r, the width of the decay's bottleneck."""
-        return max(1, head_dim // 8)
 
     def _build_decay(self) -> None:
         config, d = self.config, self.config.kv_channels
@@ -51,7 +48,7 @@ class KimiDeltaAttention(GatedDeltaNet):
 
         self.A_log = self._per_head("A_log", init_a_log)
         self.dt_bias = self._per_head("dt_bias", init_dt_bias, width=d)
-        up = self._per_head("decay_up", normal, width=d, num_columns=self.decay_rows(d))
+        up = self._per_head("decay_up", normal, width=d, num_columns=self.costs.decay_rows(d))
         up.data = up.data.to(config.params_dtype)
         self.decay_up = up
 

@@ -21,6 +21,7 @@ from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.decoding import LayerState
 from megatron_hydra.model.local_modules import LocalCoreAttention
 from megatron_hydra.model.mixers.base import Mixer, Stream
+from megatron_hydra.model.mixers.costs import SlidingWindowCosts
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import head_parameter
 
@@ -41,6 +42,7 @@ class SlidingWindow(Mixer):
     kind = "sliding_window"
     label = "window"
     module_name = "sliding_window_attention"
+    costs = SlidingWindowCosts()
     gate_name = "window_gate"
     head_tensors = ("sink",)
     float32_parameters = ("sink",)
