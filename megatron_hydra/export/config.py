@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.config import HydraConfig, stored_fields
 
 NAMES = {
     "vocab_size": "vocab_size",
@@ -22,17 +22,10 @@ NAMES = {
     "share_embeddings_and_output_weights": "tie_word_embeddings",
 }
 """Fields of HydraConfig that are called otherwise in the exported configuration."""
-SAME = (
-    "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length",
-    "fa_rope", "fa_query_scale", "fa_query_scale_base", "fa_query_scale_start", "fa_output_gate",
-    "la_short_conv", "la_conv_kernel_size", "la_decay", "la_beta", "la_output_gate", "la_rope",
-    "la_qk_norm", "sliding_window_tokens", "sliding_window_sink", "fusion",
-)  # fmt: skip
+_NOT_TOLD = ("la_kind", "head_init_seed")
+"""Fields that say with the plan what each head is, or no longer matter once there are weights."""
+SAME = tuple(name for name in stored_fields() if name not in {*NAMES, *_NOT_TOLD})
 """Fields that keep their names."""
-PART_OF_KINDS = ("la_kind",)
-"""Fields that say with the plan what each head is."""
-LEFT_OUT = ("head_init_seed",)
-"""Fields that no longer matter once there are weights."""
 
 
 def exported_config(config: HydraConfig, plan: HeadPlan) -> HydraHeadConfig:
