@@ -9,16 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_json
-from megatron_hydra.schema import MAY_LACK, Limits, from_json, named
+from megatron_hydra.schema import MAY_LACK, Count, from_json, named
 
 HeadKind = str
 """`fa`, `la` (of the model's `la_kind`) or the name of a kind."""
-
-_Count = Annotated[int, Limits(least=1)]
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ class _File:
 
     schema_version: Literal[1]
     kind: Literal["head_plan"]
-    num_layers: _Count
-    num_heads: _Count
-    num_query_groups: _Count
+    num_layers: Count
+    num_heads: Count
+    num_query_groups: Count
     teacher_config_hash: str
     layers: list[_FileLayer]
     provenance: Mapping[str, Any]

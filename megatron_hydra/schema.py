@@ -78,6 +78,12 @@ class Limits:
         return ", and ".join(text.format(_figure(x)) for x, text in parts if x is not None)
 
 
+Count = Annotated[int, Limits(least=1)]
+"""The type of a field that counts something of which there is one at least."""
+Share = Annotated[float, Limits(least=0, most=1)]
+"""The type of a field that is a part of a whole."""
+
+
 @dataclass(frozen=True)
 class ReadBy:
     """As part of a field's type: a function of value and name reads it, in place of this file."""

@@ -20,7 +20,7 @@ from megatron_hydra.evaluation.results import (
     percent_text,
 )
 from megatron_hydra.files import write_json
-from megatron_hydra.schema import MAY_LACK, Limits, from_json, load_json, named
+from megatron_hydra.schema import MAY_LACK, Count, Limits, Share, from_json, load_json, named
 from megatron_hydra.unfinished import UnfinishedWork
 
 SCHEMA_VERSION = 1
@@ -28,8 +28,6 @@ FILE_KIND = "generation"
 DEPTHS = tuple(fifth / 5 for fifth in range(5))
 """Where the fifths of a prompt start, by which needles are counted."""
 _COUNTS = "num_right", "num_samples"
-_Count = Annotated[int, Limits(least=1)]
-_Share = Annotated[float, Limits(least=0, most=1)]
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class AtDepth:
         num_samples: Samples.
     """
 
-    start: _Share
+    start: Share
     num_right: Annotated[int, Limits(least=0)]
-    num_samples: _Count
+    num_samples: Count
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,13 @@ class Answered:
     """
 
     task: str
-    length: _Count
+    length: Count
     num_right: Annotated[int, Limits(least=0)]
-    num_samples: _Count
+    num_samples: Count
     accuracy: float
     interval: tuple[float, float]
-    match_all: _Share
-    match_part: _Share
+    match_all: Share
+    match_part: Share
     by_depth: tuple[AtDepth, ...] = field(default=(), metadata=MAY_LACK)
     right: str = field(default="", metadata=MAY_LACK)
 

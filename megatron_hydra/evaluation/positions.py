@@ -12,11 +12,10 @@ from typing import Annotated
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import check_held_out, check_window
-from megatron_hydra.schema import Limits
+from megatron_hydra.schema import Count, Limits
 
 FIRST_BUCKET = 64
 """Positions of the first bucket; each further one ends at twice as many."""
-_Count = Annotated[int, Limits(least=1)]
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class PositionLoss:
         loss_nats: Their mean next-token loss.
     """
 
-    first: _Count
-    last: _Count
-    num_tokens: _Count
+    first: Count
+    last: Count
+    num_tokens: Count
     loss_nats: Annotated[float, Limits(least=0)]
 
 

@@ -24,7 +24,7 @@ from megatron_hydra.evaluation.results import (
     perplexity_of,
 )
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.schema import MAY_LACK, Limits, load_json, named
+from megatron_hydra.schema import MAY_LACK, Count, Limits, load_json, named
 from megatron_hydra.selection.cost import (
     SERVE_DTYPES,
     ModelShape,
@@ -33,16 +33,15 @@ from megatron_hydra.selection.cost import (
     state_bytes,
 )
 
-_Count = Annotated[int, Limits(least=1)]
 _Bytes = Annotated[int, Limits(least=0)]
 
 
 @dataclass(frozen=True)
 class _Task:
     task: str
-    length: _Count
+    length: Count
     num_right: Annotated[int, Limits(least=0)]
-    num_samples: _Count
+    num_samples: Count
     accuracy: float
     interval: tuple[float, float]
 
@@ -55,7 +54,7 @@ class _Model:
     plan_name: str
     plan: list[list[int]] | None
     fa_heads: int
-    total_heads: _Count
+    total_heads: Count
     cache_bytes_per_token: _Bytes
     state_bytes: _Bytes
     perplexity: Mapping[int, Annotated[float, Limits(least=1)] | None]
@@ -71,7 +70,7 @@ class _File:
     """The keys of an evaluation's file; figures that follow from others are held to them."""
 
     models: list[_Model]
-    training_length: _Count
+    training_length: Count
     provenance: Mapping[str, Any]
     serve_dtype: ServeDtype | None = field(default=None, metadata=MAY_LACK)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from megatron_hydra.files import write_json
-from megatron_hydra.schema import Limits
+from megatron_hydra.schema import Limits, Share
 from megatron_hydra.selection.cost import ServeDtype, state_format
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ Cell = tuple[str, int]
 FAHeads = tuple[tuple[int, ...], ...]
 """The FA heads of each layer, ascending: what decides which plan a hybrid has."""
 Key = TypeVar("Key")
-_Share = Annotated[float, Limits(least=0, most=1)]
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ class NeedleGrid:
 
     task: str
     lengths: tuple[Annotated[int, Limits(least=0)], ...]
-    depths: tuple[_Share, ...]
-    accuracy: tuple[tuple[_Share, ...], ...]
+    depths: tuple[Share, ...]
+    accuracy: tuple[tuple[Share, ...], ...]
 
     @classmethod
     def count(cls, task: str, samples: Sequence[TaskSample], right: Sequence[bool]) -> NeedleGrid:

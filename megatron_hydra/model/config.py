@@ -11,11 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.mixers.costs import LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.schema import MAY_LACK, Limits, check_fields
+from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
 CHOSEN_AT_LOAD = {"chosen_at_load": True}
 """Metadata of a field that no checkpoint stores: where and how a model runs."""
-_Count = Annotated[int, Limits(least=1)]
 # Megatron's fields whose other values teacher and hybrid would not honour on every backend: what
 # the layer specs fix, and what the FA and LA branches have no part for.
 _MEGATRON_FIELDS: dict[str, Any] = {
@@ -51,16 +50,16 @@ class HydraFields:
     it is known, see the comments.
     """
 
-    vocab_size: _Count = 0
+    vocab_size: Count = 0
     """Tokens of the vocabulary; padded where tensor-parallel ranks cannot share them equally."""
-    seq_length: _Count = 2048
+    seq_length: Count = 2048
     """Longest sequence the model is built for, in tokens."""
     rotary_base: Annotated[float, Limits(above=0)] = 10000.0
     rope_scaling_factor: Annotated[float, Limits(least=1)] = 1.0
     """1 is plain RoPE; above it Llama 3.1's scaling with this factor, see `rotary.py`."""
     rope_low_freq_factor: Annotated[float, Limits(above=0)] = 1.0
     rope_high_freq_factor: Annotated[float, Limits(above=0)] = 4.0
-    rope_original_length: _Count = 8192
+    rope_original_length: Count = 8192
     share_embeddings_and_output_weights: bool = False
 
     backend: Literal["local", "transformer_engine"] = field(
@@ -99,7 +98,7 @@ class HydraFields:
     """What the heads are that are not FA, where the plan names no kind: `gated_delta_net` (arXiv
     2412.06464), `kda` (Kimi Delta Attention, arXiv 2510.26692) or `sliding_window`."""
     la_short_conv: bool = True
-    la_conv_kernel_size: _Count = 4
+    la_conv_kernel_size: Count = 4
     la_decay: bool = True
     la_beta: bool = True
     la_output_gate: Literal["silu", "sigmoid", "none"] = "silu"
@@ -109,7 +108,7 @@ class HydraFields:
     """Keep the teacher's q and k norms before the L2 norm; says nothing where it has none."""
 
     # Heads of a sliding window, with the teacher's RoPE and an output gate at identity.
-    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
+    sliding_window_tokens: Count = field(default=512, metadata=MAY_LACK)
     """Tokens that a head attends to, its own counted in."""
     sliding_window_sink: bool = field(default=True, metadata=MAY_LACK)
     """A learnable logit per head in each softmax's sum, for weight that goes to no token. It scales

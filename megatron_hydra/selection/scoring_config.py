@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.schema import Limits, PathText, read_config
+from megatron_hydra.schema import Count, Limits, PathText, read_config
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.scorers.controls import CONTROLS
 from megatron_hydra.tasks.probes import find_sub_probe
@@ -24,7 +24,6 @@ SCORERS = (
     "attention_score",
 )
 _PAPER = ("activation_patching", "path_patching")  # receivers and senders
-_Count = Annotated[int, Limits(least=1)]
 _AboveZero = Annotated[float, Limits(above=0)]
 _Scorer = Annotated[str, Limits(choices=(*SCORERS, *CONTROLS))]
 
@@ -40,7 +39,7 @@ class ModelSection:
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     """None: that of a checkpoint folder; float32 for a Hugging Face folder, whatever it stores.
     Costs are told in the format that serves, which this is not: see `plan --serve-dtype`."""
-    tensor_model_parallel_size: _Count = 1
+    tensor_model_parallel_size: Count = 1
 
 
 @dataclass
@@ -56,11 +55,11 @@ class ProbesSection:
             "niah_multikey_2",
         ]
     )
-    pairs: _Count = 12
+    pairs: Count = 12
     """Counterfactual pairs per sub-probe."""
-    pairs_of: dict[str, _Count] = field(default_factory=dict)
+    pairs_of: dict[str, Count] = field(default_factory=dict)
     """Other numbers for some sub-probes: noisy ones, such as `text`, need more."""
-    length: _Count | None = None
+    length: Count | None = None
     """Tokens of a sample with its answer. None: 4,096 as in the paper, or as many as the teacher is
     built for."""
     seed: int = 0
@@ -99,7 +98,7 @@ class ScorersSection:
     path_patching: PathPatchingSection = field(default_factory=PathPatchingSection)
     num_rechecked: int = 16
     """Heads that attribution patching measures exactly."""
-    window_tokens: _Count = 512
+    window_tokens: Count = 512
     """Of the scorer `window_ablation`: tokens that a head still sees, itself counted in."""
     control_seed: int = 0
     """Of the scorer `random`."""
@@ -126,7 +125,7 @@ class RunSection:
 
     out: PathText
     """Scores file; `OUT.partial/` beside it holds what is finished while the run lasts."""
-    batch_tokens: _Count = 8192
+    batch_tokens: Count = 8192
     """Tokens of one forward, unless a single sample is longer."""
 
 

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.mixers.costs import CostModel, LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
-from megatron_hydra.schema import MAY_LACK, Limits, check_fields
+from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
-
-_Count = Annotated[int, Limits(least=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class LAHeads:
     """
 
     la_kind: LAKind = field(default="gated_delta_net", metadata=MAY_LACK)
-    sliding_window_tokens: _Count = field(default=512, metadata=MAY_LACK)
+    sliding_window_tokens: Count = field(default=512, metadata=MAY_LACK)
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,13 @@ class ModelShape(LAHeads):
 
     FORMER_KEYS: ClassVar = ("value_bytes",)  # the number format that the weights had
 
-    num_layers: _Count
-    num_heads: _Count
-    num_query_groups: _Count
-    head_dim: _Count
-    hidden_size: _Count
-    ffn_hidden_size: _Count
-    vocab_size: _Count
+    num_layers: Count
+    num_heads: Count
+    num_query_groups: Count
+    head_dim: Count
+    hidden_size: Count
+    ffn_hidden_size: Count
+    vocab_size: Count
     tied_embeddings: bool
     conv_kernel_size: Annotated[int, Limits(least=0)] = 4
 
