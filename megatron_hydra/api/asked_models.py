@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_hydra.errors import UserError
 from megatron_hydra.export.code import brings_code
 from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
-from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.config_json import FIELDS, read_config, read_keys, shape_fields
 from megatron_hydra.teachers.families import FAMILIES
 from megatron_hydra.teachers.model_folder import (

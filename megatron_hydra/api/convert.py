@@ -15,8 +15,9 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.provenance import origin
-from megatron_hydra.selection.cost import ModelShape, ServeDtype, weight_bytes
+from megatron_hydra.selection.cost import ServeDtype, weight_bytes
 from megatron_hydra.selection.policy import read_shape
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.config_json import config_hash, read_config
 from megatron_hydra.teachers.license import read_license

@@ -29,12 +29,8 @@ from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.provenance import origin
-from megatron_hydra.selection.cost import (
-    ModelShape,
-    ServeDtype,
-    cache_bytes_per_token,
-    state_bytes,
-)
+from megatron_hydra.selection.cost import ServeDtype, cache_bytes_per_token, state_bytes
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.tasks.needles import NeedleTask, find_task
 from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
@@ -205,8 +201,9 @@ class _Folder(NamedTuple):
 
 def _read_folder(folder: Path) -> _Folder:
     """Read a model's small files, so that a bad folder is named before anything takes long."""
-    from megatron_hydra.teachers.checkpoint import is_checkpoint_folder, read_metadata
+    from megatron_hydra.teachers.checkpoint import read_metadata
     from megatron_hydra.teachers.config_json import read_config
+    from megatron_hydra.teachers.model_folder import is_checkpoint_folder
 
     origin: dict[str, Any] = {"path": str(folder)}
     if not is_checkpoint_folder(folder):

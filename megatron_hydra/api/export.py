@@ -14,12 +14,12 @@ from megatron_hydra.files import check_output, check_outputs, versions, write_be
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.selection.cost import (
-    ModelShape,
     ServeDtype,
     cache_bytes_per_token,
     state_bytes,
     weight_bytes,
 )
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.model_folder import check_model_folder
 
 _FORMATS: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -14,7 +14,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.comparison import PlanComparison, compare_plans
-from megatron_hydra.selection.cost import Costs, ModelShape, ServeDtype, costs_of
+from megatron_hydra.selection.cost import Costs, ServeDtype, costs_of
 from megatron_hydra.selection.explanation import Explanation
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import (
@@ -26,6 +26,7 @@ from megatron_hydra.selection.policy import (
     scores_as_planned,
 )
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from megatron_hydra.processes import is_first_rank
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.provenance import origin
 from megatron_hydra.selection.combination import Array
-from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.scorers.controls import CONTROL_PROBE, CONTROLS, control_effects
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.tasks.probes import Probe, find_sub_probe, make_probe
 from megatron_hydra.tasks.text import STAND_IN, read_text, split_held_out, stand_in_text
 from megatron_hydra.tasks.text_files import find_texts

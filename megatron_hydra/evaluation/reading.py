@@ -27,11 +27,11 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.schema import MAY_LACK, Count, Limits, load_json, named
 from megatron_hydra.selection.cost import (
     SERVE_DTYPES,
-    ModelShape,
     ServeDtype,
     cache_bytes_per_token,
     state_bytes,
 )
+from megatron_hydra.selection.shape import ModelShape
 
 _Bytes = Annotated[int, Limits(least=0)]
 

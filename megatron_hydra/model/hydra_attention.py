@@ -36,8 +36,9 @@ from megatron_hydra.model.decoding import LayerState, check_decoding
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.model.mixers.base import Mixer, Stream
+from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.mixers.kinds import kinds_of_layer, lay_out
-from megatron_hydra.model.placement import CostModel, place_heads
+from megatron_hydra.model.placement import place_heads
 from megatron_hydra.model.projection import Section
 from megatron_hydra.model.sharding import init_heads, sharded_heads
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
-from megatron_hydra.model.mixers.costs import CostModel as CostModel
+from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.parallel_sizes import divisors
 
 PlacementPolicy = Literal["balanced", "by_type"]

@@ -10,15 +10,10 @@ from typing import Any, NamedTuple
 from megatron_hydra.evaluation.results import Accuracy, Cell, Evaluation, ModelResult
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.training_runs import recorded
-from megatron_hydra.selection.cost import (
-    SERVE_DTYPES,
-    ModelShape,
-    num_stored_groups,
-    other_heads,
-    weight_bytes,
-)
+from megatron_hydra.selection.cost import SERVE_DTYPES, num_stored_groups, other_heads, weight_bytes
 from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import ModelShape
 
 Versions = Mapping[str, Mapping[str, Sequence[str]]]
 """Package -> version -> names of the inputs that record it."""

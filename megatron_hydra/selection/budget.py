@@ -11,13 +11,13 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.schema import MAY_LACK, Limits, ReadBy, check_fields
 from megatron_hydra.selection.cost import (
     GIB,
-    ModelShape,
     PlanCost,
     ServeDtype,
     decode_bounds,
     find_device,
     total_cache_bytes,
 )
+from megatron_hydra.selection.shape import ModelShape
 
 BudgetKind = Literal["fa_heads", "fa_ratio", "kv_cache_ratio", "cache_gib", "decode_ms"]
 

@@ -21,7 +21,7 @@ from typing import Literal
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, HeadPlan
 from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, KindCosts, LAKind
-from megatron_hydra.selection.shape import ModelShape as ModelShape
+from megatron_hydra.selection.shape import ModelShape
 
 GIB = 2**30
 TRAINING_EFFICIENCY = 0.4

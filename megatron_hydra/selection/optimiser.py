@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from megatron_hydra.selection.budget import Constraints, Limit, Problem
 from megatron_hydra.selection.combination import Array
-from megatron_hydra.selection.cost import ModelShape, PlanCost
+from megatron_hydra.selection.cost import PlanCost
+from megatron_hydra.selection.shape import ModelShape
 
 Head = tuple[int, int]
 """Layer and head, from 0."""

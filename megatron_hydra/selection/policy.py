@@ -19,7 +19,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints, Problem
 from megatron_hydra.selection.combination import Array, Combination
-from megatron_hydra.selection.cost import SERVE_DTYPES, ModelShape, costs_of
+from megatron_hydra.selection.cost import SERVE_DTYPES, costs_of
 from megatron_hydra.selection.explanation import (
     FORMER_REASONS,
     NUM_RESAMPLES,
@@ -28,6 +28,7 @@ from megatron_hydra.selection.explanation import (
 )
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.selection.windows import WINDOW, choose_windows
 
 DEFAULT_CONTEXT_TOKENS = 32768

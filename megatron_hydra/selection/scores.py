@@ -25,7 +25,7 @@ from megatron_hydra.selection.combination import (
     capability_scores,
     combine,
 )
-from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.shape import ModelShape
 
 SCHEMA_VERSION = 2
 _FILE_KIND = "head_scores"

@@ -29,8 +29,7 @@ from megatron_hydra.teachers.distributed_weights import (
 )
 from megatron_hydra.teachers.license import License
 from megatron_hydra.teachers.loading import check_overrides, load_teacher, megatron_fields
-from megatron_hydra.teachers.model_folder import is_checkpoint_folder as is_checkpoint_folder
-from megatron_hydra.teachers.model_folder import weights_hash as weights_hash
+from megatron_hydra.teachers.model_folder import is_checkpoint_folder, weights_hash
 from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
 
 if TYPE_CHECKING:

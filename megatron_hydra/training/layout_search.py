@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.parallel_sizes import divisors
-from megatron_hydra.selection.cost import Device, ModelShape
+from megatron_hydra.selection.cost import Device
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check, check_model, check_ranks
 from megatron_hydra.training.memory import TrainingMemory, counted_stage, memory_of_run

@@ -21,7 +21,6 @@ from megatron_hydra.head_plan import HeadKind, HeadPlan, LayerHeadPlan
 from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.placement import place_heads
 from megatron_hydra.selection.cost import (
-    ModelShape,
     PlanCost,
     ServeDtype,
     attention_weight_bytes,
@@ -30,6 +29,7 @@ from megatron_hydra.selection.cost import (
     state_bytes,
     weight_bytes,
 )
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.needle_rounds import NeedleRounds
 
 if TYPE_CHECKING:

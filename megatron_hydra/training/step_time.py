@@ -24,12 +24,12 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import (
     DEVICES,
     Device,
-    ModelShape,
     attention_weight_bytes,
     flops_of_sequence,
     num_stored_groups,
     weight_bytes,
 )
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.needle_rounds import NeedleRounds
 
 if TYPE_CHECKING:

@@ -39,11 +39,8 @@ from megatron_hydra.evaluation.ruler import (  # noqa: E402
 )
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.selection.cost import (  # noqa: E402
-    ModelShape,
-    cache_bytes_per_token,
-    state_bytes,
-)
+from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 from megatron_hydra.tasks.needles import TASKS, NeedleSample, NeedleTask  # noqa: E402
 from megatron_hydra.teachers.checkpoint import save_checkpoint  # noqa: E402
 from megatron_hydra.teachers.tokenizer import load_tokenizer  # noqa: E402

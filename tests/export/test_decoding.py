@@ -22,11 +22,8 @@ from transformers import DynamicCache  # noqa: E402
 from megatron_hydra.export.cache_hydra import HydraCache  # noqa: E402
 from megatron_hydra.export.recurrence_hydra import PIECES  # noqa: E402
 from megatron_hydra.export.stream_hydra import padded_mask  # noqa: E402
-from megatron_hydra.selection.cost import (  # noqa: E402
-    ModelShape,
-    cache_bytes_per_token,
-    state_bytes,
-)
+from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 
 CACHES = pytest.param(None, id="dynamic"), pytest.param(150, id="static")
 LENGTH = 150  # beyond the tiny model's 64, and beyond a block of the window's

@@ -9,7 +9,7 @@ from math import inf
 from operator import mul, sub
 
 from megatron_hydra.head_plan import LayerHeadPlan
-from megatron_hydra.model.placement import CostModel
+from megatron_hydra.model.mixers.costs import CostModel
 
 
 def cheapest_dearest_rank(

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from megatron_hydra.selection.combination import Combination
-from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.scores import HeadScores, ProbeRecord
+from megatron_hydra.selection.shape import ModelShape
 
 SCORER, PROBE, CAPABILITY = "scorer", "probe", "retrieval"
 """Names that :func:`make_scores` gives where it is handed none."""

@@ -24,11 +24,8 @@ from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.generation import Sampling, generate, likeliest  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.selection.cost import (  # noqa: E402
-    ModelShape,
-    cache_bytes_per_token,
-    state_bytes,
-)
+from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 
 LENGTHS = (20, 13, 3)

@@ -16,11 +16,8 @@ from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E40
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.model.generation import generate  # noqa: E402
 from megatron_hydra.model.sequence import packed_sequence  # noqa: E402
-from megatron_hydra.selection.cost import (  # noqa: E402
-    ModelShape,
-    cache_bytes_per_token,
-    state_bytes,
-)
+from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 
 LENGTH = 150  # beyond the tiny model's 64, and beyond two chunks of the recurrence
 

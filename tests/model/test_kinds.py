@@ -22,7 +22,8 @@ from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS  # noqa: E402
 from megatron_hydra.model.mixers.kinds import KINDS  # noqa: E402
 from megatron_hydra.model.mixers.sliding_window import SlidingWindow  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.selection.cost import ModelShape, attention_weight_bytes  # noqa: E402
+from megatron_hydra.selection.cost import attention_weight_bytes  # noqa: E402
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 from megatron_hydra.teachers.checkpoint import read_metadata  # noqa: E402
 from megatron_hydra.teachers.loading import hydra_config  # noqa: E402
 

@@ -10,7 +10,8 @@ from kit.exact_placement import cheapest_dearest_rank
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
-from megatron_hydra.model.placement import CostModel, LayerPlacement, PlacementPolicy, place_heads
+from megatron_hydra.model.mixers.costs import CostModel
+from megatron_hydra.model.placement import LayerPlacement, PlacementPolicy, place_heads
 
 SMALL = CostModel(hidden_size=128, head_dim=32)
 

@@ -14,7 +14,7 @@ from kit.published import CONFIGS, NUM_PARAMETERS
 from uneven_plan import uneven_plan
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.memory import training_memory
 
 pytestmark = pytest.mark.dist

@@ -30,8 +30,8 @@ from megatron_hydra.report import render_report
 from megatron_hydra.report.headline import num_parameters
 from megatron_hydra.report.training_runs import read_run
 from megatron_hydra.report.units import format_bytes, format_plain, format_time
-from megatron_hydra.selection.cost import ModelShape
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import ModelShape
 
 HOSTILE = "<script>alert(1)</script><img src='https://example.org/x.png'>&amp;\"{{ 7 * 7 }}$x$"
 

@@ -21,13 +21,9 @@ from megatron_hydra.report.charts import draw_cache
 from megatron_hydra.report.page import render_report
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import memory_section
-from megatron_hydra.selection.cost import (
-    ModelShape,
-    ServeDtype,
-    cache_bytes_per_token,
-    state_bytes,
-)
+from megatron_hydra.selection.cost import ServeDtype, cache_bytes_per_token, state_bytes
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import ModelShape
 
 LAYERS, HEADS, GROUPS = 3, 6, 3
 FA_HEADS: dict[int, list[int]] = {0: [0, 1], 1: [2], 2: [0, 4]}  # four of nine groups stored

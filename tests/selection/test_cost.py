@@ -29,7 +29,6 @@ from megatron_hydra.selection.cost import (  # noqa: E402
     DEVICES,
     GIB,
     Device,
-    ModelShape,
     ServeDtype,
     cache_bytes_per_token,
     costs_of,
@@ -43,6 +42,7 @@ from megatron_hydra.selection.cost import (  # noqa: E402
     weight_bytes,
     weight_bytes_read,
 )
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 
 QWEN3_1P7B = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, True)
 

@@ -17,8 +17,9 @@ from kit.exact_plans import least_excess_exactly, solve_exactly
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.selection.budget import Budget, Constraints, Limit, Problem
-from megatron_hydra.selection.cost import ModelShape, PlanCost
+from megatron_hydra.selection.cost import PlanCost
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
+from megatron_hydra.selection.shape import ModelShape
 
 CONSTRAINTS = [
     Constraints(),

@@ -28,7 +28,7 @@ from megatron_hydra.selection import scoring_run  # noqa: E402
 from megatron_hydra.selection.combination import Combination  # noqa: E402
 from megatron_hydra.selection.scorers.activation_patching import ActivationPatching  # noqa: E402
 from megatron_hydra.selection.scores import HeadScores  # noqa: E402
-from megatron_hydra.teachers.checkpoint import weights_hash  # noqa: E402
+from megatron_hydra.teachers.model_folder import weights_hash  # noqa: E402
 
 LENGTH, NUM_PAIRS = 256, 8
 OPTIONS = [

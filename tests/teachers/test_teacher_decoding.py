@@ -28,7 +28,8 @@ from megatron.core.inference.contexts import StaticInferenceContext  # noqa: E40
 
 from megatron_hydra.model.generation import generate  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.selection.cost import ModelShape, cache_bytes_per_token  # noqa: E402
+from megatron_hydra.selection.cost import cache_bytes_per_token  # noqa: E402
+from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
 
 LENGTHS, NUM_NEW = (20, 13, 3), 24

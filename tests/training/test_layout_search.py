@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.selection.cost import DEVICES, ModelShape
+from megatron_hydra.selection.cost import DEVICES
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.config import RunConfig, load_config
 from megatron_hydra.training.config_checks import check, check_ranks
 from megatron_hydra.training.layout_search import Cluster, as_written, fastest, with_layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import ModelShape
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.memory import training_memory
 
 SHAPE = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import DEVICES, ModelShape
+from megatron_hydra.selection.cost import DEVICES
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.step_time import (
     CALIBRATION,
     ERRORS_PERCENT,

@@ -287,7 +287,7 @@ def logged(metrics: Path) -> list[dict[str, Any]]:
 
 def predicted_gib(words: Sequence[str], gpus: int) -> float | None:
     """Of the GPU that needs most; None where it is not known."""
-    from megatron_hydra.selection.cost import ModelShape
+    from megatron_hydra.selection.shape import ModelShape
     from megatron_hydra.teachers.model_folder import peek_metadata
     from megatron_hydra.training.config import load_config
     from megatron_hydra.training.memory import memory_of_run

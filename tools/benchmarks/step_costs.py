@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.selection.cost import ModelShape, flops_of_sequence
+from megatron_hydra.selection.cost import flops_of_sequence
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.memory import training_memory
 from megatron_hydra.training.step_time import Work
 
