@@ -40,6 +40,17 @@ def _warnings_are_captured(caplog: pytest.LogCaptureFixture) -> None:
     caplog.handler.setLevel(0)
 
 
+def _one_rank() -> None:
+    """Megatron's groups of one process, and its random numbers from the start."""
+    from megatron_hydra.parallel import initialize_model_parallel
+
+    initialize_model_parallel()
+
+
+one_rank = pytest.fixture(_one_rank)
+one_rank_of_module = pytest.fixture(_one_rank, scope="module")
+
+
 @pytest.fixture
 def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     """LA preparation in strips of 4 tokens: its kernels take so many steps, with 3 more each.

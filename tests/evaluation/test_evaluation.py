@@ -38,7 +38,6 @@ from megatron_hydra.evaluation.ruler import (  # noqa: E402
     needle_depths,
 )
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
-from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
 from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 from megatron_hydra.tasks.needles import TASKS, NeedleSample, NeedleTask  # noqa: E402
@@ -49,10 +48,7 @@ VOCAB = 32
 PLAN = HeadPlan.from_fa_heads({0: [0, 1, 3], 1: [2]}, 2, 4, 2)  # 2 groups, then 1
 TWO_KEYS = NeedleTask("multi_key_2", 2)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 @pytest.fixture(scope="module")

@@ -33,15 +33,11 @@ from megatron_hydra.evaluation.results import (  # noqa: E402
     format_perplexity,
     format_table,
 )
-from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers.loading import load_teacher  # noqa: E402
 
 VOCAB = 32
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 def random_text(num_tokens: int, vocab: int = VOCAB) -> list[int]:

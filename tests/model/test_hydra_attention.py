@@ -24,11 +24,7 @@ from megatron_hydra.model.mixers import gated_delta_net  # noqa: E402
 from megatron_hydra.model.sequence import packed_sequence  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _one_rank(short_strips):
-    initialize_model_parallel()
-
+pytestmark = pytest.mark.usefixtures("short_strips", "one_rank")
 
 THREE_KINDS = {0: {"kda": (0, 6), "sliding_window": (3, 7)}}
 """Beside `FA_HEADS`; head 4 stays Gated DeltaNet."""

@@ -27,10 +27,7 @@ from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 from megatron_hydra.teachers.checkpoint import read_metadata  # noqa: E402
 from megatron_hydra.teachers.loading import hydra_config  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _one_rank():
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def test_every_kind_has_costs_and_names_of_its_own():

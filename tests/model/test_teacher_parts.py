@@ -12,15 +12,11 @@ from torch import Tensor
 
 from megatron_hydra.model.build import build_model
 from megatron_hydra.model.hydra_attention import HydraAttention
-from megatron_hydra.parallel import initialize_model_parallel
 
 LENGTH, HIDDEN = 21, 32
 KERNELS = pytest.mark.parametrize("kernels", ["reference", "triton"])
 
-
-@pytest.fixture(autouse=True)
-def _one_rank(short_strips: None) -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("short_strips", "one_rank")
 
 
 def _attention(**fields: Any) -> HydraAttention:

@@ -8,7 +8,6 @@ from kit import circuits
 from kit.circuits import ANSWER, CARRIED, IS_DIGIT, IS_QUESTION, VALUE
 from torch import Tensor, nn
 
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers import activations
 from megatron_hydra.selection.scorers.ablation import MeanAblation, WindowAblation, ZeroAblation
 from megatron_hydra.selection.scorers.base import PairBatch
@@ -16,10 +15,7 @@ from megatron_hydra.selection.scorers.base import PairBatch
 SENDER, DECOY, RECEIVER = (0, 1), (1, 2), (2, 3)
 SCORERS = [ZeroAblation, MeanAblation]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

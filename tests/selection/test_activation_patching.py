@@ -13,7 +13,6 @@ from kit.tiny_qwen3 import write_tiny_qwen3
 from torch import Tensor, nn
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers import activations
 from megatron_hydra.selection.scorers.activation_patching import ActivationPatching, patch_heads
 from megatron_hydra.selection.scorers.activations import head_channels, run_with_activations
@@ -23,10 +22,7 @@ from megatron_hydra.teachers.loading import load_teacher
 
 RECEIVER, DECOY, SENDER = (1, 3), (1, 2), (0, 1)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 @torch.no_grad()

@@ -12,17 +12,13 @@ from kit.circuits import ANSWER, CARRIED, IS_DIGIT, IS_QUESTION, VALUE
 from kit.tiny_qwen3 import write_tiny_qwen3
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers.attention_score import AttentionScore
 from megatron_hydra.selection.scorers.base import collate
 from megatron_hydra.tasks.needles import CounterfactualPair, Sample
 from megatron_hydra.tasks.probes import Probe
 from megatron_hydra.teachers.loading import load_teacher
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 def test_a_decoy_fools_it_and_a_receiver_that_looks_elsewhere_is_missed() -> None:

@@ -9,17 +9,13 @@ from kit.circuits import ANSWER, CARRIED, IS_DIGIT, IS_QUESTION, VALUE
 from torch import Tensor, nn
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers.activation_patching import ActivationPatching
 from megatron_hydra.selection.scorers.attribution_patching import AttributionPatching
 from megatron_hydra.selection.scorers.base import PairBatch
 
 SENDER, DECOY, RECEIVER = (0, 1), (1, 2), (2, 3)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 def test_the_final_norm_misleads_the_estimate_and_the_recheck_puts_it_right() -> None:

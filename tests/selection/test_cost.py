@@ -23,7 +23,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
-from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.schema import from_json  # noqa: E402
 from megatron_hydra.selection.cost import (  # noqa: E402
     DEVICES,
@@ -46,10 +45,7 @@ from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 
 QWEN3_1P7B = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, True)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def parallel() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 def matrices(plan: HeadPlan | None, **fields: Any) -> dict[str, torch.Tensor]:

@@ -18,7 +18,6 @@ from kit.circuits import (
 from torch import Tensor, nn
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers import activations
 from megatron_hydra.selection.scorers.activation_patching import ActivationPatching
 from megatron_hydra.selection.scorers.base import PairBatch
@@ -28,10 +27,7 @@ from megatron_hydra.selection.scorers.path_patching import PathPatching
 SENDERS_SENDER, DECOY, SENDER, RECEIVER = (0, 1), (1, 2), (2, 0), (4, 3)
 NUM_LAYERS = 6
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 def circuit() -> nn.Module:

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.selection.scorers import activations, path_patching
 from megatron_hydra.selection.scorers.activation_patching import ActivationPatching
 from megatron_hydra.selection.scorers.base import collate
@@ -23,10 +22,7 @@ from megatron_hydra.selection.scoring_memory import check_memory, scoring_peak_b
 # on a CPU, and not on a GPU, is a quarter.
 SCORERS = {"activation_patching": (ActivationPatching, 0.7), "path_patching": (PathPatching, 0.9)}
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 class CountedStorage(TorchDispatchMode):

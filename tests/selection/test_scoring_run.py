@@ -23,7 +23,6 @@ from hydra_tools.cli import main, run_verb  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
-from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection import scoring_run  # noqa: E402
 from megatron_hydra.selection.combination import Combination  # noqa: E402
 from megatron_hydra.selection.scorers.activation_patching import ActivationPatching  # noqa: E402
@@ -38,10 +37,7 @@ OPTIONS = [
     "scorers.path_patching.min_effect=0.05",
 ]  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank_of_module")
 
 
 @pytest.fixture(scope="module")

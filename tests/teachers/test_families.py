@@ -38,10 +38,7 @@ PLAIN = {"fa_rope": True, "fa_query_scale": "none", "fusion": "none"}
 PROOFS: dict[str, dict[str, Any]] = {"qwen2": {}, "llama": {"rope_scaling": SCALED, **UNTIED}}
 LAYERS = {0: [1, 2], 1: [3]}
 
-
-@pytest.fixture(autouse=True)
-def _single_rank() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def _tokens() -> Tensor:

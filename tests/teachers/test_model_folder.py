@@ -15,14 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.teachers.checkpoint import load_any_model, read_metadata
 from megatron_hydra.teachers.model_folder import weights_hash
 
-
-@pytest.fixture(autouse=True)
-def _single_rank() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def _write(folder: Path, **fields: Any) -> Path:

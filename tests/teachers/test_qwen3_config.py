@@ -19,16 +19,12 @@ from kit.tiny_qwen3 import (
 )
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.teachers import config_json, loading, weights
 
 BASE = 5e5
 PLAIN = {"rope_type": "default", "rope_theta": BASE}
 
-
-@pytest.fixture(autouse=True)
-def _single_rank() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

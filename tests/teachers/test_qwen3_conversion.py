@@ -24,13 +24,9 @@ from kit.tiny_qwen3 import (  # noqa: E402
 )
 
 from megatron_hydra.errors import UserError  # noqa: E402
-from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers import config_json, conversion, loading, weights  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _single_rank() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

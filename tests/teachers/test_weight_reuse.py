@@ -22,7 +22,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
-from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers import conversion, loading, weights  # noqa: E402
 from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights  # noqa: E402
 
@@ -31,10 +30,7 @@ PLAIN = {"fa_rope": True, "fa_query_scale": "none", "fa_output_gate": False, "fu
 # Layer 0 splits both query groups (heads 0-1 and 2-3), layer 1 keeps one of them whole.
 MIXED = {0: [1, 2], 1: [2, 3]}
 
-
-@pytest.fixture(autouse=True)
-def _single_rank() -> None:
-    initialize_model_parallel()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
