@@ -8,7 +8,7 @@ from pathlib import Path
 
 import layouts
 import pytest
-from step_costs import SHAPE
+from qwen3_1p7b import SHAPE
 from uneven_plan import uneven_plan
 
 from megatron_hydra.training.config import load_config

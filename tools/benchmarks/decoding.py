@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from hydra_kernels.measure import device_figures, print_table, write
-from step_costs import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, SHAPE, VOCAB
+from qwen3_1p7b import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, SHAPE, VOCAB
 from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 from uneven_plan import uneven_plan
 

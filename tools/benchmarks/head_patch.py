@@ -17,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen3_1p7b import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, VOCAB
+
 from megatron_hydra import cpu
 from megatron_hydra.files import versions, write_json
 
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_1p7b": dict(
-        num_layers=28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16,
-        num_query_groups=8, kv_channels=128, vocab_size=151936, rotary_base=1e6,
+        num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS,
+        num_query_groups=GROUPS, kv_channels=DIM, vocab_size=VOCAB, rotary_base=1e6,
     ),
     "quickstart": dict(
         num_layers=4, hidden_size=128, ffn_hidden_size=384, num_attention_heads=8,

@@ -31,13 +31,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra_kernels.measure import device_figures, median_ms, print_table, write
+from qwen3_1p7b import DIM, GROUPS, HEADS, HIDDEN, LAYERS
 from torch import Tensor
-from uneven_plan import NUM_LAYERS, layers_by_count, uneven_plan
+from uneven_plan import layers_by_count, uneven_plan
 
 from megatron_hydra.files import read_json
 from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
 
-HEADS, GROUPS, DIM, HIDDEN = 16, 8, 128, 2048
 MIXES = {"3:1": 4, "7:1": 2}  # LA to FA heads: FA heads of a layer
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
 DIRECTIONS = ("forward", "forward+backward")
@@ -113,7 +113,7 @@ def measure(
 
 def measure_uneven(rows: list[dict[str, Any]], layers: _Layers, mixes: list[str]) -> None:
     """Fill in an uneven plan's mean layer beside the uniform one, and each number of FA heads."""
-    plans = {name: uneven_plan(NUM_LAYERS * MIXES[name]) for name in mixes}
+    plans = {name: uneven_plan(LAYERS * MIXES[name]) for name in mixes}
     kinds: dict[int, LayerHeadPlan] = {}
     for plan in plans.values():  # both plans' layers of so many FA heads are timed as one
         kinds = layers_by_count(plan) | kinds

@@ -32,7 +32,8 @@ from typing import Any
 
 import psutil
 from hydra_kernels.measure import print_table
-from uneven_plan import NUM_HEADS, NUM_LAYERS, NUM_QUERY_GROUPS, uneven_plan
+from qwen3_1p7b import HEADS, LAYERS, VOCAB
+from uneven_plan import uneven_plan
 
 from megatron_hydra.files import versions, write_json
 from megatron_hydra.head_plan import HeadPlan
@@ -170,6 +171,8 @@ def write_inputs(folder: Path, is_trial: bool) -> None:
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
+    from scoring import write_random_teacher
+
     from megatron_hydra.training.indexed_dataset import write_indexed_dataset
 
     source = ROOT / "examples/quickstart/teacher"
@@ -178,10 +181,9 @@ def write_inputs(folder: Path, is_trial: bool) -> None:
         plan, vocabulary, num_tokens = HeadPlan.from_fa_heads(heads, 4, 8, 4), 1024, 2**14
     else:
         source = folder / "source"
-        plan, vocabulary = uneven_plan(NUM_LAYERS * NUM_HEADS // 4), 151936
+        plan, vocabulary = uneven_plan(LAYERS * HEADS // 4), VOCAB
         num_tokens = 2**22
-        if not source.exists():
-            write_random_teacher(source)
+        write_random_teacher(source, "qwen3_1p7b")
     if not (folder / "plan.json").exists():
         plan.save(folder / "plan.json")
     if not (folder / "data.idx").exists():
@@ -192,23 +194,6 @@ def write_inputs(folder: Path, is_trial: bool) -> None:
             words = ["--teacher", str(source), *planned, "--calibration-tokens", "0"]
             words += ["--dtype", "float32" if is_trial else "bfloat16", "--out", f"{folder}/{name}"]
             subprocess.run([sys.executable, "-m", "hydra_tools.cli", "convert", *words], check=True)
-
-
-def write_random_teacher(folder: Path) -> None:
-    """A Qwen3-1.7B that knows nothing, with the quickstart's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144,
-        num_hidden_layers=NUM_LAYERS, num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_QUERY_GROUPS, head_dim=128, max_position_embeddings=40960,
-        rope_theta=1e6, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "examples/quickstart/teacher").save_pretrained(folder)
 
 
 def measure(layout: Layout, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:

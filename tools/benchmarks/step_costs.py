@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from qwen3_1p7b import SHAPE
+
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import flops_of_sequence
-from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.training.memory import training_memory
 from megatron_hydra.training.step_time import Work
 
-LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB = 28, 16, 8, 128, 2048, 6144, 151936
-SHAPE = ModelShape(LAYERS, HEADS, GROUPS, DIM, HIDDEN, FFN, VOCAB, tied_embeddings=True)
 MODELOPT = "distill, modelopt"
 PEAK_TFLOP_PER_S = 989.0  # dense bf16, NVIDIA's data sheets of H100 SXM and H200 SXM
 # The transfer's stage with the same losses.

@@ -46,20 +46,8 @@ from hydra_kernels.measure import device_figures, median_ms, peak_gib, print_tab
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.cuda_graphs import create_cudagraphs
-from step_costs import (
-    DIM,
-    FFN,
-    GROUPS,
-    HEADS,
-    HIDDEN,
-    LAYERS,
-    MODELOPT,
-    PEAK_TFLOP_PER_S,
-    VOCAB,
-    model_tflop,
-    predicted_gib,
-    rank_tflop,
-)
+from qwen3_1p7b import DIM, FFN, GROUPS, HEADS, HIDDEN, LAYERS, VOCAB
+from step_costs import MODELOPT, PEAK_TFLOP_PER_S, model_tflop, predicted_gib, rank_tflop
 from uneven_plan import uneven_plan
 
 from megatron_hydra.head_plan import HeadPlan

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from qwen3_1p7b import GROUPS, HEADS, LAYERS
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan, LayerHeadPlan
 
-NUM_LAYERS, NUM_HEADS, NUM_QUERY_GROUPS = 28, 16, 8
-PINNED_COUNTS = (0, 1, 3, 5, 9, NUM_HEADS)
+PINNED_COUNTS = (0, 1, 3, 5, 9, HEADS)
 """Numbers of FA heads that some layer of every plan has."""
 
 
@@ -35,21 +35,21 @@ def uneven_scores(num_fa_heads: int, seed: int = 0) -> NDArray[np.float64]:
         UserError: If there is no such plan.
     """
     free = num_fa_heads - sum(PINNED_COUNTS)
-    most = (NUM_LAYERS - len(PINNED_COUNTS)) * NUM_HEADS
+    most = (LAYERS - len(PINNED_COUNTS)) * HEADS
     if not 1 <= free <= most:
         low, high = (sum(PINNED_COUNTS) + n for n in (1, most))
         raise UserError(f"an uneven plan has {low} to {high} FA heads, not {num_fa_heads}")
     generator = np.random.default_rng(seed)
-    scales = generator.lognormal(sigma=1.0, size=(NUM_LAYERS, 1))
-    scores = scales * generator.lognormal(sigma=1.0, size=(NUM_LAYERS, NUM_HEADS))
-    layers = generator.permutation(NUM_LAYERS)
+    scales = generator.lognormal(sigma=1.0, size=(LAYERS, 1))
+    scores = scales * generator.lognormal(sigma=1.0, size=(LAYERS, HEADS))
+    layers = generator.permutation(LAYERS)
     pinned = layers[: len(PINNED_COUNTS)]
     lowest = np.sort(scores[layers[len(PINNED_COUNTS) :]], axis=None)[-free]  # that is still FA
     for layer, count in zip(pinned, PINNED_COUNTS, strict=True):
         # The border is put between the last that is FA and the next.
         ranked = np.sort(scores[layer])[::-1]
         last = ranked[count - 1] if count else 4 * ranked[0]
-        following = ranked[count] if count < NUM_HEADS else ranked[-1] / 4
+        following = ranked[count] if count < HEADS else ranked[-1] / 4
         scores[layer] *= lowest / np.sqrt(last * following)
     return scores
 
@@ -61,7 +61,7 @@ def uneven_plan(num_fa_heads: int, seed: int = 0) -> HeadPlan:
     fa_heads: dict[int, list[int]] = {}
     for layer, head in zip(*np.unravel_index(chosen, scores.shape), strict=True):
         fa_heads.setdefault(int(layer), []).append(int(head))
-    return HeadPlan.from_fa_heads(fa_heads, NUM_LAYERS, NUM_HEADS, NUM_QUERY_GROUPS)
+    return HeadPlan.from_fa_heads(fa_heads, LAYERS, HEADS, GROUPS)
 
 
 def layers_by_count(plan: HeadPlan) -> dict[int, LayerHeadPlan]:
