@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -326,6 +327,17 @@ def test_files_are_short_and_say_what_they_own(files: list[SourceFile]) -> None:
         if text and not text.startswith('"""'):
             wrong.append(f"{file.path}: the first line must say what the file owns")
     assert not wrong, wrong
+
+
+def test_every_room_says_what_it_owns_and_what_it_does_not(files: list[SourceFile]) -> None:
+    """In two sentences or more; of an operator's folder its api says it."""
+    rooms = [file.path for file in library(files) if file.path.endswith("/__init__.py")]
+    rooms.remove("megatron_hydra/__init__.py")  # what the command says of itself
+    for room in rooms:
+        if room.startswith("kernels/") and room != "kernels/hydra_kernels/__init__.py":
+            continue
+        text = ast.get_docstring(ast.parse((ROOT / room).read_text(encoding="utf-8"))) or ""
+        assert len(re.findall(r"\.(?=\s|$)", text)) > 1, room
 
 
 def test_every_test_file_has_a_name_of_its_own() -> None:

@@ -1,4 +1,7 @@
-"""Operators of the linear-attention heads; they know nothing of Megatron."""
+"""Operators of heads, their fusion and distillation's loss, a folder each: api, reference, kernels.
+
+They know nothing of Megatron, nor of plans and layers.
+"""
 
 import logging
 import os

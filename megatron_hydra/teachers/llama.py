@@ -1,4 +1,7 @@
-"""Llama 3: no norms of queries and keys, no biases, and from 3.1 on slower low frequencies."""
+"""Llama 3: no norms of queries and keys, no biases, and from 3.1 on slower low frequencies.
+
+Its tensors are those that all families have: `base` names them.
+"""
 
 from __future__ import annotations
 
