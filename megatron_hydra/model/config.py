@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.mixers.costs import LAKind
+from megatron_hydra.model.mixers.costs import CostModel, LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
@@ -118,6 +118,16 @@ class HydraFields:
     # Fusion, the paper's Eq 13-14 and its Table 5.
     fusion: Literal["scale", "norm", "none", "gate"] = "scale"
     """`scale` (per-head RMSNorm and scale), `norm` (no scale), `none`, `gate` (dynamic)."""
+
+    @property
+    def cost_model(self: Any) -> CostModel:
+        """The sizes that a head's costs depend on, by which placement deals heads out."""
+        return CostModel(
+            self.hidden_size,
+            self.kv_channels,
+            la_conv_kernel_size=self.la_conv_kernel_size if self.la_short_conv else 0,
+            sliding_window_tokens=self.sliding_window_tokens,
+        )
 
     def check_hydra_fields(self: Any) -> None:
         """Check the fields of this mixin against each other and Megatron's.

@@ -36,7 +36,6 @@ from megatron_hydra.model.decoding import LayerState, check_decoding
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.model.mixers.base import Mixer, Stream
-from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.mixers.kinds import kinds_of_layer, lay_out
 from megatron_hydra.model.placement import place_heads
 from megatron_hydra.model.projection import Section
@@ -97,12 +96,7 @@ class HydraAttention(MegatronModule):
             tp_size,
             config.placement,
             config.seq_length,
-            CostModel(
-                config.hidden_size,
-                config.kv_channels,
-                la_conv_kernel_size=config.la_conv_kernel_size if config.la_short_conv else 0,
-                sliding_window_tokens=config.sliding_window_tokens,
-            ),
+            config.cost_model,
         )
         self._log_placement()
         self.layout = lay_out(config, config.kv_channels, self.placement, tp_rank)
