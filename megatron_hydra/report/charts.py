@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from megatron_hydra.report.chart_style import INK, MUTED, PALETTE, plain_text
-from megatron_hydra.report.training_runs import Curve, TrainingRun
+from megatron_hydra.report.training_runs import Curve, RecordedRun
 from megatron_hydra.report.units import format_bytes, format_length, format_plain
 
 _MAX_POINTS = 600
 _MAX_DOTS = 40
 
 
-def draw_losses(run: TrainingRun) -> Figure:
+def draw_losses(run: RecordedRun) -> Figure:
     """The run's losses by step; the layers of an alignment loss thin, below the sum.
 
     Those on held-out samples are dashed: of several losses in the colour of the loss.

@@ -22,7 +22,7 @@ from megatron_hydra.report.sections import (
     training_section,
 )
 from megatron_hydra.report.selection_section import selection_section
-from megatron_hydra.report.training_runs import TrainingRun
+from megatron_hydra.report.training_runs import RecordedRun
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import scores_as_planned
 from megatron_hydra.selection.scores import HeadScores
@@ -32,7 +32,7 @@ def render_report(
     scores: HeadScores,
     plan: HeadPlan,
     evaluation: Evaluation,
-    runs: Sequence[TrainingRun],
+    runs: Sequence[RecordedRun],
     *,
     pareto: ParetoTable | None = None,
     generation: Generation | None = None,
@@ -89,7 +89,7 @@ def _check_together(
     scores: HeadScores,
     plan: HeadPlan,
     evaluation: Evaluation,
-    runs: Sequence[TrainingRun],
+    runs: Sequence[RecordedRun],
     teacher_config_hash: str,
 ) -> None:
     for config_hash in (scores.teacher_config_hash, teacher_config_hash):

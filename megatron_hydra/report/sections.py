@@ -15,7 +15,7 @@ from megatron_hydra.evaluation.generation import DEPTHS, Generation
 from megatron_hydra.evaluation.results import Evaluation, ModelResult
 from megatron_hydra.report.chart_style import Picture, to_picture
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
-from megatron_hydra.report.training_runs import TrainingRun
+from megatron_hydra.report.training_runs import RecordedRun
 
 
 def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
@@ -93,12 +93,12 @@ def crossover_tokens(model: ModelResult, teacher: ModelResult) -> int | None:
     return math.floor(model.state_bytes / saved) + 1
 
 
-def training_section(runs: Sequence[TrainingRun]) -> dict[str, Any]:
+def training_section(runs: Sequence[RecordedRun]) -> dict[str, Any]:
     """Loss, gradient norm and throughput of each run; must be called in :func:`chart_style`."""
     return {"runs": [(run, _curves(run, f"run{index}")) for index, run in enumerate(runs)]}
 
 
-def _curves(run: TrainingRun, name: str) -> dict[str, Any]:
+def _curves(run: RecordedRun, name: str) -> dict[str, Any]:
     speed = run.curves["train/tokens_per_s"]
     charts = {
         "loss": draw_losses(run),
@@ -135,7 +135,7 @@ def _first(values: np.ndarray) -> float:
 
 
 def provenance_section(
-    sources: Mapping[str, Mapping[str, Any]], runs: Sequence[TrainingRun], command: str
+    sources: Mapping[str, Mapping[str, Any]], runs: Sequence[RecordedRun], command: str
 ) -> dict[str, Any]:
     """Commands, versions and seeds of every input, and each provenance record in full."""
     own = {

@@ -80,7 +80,7 @@ class Life(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class RecordedRun:
     """A run of one stage.
 
     Attributes:
@@ -194,7 +194,7 @@ class TrainingRun:
         return [self.curves[tag] for tag in sorted(tags, key=lambda tag: (len(tag), tag))]
 
 
-def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
+def read_run(name: str, folder: str | os.PathLike[str]) -> RecordedRun:
     """Read ``run_config.yaml``, the event files in ``tensorboard/``, and the hybrid's provenance.
 
     A run that was stopped and resumed has several event files with steps in common: what the
@@ -217,7 +217,7 @@ def read_run(name: str, folder: str | os.PathLike[str]) -> TrainingRun:
     provenance = read_json(meta, "hybrid", 1).get("provenance", {})
     plan = HeadPlan.load(meta.with_name("plan.json"))
     lives = _read_lives(files)
-    run = TrainingRun(
+    run = RecordedRun(
         name, folder, lives, _join_curves(lives), config_yaml, config, provenance, plan
     )
     _check_curves(run)
@@ -283,7 +283,7 @@ def _values(points: Mapping[int, float], skipped: Collection[int]) -> np.ndarray
     return np.array([math.nan if is_gap[step] else points[step] for step in sorted(points)])
 
 
-def _check_curves(run: TrainingRun) -> None:
+def _check_curves(run: RecordedRun) -> None:
     skipped = set(run.skipped_steps)
     for tag, curve in run.curves.items():
         if not tag.startswith("train/"):

@@ -18,8 +18,8 @@ from megatron_hydra.tasks.needles import (
     NUMBER,
     CounterfactualPair,
     NeedleSample,
-    Pieces,
     Segment,
+    TextPieces,
     ValueKind,
     check_length,
     lay_out,
@@ -128,7 +128,7 @@ def variable_pair(
     return with_other_value(rng, tokenizer, sample)
 
 
-def _chain(pieces: Pieces, names: Sequence[str], value: str) -> list[Segment]:
+def _chain(pieces: TextPieces, names: Sequence[str], value: str) -> list[Segment]:
     """A value's assignment to the first variable, and of each variable to the next."""
     sentences = []
     for index, name in enumerate(names):
@@ -143,7 +143,7 @@ def _chain(pieces: Pieces, names: Sequence[str], value: str) -> list[Segment]:
 
 def _fill(
     rng: random.Random,
-    pieces: Pieces,
+    pieces: TextPieces,
     text_tokens: Sequence[int],
     length: int,
     depth: float,

@@ -209,7 +209,7 @@ class Segment(NamedTuple):
     key: str
 
 
-class Pieces:
+class TextPieces:
     """The template's sentences in a tokenizer's tokens, put together from pieces.
 
     Pieces, and values character by character, so that a value has the same tokens wherever it
@@ -261,9 +261,9 @@ class Pieces:
 
 
 @lru_cache(maxsize=8)
-def pieces_of(tokenizer: Any) -> Pieces:
+def pieces_of(tokenizer: Any) -> TextPieces:
     """The pieces of a tokenizer, made once."""
-    return Pieces(tokenizer)
+    return TextPieces(tokenizer)
 
 
 def draw_keys(rng: random.Random, num_keys: int) -> list[str]:

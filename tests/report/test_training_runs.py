@@ -12,10 +12,10 @@ from megatron_hydra.report.chart_style import chart_style
 from megatron_hydra.report.charts import draw_losses
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import training_section
-from megatron_hydra.report.training_runs import TrainingRun, read_run
+from megatron_hydra.report.training_runs import RecordedRun, read_run
 
 
-def section_of(run: TrainingRun) -> str:
+def section_of(run: RecordedRun) -> str:
     with chart_style():
         return render("training.html", training_section([run]))
 
