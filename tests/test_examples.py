@@ -226,10 +226,11 @@ def test_the_quickstart_trains_on_as_many_ranks_as_its_layout_has() -> None:
         _check(Launch(int(num_ranks), path))
 
 
-def test_the_readmes_lines_for_plain_megatron_build_the_hybrid(
+def test_the_lines_for_plain_megatron_build_the_hybrid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    page = (ROOT / "docs/extending.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     write_tiny_qwen3(tmp_path / "DIR")
     HeadPlan.from_fa_heads({0: [1], 1: [2, 3]}, 2, 4, 2).save(tmp_path / "plan.json")
     monkeypatch.chdir(tmp_path)

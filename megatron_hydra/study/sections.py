@@ -6,11 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from megatron_hydra.api.convert import Reuse
-from megatron_hydra.schema import Limits, PathText
+from megatron_hydra.schema import Count, Limits, PathText, Share
 from megatron_hydra.selection.budget import Constraints
-
-_Count = Annotated[int, Limits(least=1)]
-_Share = Annotated[float, Limits(least=0, most=1)]
 
 
 @dataclass
@@ -54,20 +51,20 @@ class Teacher:
 class DataSection:
     """What every arm trains on: `preprocess`'s documents, half of needles, of Python's docs."""
 
-    length: _Count
+    length: Count
     """Tokens of a document in stages 1 and 2: the teacher's own length."""
-    documents: _Count
-    long_length: _Count
+    documents: Count
+    long_length: Count
     """The same in stage 3."""
-    long_documents: _Count
-    retrieval_fraction: _Share = 0.5
+    long_documents: Count
+    retrieval_fraction: Share = 0.5
 
 
 @dataclass
 class Stage:
     """What a stage is for every arm."""
 
-    tokens: _Count
+    tokens: Count
     settings: dict[str, Any] = field(default_factory=dict)
     """Sections and keys of the stage's training, as in a stage's own YAML."""
 
@@ -76,19 +73,19 @@ class Stage:
 class EvaluationSection:
     """What every arm is asked."""
 
-    times: list[_Count]
+    times: list[Count]
     """Lengths, in times of `data.length`."""
     tasks: list[str] = field(default_factory=lambda: ["niah_single_2", "niah_multikey_1"])
-    samples: _Count = 200
+    samples: Count = 200
     """Prompts of each task at each length, and of each probe."""
     probes: list[str] = field(default_factory=list)
     """Sub-probes, other than those that `tasks` ask, at `data.length`."""
-    text_tokens: _Count = 16384
+    text_tokens: Count = 16384
     """Held-out text for loss and divergence, in tokens."""
     seed: int = 2_000_003
-    batch_tokens: _Count = 16384
+    batch_tokens: Count = 16384
     """Of prompts that are answered together."""
-    forward_tokens: _Count | None = None
+    forward_tokens: Count | None = None
     """Most of one forward pass over them; None: all. Neither of the two changes a result."""
 
 
@@ -119,7 +116,7 @@ class Arm:
     """Of a stage, in times of the study's; 0 leaves the stage out."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes of a stage's settings."""
-    replicates: _Count = 1
+    replicates: Count = 1
     """It runs on the first so many."""
     budgets: list[str] | None = None
     """It runs at these; None: at `run.budgets`."""
