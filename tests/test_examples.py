@@ -189,6 +189,64 @@ def test_the_slurm_script_is_the_launcher_of_a_transfer(
     assert ("scontrol requeue 7" in printed) is (ends == 75)
 
 
+# Of a container: the only place with PyTorch. Its options must be there, or the step has none.
+CONTAINER = """#!/bin/bash
+echo "srun $*" | tr '\\n' ' ' >> "$SRUN_LOG"; echo >> "$SRUN_LOG"
+while [[ $1 == --* ]]; do
+    [[ $1 != --container-image=an.sqsh ]] || export IN_CONTAINER=1
+    shift
+done
+exec "$@"
+"""
+OUTSIDE = """
+import os, sys
+
+class Outside:
+    def find_spec(self, name, *_):
+        if name in ("torch", "megatron", "nemo", "transformers"):
+            raise ModuleNotFoundError(name)
+
+if "IN_CONTAINER" not in os.environ:
+    sys.meta_path.insert(0, Outside())
+"""
+
+
+@pytest.mark.slow
+def test_every_step_of_a_transfer_is_in_the_container(tmp_path: Path) -> None:
+    """Two real steps by a stand-in for srun, which alone finds PyTorch, as far as the ranks'.
+
+    Catches a step outside of the container, and a chain that needs PyTorch by itself.
+    """
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(OUTSIDE)
+    (tmp_path / "bin").mkdir()
+    paths = [tmp_path / "site", *(ROOT / folder for folder in ("", "kernels", "tools"))]
+    run = ["examples/quickstart/transfer.yaml", "run.teacher=examples/quickstart/teacher"]
+    run += [f"run.folder={tmp_path}/a run"]
+    stages = [path.stem for path in EXAMPLES.glob("quickstart/stage*.yaml")]
+    run += [f"{stage}.data.paths=[{tmp_path}/data]" for stage in stages]
+    for ending in ("idx", "bin"):
+        (tmp_path / f"data.{ending}").write_text("looked at by the stages alone")
+    printed = _run_with_stubs(
+        tmp_path / "bin",
+        f"bash {SLURM} {shlex.join(run)} 2>&1; echo code $?",
+        {"srun": CONTAINER, "scontrol": SCONTROL, "torchrun": "#!/bin/sh\nexit 5\n"},
+        **NODE_LIST,
+        PYTHONPATH=os.pathsep.join(map(str, paths)),
+        SRUN_LOG=f"{tmp_path}/srun.log",
+        SRUN_OPTIONS="--container-image=an.sqsh --container-workdir=/here",
+        LOGS=f"{tmp_path}/logs",
+    )
+    assert printed[-1] == "code 75", "\n".join(printed)
+    assert "megatron-hydra: score failed with code 5" in "\n".join(printed)
+    assert (tmp_path / "a run/teacher/model.json").is_file()
+    calls = (tmp_path / "srun.log").read_text().splitlines()
+    options = " --container-image=an.sqsh --container-workdir=/here "
+    assert len(calls) == 2 and all(options in line for line in calls)
+    assert calls[0].startswith("srun --nodes=1 --ntasks=1 ") and " convert " in calls[0]
+    assert calls[1].startswith("srun --kill-on-bad-exit=1 ") and " hydra_tools.score " in calls[1]
+
+
 def test_the_script_for_several_machines_starts_what_its_head_shows(tmp_path: Path) -> None:
     text = (EXAMPLES / "multinode/torchrun.sh").read_text()
     line = re.search(r"HEAD_NODE=.*\\\n.*--config \S+", text)

@@ -33,6 +33,7 @@ from megatron_hydra.training.run_inputs import check_datasets_present
 _STATE = "transfer.json"
 _KIND, _SCHEMA_VERSION = "transfer", 1
 _SECONDS_TO_SAVE = "600"
+_LAUNCHERS = ("launcher", "single_launcher")
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("start transfer without torchrun: run.launcher starts the ranks, as "
                         "run.launcher='torchrun --nproc-per-node 8'")  # fmt: skip
     section, steps = load_steps(args.config, args.overrides)
-    launcher = shlex.split(section.launcher or "")
-    if launcher and shutil.which(launcher[0]) is None:
-        raise UserError(f"run.launcher starts with {launcher[0]}, which is no command here")
+    launchers = _Launchers.of(section)
     state = State(Path(section.folder) / _STATE)
     verdicts = state.verdicts(steps)
     _check(section, steps, verdicts, state)
@@ -89,7 +88,25 @@ def run(args: argparse.Namespace) -> int:
             print(f"{step.name:<20} {verdicts[step.name]}")
         return 0
     with lock(state.path.with_name(".transfer.lock"), f"run.folder {section.folder}"):
-        return _run_all(steps, State(state.path), launcher)
+        return _run_all(steps, State(state.path), launchers)
+
+
+@dataclass(frozen=True)
+class _Launchers:
+    """The beginnings of the steps' commands: of those that have ranks, and of the others."""
+
+    ranks: list[str]
+    single: list[str]
+
+    @classmethod
+    def of(cls, section: RunSection) -> _Launchers:
+        found = {key: shlex.split(getattr(section, key) or "") for key in _LAUNCHERS}
+        for key, words in found.items():
+            if words and shutil.which(words[0]) is None:
+                raise UserError(f"run.{key} starts with {words[0]}, which is no command here")
+        ranks, single = found.values()
+        single = single or [sys.executable]
+        return cls(ranks or single, single)
 
 
 class State:
@@ -176,7 +193,7 @@ def _check(
             )
 
 
-def _run_all(steps: Sequence[Step], state: State, launcher: Sequence[str]) -> int:
+def _run_all(steps: Sequence[Step], state: State, launchers: _Launchers) -> int:
     with _Child.hears_signals() as child:
         for step in steps:
             inputs = step.inputs()
@@ -186,7 +203,7 @@ def _run_all(steps: Sequence[Step], state: State, launcher: Sequence[str]) -> in
                 continue
             if child.stopped:
                 return _end(child, step)
-            code = _run(step, inputs, state, launcher, child)
+            code = _run(step, inputs, state, launchers, child)
             if code == 0:
                 state.finish(step)
             elif child.stopped or code == stops.EXIT_CODE:
@@ -199,7 +216,7 @@ def _run_all(steps: Sequence[Step], state: State, launcher: Sequence[str]) -> in
 
 
 def _run(
-    step: Step, inputs: Mapping[str, str], state: State, launcher: Sequence[str], child: _Child
+    step: Step, inputs: Mapping[str, str], state: State, launchers: _Launchers, child: _Child
 ) -> int:
     """Run one step's command; return its exit code."""
     record, arguments = state.steps.get(step.name), list(step.arguments)
@@ -207,7 +224,7 @@ def _run(
         arguments += ["--overwrite"] if step.output.exists() else []
     elif record is not None and record.inputs != inputs:
         step.clear()
-    start = [*launcher] if step.goes_on and launcher else [sys.executable]
+    start = launchers.ranks if step.goes_on else launchers.single
     module = f"hydra_tools.{step.verb}"
     verb = ["-m", module] if step.goes_on else ["-m", "hydra_tools.cli", step.verb]
     state.begin(step, inputs)

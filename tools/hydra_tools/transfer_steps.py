@@ -44,6 +44,9 @@ class RunSection:
     launcher: str | None = None
     """Command that runs `-m MODULE ARGUMENTS` on all ranks, as `torchrun --nproc-per-node 8`; for
     `score` and the stages. None: one process."""
+    single_launcher: str | None = None
+    """Command that runs `-m MODULE ARGUMENTS` as one process, as `docker run IMAGE python`; for the
+    other steps. None: this Python."""
 
 
 @dataclass

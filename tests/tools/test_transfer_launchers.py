@@ -1,0 +1,42 @@
+"""What `megatron-hydra transfer` starts its steps with: of ranks and of others."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hydra_tools import cli, transfer
+from test_transfer import _command, _stand_in, folder  # noqa: F401
+
+
+def test_each_step_has_its_launcher(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks are for score and the stages; another launcher is no reason to run a step again."""
+    began: list[tuple[str, str]] = []
+    stand_in = _stand_in([])
+
+    def run(self: object, command: Sequence[str]) -> int:
+        words = shlex.join(command).partition(" -m hydra_tools.")
+        began.append((words[0], words[2].split()[0]))
+        return stand_in(self, command)
+
+    monkeypatch.setattr(transfer._Child, "run", run)
+    more = ["run.launcher=env RANKS='of all'", "run.single_launcher=env python"]
+    assert cli.main(_command(folder, *more)) == 0
+    of_ranks = [("env 'RANKS=of all'", verb) for verb in ("score", "train", "train", "train")]
+    alone = [("env python", "cli")] * 6
+    assert sorted(began) == sorted(of_ranks + alone)
+    began.clear()
+    assert cli.main(_command(folder)) == 0 and not began
+
+
+def test_a_launcher_that_is_no_command_is_said_at_once(
+    folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(_command(folder, "run.single_launcher=dokcer run")) == 2
+    assert "run.single_launcher starts with dokcer, which is no command" in capsys.readouterr().err
