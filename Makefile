@@ -16,6 +16,8 @@ INSTALLED := $(VENV)/.installed
 NEWEST := $(VENV)/transformers-newest
 # EleutherAI's harness, which shares PyTorch and all else too.
 LM_EVAL := $(VENV)/lm-eval
+# Weights & Biases and nvidia-resiliency-ext, which a training may use.
+OPTIONAL := $(VENV)/optional
 
 .PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus bench-8-gpus checks certificates teacher \
 	clean
@@ -45,12 +47,15 @@ $(NEWEST)/.installed: $(INSTALLED) requirements/transformers_newest.txt
 $(LM_EVAL)/.installed: $(INSTALLED) requirements/lm_eval.txt
 	$(call beside,requirements/lm_eval.txt)
 
+$(OPTIONAL)/.installed: $(INSTALLED) requirements/optional.txt
+	$(call beside,requirements/optional.txt)
+
 quickstart: $(INSTALLED)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/quickstart/run.sh
 
 # In the order of testpaths, which has the long files first: else one is left to the end. The test in
 # the newest transformers runs beside it, which by itself would leave a core idle.
-test: $(INSTALLED) $(NEWEST)/.installed
+test: $(INSTALLED) $(NEWEST)/.installed $(OPTIONAL)/.installed
 	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider \
 		tests/export/test_decoding.py tests/export/test_equal_to_megatron.py tests/export/test_trained_in_transformers.py \
 		> $(NEWEST)/test.log 2>&1 & newest=$$!; \

@@ -14,6 +14,7 @@
 #   RENDEZVOUS_PORT=29500   another for each run that shares its HEAD_NODE
 #   TORCHRUN_OPTIONS=       such as "--max-restarts=3": a dead rank or machine starts anew and all go
 #                           on from the newest checkpoint (run the line again on a machine that died)
+#   TORCHRUN=torchrun       or ft_launcher (nvidia-resiliency-ext, strategy.heartbeat_seconds)
 #   IS_HEAD=                1 on HEAD_NODE and 0 elsewhere, where that is an address of a second
 #                           network, or a machine cannot look up its own name
 # Where machines have several networks, or know their own name as 127.0.1.1 only, name the one to use:
@@ -32,7 +33,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Seconds that torchrun gives a save, once it has had a signal.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
-exec torchrun \
+exec "${TORCHRUN:-torchrun}" \
     --nnodes="$NUM_NODES" \
     --nproc-per-node="${GPUS_PER_NODE:-8}" \
     --rdzv-backend=c10d \

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_hydra.processes import is_first_rank
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.run_folder import RunFolder
-from megatron_hydra.training.run_inputs import check_present
+from megatron_hydra.training.run_inputs import check_heartbeat, check_present
 
 if TYPE_CHECKING:
     from megatron_hydra.nemo.training import TrainingRun
@@ -72,6 +72,7 @@ def train(
             folder.check_trained()
             return Training(folder, config.trainer.max_steps, True)
         check_present(config)
+        check_heartbeat(config)
         is_held = is_first_rank() and folder.lock_file.is_file()
         if is_held:  # or another run does: said now, not after the imports
             stack.enter_context(folder.lock())

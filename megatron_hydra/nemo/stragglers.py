@@ -1,4 +1,8 @@
-"""Ranks that compute more slowly than the others, which all then wait for."""
+"""Ranks that compute more slowly than the others, which all then wait for.
+
+The callback of nvidia-resiliency-ext scores GPUs by their kernels alone: this one counts reading
+and the processor's work in, runs on CPUs too, and says which host it is.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.callbacks import KernelsCallback, ScalarsCallback, ShowStep
 from megatron_hydra.nemo.checkpoint_io import make_checkpoint_callback
 from megatron_hydra.nemo.data import find_end_of_document, make_data_module
+from megatron_hydra.nemo.heartbeat import make_heartbeat
 from megatron_hydra.nemo.model import HydraGPTConfig, HydraModel
 from megatron_hydra.nemo.needles import Needles
 from megatron_hydra.nemo.optimizer import make_optimizer
@@ -230,6 +231,7 @@ class TrainingRun:
             plugins=make_plugins(config.trainer),
             callbacks=[
                 KernelsCallback(config.data.micro_batch_size),
+                *make_heartbeat(config.strategy.heartbeat_seconds, self.folder.path),
                 self._stragglers,
                 watch,
                 scalars,

@@ -187,6 +187,10 @@ class StrategySection:
     timeout_minutes: Annotated[float, Limits(above=0, most=1440)] = 30.0
     """How long a rank waits for others before all end: a hang is noticed by it. The first steps,
     which compile kernels, and the slowest rank's part of a checkpoint have to fit."""
+    heartbeat_seconds: Annotated[float, Limits(above=0, most=86400)] | None = None
+    """A rank that takes longer for a step, with what is measured after it, or a save is killed by
+    `ft_launcher` of nvidia-resiliency-ext, which has to start the ranks in torchrun's place; None:
+    never. It sees what `timeout_minutes` cannot, ranks that wait for a disk and not for others."""
 
     @property
     def model_parallel_size(self) -> int:

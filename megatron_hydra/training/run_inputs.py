@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from megatron_hydra.training.config import HELD_BY_CONTENT, DataSection, RunConf
 
 _TOKEN_ENDINGS = (".idx", ".bin")
 _DATASET_ENDINGS = (*_TOKEN_ENDINGS, ".json")
+# What ft_launcher gives its ranks: the place where it listens.
+_LISTENER = "FT_RANK_MONITOR_IPC_SOCKET"
 
 
 def input_paths(config: RunConfig) -> list[tuple[str, Path]]:
@@ -142,6 +145,26 @@ def _check_wandb(config: RunConfig) -> None:
             f"log.wandb_project is {config.log.wandb_project}, but the package wandb is not "
             "installed here: pip install wandb, or set log.wandb_project to null"
         ) from None
+
+
+def check_heartbeat(config: RunConfig) -> None:
+    """Check that heartbeats have a listener, if the run is to send any.
+
+    Raises:
+        UserError: If another launcher has started this process.
+    """
+    seconds = config.strategy.heartbeat_seconds
+    if seconds is None or _LISTENER in os.environ:
+        return
+    try:
+        importlib.metadata.version("nvidia-resiliency-ext")
+        found = "has not started this process"
+    except importlib.metadata.PackageNotFoundError:
+        found = "is not installed here: pip install nvidia-resiliency-ext"
+    raise UserError(
+        f"strategy.heartbeat_seconds is {seconds:g}, but ft_launcher of nvidia-resiliency-ext "
+        f"{found}; start the ranks with it in torchrun's place, or set the key to null"
+    )
 
 
 def moved_inputs(old: RunConfig, new: RunConfig) -> set[str]:

@@ -1,20 +1,24 @@
 """Weights & Biases gets what TensorBoard gets, once, and no secret leaves the environment.
 
-By a stand-in for the package, with the parts of its interface that Lightning's logger takes.
-Catches: scalars or steps that one of the two lacks, a rank beside the first that logs, a training
-that goes on in another run of W&B's, a key that is written down, and a start without the package.
+By a stand-in for the package, with the parts of its interface that Lightning's logger takes, and
+by the package itself, offline. Catches: scalars or steps that one of the two lacks, a rank beside
+the first that logs, a training that goes on in another run of W&B's, a key that is written down,
+and a start without the package.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kit.distributed import run_distributed
+from kit.lives import paths
+from kit.optional import optional_program
 from kit.tiny_models import PLAN
 from test_training import END, NUM_STEPS, write_inputs
 
@@ -150,6 +154,71 @@ def _tensorboard(folder: Path) -> dict[tuple[str, int], float]:
         for tag in events.Tags()["scalars"]
         for point in events.Scalars(tag)
     }
+
+
+# The records of a W&B file: blocks of 32 KiB, in which each part of one has a head of 7 bytes.
+READ = """
+import json, struct, sys
+from wandb.proto.wandb_internal_pb2 import Record
+
+def values(items):
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+
+data, at, parts = open(sys.argv[1], "rb").read(), 7, b""
+while at + 7 <= len(data):
+    if 32768 - at % 32768 < 7:
+        at += 32768 - at % 32768
+        continue
+    size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+    parts, at = parts + data[at + 7 : at + 7 + size], at + 7 + size
+    if kind in (1, 4):  # whole, or the last part
+        record, parts = Record.FromString(parts), b""
+        if record.HasField("run"):
+            run = record.run
+            about = {"id": run.run_id, "project": run.project, "name": run.display_name}
+            print(json.dumps(["run", {**about, "config": values(run.config.update)}]))
+        if record.HasField("history"):
+            print(json.dumps(["history", values(record.history.item)]))
+"""
+
+
+def test_the_package_itself_writes_into_the_run_folder_offline(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """A training that was stopped and goes on: two files of one run of W&B's."""
+    python = optional_program("python")
+    environment = {**os.environ, "PYTHONPATH": paths(), "OMP_NUM_THREADS": "1",
+                   "WANDB_MODE": "offline", "WANDB_API_KEY": KEY}  # fmt: skip
+    for last in (1, NUM_STEPS):
+        trained = subprocess.run(
+            [python, "-m", "hydra_tools.train", "--config", f"{inputs}/run.yaml",
+             "log.wandb_project=hydra", f"log.folder={tmp_path}/run", f"trainer.max_steps={last}",
+             "strategy.tensor_model_parallel_size=1", "resume.save_every_n_steps=1"],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert trained.returncode == 0, trained.stderr[-4000:]
+    lines = []
+    files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    for file in files:
+        read = subprocess.run([python, "-c", READ, file], env=environment, capture_output=True)
+        assert read.returncode == 0, read.stderr.decode()
+        lines += [json.loads(line) for line in read.stdout.splitlines()]
+    runs = [values for what, values in lines if what == "run"]
+    known = (tmp_path / "run/wandb/run_id").read_text().strip()
+    assert [(run["id"], run["project"], run["name"]) for run in runs] == [
+        (known, "hydra", "run")
+    ] * 2
+    assert [run["config"]["trainer"]["max_steps"] for run in runs] == [1, NUM_STEPS]
+    found: dict[tuple[str, int], float] = {}
+    for _, values in (line for line in lines if line[0] == "history"):
+        step = values.pop("trainer/global_step")
+        found |= {(key, step): value for key, value in values.items() if key[0] != "_"}
+    expected = _tensorboard(tmp_path / "run/tensorboard")
+    assert {step for _, step in expected} == set(range(1, NUM_STEPS + 1))
+    assert found == pytest.approx(expected, rel=1e-6)
+    for path in (tmp_path / "run").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
 
 def test_a_refusal_of_theirs_is_one_sentence(inputs: Path, tmp_path: Path) -> None:
