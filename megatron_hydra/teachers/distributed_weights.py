@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,17 @@ from megatron_hydra.model.mixers.base import Mixer
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+
+_DCP = "torch.distributed.checkpoint"
+# What `.metadata` is made of, beside PyTorch's types of numbers.
+_OF_METADATA = {
+    *((f"{_DCP}.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    (f"{_DCP}.filesystem", "_StorageInfo"), ("pathlib", "PosixPath"),
+    ("torch", "Size"), ("torch.serialization", "_get_layout"),
+}  # fmt: skip
 
 
 class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
@@ -119,9 +131,10 @@ def set_weights(model: GPTModel, state: dict[str, Any]) -> None:
 def check_weights(weights: Path) -> None:
     """Read all files but those of the tensors, of which only the sizes are looked at.
 
-    Sees a file that is missing, cut off or too long, whatever a killed process or a full disk may
-    leave. Does not see a changed byte inside a tensor's file: reading all of them would take as
-    long as loading does, and :func:`damage_named` names what loading finds.
+    Nothing that they bring along is run: see :class:`_Metadata`. Sees a file that is missing, cut
+    off or too long, whatever a killed process or a full disk may leave. Does not see a changed byte
+    inside a tensor's file: reading all of them would take as long as loading does, and
+    :func:`damage_named` names what loading finds.
 
     Raises:
         UserError: If a file is missing or damaged.
@@ -139,6 +152,8 @@ def check_weights(weights: Path) -> None:
     for name, read in readers.items():
         try:
             found[name] = read()
+        except UserError:
+            raise
         except Exception as error:  # a damaged pickle may raise anything
             raise UserError(
                 f"cannot load the weights {weights}: {name} is missing or damaged "
@@ -156,11 +171,26 @@ def check_weights(weights: Path) -> None:
 def _file_sizes(weights: Path) -> dict[str, int]:
     """Bytes of each file of tensors, as .metadata has them; the entries of a file fill it."""
     sizes: dict[str, int] = {}
+    with (weights / ".metadata").open("rb") as stream:
+        _Metadata(stream).load()
     metadata = torch_checkpoint.FileSystemReader(weights).read_metadata()
     for entry in metadata.storage_data.values():
         end = entry.offset + entry.length
         sizes[entry.relative_path] = max(end, sizes.get(entry.relative_path, 0))
     return sizes
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads `.metadata` where it can do no harm, for PyTorch runs whatever the file says."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_number = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if is_number or (module, name) in _OF_METADATA:
+            return super().find_class(module, name)
+        raise UserError(
+            f"cannot load weights whose .metadata names {module}.{name}: it describes no tensor, "
+            "and would be run; no checkpoint of this program has it"
+        )
 
 
 @contextmanager

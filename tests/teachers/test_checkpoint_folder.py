@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +270,47 @@ def test_broken_folders_are_named(
     spoil(folder)
     with pytest.raises(UserError, match=message):
         _load(folder)
+
+
+class Harmful:
+    """Pickled, a call of `os.system` for whoever loads it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch '{self.mark}'",)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            ".metadata",
+            r"whose \.metadata names posix\.system: it describes no tensor, and would be",
+        ),
+        ("common.pt", r"common\.pt is missing or damaged \(UnpicklingError\)"),
+    ],
+)
+def test_what_a_strangers_folder_brings_along_is_not_run(
+    hybrid: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    """Catches a checkpoint of somebody else's that does what it likes on this machine."""
+    folder = Path(shutil.copytree(hybrid, tmp_path / "strange"))
+    mark = tmp_path / "was_run"
+    file = folder / "weights" / name
+    if name == ".metadata":
+        file.write_bytes(pickle.dumps([Harmful(mark), pickle.loads(file.read_bytes())]))
+    else:
+        torch.save({"args": Harmful(mark)}, file)
+    with pytest.raises(UserError, match=message):
+        _load(folder)
+    assert not mark.exists()
+    if name == ".metadata":  # it would have been
+        pickle.loads(file.read_bytes())
+    else:
+        torch.load(file, weights_only=False)
+    assert mark.exists()
 
 
 def test_an_earlier_folder_is_replaced_only_when_asked_and_only_as_a_whole(
