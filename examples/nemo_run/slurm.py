@@ -6,6 +6,10 @@ From a login node. Five minutes before its time limit Slurm sends SIGTERM: the r
 ends with a code that is not 0, and NeMo-Run requeues it; so it does after a crash, --retries times.
 The next stage starts when its job has ended well. See examples/slurm/transfer.sbatch for what has
 to be the same on all nodes.
+
+PreemptionPlugin sets that signal too, and trainings need no more of it. NeMo's takes functions
+alone, as run.Partial(hydra_tools.train.train_stage, config=…), Megatron-Bridge's scripts, with
+script_args_converter_fn=lambda args: [].
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra_tools import stops
@@ -48,13 +49,19 @@ def check_launcher(verb: str) -> None:
         )
 
 
-def main(verb: str) -> int:
-    """Entry point of ``torchrun -m hydra_tools.<verb>``; return the exit code."""
+def main(verb: str, arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``torchrun -m hydra_tools.<verb>``; return the exit code.
+
+    Args:
+        verb: As `megatron-hydra` has it.
+        arguments: Of the verb; None: those of the command line.
+    """
     stops.end_with_launcher()
     if rank() == 0:
         log_to_stderr()
     try:
-        return run_verb(verb, sys.argv[1:], f"hydra_tools.{verb}")
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        return run_verb(verb, given, f"hydra_tools.{verb}")
     except UserError as error:
         sentence = f"megatron-hydra: error: {error}"
         if rank() != 0:  # torchrun's signal, once rank 0 has ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra_tools import launch, stops
@@ -100,6 +101,23 @@ def run(args: argparse.Namespace) -> int:
             folder = done.folder
             print(f"{folder.path} is complete: the trained model is {folder.hybrid}")
         return 0
+
+
+def train_stage(config: str, overrides: Sequence[str] = (), chdir: str | None = None) -> None:
+    """The verb as a function, which a task of NeMo-Run's can be: `run.Partial(train_stage, …)`.
+
+    NeMo's PreemptionPlugin takes such a task: on SIGTERM it saves and stops by itself.
+
+    Args:
+        config: YAML file of the run.
+        overrides: Each `section.key=value`.
+        chdir: Where relative paths are from; None: where the launcher starts.
+
+    Raises:
+        SystemExit: With the verb's exit code.
+    """
+    at = [] if chdir is None else ["--chdir", chdir]
+    sys.exit(launch.main("train", [*at, "--config", config, *overrides]))
 
 
 def _dry_run(args: argparse.Namespace) -> int:
