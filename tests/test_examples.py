@@ -122,6 +122,15 @@ def test_the_slurm_script_starts_three_stages_that_fit(tmp_path: Path) -> None:
     assert len(set(re.findall(r"--rdzv-id=\S+", " ".join(lines)))) == 3
 
 
+def test_the_slurm_script_starts_as_many_ranks_as_it_was_given_gpus(tmp_path: Path) -> None:
+    given = {**NODE_LIST, "SLURM_GPUS_ON_NODE": "4"}
+    for told, expected in (({}, 4), ({"GPUS_PER_NODE": "2"}, 2)):
+        stubs = {"srun": SHOW, "scontrol": SCONTROL}
+        printed = _run_with_stubs(tmp_path, f"bash {SLURM}", stubs, **given, **told)
+        lines = [line for line in printed if " hydra_tools.train " in line]
+        assert [Launch.read(line).num_ranks for line in lines] == [2 * expected] * 3
+
+
 @pytest.mark.parametrize(
     ("saved", "restarts", "code", "said"),
     [

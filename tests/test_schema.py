@@ -160,6 +160,7 @@ def test_a_date_is_text(file: Path) -> None:
         ("a: {rate: {{ rate }}}\n", "not valid YAML: braces or brackets stand where a key belongs"),
         ("a: {? [x] : 1}\n", "not valid YAML: braces or brackets stand where a key belongs"),
         (f"a: {{rate: 1{'0' * 5000}}}\n", "not valid YAML: Exceeds the limit"),
+        ("a: {text: !!python/object/apply:os.getpid []}\n", "could not determine a constructor"),
         ("a: {place: ''}\n", r"a\.place is empty: name a path; the current folder is \."),
         ("a: {places: [x, ' ']}\n", r"a\.places\[1\] is empty: name a path"),
     ],
