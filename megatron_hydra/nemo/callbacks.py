@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import time
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
+from megatron_hydra.errors import UserError
 from megatron_hydra.model.build import load_kernels
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.wandb_run import open_wandb
@@ -157,9 +159,17 @@ class ScalarsCallback(pl.Callback):
     def _write_line(self, step: int, scalars: dict[str, float]) -> None:
         numbers = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
         # At one stroke: a run that is killed leaves whole lines.
-        with self.folder.metrics.open("ab", buffering=0) as stream:
-            line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers})
-            stream.write(f"{line}\n".encode())
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers})
+        try:
+            with self.folder.metrics.open("ab", buffering=0) as stream:
+                stream.write(f"{line}\n".encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            raise UserError(
+                f"log.folder {self.folder.path} is gone, which was there when the run began: was "
+                f"it removed or its disk unmounted? Step {step} was the last"
+            ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the event file, and W&B's run."""
