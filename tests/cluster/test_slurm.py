@@ -114,9 +114,13 @@ def _check_is_requeued(job: Job, folder: Path, max_steps: int = STEPS["stage1_al
 
 
 def test_what_cannot_go_on_is_not_started_again(tmp_path: Path, inputs: Path) -> None:
-    job = Job(_configs(tmp_path / "bad", inputs), more=["stage1_align.optim.lrr=1"])
+    folder = _configs(tmp_path / "bad", inputs)
+    job = Job(folder, more=["stage1_align.optim.lrr=1"])
     assert job.wait_for_end(300) == ("FAILED", "1:0")
-    assert "unknown config key optim.lrr: did you mean optim.lr?" in job.said()
+    sentence = "megatron-hydra: error: unknown config key optim.lrr: did you mean optim.lr?"
+    assert f"[rank 0] {sentence}" in job.said()
+    (own,) = (folder / "logs").glob("*/stage1_align/node_0/*/attempt_0/0/stderr.log")
+    assert sentence in own.read_text()
     assert "no step was saved since this start: not requeued" in job.said()
     assert job.record("Restarts") == "0"
 

@@ -145,6 +145,19 @@ def _layers(run: Path) -> list:
     return json.loads((run / "plan.json").read_text())["layers"]
 
 
+def test_a_signal_ends_a_step_without_ranks_too(home: Path) -> None:
+    """It has nothing to save; srun has it on the first node, maybe after the signal comes."""
+    job = _submit(home, "early", "--nodes=1")
+    until(lambda: " hydra_tools.cli convert " in job.said(), 120, "the first step")
+    call("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_for_restart(1)
+    assert "stopped at convert_teacher; the same command goes on from there" in job.said()
+    assert not (home / "runs/early/teacher").exists()
+    until(lambda: "== score" in job.said(), 240, "the step after it")
+    assert "== convert_teacher: to run again, as it was cut off" in job.said()
+    call("scancel", job.number)
+
+
 def test_a_second_job_in_the_same_folder_is_refused(home: Path) -> None:
     first = _submit(home, "two", "--nodes=1", ranks=2)
     until(lambda: "== score" in first.said(), 120, "the first one's step")
