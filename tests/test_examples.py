@@ -239,8 +239,9 @@ def test_every_step_of_a_transfer_is_in_the_container(tmp_path: Path) -> None:
     printed = _run_with_stubs(
         tmp_path / "bin",
         f"bash {SLURM} {shlex.join(run)} 2>&1; echo code $?",
-        {"srun": CONTAINER, "scontrol": SCONTROL, "torchrun": "#!/bin/sh\nexit 5\n"},
+        {"srun": CONTAINER, "scontrol": SCONTROL, "ft_launcher": "#!/bin/sh\nexit 5\n"},
         **NODE_LIST,
+        TORCHRUN="ft_launcher",
         PYTHONPATH=os.pathsep.join(map(str, paths)),
         SRUN_LOG=f"{tmp_path}/srun.log",
         SRUN_OPTIONS="--container-image=an.sqsh --container-workdir=/here",
@@ -261,8 +262,8 @@ def test_the_script_for_several_machines_starts_what_its_head_shows(tmp_path: Pa
     line = re.search(r"HEAD_NODE=.*\\\n.*--config \S+", text)
     assert line is not None
     command = line[0].replace("\\\n#", "")
-    options = {"IS_HEAD": "0", "TORCHRUN_OPTIONS": "--max-restarts=3"}
-    (printed,) = _run_with_stubs(tmp_path, command, {"torchrun": SHOW}, **options)
+    options = {"IS_HEAD": "0", "TORCHRUN_OPTIONS": "--max-restarts=3", "TORCHRUN": "ft_launcher"}
+    (printed,) = _run_with_stubs(tmp_path, command, {"ft_launcher": SHOW}, **options)
     assert " --rdzv-conf=is_host=0 --max-restarts=3 -m hydra_tools.train " in printed
     launch = Launch.read(printed)
     assert launch.num_ranks == 16

@@ -9,7 +9,8 @@ to be the same on all nodes.
 
 PreemptionPlugin sets that signal too, and trainings need no more of it. NeMo's takes functions
 alone, as run.Partial(hydra_tools.train.train_stage, config=…), Megatron-Bridge's scripts, with
-script_args_converter_fn=lambda args: [].
+script_args_converter_fn=lambda args: []. With strategy.heartbeat_seconds the launcher has to be
+run.FaultTolerance(max_restarts=3), which is nvidia-resiliency-ext's.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kit.optional import optional_program
 from kit.tiny_models import PLAN
 from test_training import write_inputs
 
@@ -102,6 +103,35 @@ def test_a_stage_as_a_function_takes_nemos_preemption_plugin(tmp_path: Path) -> 
     assert f"going on from run/checkpoints/step_{steps:08d}" in said, said
     assert len(metrics.read_text().splitlines()) == steps + 1
     assert (tmp_path / "run/hybrid/model.json").is_file(), said
+
+
+# As `examples/nemo_run/slurm.py` says, on this machine.
+FAULT_TOLERANT = """
+import os
+import sys
+import nemo_run as run
+
+executor = run.LocalExecutor(ntasks_per_node=1, launcher=run.FaultTolerance(max_restarts=1))
+arguments = ["--chdir", os.getcwd(), "--config", "run.yaml", *sys.argv[1:]]
+task = run.Script(path="hydra_tools.train", m=True, entrypoint="python", args=arguments)
+with run.Experiment("heartbeats") as experiment:
+    experiment.add(task, executor, name="stage")
+    experiment.run(tail_logs=True)
+"""
+
+
+def test_the_fault_tolerant_launcher_starts_a_stage_with_heartbeats(tmp_path: Path) -> None:
+    python = optional_program("python")
+    write_inputs(tmp_path, PLAN)
+    environment = _environment(tmp_path)
+    environment["PATH"] = os.pathsep.join([str(Path(python).parent), environment["PATH"]])
+    overrides = ["log.folder=run", "transfer.init_from=hybrid", "transfer.teacher=teacher",
+                 "strategy.tensor_model_parallel_size=1"]  # fmt: skip
+    done = subprocess.run(
+        [python, "-c", FAULT_TOLERANT, *overrides, "strategy.heartbeat_seconds=300"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (tmp_path / "run/hybrid/model.json").is_file(), done.stdout + done.stderr
 
 
 def _rank(folder: Path) -> int:
