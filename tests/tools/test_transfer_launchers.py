@@ -1,4 +1,4 @@
-"""What `megatron-hydra transfer` starts its steps with: of ranks and of others."""
+"""What `megatron-hydra transfer` starts its steps with, of ranks and of others, and their end."""
 
 from __future__ import annotations
 
@@ -32,6 +32,27 @@ def test_each_step_has_its_launcher(
     assert sorted(began) == sorted(of_ranks + alone)
     began.clear()
     assert cli.main(_command(folder)) == 0 and not began
+
+
+def test_scores_that_were_written_before_a_rank_died_are_taken(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a verb that refuses its own output: the chain would not go on."""
+    ran: list[str] = []
+    stand_in = _stand_in(ran)
+
+    def run(self: object, command: Sequence[str]) -> int:
+        stand_in(self, command)
+        return 1 if ran[-1] == "scores.json" else 0
+
+    monkeypatch.setattr(transfer._Child, "run", run)
+    assert cli.main(_command(folder)) == 1
+    assert cli.main(_command(folder)) == 0
+    assert ran.count("scores.json") == 1 and ran[-1] == "report.html"
+    assert cli.main(_command(folder)) == 0 and ran[-1] == "report.html"
+    assert cli.main(_command(folder, "score.probes.seed=3")) == 1
+    assert ran.count("scores.json") == 2
 
 
 def test_a_launcher_that_is_no_command_is_said_at_once(

@@ -153,6 +153,8 @@ class State:
         if awaited:
             return f"to run again if {', '.join(awaited)} will have changed"
         if record.finished is None:
+            if step.goes_on and step.run is None and step.is_there():
+                return "done"  # its ranks, or this process, died after it was written
             if not step.goes_on:
                 return "to run again, as it was cut off"
             return f"to go on {step.kept()}".rstrip()
