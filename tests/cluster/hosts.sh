@@ -12,7 +12,7 @@
 #
 # PRIVATE="a/folder b/folder" hosts.sh on node1 CMD: those folders are that host's own (no shared
 # file system): each is bound to /tmp/hydra-hosts/node1/<path>.
-# BARE=1 up: hosts know their own name as 127.0.1.1 alone, as a plain Debian has it.
+# BARE=1 hosts.sh on node1 CMD: there the host knows its own name as 127.0.1.1, as a plain Debian does.
 set -euo pipefail
 state=/tmp/hydra-hosts
 subnet=10.77.0
@@ -48,11 +48,9 @@ up)
         {
             echo "127.0.0.1 localhost"
             echo "$subnet.254 ctl $(hostname)"
-            for ((j = 0; j < n; j++)); do
-                if [ "${BARE:-}" ] && [ $i = $j ]; then echo "127.0.1.1 node$j"; else
-                    echo "$subnet.$((10 + j)) node$j"; fi
-            done
+            for ((j = 0; j < n; j++)); do echo "$subnet.$((10 + j)) node$j"; done
         } >/etc/netns/node$i/hosts
+        sed "s/.* node$i\$/127.0.1.1 node$i/" /etc/netns/node$i/hosts >$state/node$i.bare
         echo node$i >/etc/netns/node$i/hostname
         boot node$i
     done
@@ -67,6 +65,7 @@ on)
         mkdir -p "$own" "$folder"
         setup+="; mount --bind $own $folder"
     done
+    [ -z "${BARE:-}" ] || setup+="; mount --bind $state/$host.bare /etc/hosts"
     exec nsenter -t "$pid" --net --uts --pid --mount -- \
         unshare --mount bash -c "cd '$PWD'; $setup"'; exec "$@"' bash "$@"
     ;;

@@ -1,7 +1,7 @@
 """`examples/multinode/torchrun.sh` on two hosts: a dead rank that comes back, unshared folders.
 
 Catches: ranks that start anew and read the addresses of the dead, until both hosts wait for ever;
-half a model on each host's own disk, and exit code 0.
+half a model on each host's own disk, and exit code 0; hosts whose own name is an address of none.
 """
 
 from __future__ import annotations
@@ -69,6 +69,15 @@ def test_a_rank_that_died_comes_back_within_the_run(tmp_path: Path, inputs: Path
     kill_rank(HOSTS[1])
     assert pair.codes() == [0, 0], pair.said()[-4000:]
     assert "going on from" in pair.said() and status_of(pair.config).is_complete
+
+
+def test_hosts_that_know_no_address_of_their_own_train_by_the_network_that_is_named(
+    tmp_path: Path, inputs: Path
+) -> None:
+    """As the script's head says. Without it each would tell the other to call 127.0.1.1."""
+    pair = Pair(inputs, tmp_path / "run", {"BARE": "1", "GLOO_SOCKET_IFNAME": "eth0"})
+    assert pair.codes() == [0, 0], pair.said()[-4000:]
+    assert status_of(pair.config).is_complete
 
 
 def test_hosts_that_share_no_folder_end_with_one_sentence(tmp_path: Path, inputs: Path) -> None:
