@@ -164,7 +164,9 @@ class _Planner:
         self._add("gradient accumulation", Layout(num_micro_batches=2))
         if self.world_size == 1:
             self.not_run.append(NotRun("data parallel", "there is one rank"))
-        for layout in dict.fromkeys((Layout(), self._split(tp=self.tp))):
+        # The smallest leaves ranks for data parallelism, which shares out the optimizer.
+        sizes = (1, self.tp, min(self.tp_sizes, default=1))
+        for layout in dict.fromkeys(self._split(tp=tp) for tp in sizes):
             self._add("distributed optimizer", _with(layout, distributed_optimizer=True))
 
     def packed(self) -> None:

@@ -1,6 +1,6 @@
 """Trains one model at one layout with Megatron's own loop, and records all that may differ.
 
-Nothing here is the library's: GPTModel, pipeline schedule, DDP, `finalize_model_grads` and
+Nothing here is the library's but what finalizes gradients: GPTModel, pipeline schedule, DDP and
 optimizer are called as a training script calls them.
 """
 
@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -32,6 +31,7 @@ from megatron_hydra.certify.layouts import Batch, Layout, MicroBatch, micro_batc
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.gradients import finalize_model_grads
 from megatron_hydra.model.parallel_sizes import real_part
 from megatron_hydra.teachers.distributed_weights import InProcessSave, set_weights, sharded_weights
 

@@ -22,6 +22,7 @@ from nemo.core.optim import McoreDistributedOptimizer
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 
 from megatron_hydra.model.fusion import HeadFusion
+from megatron_hydra.model.gradients import shared_gradients_whole
 from megatron_hydra.model.mixers.kinds import KINDS
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.stragglers import StragglerWatch
@@ -84,13 +85,14 @@ class HydraOptimizerModule(nl.MegatronOptimizerModule):
     watch: NumberWatch | None = None
     stragglers: StragglerWatch | None = None
 
-    def finalize_model_grads(self, *args: Any, **kwargs: Any) -> None:
+    def finalize_model_grads(self, chunks: Any, *args: Any, **kwargs: Any) -> None:
         """Reduce the gradients over ranks; a bad one shows where it came from only before."""
         if self.stragglers is not None:
             self.stragglers.when_computed()
         if self.watch is not None:
             self.watch.look_at_gradients()
-        super().finalize_model_grads(*args, **kwargs)
+        with shared_gradients_whole(chunks):
+            super().finalize_model_grads(chunks, *args, **kwargs)
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
         """Make Megatron's optimizer for the DDP-wrapped chunks of a `MegatronParallel`."""

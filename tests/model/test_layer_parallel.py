@@ -24,6 +24,15 @@ PLAN = {0: (1, 2, 5), 1: tuple(range(8)), 2: (3,), 3: ()}
 TWO_LAYERS = {0: (1, 2, 5), 1: (0, 1, 6, 7)}
 # Longer than a context-parallel rank's pieces; a fusion that lets the sink's gradient through.
 WINDOW = dict(sliding_window_tokens=40, fusion="none")
+# Rank 0 of two has more values in the first half of the layers: with two replicas some norms lie in
+# the first half of the one rank's gradients and in the second of the other's.
+LOPSIDED = {
+    **dict.fromkeys(range(4), (0, 1, 2, 3)),
+    4: (4, 5, 6, 7),
+    5: tuple(range(8)),
+    6: (),
+    7: (),
+}
 OTHER_KINDS = {0: {"kda": (0, 6), "sliding_window": (3, 7)}, 1: {"sliding_window": (2, 3, 4, 5)}}
 VARIANTS = {
     "default": {},
@@ -82,6 +91,16 @@ def test_a_covering_part_of_the_matrix_on_four_ranks(tmp_path):
     variant = VARIANTS["dynamic gate, RoPE on FA"]
     rows = _certify(tmp_path, 4, variant, TWO_LAYERS, (4, 2, 1), COVERING_ON_FOUR)
     assert _names(rows) == COVERING_ON_FOUR
+
+
+def test_the_optimizer_is_shared_out_over_replicas_of_unlike_ranks(tmp_path):
+    """Norms' gradients are summed over tensor-parallel ranks that own other parts of them."""
+    wanted = {
+        "tensor parallel, ranks of one kind: tp2 by_type",
+        "distributed optimizer: tp2 sp by_type distopt",
+    }
+    rows = _certify(tmp_path, 4, {}, LOPSIDED, (2, 1, 1), wanted, num_steps=2)
+    assert _names(rows) == wanted
 
 
 def test_four_kinds_in_a_layer_on_four_ranks(tmp_path):

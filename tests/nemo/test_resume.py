@@ -123,6 +123,8 @@ def test_layout_changes_between_lives(inputs: Path, tmp_path: Path) -> None:
     tensors, common = moved.checkpoint()
     expected, expected_common = quiet.checkpoint()
     for name, value in expected.items():
+        if name.endswith(".sink"):
+            continue  # the fusion's norm takes its effect away: Adam follows rounding alone
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             scale = float(value.abs().max())
             torch.testing.assert_close(
