@@ -61,9 +61,7 @@ def main(verb: str, arguments: Sequence[str] | None = None) -> int:
         log_to_stderr()
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
-        code = run_verb(verb, given, f"hydra_tools.{verb}")
-        _leave_group()
-        return code
+        return run_verb(verb, given, f"hydra_tools.{verb}")
     except UserError as error:
         sentence = f"megatron-hydra: error: {error}"
         if rank() != 0:  # torchrun's signal, once rank 0 has ended
@@ -78,13 +76,6 @@ def main(verb: str, arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         tell_torchrun(f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
-
-
-def _leave_group() -> None:
-    """End Gloo's threads: a process that ends before them may be aborted, with its work done."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_initialized() and distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()
 
 
 def tell_torchrun(sentence: str, stack: str = "") -> None:
