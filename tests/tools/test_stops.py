@@ -36,10 +36,15 @@ STEPS = """
 """
 
 
+def _hears_hangups() -> None:
+    """Where the tests run under nohup, too, which has their processes ignore them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _start(
     before: str = "",
     work: str = STEPS,
-    preexec: Callable[[], object] | None = None,
+    preexec: Callable[[], object] = _hears_hangups,
     **environment: str,
 ) -> subprocess.Popen:
     paths = os.pathsep.join(str(ROOT / part) for part in ("", "tools"))
