@@ -172,8 +172,7 @@ def _file_sizes(weights: Path) -> dict[str, int]:
     """Bytes of each file of tensors, as .metadata has them; the entries of a file fill it."""
     sizes: dict[str, int] = {}
     with (weights / ".metadata").open("rb") as stream:
-        _Metadata(stream).load()
-    metadata = torch_checkpoint.FileSystemReader(weights).read_metadata()
+        metadata = _Metadata(stream).load()
     for entry in metadata.storage_data.values():
         end = entry.offset + entry.length
         sizes[entry.relative_path] = max(end, sizes.get(entry.relative_path, 0))
@@ -181,7 +180,7 @@ def _file_sizes(weights: Path) -> dict[str, int]:
 
 
 class _Metadata(pickle.Unpickler):
-    """Reads `.metadata` where it can do no harm, for PyTorch runs whatever the file says."""
+    """Reads `.metadata` as PyTorch does, but runs nothing that it may say beside."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_number = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
