@@ -67,7 +67,9 @@ def _finish(
     gradients = [parameter.main_grad for parameter in shared]
     if chunk.ddp_config.use_distributed_optimizer:
         _sum_over(_shares(chunk, shared), gradients)
-    if not chunk.config.sequence_parallel:  # else Megatron sums them, all ranks alike
+    if not chunk.config.sequence_parallel:  # else Megatron sums them, which makes ranks alike
+        # A mean: each rank has the whole. Of the norms of queries and keys it has its heads' part,
+        # which Megatron sums afterwards: a sum of equal means is the sum of the parts.
         group = parallel_state.get_tensor_model_parallel_group()
         _sum_over([(group, gradient / group.size()) for gradient in gradients], gradients)
 
@@ -76,17 +78,15 @@ def _shares(
     chunk: DistributedDataParallel, parameters: Sequence[torch.nn.Parameter]
 ) -> list[tuple[Any, Tensor]]:
     """Of each gradient what this rank has reduced, zeros elsewhere, and who has the rest."""
-    found = {}
-    for buffer in chunk.buffers:
-        group = buffer.data_parallel_group
-        for parameter, (start, _, number) in buffer.param_index_map.items():
-            bucket = buffer.buckets[number]
-            size = bucket.grad_data.numel() // group.size()
-            first = bucket.offset + group.rank() * size - start
-            found[parameter] = (group, slice(max(first, 0), max(first + size, 0)))
+    buffers = {each: buffer for buffer in chunk.buffers for each in buffer.param_index_map}
     shares = []
     for parameter in parameters:
-        group, own = found[parameter]
+        buffer = buffers[parameter]
+        start, _, number = buffer.param_index_map[parameter]
+        bucket, group = buffer.buckets[number], buffer.data_parallel_group
+        size = bucket.grad_data.numel() // group.size()
+        first = bucket.offset + group.rank() * size - start
+        own = slice(max(first, 0), max(first + size, 0))
         share = torch.zeros_like(parameter.main_grad)
         share.view(-1)[own] = parameter.main_grad.view(-1)[own]
         shares.append((group, share))
