@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kit.lives import paths
 from kit.optional import optional_program
 from kit.tiny_models import PLAN
 from test_training import write_inputs
@@ -47,8 +48,7 @@ def test_two_stages_train_from_a_folder_that_is_not_nemo_runs(tmp_path: Path) ->
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
-    return {**os.environ, "NEMORUN_HOME": str(folder / "nemo_run"), "PYTHONPATH": paths}
+    return {**os.environ, "NEMORUN_HOME": str(folder / "nemo_run"), "PYTHONPATH": paths()}
 
 
 # A stage as a function, with NeMo's plugin: as Slurm would get it, or on this machine.
