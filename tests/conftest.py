@@ -6,10 +6,15 @@ first imported, and Megatron imports it.
 
 import gc
 import os
+import sys
 import warnings
+from pathlib import Path
 
 # Of the tests' models one thread is faster than two, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `python` and `torchrun`, as scripts and launchers call them, are those of this environment,
+# however it was started.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 import torch
 
