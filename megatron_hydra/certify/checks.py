@@ -164,9 +164,11 @@ class _Planner:
         self._add("gradient accumulation", Layout(num_micro_batches=2))
         if self.world_size == 1:
             self.not_run.append(NotRun("data parallel", "there is one rank"))
-        # The smallest leaves ranks for data parallelism, which shares out the optimizer.
-        sizes = (1, self.tp, min(self.tp_sizes, default=1))
-        for layout in dict.fromkeys(self._split(tp=tp) for tp in sizes):
+        # The smallest sizes leave ranks for data parallelism, which shares out the optimizer.
+        stages = [pp for pp in self.pp_sizes[:1] if self.num_layers % pp == 0]
+        layouts = [self._split(tp=tp) for tp in (1, self.tp)]
+        layouts += self._together(self.tp_sizes[:1] or [1], [1, *self.cp_sizes[:1]], [1, *stages])
+        for layout in dict.fromkeys(layouts):
             self._add("distributed optimizer", _with(layout, distributed_optimizer=True))
 
     def packed(self) -> None:

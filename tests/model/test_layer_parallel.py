@@ -98,8 +98,21 @@ def test_the_optimizer_is_shared_out_over_replicas_of_unlike_ranks(tmp_path):
     wanted = {
         "tensor parallel, ranks of one kind: tp2 by_type",
         "distributed optimizer: tp2 sp by_type distopt",
+        "distributed optimizer: tp2 cp2 sp by_type distopt",
     }
-    rows = _certify(tmp_path, 4, {}, LOPSIDED, (2, 1, 1), wanted, num_steps=2)
+    rows = _certify(tmp_path, 4, {}, LOPSIDED, (2, 2, 1), wanted, num_steps=2)
+    assert _names(rows) == wanted
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("variant", ["KDA", "biases, no norms, scaled RoPE"])
+def test_the_optimizer_is_shared_out_beside_context_and_pipeline_parallelism(variant, tmp_path):
+    wanted = {
+        "distributed optimizer: tp2 cp2 sp by_type distopt",
+        "distributed optimizer: tp2 pp2 sp by_type distopt micro4",
+        "distributed optimizer: tp2 cp2 pp2 sp by_type distopt micro4",
+    }
+    rows = _certify(tmp_path, 8, VARIANTS[variant], LOPSIDED, (2, 2, 2), wanted, num_steps=2)
     assert _names(rows) == wanted
 
 
