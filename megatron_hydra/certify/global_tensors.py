@@ -8,6 +8,7 @@ and data parallel replicas, tied embeddings) must be one value: its spread is th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,14 +53,31 @@ def parameter_pieces(
     """
     pieces = []
     for chunk in chunks:
-        kept = {parameter: parameter.data for parameter in chunk.parameters()}
-        for parameter in kept:
-            parameter.data = value(parameter).clone()
-        state = sharded_weights(chunk)
-        pieces += shard_pieces(state)
-        for parameter, data in kept.items():
-            parameter.data = data
+        with _standing_in(chunk, value):
+            pieces += shard_pieces(sharded_weights(chunk))
     return pieces
+
+
+@contextmanager
+def _standing_in(chunk: GPTModel, value: Callable[[torch.nn.Parameter], Tensor]) -> Iterator[None]:
+    """Other parameters in place of the chunk's, with those values.
+
+    Their `data` alone cannot be exchanged: autograd forgets a parameter's hooks once it had data
+    of another type, and by hooks gradients reach Megatron's buffers.
+    """
+    kept = [(module._parameters, dict(module._parameters)) for module in chunk.modules()]
+    others: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for parameter in chunk.parameters():
+        stand_in = value(parameter).detach().clone()
+        others[parameter] = torch.nn.Parameter(stand_in, parameter.requires_grad)
+        others[parameter].__dict__.update(parameter.__dict__)
+    for held, parameters in kept:
+        held.update((name, others.get(each)) for name, each in parameters.items())
+    try:
+        yield
+    finally:
+        for held, parameters in kept:
+            held.update(parameters)
 
 
 def shard_pieces(sharded_state: Any) -> list[Piece]:

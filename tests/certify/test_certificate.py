@@ -34,8 +34,9 @@ from megatron_hydra.certify.tables import (
     text_table,
     with_table,
 )
-from megatron_hydra.certify.training import Record
+from megatron_hydra.certify.training import Record, Run, Trainer, save_first_weights
 from megatron_hydra.errors import UserError
+from megatron_hydra.teachers.loading import megatron_fields
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(ROOT.glob("examples/*/certify.yaml"))
@@ -114,6 +115,27 @@ def test_what_is_not_a_number_is_infinitely_far():
 def test_heads_have_their_teachers_names(name, axis, names):
     plan = tiny_plan().resolved("gated_delta_net")
     assert heads_of(f"decoder.layers.0.self_attention.{name}", plan) == (axis, names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_recorded_leaves_the_training_alone(one_rank, dtype, tmp_path):
+    """Hooks bring gradients to Megatron's buffers; a parameter may lose its own without a word."""
+    fields = {**tiny_fields(), **megatron_fields(dtype)}
+    run = Run(fields, tiny_plan(), tmp_path / "weights", tmp_path)
+    save_first_weights(run)
+    batch = random_batch(row_lengths(24, 1)[0], fields["vocab_size"])
+    recorded, quiet = (Trainer(run, Layout(), batch) for _ in range(2))
+    quiet.gradients = []  # as if they were recorded
+    for trainer in (recorded, quiet):
+        trainer.load_weights(run.weights)
+    recorded.record(3)
+    for _ in range(3):
+        quiet.step()
+    for ours, theirs in zip(recorded.chunks[0].parameters(), quiet.chunks[0].parameters()):
+        assert torch.equal(ours, theirs)
+        if theirs.requires_grad:
+            assert torch.equal(ours.main_grad, theirs.main_grad)
+            assert theirs.main_grad.any(), "a gradient in the last step"
 
 
 def test_what_does_not_fit_is_said():
