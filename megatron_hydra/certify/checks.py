@@ -165,11 +165,16 @@ class _Planner:
         if self.world_size == 1:
             self.not_run.append(NotRun("data parallel", "there is one rank"))
         # The smallest sizes leave ranks for data parallelism, which shares out the optimizer.
+        least = self.tp_sizes[:1] or [1]
         stages = [pp for pp in self.pp_sizes[:1] if self.num_layers % pp == 0]
         layouts = [self._split(tp=tp) for tp in (1, self.tp)]
-        layouts += self._together(self.tp_sizes[:1] or [1], [1, *self.cp_sizes[:1]], [1, *stages])
+        layouts += self._together(least, [1, *self.cp_sizes[:1]], [1, *stages])
         for layout in dict.fromkeys(layouts):
             self._add("distributed optimizer", _with(layout, distributed_optimizer=True))
+        for layout in (Layout(num_micro_batches=2), self._split(tp=least[0])):
+            for shared in (False, True):
+                overlap = _with(layout, overlap_grad_reduce=True, distributed_optimizer=shared)
+                self._add("overlapped gradient sums", overlap)
 
     def packed(self) -> None:
         layouts = [Layout(), *self._rich()]

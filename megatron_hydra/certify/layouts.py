@@ -29,6 +29,8 @@ class Layout:
     sequence_parallel: bool = False
     placement: str = "balanced"
     distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    """Gradients are summed as they come, in buckets so small that there are several."""
     num_micro_batches: int = 1
     recompute: str | None = None
     """`full`, `selective` or None, as Megatron's `recompute_granularity`."""
@@ -48,6 +50,8 @@ class Layout:
             words.append(self.placement)
         if self.distributed_optimizer:
             words.append("distopt")
+        if self.overlap_grad_reduce:
+            words.append("overlap")
         if self.num_micro_batches > 1:
             words.append(f"micro{self.num_micro_batches}")
         if self.recompute:

@@ -39,6 +39,7 @@ LEARNING_RATE = 1e-3
 # Where a gradient is all rounding error, Adam at its usual 1e-8 would move the parameter by a
 # whole learning rate in a random direction.
 ADAM_EPS = 1e-6
+_BUCKET_SIZE = 10_000  # values; Megatron has it matter only where sums overlap
 
 
 @dataclass
@@ -129,7 +130,10 @@ class Trainer:
         self.config = self.chunks[0].config
         low = self.config.params_dtype == torch.bfloat16
         ddp_config = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            bucket_size=_BUCKET_SIZE,
         )
         self.wrapped = [
             DistributedDataParallel(self.config, ddp_config, chunk) for chunk in self.chunks
@@ -149,6 +153,10 @@ class Trainer:
             self.wrapped,
         )
         self.config.finalize_model_grads_func = self._finalize
+        if layout.overlap_grad_reduce:
+            self.config.no_sync_func = [chunk.no_sync for chunk in self.wrapped]
+            if len(self.wrapped) == 1:
+                (self.config.no_sync_func,) = self.config.no_sync_func
         self.gradients: list[Piece] | None = None
         self.rows = row_length(batch, layout)
         self.micro_batches = micro_batches(

@@ -100,7 +100,7 @@ class NumberWatch(pl.Callback):
 
     @torch.no_grad()
     def look_at_gradients(self) -> None:
-        """Keep the largest gradient on this rank, before gradients are summed over ranks."""
+        """Keep the largest gradient on this rank, while no sum over ranks is in progress."""
         self._largest_gradients = [
             torch.linalg.vector_norm(buffer.grad_data, torch.inf)
             for chunk in self._chunks

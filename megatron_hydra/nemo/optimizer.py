@@ -86,13 +86,20 @@ class HydraOptimizerModule(nl.MegatronOptimizerModule):
     stragglers: StragglerWatch | None = None
 
     def finalize_model_grads(self, chunks: Any, *args: Any, **kwargs: Any) -> None:
-        """Reduce the gradients over ranks; a bad one shows where it came from only before."""
+        """Reduce the gradients over ranks; a bad one shows where it came from only before.
+
+        With `overlap_grad_reduce` that has begun: bad ones show on all ranks that they are summed
+        over.
+        """
         if self.stragglers is not None:
             self.stragglers.when_computed()
-        if self.watch is not None:
+        has_begun = chunks[0].ddp_config.overlap_grad_reduce
+        if self.watch is not None and not has_begun:
             self.watch.look_at_gradients()
         with shared_gradients_whole(chunks):
             super().finalize_model_grads(chunks, *args, **kwargs)
+        if self.watch is not None and has_begun:
+            self.watch.look_at_gradients()
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
         """Make Megatron's optimizer for the DDP-wrapped chunks of a `MegatronParallel`."""

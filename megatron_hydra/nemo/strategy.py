@@ -44,6 +44,7 @@ def make_strategy(
             check_for_nan_in_grad=False,  # a traceback on one rank: see bad_numbers.py
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=section.use_distributed_optimizer,
+            overlap_grad_reduce=section.overlap_grad_reduce,
         ),
         process_group_backend=backend,
         checkpoint_io=make_checkpoint_io(async_save),

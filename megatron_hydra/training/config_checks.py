@@ -225,6 +225,7 @@ def _check_cuda_graphs(config: RunConfig) -> None:
         ("model.recompute", model.recompute, ("none",)),
         ("strategy.pipeline_model_parallel_size", strategy.pipeline_model_parallel_size, (1,)),
         ("strategy.context_parallel_size", strategy.context_parallel_size, (1,)),
+        ("strategy.overlap_grad_reduce", strategy.overlap_grad_reduce, (False,)),
     ):
         if value not in allowed:
             raise UserError(

@@ -146,8 +146,9 @@ def test_what_does_not_fit_is_said():
     assert reasons["pipeline 2, virtual stages"] == "2 layers are not divisible by 4"
     assert {check.name.partition(",")[0] for check in checks} >= {
         "tensor parallel", "sequence parallel", "context parallel", "pipeline", "data parallel",
-        "gradient accumulation", "distributed optimizer", "packed documents", "recomputation",
-        "deterministic rerun", "checkpoint there and back", "exported and reloaded",
+        "gradient accumulation", "distributed optimizer", "overlapped gradient sums",
+        "packed documents", "recomputation", "deterministic rerun",
+        "checkpoint there and back", "exported and reloaded",
     }  # fmt: skip
 
 

@@ -99,6 +99,8 @@ def test_the_optimizer_is_shared_out_over_replicas_of_unlike_ranks(tmp_path):
         "tensor parallel, ranks of one kind: tp2 by_type",
         "distributed optimizer: tp2 sp by_type distopt",
         "distributed optimizer: tp2 cp2 sp by_type distopt",
+        "overlapped gradient sums: tp2 sp by_type overlap",
+        "overlapped gradient sums: tp2 sp by_type distopt overlap",
     }
     rows = _certify(tmp_path, 4, {}, LOPSIDED, (2, 2, 1), wanted, num_steps=2)
     assert _names(rows) == wanted

@@ -133,6 +133,11 @@ def _check_data_parallel(inputs: Path, folder: Path) -> None:
         seen = _run(inputs, folder / name, layout, {(1, micro_batch): fault} if rank == 1 else None)
         _check_skipped(seen, clean, samples)
         _check_line(seen, words, 1, "tensor 0", "data 1")
+    # Where gradients are summed as they come, the parameter is known, but not the replica.
+    layout = [*layout, "strategy.overlap_grad_reduce=true"]
+    seen = _run(inputs, folder / "summed", layout, {(1, 0): of_scale} if rank == 1 else None)
+    _check_skipped(seen, clean, [0, 1, 2, 3])
+    assert all(words in line for line in seen.lines) and len(seen.lines) == (rank == 0)
 
 
 def test_pipeline_stage_is_named(inputs: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Layout:
     data: int = 1
     context: int = 1
     placement: str = "balanced"
+    overlap: bool = False
+    """Gradients in many buckets, some padded, that are summed as they come."""
 
     @property
     def world_size(self) -> int:
@@ -45,7 +47,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = f"tp{self.tensor}-pp{self.pipeline}-dp{self.data}-cp{self.context}"
-        return f"{sizes}-{self.placement}"
+        return f"{sizes}-{self.placement}{'-overlap' * self.overlap}"
 
 
 LAYOUTS = [
@@ -60,6 +62,7 @@ LAYOUTS = [
     Layout(pipeline=2, data=2),
     Layout(context=2),
     Layout(tensor=2, context=2),
+    Layout(tensor=2, data=2, placement="by_type", overlap=True),
 ]
 PRECISIONS = ("fp32", "bf16")
 # What `make test` keeps: each kind of split once, in the precision that has more to go wrong there
@@ -67,7 +70,7 @@ PRECISIONS = ("fp32", "bf16")
 SAVED_AT = Layout(tensor=2, placement="by_type")
 COVERING = {
     "fp32": [Layout(pipeline=2), Layout(context=2)],
-    "bf16": [SAVED_AT, Layout(data=2)],
+    "bf16": [SAVED_AT, Layout(data=2, overlap=True)],
 }
 # One of them with a vocabulary and an MLP width that tensor-parallel ranks pad.
 SIZES = {"fp32": {"vocab_size": 61, "ffn_hidden_size": 49}, "bf16": {}}
@@ -240,13 +243,13 @@ class _Training:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
-            finalize_model_grads,
         )
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
         from megatron.core.transformer.module import Float16Module
 
         from megatron_hydra.certify.layouts import Layout as ParallelSizes
         from megatron_hydra.model.build import build_model
+        from megatron_hydra.model.gradients import finalize_model_grads
         from megatron_hydra.nemo.optimizer import make_optimizer
         from megatron_hydra.teachers.loading import megatron_fields
         from megatron_hydra.training.config import OptimSection
@@ -277,10 +280,14 @@ class _Training:
         )
         module = Float16Module(self.config, self.model) if bf16 else self.model
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=layout.overlap,
+            bucket_size=5000,
         )
         self.wrapped = DistributedDataParallel(self.config, ddp, module)
         self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.no_sync_func = self.wrapped.no_sync if layout.overlap else None
         optimizer = make_optimizer(
             OptimSection(lr=1e-3, weight_decay=0.1, clip_grad=0.5), 100, True, bf16
         )

@@ -35,6 +35,7 @@ RUNS = {
 PLAN = HeadPlan.from_fa_heads({0: [], 1: [2], 2: [0, 3], 3: [0, 1, 2, 3]}, 4, 4, 2)
 TENSOR, PIPELINE = (f"strategy.{kind}_model_parallel_size" for kind in ("tensor", "pipeline"))
 CONTEXT, SEQUENCE = "strategy.context_parallel_size", "strategy.sequence_parallel"
+SHARED, OVERLAP = "strategy.use_distributed_optimizer", "strategy.overlap_grad_reduce"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def _layout(tied: str, world_size: int, *sizes: str, fast: bool = False) -> Any:
     ("shape", "world_size", "sizes"),
     [
         _layout("tied", 2, f"{PIPELINE}=2", fast=True),
-        _layout("tied", 2, f"{CONTEXT}=2", fast=True),
+        _layout("tied", 2, f"{CONTEXT}=2", f"{SHARED}=true", f"{OVERLAP}=true", fast=True),
         _layout("tied", 4, f"{PIPELINE}=2", f"{TENSOR}=2", f"{SEQUENCE}=true"),
         _layout("untied", 2, f"{CONTEXT}=2"),
         _layout("untied", 2, f"{PIPELINE}=2"),
@@ -95,6 +96,8 @@ def _layout(tied: str, world_size: int, *sizes: str, fast: bool = False) -> Any:
         _layout("untied", 4, f"{PIPELINE}=2", f"{TENSOR}=2"),
         _layout("untied", 4, f"{CONTEXT}=2", f"{TENSOR}=2", f"{SEQUENCE}=true"),
         _layout("untied", 4, f"{CONTEXT}=4"),
+        _layout("untied", 4, f"{TENSOR}=2", f"{SHARED}=true", f"{OVERLAP}=true"),
+        _layout("untied", 4, f"{PIPELINE}=2", f"{OVERLAP}=true"),
         _layout("padded", 2, f"{TENSOR}=2", f"{SEQUENCE}=true"),
     ],
 )
