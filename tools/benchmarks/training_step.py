@@ -225,10 +225,10 @@ def _training_step(
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
-        finalize_model_grads,
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    from megatron_hydra.model.gradients import finalize_model_grads
     from megatron_hydra.transfer.alignment import Alignment
     from megatron_hydra.transfer.distillation import distillation_loss
 
