@@ -100,6 +100,8 @@ class Job:
         """Until it is queued again so many times; then without the two minutes that Slurm waits."""
         until(lambda: self.record("Restarts") == str(number), seconds, f"restart {number}")
         until(lambda: self.record("JobState") == "PENDING", seconds, "pending")
+        # A node starts no job again in the second in which it has ended: Slurm would give it up.
+        time.sleep(2)
         call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def wait_for_end(self, seconds: float = 1200) -> tuple[str, str]:
