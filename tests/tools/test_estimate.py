@@ -67,6 +67,71 @@ def test_it_says_all_of_stages_that_are_not_converted_without_pytorch(teacher: P
     assert "Assumed: 40 GB/s of each GPU to other nodes" in said
 
 
+def _of_transfer(recipe: str, *more: str) -> list[str]:
+    config = str(ROOT / f"examples/{recipe}/transfer.yaml")
+    return ["estimate", "--config", config, "--gpu", "h100", *more]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 8, 64])
+def test_a_transfers_file_says_all_that_its_stages_need(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_nodes: int
+) -> None:
+    """Of a fresh clone: the published shape, the plan's ratio, 8 GPUs in each node."""
+    named = _of_teacher(teacher, "--gpus", f"{8 * num_nodes}", "--nodes", f"{num_nodes}")
+    expected = _json(named, tmp_path / "named.json")
+    capsys.readouterr()
+    command = _of_transfer("qwen3_1p7b", "--nodes", f"{num_nodes}")
+    found = _json(command, tmp_path / "found.json")
+    assert (
+        "run.teacher models/Qwen3-1.7B is not there: its shape is taken" in capsys.readouterr().out
+    )
+    assert {**found, "provenance": None} == {**expected, "provenance": None}
+    more = ["plan.fa_ratio=1/8", "stage3_long_context.trainer.max_steps=6000"]
+    *others, last = _json([*command, *more], tmp_path / "found.json")["stages"]
+    assert last["num_steps"] == 6000 and last["fa_heads"] == 56
+    assert [stage["num_steps"] for stage in others] == [
+        stage["num_steps"] for stage in expected["stages"][:-1]
+    ]
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS))
+def test_every_recipe_is_estimated_before_anything_is_downloaded(recipe: str) -> None:
+    assert cli.main(_of_transfer(recipe, "--nodes", "2")) == 0
+
+
+def test_a_transfer_is_estimated_by_what_is_there_of_it(inputs: Path, tmp_path: Path) -> None:
+    """The plan that was made, then the hybrid that was converted by it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    plan = HeadPlan.from_fa_heads({0: [], 1: [1, 2], 2: [3], 3: []}, 4, 8, 4)
+    plan.save(run / "plan.json")
+    more = [f"run.folder={run}", f"run.teacher={ROOT}/examples/quickstart/teacher"]
+    command = _of_transfer("quickstart", "--gpus", "1", *more)
+    stages = _json(command, tmp_path / "found.json")["stages"]
+    assert [stage["fa_heads"] for stage in stages] == [3, 3, 3]
+    (run / "converted").symlink_to(inputs / "hybrid")
+    stages = _json(command, tmp_path / "found.json")["stages"]
+    made = HeadPlan.load(inputs / "hybrid/plan.json")
+    assert [stage["fa_heads"] for stage in stages] == [made.num_fa_heads] * 3
+    assert stages[0]["total_heads"] == made.num_layers * made.num_heads
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--nodes", "1", "--teacher", "nowhere"], "no teacher nowhere is there: its config.json"),
+        (["--nodes", "1", "plan.fa_ratio=null", "plan.fa_heads=9"], "has no plan.fa_ratio: name a"),
+        (["--nodes", "0"], "the number of GPUs is 0"),
+        ([], "how many? --gpus N in all, or --nodes N of 8 GPUs each"),
+    ],
+)
+def test_what_a_transfers_file_leaves_open_is_asked_for(
+    capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
+    assert cli.main(_of_transfer("qwen3_1p7b", *more)) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_its_figures_follow_from_one_another(teacher: Path, tmp_path: Path) -> None:
     command = _of_teacher(teacher, "--gpus", "32", "--nodes", "2", "--price-per-hour", "2.5")
     found = _json(command, tmp_path / "estimate.json")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from hydra_tools.on_plans import read_ratio
+from hydra_tools.transfer_steps import is_transfer, load_steps
 from megatron_hydra.api.estimate import (
+    GPUS_PER_NODE,
     ContextHours,
     Estimate,
     LayoutEstimate,
@@ -20,7 +24,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.results import align
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.selection.cost import DEVICES, find_device
-from megatron_hydra.training.config import load_config, overrides_of_stage
+from megatron_hydra.training.config import RunConfig, load_config, overrides_of_stage
 from megatron_hydra.training.step_time import ERRORS_PERCENT
 
 _HEADINGS = [
@@ -36,18 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="YAML",
-        help="the stages, in their order",
+        help="a transfer.yaml, or the stages in their order",
     )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="[STAGE.]section.key=value",
-        help="for all stages, or for the one whose file is STAGE.yaml",
+        help="for all stages, or for the one whose file is STAGE.yaml; of a transfer.yaml, what "
+        "`transfer` takes",
     )
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(DEVICES)}")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="in all")
     parser.add_argument(
-        "--nodes", type=int, metavar="N", help="that share them equally (default: 8 GPUs in each)"
+        "--gpus", type=int, metavar="N", help=f"in all (default: {GPUS_PER_NODE} in each node)"
+    )
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help=f"that share them equally (default: {GPUS_PER_NODE} GPUs in each)",
     )
     parser.add_argument(
         "--price-per-hour", type=float, metavar="X", help="of one GPU, in any currency"
@@ -55,15 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher",
         metavar="DIR_OR_CONFIG",
-        help="the teacher's folder or config.json, where nothing is converted yet",
+        help="the teacher's folder or config.json, where nothing is converted yet (default: a "
+        "transfer.yaml's)",
     )
     heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--plan", help="with --teacher: the head plan")
+    heads.add_argument("--plan", help="with a teacher: the head plan")
     heads.add_argument(
         "--fa-fraction",
         type=read_ratio,
         metavar="R",
-        help="with --teacher, in place of a plan: the share of FA heads, as 1/4 or 0.25",
+        help="with a teacher, in place of a plan: the share of FA heads, as 1/4 or 0.25 (default: "
+        "a transfer.yaml's plan.fa_ratio)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument(
@@ -81,27 +93,71 @@ def run(args: argparse.Namespace) -> int:
     # `--config` takes all words that follow it.
     configs = [word for word in args.config if "=" not in word]
     overrides = [word for word in args.config if "=" in word] + args.overrides
-    stages = {Path(path).stem for path in configs}
-    if args.teacher is None and (args.plan or args.fa_fraction is not None):
-        raise UserError("--plan and --fa-fraction say what is made of a --teacher: name it")
     check_outputs([args.json, args.picture], [Path(path) for path in configs])
     if args.picture:
         check_output(args.picture, args.overwrite, "file")
-    model = None
-    if args.teacher is not None:
-        fraction = None if args.fa_fraction is None else float(args.fa_fraction)
-        model = Model.of_teacher(args.teacher, args.plan, fraction)
-    runs = [
-        load_config(path, overrides_of_stage(Path(path).stem, stages, overrides))
-        for path in configs
-    ]
-    found = estimate(runs, args.gpu, args.gpus, args.nodes, args.price_per_hour, model)
+    if args.gpus is None and args.nodes is None:
+        raise UserError("how many? --gpus N in all, or --nodes N of 8 GPUs each")
+    num_gpus = GPUS_PER_NODE * args.nodes if args.gpus is None else args.gpus
+    if len(configs) == 1 and is_transfer(configs[0]):
+        runs, model = _transfer(configs[0], overrides, args)
+    else:
+        runs, model = _stages(configs, overrides, args)
+    found = estimate(runs, args.gpu, num_gpus, args.nodes, args.price_per_hour, model)
     if args.json:
         found.save(args.json, args.overwrite)
     print("\n".join(_lines(found)))
     if args.picture:
-        print(_draw(found, by_context(runs, args.gpu, args.gpus, args.nodes, model), args))
+        print(_draw(found, by_context(runs, args.gpu, num_gpus, args.nodes, model), args))
     return 0
+
+
+def _stages(
+    configs: Sequence[str], overrides: Sequence[str], args: argparse.Namespace
+) -> tuple[list[RunConfig], Model | None]:
+    """The stages of those files, and the model that is made of the named teacher."""
+    if args.teacher is None and (args.plan or args.fa_fraction is not None):
+        raise UserError("--plan and --fa-fraction say what is made of a --teacher: name it")
+    model = None
+    if args.teacher is not None:
+        model = Model.of_teacher(args.teacher, args.plan, _number(args.fa_fraction))
+    stages = {Path(path).stem for path in configs}
+    runs = [
+        load_config(path, overrides_of_stage(Path(path).stem, stages, overrides))
+        for path in configs
+    ]
+    return runs, model
+
+
+def _transfer(
+    path: str, overrides: Sequence[str], args: argparse.Namespace
+) -> tuple[list[RunConfig], Model | None]:
+    """A transfer's stages, and its hybrid: the one that it has converted, or the one to be."""
+    section, steps = load_steps(path, overrides)
+    runs = [step.run for step in steps if step.run is not None]
+    told = (args.teacher, args.plan, args.fa_fraction)
+    if told == (None, None, None) and Path(runs[0].transfer.init_from, "model.json").is_file():
+        return runs, None
+    teacher, plan, fraction = args.teacher or section.teacher, args.plan, args.fa_fraction
+    if not Path(teacher).exists():
+        published = Path(path).with_name("teacher.json")
+        if args.teacher or not published.is_file():
+            raise UserError(f"no teacher {teacher} is there: its config.json is enough (--teacher)")
+        print(f"run.teacher {teacher} is not there: its shape is taken from {published}\n")
+        teacher = str(published)
+    if plan is None and fraction is None:
+        planning = next(step for step in steps if step.name == "plan")
+        if planning.output.is_file():
+            plan = planning.output
+        elif ratio := json.loads(planning.settings.get("plan.fa_ratio", "null")):
+            fraction = read_ratio(str(ratio))
+        else:
+            raise UserError(f"{path} has no plan.fa_ratio: name a --plan or --fa-fraction")
+    return runs, Model.of_teacher(teacher, plan, _number(fraction))
+
+
+def _number(ratio: Fraction | None) -> float | None:
+    return None if ratio is None else float(ratio)
 
 
 def _draw(found: Estimate, points: Sequence[ContextHours], args: argparse.Namespace) -> str:

@@ -23,6 +23,7 @@ from megatron_hydra.training.config import HELD_BY_CONTENT, MAY_CHANGE, RunConfi
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import datasets_hash
 from megatron_hydra.unfinished import forget_unfinished, num_finished
+from megatron_hydra.yaml_text import read_yaml
 
 STAGES = ("stage1_align", "stage2_distill", "stage3_long_context")
 _Options = dict[str, Any] | None
@@ -133,6 +134,15 @@ class Step:
         with folder.lock():
             folder.check_removable()
             folder.remove()
+
+
+def is_transfer(path: str | Path) -> bool:
+    """Whether a YAML file is a transfer's, and not a stage's.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    return "run" in read_yaml(path, [section.name for section in fields(TransferConfig)])
 
 
 def load_steps(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunSection, list[Step]]:
