@@ -154,9 +154,8 @@ class Trainer:
         )
         self.config.finalize_model_grads_func = self._finalize
         if layout.overlap_grad_reduce:
-            self.config.no_sync_func = [chunk.no_sync for chunk in self.wrapped]
-            if len(self.wrapped) == 1:
-                (self.config.no_sync_func,) = self.config.no_sync_func
+            each = [chunk.no_sync for chunk in self.wrapped]
+            self.config.no_sync_func = each if len(each) > 1 else each[0]
         self.gradients: list[Piece] | None = None
         self.rows = row_length(batch, layout)
         self.micro_batches = micro_batches(
@@ -346,8 +345,8 @@ def _loss_step(
     batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     batch = next(batches)
-    losses = _forward(batch, model, labels=_on_device(batch.labels))
-    return losses, partial(_masked_sum, _on_device(batch.loss_mask))
+    losses = _forward(batch, model, labels=batch.labels.cuda())
+    return losses, partial(_masked_sum, batch.loss_mask.cuda())
 
 
 def _masked_sum(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,11 +364,7 @@ def _logit_step(
 def _forward(batch: MicroBatch, model: torch.nn.Module, **kwargs: Any) -> Tensor:
     if batch.packed_seq_params is not None:
         kwargs["packed_seq_params"] = batch.packed_seq_params
-    return model(_on_device(batch.tokens), _on_device(batch.positions), None, **kwargs)
-
-
-def _on_device(tensor: Tensor) -> Tensor:
-    return tensor.cuda()
+    return model(batch.tokens.cuda(), batch.positions.cuda(), None, **kwargs)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
