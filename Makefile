@@ -2,7 +2,7 @@
 #   make quickstart   the main job, from the shipped teacher to a report (about 17 minutes)
 #   make test         all tests that need no GPU, but for the long matrix
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
-#   make test-cluster on Debian, as root: launch scripts on a real Slurm over two hosts, the CPU image (24 minutes)
+#   make test-cluster on Debian, as root: launch scripts on a real Slurm over two hosts, the CPU image (27 minutes)
 #   make certificates certify the quickstart's model anew, and the table of docs/layouts.md from it
 #   make checks       formatter, linter, types, and the pages of docs/ with their links
 #   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)

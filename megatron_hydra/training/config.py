@@ -186,7 +186,8 @@ class StrategySection:
     """Split the optimizer's state over the data- and context-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Sum gradients over data- and context-parallel ranks while the backward pass still computes
-    others, a bucket of 40 million values or more at a time; false: all once it has ended."""
+    others, a bucket of 40 million values or more at a time; false: all once it has ended. A bad
+    gradient is then named on all ranks that it was summed over, not on the one it began on."""
     timeout_minutes: Annotated[float, Limits(above=0, most=1440)] = 30.0
     """How long a rank waits for others before all end: a hang is noticed by it. The first steps,
     which compile kernels, and the slowest rank's part of a checkpoint have to fit."""

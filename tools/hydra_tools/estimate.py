@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.picture:
         check_output(args.picture, args.overwrite, "file")
     if args.gpus is None and args.nodes is None:
-        raise UserError("how many? --gpus N in all, or --nodes N of 8 GPUs each")
+        raise UserError(f"how many? --gpus N in all, or --nodes N of {GPUS_PER_NODE} GPUs each")
     num_gpus = GPUS_PER_NODE * args.nodes if args.gpus is None else args.gpus
     if len(configs) == 1 and is_transfer(configs[0]):
         runs, model = _transfer(configs[0], overrides, args)
