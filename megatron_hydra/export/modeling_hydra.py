@@ -8,12 +8,13 @@ Legend: b rows, t tokens, h hidden size, n heads of all kinds, d channels of a h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -21,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .cache_hydra import HydraCache, HydraLayerCache
 from .configuration_hydra import KINDS, HydraHeadConfig
 from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, normed, rearranged
+from .recording_hydra import RecordedSteps
 
 # Unused here: transformers 4 copies from a folder the files alone that this one names.
 from .recurrence_hydra import gated_delta_rule  # noqa: F401
@@ -302,6 +304,17 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
             **{CACHE: outputs.get(CACHE)},
         )
         return result.to_tuple() if return_dict is False else result
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """Transformers' own; on a GPU, where nobody says how to compile, steps are recorded whole.
+
+        For one `generate`, as transformers asks for it: later ones may find other weights.
+        """
+        devices = {parameter.device for parameter in self.parameters()}
+        if compile_config is not None or len(devices) > 1 or self.device.type != "cuda":
+            found: Callable[..., Any] = super().get_compiled_call(compile_config)
+            return found
+        return RecordedSteps(super().get_compiled_call(CompileConfig(mode="default")))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Transformers' own; positions are counted here, in chunked prefill too."""

@@ -18,10 +18,12 @@ from kit.tiny import tiny_config, token_batch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
+from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
 
 from megatron_hydra.export.cache_hydra import HydraCache  # noqa: E402
+from megatron_hydra.export.recording_hydra import RecordedSteps  # noqa: E402
 from megatron_hydra.export.recurrence_hydra import PIECES  # noqa: E402
-from megatron_hydra.export.stream_hydra import padded_mask  # noqa: E402
+from megatron_hydra.export.stream_hydra import CACHE, padded_mask  # noqa: E402
 from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
 from megatron_hydra.selection.shape import ModelShape  # noqa: E402
 
@@ -322,6 +324,42 @@ def test_steps_of_a_static_cache_are_compiled_once(hybrid, batch, mask):
         alone = megatron_logits(model, tokens[row : row + 1, real])[0]
         expected = alone[int(real[:34].sum()) :]
         torch.testing.assert_close(found[row, real[34:]], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_recorded_steps_are_the_models(hybrid):
+    """Of every cache and mask, though only what a first step was given is ever run again."""
+    _, exported = hybrid
+    tokens, num_records = _tokens(2, 40), 0
+
+    def record(run):
+        nonlocal num_records
+        num_records += 1
+        output = CausalLMOutputWithPast(logits=torch.empty(2, 1, exported.vocab_size))
+        return (lambda: output.logits.copy_(run().logits)), output
+
+    steps = RecordedSteps(exported, record)
+    for mask, changes in ((None, False), (HOLES[:2], False), (HOLES[:2], True)):
+        seen = [None if mask is None else mask[:, :i] for i in range(41)]
+        expected, _ = _in_pieces(exported, tokens, [30, *[1] * 10], mask, max_length=40)
+        prompt, cache = _in_pieces(exported, tokens[:, :30], [30], seen[30], max_length=40)
+        logits, before = [prompt], num_records
+        for i in range(30, 40):
+            if changes and i == 35:  # to other places in memory
+                earlier = [layer.tensors() for layer in cache.layers]  # not to be used again
+                cache.batch_repeat_interleave(2)
+                cache.batch_select_indices(torch.tensor([0, 2]))
+                del earlier
+            new = {"input_ids": tokens[:, i : i + 1].clone(), "use_cache": True, CACHE: cache}
+            if mask is not None:
+                new["attention_mask"] = padded_mask(seen[i + 1], cache.max_length)
+            logits.append(steps(**new).logits)
+        assert num_records == before + 1 + changes
+        real = torch.ones_like(tokens).bool() if mask is None else mask.bool()
+        assert torch.equal(torch.cat(logits, dim=1)[real], expected[real])
+    found = [steps(**new, output_hidden_states=True) for _ in range(3)]
+    assert all(len(each.hidden_states) == len(exported.model.layers) + 1 for each in found)
+    assert num_records == 4, "what returns more is not recorded"
 
 
 def test_what_a_static_cache_cannot_do_is_said(hybrid):

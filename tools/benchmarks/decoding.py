@@ -160,10 +160,10 @@ def measure(
             else:
                 found = model(tokens[:, :_PROMPT], **_OPTIONS)
             cache = found[CACHE]
-            if not is_read:
-                _fill(cache, context)
             if batch > 1:
                 cache.batch_repeat_interleave(batch)
+            if not is_read:  # last: a batch may fit that one row beside it would not
+                _fill(cache, context)
             step = partial(model, new, **_OPTIONS, **{CACHE: cache})
         row["cache GiB"] = _cache_bytes(cache) / 2**30
         row["first step s"] = _timed(step)[0]
@@ -201,7 +201,7 @@ def _static_step(
         # In transformers 4 the caller says where a token lies.
         options["cache_position"] = new.new_full((1,), context)
     call = model.get_compiled_call(None)
-    return partial(call, new, **options, **{CACHE: cache}), cache
+    return partial(call, input_ids=new, **options, **{CACHE: cache}), cache
 
 
 def _fill(cache: Any, context: int) -> None:
@@ -296,6 +296,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             label = f"{model}: weights and cache read once"
             ax.plot(list(floors), list(floors.values()), ":", color=colour, label=label)
         contexts = sorted({row["context"] for row in rows})
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.set(xlabel="context, tokens", ylabel="ms per token", title="Decoding, one sequence")
         ax.set_xticks(contexts, [f"{n // 1024}K" for n in contexts])
         ax.minorticks_off()
