@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from megatron_hydra.api.dry_run import read_model
 from megatron_hydra.errors import UserError
@@ -15,12 +17,12 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.provenance import origin
 from megatron_hydra.selection.cost import find_device, weight_bytes
 from megatron_hydra.selection.policy import read_shape
-from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.selection.shape import ModelShape, even_plan, whole_layers
 from megatron_hydra.teachers.config_json import read_config, shape_fields
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.layout_search import Cluster, LaidOut, as_written, fastest
 from megatron_hydra.training.run_inputs import checkpoint_bytes, result_bytes
-from megatron_hydra.training.step_time import ERRORS_PERCENT, NETWORK_BYTES_PER_S, even_plan
+from megatron_hydra.training.step_time import ERRORS_PERCENT, NETWORK_BYTES_PER_S
 
 GPUS_PER_NODE = 8
 CONTEXTS = tuple(1024 * 2**n for n in range(2, 10))  # 4K to 512K
@@ -46,6 +48,8 @@ class Model:
         teacher: str | Path,
         plan: str | Path | None = None,
         fa_fraction: float | None = None,
+        window_fraction: float = 0.0,
+        la_heads: Mapping[str, Any] = MappingProxyType({}),
     ) -> Model:
         """A hybrid that is not converted yet.
 
@@ -55,9 +59,12 @@ class Model:
             plan: A head plan's file.
             fa_fraction: In place of a plan: the share of heads that keep full attention, which are
                 then spread evenly.
+            window_fraction: Beside `fa_fraction`: the share that become sliding windows.
+            la_heads: What `convert` is told of the others, by the options' names.
 
         Raises:
-            UserError: If neither or both of the last two are given, or something cannot be read.
+            UserError: If neither or both a plan and a fraction are given, a fraction or an option
+                is not allowed, or something cannot be read.
         """
         if (plan is None) == (fa_fraction is None):
             raise UserError(
@@ -67,16 +74,15 @@ class Model:
             shape = ModelShape.from_fields(read_model(str(teacher), "teacher", "the teacher"))
         else:
             shape = ModelShape.from_fields(shape_fields(read_config(teacher)))
+        shape = replace(shape, **la_heads)
         if plan is None:
             assert fa_fraction is not None
-            if not 0 <= fa_fraction <= 1:
-                raise UserError(f"the fraction of FA heads is {fa_fraction}; allowed: 0 to 1")
-            return cls(shape, even_plan(shape, fa_fraction))
+            return cls(shape, even_plan(shape, fa_fraction, window_fraction))
         found = HeadPlan.load(plan)
         found.check_teacher(shape.num_layers, shape.num_heads, shape.num_query_groups, "")
         planned = read_shape(found)
         if planned is not None:
-            shape = replace(shape, **planned.la_heads)
+            shape = replace(shape, **{**planned.la_heads, **la_heads})
         return cls(shape, found)
 
 
@@ -266,7 +272,7 @@ def by_context(
     fraction = plan.num_fa_heads / shape.total_heads
     plans = {
         "full attention": even_plan(shape, 1.0),
-        "layer-wise": _whole_layers(shape, fraction),
+        "layer-wise": whole_layers(shape, fraction),
         "head-level": plan,
     }
     num_tokens = sum(config.trainer.max_steps * _step_tokens(config) for config in configs)
@@ -282,15 +288,6 @@ def by_context(
             hours[name] = run and _layout(run, config, cluster, None).gpu_hours
         found.append(ContextHours(length, hours))
     return tuple(found)
-
-
-def _whole_layers(shape: ModelShape, fraction: float) -> HeadPlan:
-    """As many of all heads FA, as near as can be, in layers that are FA throughout, spread."""
-    number = round(fraction * shape.num_layers)
-    layers = [place * shape.num_layers // number for place in range(number)]
-    heads = list(range(shape.num_heads))
-    sizes = (shape.num_layers, shape.num_heads, shape.num_query_groups)
-    return HeadPlan.from_fa_heads(dict.fromkeys(layers, heads), *sizes)
 
 
 def _gpus_per_node(num_gpus: int, num_nodes: int | None) -> int:

@@ -28,8 +28,8 @@ from megatron_hydra.selection.explanation import (
 )
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.selection.shape import ModelShape
-from megatron_hydra.selection.windows import WINDOW, choose_windows
+from megatron_hydra.selection.shape import WINDOW, ModelShape
+from megatron_hydra.selection.windows import choose_windows
 
 DEFAULT_CONTEXT_TOKENS = 32768
 """Where costs are told when a budget names no length."""

@@ -5,18 +5,21 @@ Free of PyTorch, so that planning starts quickly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.head_plan import HeadKind, HeadPlan
 from megatron_hydra.model.mixers.costs import CostModel, LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
+
+WINDOW: HeadKind = "sliding_window"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +137,46 @@ class ModelShape(LAHeads):
             ffn_hidden_size=self.ffn_hidden_size,
             vocab_size=self.vocab_size,
         )
+
+
+def even_plan(shape: ModelShape, fa_ratio: float, window_ratio: float = 0.0) -> HeadPlan:
+    """A plan of so many FA heads, and windows among the others, evenly spread: for estimates alone.
+
+    Args:
+        shape: Of the model.
+        fa_ratio: Share of all heads.
+        window_ratio: The same.
+
+    Raises:
+        UserError: If one is no share, or both are more than all heads.
+    """
+    for name, ratio in (("FA heads", fa_ratio), ("windows", window_ratio)):
+        if not 0 <= ratio <= 1:
+            raise UserError(f"the fraction of {name} is {ratio:g}; allowed: 0 to 1")
+    total, n = shape.total_heads, shape.num_heads
+    num_fa, num_windows = round(fa_ratio * total), round(window_ratio * total)
+    if num_fa + num_windows > total:
+        raise UserError(f"{num_windows} of {total} heads cannot become windows beside {num_fa} FA")
+    fa = [i * total // num_fa for i in range(num_fa)]
+    others = sorted({*range(total)} - {*fa})
+    windows = [others[i * len(others) // num_windows] for i in range(num_windows)]
+
+    def by_layer(heads: Sequence[int]) -> dict[int, list[int]]:
+        return {
+            layer: [head % n for head in heads if head // n == layer]
+            for layer in range(shape.num_layers)
+        }
+
+    return HeadPlan.from_fa_heads(
+        by_layer(fa), shape.num_layers, n, shape.num_query_groups,
+        other_kinds={layer: {WINDOW: heads} for layer, heads in by_layer(windows).items()},
+    )  # fmt: skip
+
+
+def whole_layers(shape: ModelShape, fraction: float) -> HeadPlan:
+    """As many of all heads FA, as near as can be, in layers that are FA throughout, spread."""
+    number = round(fraction * shape.num_layers)
+    layers = [place * shape.num_layers // number for place in range(number)]
+    heads = list(range(shape.num_heads))
+    sizes = (shape.num_layers, shape.num_heads, shape.num_query_groups)
+    return HeadPlan.from_fa_heads(dict.fromkeys(layers, heads), *sizes)

@@ -9,13 +9,12 @@ from fractions import Fraction
 import numpy as np
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.head_plan import HeadKind
 from megatron_hydra.selection.budget import Budget
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.optimiser import Head
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.shape import WINDOW
 
-WINDOW: HeadKind = "sliding_window"
 _SCORERS = ("mean_ablation", "window_ablation")
 
 

@@ -29,7 +29,7 @@ from megatron_hydra.selection.cost import (
     num_stored_groups,
     weight_bytes,
 )
-from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.selection.shape import ModelShape, even_plan
 from megatron_hydra.training.needle_rounds import NeedleRounds
 
 if TYPE_CHECKING:
@@ -383,15 +383,3 @@ def _launch_seconds(stage: Stage, is_shared: bool) -> float:
         (ms,) = (ms for name, _, layers, ms in CALIBRATION if name == stage and not layers)
         ranks = 1
     return ms / 1e3 - _optimizer_seconds(_calibrating_work(stage, 4096).num_trained) / ranks
-
-
-def even_plan(shape: ModelShape, fa_fraction: float) -> HeadPlan:
-    """A plan of so many FA heads, evenly over layers and their heads: for estimates alone."""
-    number = max(0, min(shape.total_heads, round(fa_fraction * shape.total_heads)))
-    fa_heads: dict[int, list[int]] = {}
-    for index in range(number):
-        layer, head = divmod(index * shape.total_heads // number, shape.num_heads)
-        fa_heads.setdefault(layer, []).append(head)
-    return HeadPlan.from_fa_heads(
-        fa_heads, shape.num_layers, shape.num_heads, shape.num_query_groups
-    )

@@ -116,9 +116,33 @@ def test_a_transfer_is_estimated_by_what_is_there_of_it(inputs: Path, tmp_path: 
     assert stages[0]["total_heads"] == made.num_layers * made.num_heads
 
 
+def test_a_transfers_estimate_has_the_kinds_that_its_heads_will_be(tmp_path: Path) -> None:
+    """Three quarters as windows are all that are not FA, which `convert` may be told too."""
+
+    def stages(*more: str) -> list[dict[str, Any]]:
+        found = _json(_of_transfer("qwen3_1p7b", "--gpus", "8", *more), tmp_path / "found.json")
+        return found["stages"]
+
+    windows = stages("plan.window_ratio=3/4")
+    assert windows == stages("convert.model.la_kind=sliding_window")
+    some, none = stages("plan.window_ratio=1/4"), stages()
+    for stage in range(3):
+        times = [each[stage]["fastest"]["step_seconds"] for each in (none, some, windows)]
+        assert times[0] != times[1] != times[2], "windows of 512 tokens cost what they are"
+        assert times[1] == pytest.approx((2 * times[0] + times[2]) / 3, rel=0.01)
+    larger = stages("plan.window_ratio=3/4", "convert.model.sliding_window_tokens=8192")
+    assert larger[2]["fastest"]["step_seconds"] > 1.05 * windows[2]["fastest"]["step_seconds"]
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
+        (
+            ["--nodes", "1", "plan.window_ratio=0.9"],
+            "403 of 448 heads cannot become windows beside",
+        ),
+        (["--nodes", "1", "plan.window_ratio=2"], "the fraction of windows is 2; allowed: 0 to 1"),
+        (["--nodes", "1", "convert.model.la_kind=it"], "la_kind is 'it'; allowed: gated_delta_net"),
         (["--nodes", "1", "--teacher", "nowhere"], "no teacher nowhere is there: its config.json"),
         (["--nodes", "1", "plan.fa_ratio=null", "plan.fa_heads=9"], "has no plan.fa_ratio: name a"),
         (["--nodes", "0"], "the number of GPUs is 0"),

@@ -9,12 +9,12 @@ import pytest
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.selection.cost import DEVICES
-from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.selection.shape import ModelShape, even_plan
 from megatron_hydra.training.config import RunConfig, load_config
 from megatron_hydra.training.config_checks import check, check_ranks
 from megatron_hydra.training.layout_search import Cluster, as_written, fastest, with_layout
 from megatron_hydra.training.memory import training_memory
-from megatron_hydra.training.step_time import Layout, Work, even_plan, step_time
+from megatron_hydra.training.step_time import Layout, Work, step_time
 
 EXAMPLES = Path(__file__).parents[2] / "examples/qwen3_1p7b"
 SMALL = ModelShape(28, 16, 8, 128, 2048, 6144, 151936, tied_embeddings=True)

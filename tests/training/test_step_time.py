@@ -15,7 +15,7 @@ import pytest
 
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.cost import DEVICES
-from megatron_hydra.selection.shape import ModelShape
+from megatron_hydra.selection.shape import ModelShape, even_plan
 from megatron_hydra.training.step_time import (
     CALIBRATION,
     ERRORS_PERCENT,
@@ -24,7 +24,6 @@ from megatron_hydra.training.step_time import (
     TENSOR_PARALLEL_CALIBRATION,
     Layout,
     Work,
-    even_plan,
     step_time,
 )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from hydra_tools.on_plans import read_ratio
-from hydra_tools.transfer_steps import is_transfer, load_steps
+from hydra_tools.transfer_steps import Step, is_transfer, load_steps
 from megatron_hydra.api.estimate import (
     GPUS_PER_NODE,
     ContextHours,
@@ -24,6 +26,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.results import align
 from megatron_hydra.files import check_output, check_outputs
 from megatron_hydra.selection.cost import DEVICES, find_device
+from megatron_hydra.selection.shape import LAHeads
 from megatron_hydra.training.config import RunConfig, load_config, overrides_of_stage
 from megatron_hydra.training.step_time import ERRORS_PERCENT
 
@@ -145,15 +148,25 @@ def _transfer(
             raise UserError(f"no teacher {teacher} is there: its config.json is enough (--teacher)")
         print(f"run.teacher {teacher} is not there: its shape is taken from {published}\n")
         teacher = str(published)
+    planning, windows = next(step for step in steps if step.name == "plan"), Fraction(0)
     if plan is None and fraction is None:
-        planning = next(step for step in steps if step.name == "plan")
         if planning.output.is_file():
             plan = planning.output
-        elif ratio := json.loads(planning.settings.get("plan.fa_ratio", "null")):
+        elif ratio := _told(planning, "fa_ratio"):
             fraction = read_ratio(str(ratio))
+            windows = read_ratio(str(_told(planning, "window_ratio") or 0))
         else:
             raise UserError(f"{path} has no plan.fa_ratio: name a --plan or --fa-fraction")
-    return runs, Model.of_teacher(teacher, plan, _number(fraction))
+    converting = next(step for step in steps if step.name == "convert")
+    told = {item.name: _told(converting, f"model.{item.name}") for item in fields(LAHeads)}
+    la_heads = {name: value for name, value in told.items() if value is not None}
+    model = Model.of_teacher(teacher, plan, _number(fraction), float(windows), la_heads)
+    return runs, model
+
+
+def _told(step: Step, key: str) -> Any:
+    """An option of a transfer's step; None where it has none."""
+    return json.loads(step.settings.get(f"{step.name}.{key}", "null"))
 
 
 def _number(ratio: Fraction | None) -> float | None:
