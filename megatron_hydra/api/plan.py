@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs
@@ -17,7 +17,10 @@ from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.policy import PlanSummary, plan_from_scores, random_plan
 from megatron_hydra.selection.scores import HeadScores
+from megatron_hydra.selection.scoring_config import ScoringConfig
 from megatron_hydra.selection.shape import LAHeads
+from megatron_hydra.selection.windows import SCORERS
+from megatron_hydra.tasks.probes import find_sub_probe
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,48 @@ def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
     """
     if not overrides:
         return scores
-    old = dataclasses.asdict(scores.combination)
-    values = {f"combine.{name}": value for name, value in old.items()}
-    values |= {f"model.{name}": value for name, value in scores.shape.la_heads.items()}
-    read = read_config(_Overrides, None, [_as_list(word) for word in overrides], values)
+    read = _read(overrides, dataclasses.asdict(scores.combination), scores.shape.la_heads)
     shape = dataclasses.replace(scores.shape, **dataclasses.asdict(read.model))
     return dataclasses.replace(scores.with_combination(read.combine), shape=shape)
+
+
+def check_plan(
+    scoring: ScoringConfig, combine: Sequence[str], window_ratio: Fraction = Fraction(0)
+) -> None:
+    """See, before scores are made, that a plan will find in them what it asks for.
+
+    Args:
+        scoring: How they will be made.
+        combine: As of :func:`plan`.
+        window_ratio: The same.
+
+    Raises:
+        UserError: If a scorer or a capability is named that they will lack, or an override is not
+            allowed.
+    """
+    scorers = scoring.scorers.names
+    read = _read(combine, {"scorers": scorers}, dataclasses.asdict(LAHeads())).combine
+    wanted = (*read.scorers, *(SCORERS if window_ratio else ()))
+    if lacking := [name for name in dict.fromkeys(wanted) if name not in scorers]:
+        raise UserError(
+            f"the plan needs {' and '.join(lacking)}, which scorers.names of the scoring lacks"
+        )
+    asked = {find_sub_probe(name).capability for name in scoring.probes.names}
+    for name in read.weights:
+        if name not in asked:
+            raise UserError(
+                f"the plan weighs {name!r}, for which probes.names of the scoring has no probe; "
+                f"it has some for {', '.join(sorted(asked))}"
+            )
+
+
+def _read(
+    overrides: Sequence[str], combination: Mapping[str, Any], la_heads: Mapping[str, Any]
+) -> _Overrides:
+    """With what holds where nothing is said."""
+    values = {f"combine.{name}": value for name, value in combination.items()}
+    values |= {f"model.{name}": value for name, value in la_heads.items()}
+    return read_config(_Overrides, None, [_as_list(word) for word in overrides], values)
 
 
 def _as_list(override: str) -> str:

@@ -44,7 +44,7 @@ class ModelSection:
 
 @dataclass
 class ProbesSection:
-    """What the teacher is asked; see ``selection/probes.py`` for the sub-probes."""
+    """What the teacher is asked; see ``megatron_hydra.tasks.probes`` for the sub-probes."""
 
     names: list[str] = field(
         default_factory=lambda: [

@@ -15,7 +15,8 @@ from megatron_hydra.selection.optimiser import Head
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.selection.shape import WINDOW
 
-_SCORERS = ("mean_ablation", "window_ablation")
+SCORERS = ("mean_ablation", "window_ablation")
+"""By whose effects windows are chosen."""
 
 
 def kept_in_window(scores: HeadScores) -> Array:
@@ -27,16 +28,16 @@ def kept_in_window(scores: HeadScores) -> Array:
     Raises:
         UserError: If one of the two scorers was not run.
     """
-    if missing := [name for name in _SCORERS if name not in scores.effects]:
+    if missing := [name for name in SCORERS if name not in scores.effects]:
         raise UserError(
             f"the scores have no {' and no '.join(missing)}, by which windows are chosen: run "
-            f"`score` with scorers.names that hold {' and '.join(_SCORERS)}"
+            f"`score` with scorers.names that hold {' and '.join(SCORERS)}"
         )
     without, in_window = (
         scores.with_combination(
             replace(scores.combination, scorers=(name,), consistency=False, normalise=False)
         ).scores
-        for name in _SCORERS
+        for name in SCORERS
     )
     return without - in_window
 

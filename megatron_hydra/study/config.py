@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hydra.api.plan import check_plan
 from megatron_hydra.errors import UserError
 from megatron_hydra.schema import as_overrides, named, read_config
 from megatron_hydra.selection.budget import Budget
@@ -271,7 +272,11 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         for name in study.evaluation.probes:
             find_sub_probe(name)
         nowhere = Path("nowhere")
-        study.scoring(nowhere, nowhere)
+        scoring = study.scoring(nowhere, nowhere)
+        for name, arm in study.arms.items():
+            with named(f"arms.{name}"):
+                combine = as_overrides({"combine": arm.combine})
+                check_plan(scoring, combine, Fraction(arm.window_ratio))
         for run in study.runs():
             for stage in STAGES:
                 study.stage_config(run, stage, nowhere, nowhere, nowhere, nowhere)

@@ -30,6 +30,7 @@ from megatron_hydra.tasks.probes import find_sub_probe
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "examples/study").glob("*.yaml"))
 LAYERS, HEADS, GROUPS = 8, 16, 8
+SCORERS = "score.scorers.names=[activation_patching, path_patching"
 FINDS = "findings.layers.rests_on=[{better: head, worse: "
 
 
@@ -219,6 +220,10 @@ def test_questions_are_asked_in_the_order_in_which_they_are_named(study):
         ("arms.head.constraints={per_head: 1}", r"unknown config key arms\.head\.constraints\.per"),
         ("run.budgets=[1/8, 1/4, many]", r"a budget is 'many'; a ratio such as 1/8 is needed"),
         ("arms.window.window_ratio=some", r"a window_ratio is 'some'; a ratio such as 1/8 is"),
+        (f"{SCORERS}]", r"arms\.layer_spread: the plan needs every_nth, which scorers\.names of"),
+        (f"{SCORERS}, every_nth, fixed, zero_ablation, attention_score]",
+         r"arms\.three_kinds\w*: the plan needs mean_ablation and window_ablation, which"),
+        ("arms.head.combine.weights={maths: 2}", r"arms\.head: the plan weighs 'maths', for which"),
         ("run.budgets=[1/8, 1/4, 0/8]", r"a budget is '0/8'; a ratio such as 1/8 is needed"),
         ("stages.align.settings.optim.rate=1", r"arm head, stage align: unknown config key optim"),
         ("score.scorers.names=[magic]", r"score: scorers\.names\[0\] is 'magic'"),

@@ -233,6 +233,7 @@ def test_a_dry_run_tells_how_much_of_a_step_is_there(
     ("more", "message"),
     [
         (["plan.fa_ratoi=1/4"], r"step plan: unrecognized arguments: --fa-ratoi=1/4"),
+        (["plan.window_ratio=1/4"], r"step plan: the plan needs mean_ablation and window_ablatio"),
         (["plan.fa_heads=4"], r"step plan: argument --fa-\w+: not allowed with argument"),
         (["plan.out=here"], r"plan\.out is not for a transfer\.yaml: its steps hand files on"),
         (["score.run.out=here"], r"score\.run\.out is not for a transfer\.yaml"),
@@ -245,9 +246,8 @@ def test_a_dry_run_tells_how_much_of_a_step_is_there(
     ],
 )  # fmt: skip
 def test_bad_input_is_said_before_a_step_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-    more: list[str], message: str,
-) -> None:  # fmt: skip
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, more: list[str],
+    message: str) -> None:  # fmt: skip
     monkeypatch.setattr(transfer._Child, "run", None)
     assert cli.main(_command(folder, *more)) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -8,14 +8,16 @@ import importlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_hydra.api.plan import check_plan
 from megatron_hydra.api.status import status_of
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 from megatron_hydra.schema import PathText, as_overrides, flat, named, read_config
-from megatron_hydra.selection.scoring_config import load_scoring_config
+from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.model_folder import weights_hash
 from megatron_hydra.teachers.tokenizer import find_tokenizer, tokenizer_files
@@ -175,8 +177,13 @@ class _Maker:
         evaluation, trained = folder / "evaluation.json", folder / STAGES[-1] / "hybrid"
         of_teacher = {"teacher": source}
         yield self._verb("convert_teacher", of_teacher, teacher)
-        yield self._score(teacher, scores)
-        yield self._verb("plan", {"scores": scores}, plan)
+        scoring, how = self._score(teacher, scores)
+        planning = self._verb("plan", {"scores": scores}, plan)
+        options = self._options("plan")
+        with named("step plan"):
+            windows = Fraction(options.get("window_ratio") or 0)
+            check_plan(how, as_overrides(options), windows)
+        yield from (scoring, planning)
         yield self._verb("convert", {**of_teacher, "plan": plan}, converted)
         previous = converted
         for stage in STAGES:
@@ -207,7 +214,8 @@ class _Maker:
         settings = {f"{name}.{key}": _text(value) for key, value in flat(options)}
         return Step(name, verb, tuple(arguments), output, settings, paths)
 
-    def _score(self, teacher: Path, out: Path) -> Step:
+    def _score(self, teacher: Path, out: Path) -> tuple[Step, ScoringConfig]:
+        """The step, and what it is told."""
         fixed = {"model.teacher": str(teacher), "run.out": str(out)}
         path, arguments = self._configured("score", fixed)
         with named("step score"):
@@ -216,7 +224,8 @@ class _Maker:
         paths = self._named({"teacher": teacher})
         paths |= _texts("score", [probes.text] if probes.text else [], probes)
         settings = _settings("score", config, _NOT_OF_THE_SCORES)
-        return Step("score", "score", ("--config", str(path), *arguments), out, settings, paths)
+        words = ("--config", str(path), *arguments)
+        return Step("score", "score", words, out, settings, paths), config
 
     def _stage(self, name: str, init_from: Path, teacher: Path) -> Step:
         folder = Path(self.config.run.folder) / name
