@@ -19,8 +19,10 @@ from megatron_hydra.selection.policy import PlanSummary, plan_from_scores, rando
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.selection.scoring_config import ScoringConfig
 from megatron_hydra.selection.shape import LAHeads
-from megatron_hydra.selection.windows import SCORERS
+from megatron_hydra.selection.windows import SCORERS, check_windows
 from megatron_hydra.tasks.probes import find_sub_probe
+
+_NO_RANDOM_WINDOWS = "heads drawn at random have no windows: leave --window-ratio out"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def plan(
             combined, budget, constraints, solver=solver, window_ratio=window_ratio
         )
     elif window_ratio:
-        raise UserError("heads drawn at random have no windows: leave --window-ratio out")
+        raise UserError(_NO_RANDOM_WINDOWS)
     else:
         summary = random_plan(combined, budget, constraints, seed=random_seed)
     provenance = {**summary.plan.provenance, **origin()}
@@ -124,7 +126,11 @@ def recombine(scores: HeadScores, overrides: Sequence[str]) -> HeadScores:
 
 
 def check_plan(
-    scoring: ScoringConfig, combine: Sequence[str], window_ratio: Fraction = Fraction(0)
+    scoring: ScoringConfig,
+    combine: Sequence[str],
+    window_ratio: Fraction = Fraction(0),
+    budget_kind: str = "fa_heads",
+    is_random: bool = False,
 ) -> None:
     """See, before scores are made, that a plan will find in them what it asks for.
 
@@ -132,25 +138,33 @@ def check_plan(
         scoring: How they will be made.
         combine: As of :func:`plan`.
         window_ratio: The same.
+        budget_kind: Of its budget.
+        is_random: Whether it has a `random_seed`.
 
     Raises:
-        UserError: If a scorer or a capability is named that they will lack, or an override is not
-            allowed.
+        UserError: If a scorer or a capability is named that they will lack, nothing is left to
+            score by, windows cannot be chosen, or an override is not allowed.
     """
-    scorers = scoring.scorers.names
-    read = _read(combine, {"scorers": scorers}, dataclasses.asdict(LAHeads())).combine
-    wanted = (*read.scorers, *(SCORERS if window_ratio else ()))
+    own, scorers = dataclasses.asdict(scoring.combination()), scoring.scorers.names
+    read = _read(combine, own, dataclasses.asdict(LAHeads()))
+    if window_ratio:
+        check_windows(window_ratio, read.model.la_kind, budget_kind)
+        if is_random:
+            raise UserError(_NO_RANDOM_WINDOWS)
+    wanted = (*read.combine.scorers, *(SCORERS if window_ratio else ()))
     if lacking := [name for name in dict.fromkeys(wanted) if name not in scorers]:
         raise UserError(
             f"the plan needs {' and '.join(lacking)}, which scorers.names of the scoring lacks"
         )
     asked = {find_sub_probe(name).capability for name in scoring.probes.names}
-    for name in read.weights:
+    for name in read.combine.weights:
         if name not in asked:
             raise UserError(
                 f"the plan weighs {name!r}, for which probes.names of the scoring has no probe; "
                 f"it has some for {', '.join(sorted(asked))}"
             )
+    if not any(read.combine.weights.get(name, 1.0) for name in asked):
+        raise UserError("the weights of all capabilities are 0: nothing is left to score by")
 
 
 def _read(

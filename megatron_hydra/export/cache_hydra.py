@@ -9,6 +9,7 @@ window.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .configuration_hydra import HydraHeadConfig
 from .recurrence_hydra import ROOM
 
+_COUNTS_WHAT_GOES = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
+
 
 class HydraLayerCache(CacheLayerMixin):
     """Of one layer.
 
-    Transformers' own layer for attention beside linear attention (5.8 and later) has no place for
-    a window beside full attention, keeps one input of the convolution more than it needs, and
-    cannot be static.
+    Transformers' own layers for linear attention beside full attention or beside a window (5.8 and
+    later) have no place for all three, nor for rows whose padding stands elsewhere.
 
     Args:
         max_length: l, where the cache is static: room for as many tokens from the start, written in
@@ -123,14 +125,21 @@ class HydraLayerCache(CacheLayerMixin):
         self.keys = self.values = None
         self.states, self.num_tokens, self.is_initialized = {}, 0, False
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether earlier tokens can be gone back to, as assisted decoding asks."""
+        return not self.states
+
     def crop(self, max_length: int) -> None:
         """Keep the first tokens alone, or with a number below 0 drop the last ones.
+
+        Of 0 the latest transformers drop none, earlier ones all.
 
         Raises:
             ValueError: Where heads have a state, which cannot be taken back.
         """
         seen = self.get_seq_length()
-        if max_length < 0:
+        if max_length < 0 or (max_length == 0 and _COUNTS_WHAT_GOES):
             max_length = seen + max_length
         if max_length >= seen:
             return

@@ -202,6 +202,13 @@ class Generator:
             do_sample=False, eos_token_id=ends, pad_token_id=pad
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and model.dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        ):  # fmt: skip
+            raise UserError(
+                f"the weights of {self.folder} are bfloat16, which {torch.cuda.get_device_name()} "
+                "does not compute: export them with --dtype float32"
+            )
         self._model = model.to(device).eval()
         return self._model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .cache_hydra import HydraCache, HydraLayerCache
 from .configuration_hydra import KINDS, HydraHeadConfig
 from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, normed, rearranged
-from .recording_hydra import RecordedSteps
+from .recording_hydra import RecordedSteps, cuda_graph
 
 # Unused here: transformers 4 copies from a folder the files alone that this one names.
 from .recurrence_hydra import gated_delta_rule  # noqa: F401
@@ -131,10 +132,30 @@ class HydraPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
-    _is_stateful = True  # a state cannot be taken back, as assisted decoding asks
+    _is_stateful = True
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Transformers' own, which warns and draws weights at random where the folder lacks them.
+
+        Raises:
+            ValueError: If weights are missing, or of other sizes than the configuration's heads.
+        """
+        kwargs["ignore_mismatched_sizes"] = True  # they are told of below
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        others = sorted(each[0] for each in info["mismatched_keys"])
+        if lacking := [*sorted(info["missing_keys"]), *others]:
+            raise ValueError(
+                f"the weights are not of this configuration: {len(lacking)} of its tensors, as "
+                f"{lacking[0]}, are missing or of another size"
+            )
+        return (model, info) if output_loading_info else model
 
     def _finish(self) -> None:
         """Last of construction: what stays float32 is named, as far as the model has it."""
+        # A state cannot be taken back, as assisted decoding asks.
+        kinds = {kind for layer in self.config.head_kinds for kind in layer}
+        self._is_stateful = kinds != {"fa"}
         names = {name.rpartition(".")[2] for name, _ in self.named_parameters()}
         self._keep_in_fp32_modules_strict = [name for name in FLOAT32 if name in names]
         self.post_init()
@@ -306,15 +327,19 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
-        """Transformers' own; on a GPU, where nobody says how to compile, steps are recorded whole.
+        """Transformers' own; on one GPU, if nobody says how to compile, steps are recorded whole.
 
-        For one `generate`, as transformers asks for it: later ones may find other weights.
+        For one `generate`, as transformers asks for it: later ones may find other weights. A
+        module's hooks would not be called again, so that nothing is recorded where there are some.
         """
         devices = {parameter.device for parameter in self.parameters()}
-        if compile_config is not None or len(devices) > 1 or self.device.type != "cuda":
+        has_hooks = any(each._forward_hooks or each._forward_pre_hooks for each in self.modules())
+        is_one_gpu = len(devices) == 1 and self.device.type == "cuda"
+        if compile_config is not None or has_hooks or not is_one_gpu:
             found: Callable[..., Any] = super().get_compiled_call(compile_config)
             return found
-        return RecordedSteps(super().get_compiled_call(CompileConfig(mode="default")))
+        call = super().get_compiled_call(CompileConfig(mode="default"))
+        return RecordedSteps(call, partial(cuda_graph, device=self.device))
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Transformers' own; positions are counted here, in chunked prefill too."""
@@ -338,7 +363,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
     ) -> None:
         """Our cache where transformers would make its own."""
         wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic", "static"):
+        if wanted not in (None, "dynamic", "dynamic_full", "static"):
             raise ValueError(
                 f"cache_implementation is {wanted!r}; a hybrid has a dynamic and a static cache"
             )

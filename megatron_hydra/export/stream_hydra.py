@@ -188,7 +188,8 @@ def _of_a_step(
     """
     b, length = len(x), cache.max_length
     past = cache.layers[0].num_tokens.to(x.device, copy=True)  # the layer counts on in place
-    if not torch.compiler.is_compiling():
+    # Looking waits for the device, which a step that is compiled or being recorded must not.
+    if not (torch.compiler.is_compiling() or _is_recording(x)):
         cache.check_room(1, None if attention_mask is None else attention_mask.shape)
     cache.check_padding(attention_mask is not None, None)
     places = torch.arange(length, device=x.device)
@@ -201,6 +202,10 @@ def _of_a_step(
         num_real = is_real.index_select(1, past.view(1))[:, 0].to(past.dtype)
     found = {"num_before": num_before, "num_real": num_real, "mask": is_seen, "is_step": True}
     return num_before[:, None], {**found, "is_padded": attention_mask is not None}
+
+
+def _is_recording(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _query_scale(

@@ -42,6 +42,23 @@ def kept_in_window(scores: HeadScores) -> Array:
     return without - in_window
 
 
+def check_windows(ratio: Fraction, la_kind: str, budget_kind: str) -> None:
+    """See that windows can be chosen beside what a plan is told; arguments as of it.
+
+    Raises:
+        UserError: If not.
+    """
+    if not 0 <= ratio <= 1:
+        raise UserError(f"the window ratio is {float(ratio):g}; allowed: 0 to 1")
+    if la_kind == WINDOW:
+        raise UserError(f"model.la_kind is {WINDOW}: all heads without FA are windows already")
+    if budget_kind in ("cache_gib", "decode_ms"):
+        raise UserError(
+            f"a budget by {budget_kind} counts no windows: give the number or ratio of FA heads, "
+            "or of the KV cache, beside --window-ratio"
+        )
+
+
 def choose_windows(
     scores: HeadScores, fa_heads: Collection[Head], ratio: Fraction, budget: Budget
 ) -> dict[int, list[int]]:
@@ -59,15 +76,7 @@ def choose_windows(
             :func:`kept_in_window` raises.
     """
     shape = scores.shape
-    if not 0 <= ratio <= 1:
-        raise UserError(f"the window ratio is {float(ratio):g}; allowed: 0 to 1")
-    if shape.la_kind == WINDOW:
-        raise UserError(f"model.la_kind is {WINDOW}: all heads without FA are windows already")
-    if budget.kind in ("cache_gib", "decode_ms"):
-        raise UserError(
-            f"a budget of {budget.words} counts no windows: give the number or ratio of FA heads, "
-            "or of the KV cache, beside --window-ratio"
-        )
+    check_windows(ratio, shape.la_kind, budget.kind)
     kept, number = kept_in_window(scores), round(ratio * shape.total_heads)
     ranked = np.argsort(-kept, axis=None, kind="stable")
     others = [head for head in _places(ranked, shape.num_heads) if head not in fa_heads]

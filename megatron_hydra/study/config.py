@@ -273,10 +273,15 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
             find_sub_probe(name)
         nowhere = Path("nowhere")
         scoring = study.scoring(nowhere, nowhere)
-        for name, arm in study.arms.items():
+        for name in dict.fromkeys(run.arm for run in study.runs()):
+            arm = study.arms[name]
             with named(f"arms.{name}"):
-                combine = as_overrides({"combine": arm.combine})
-                check_plan(scoring, combine, Fraction(arm.window_ratio))
+                check_plan(
+                    scoring,
+                    as_overrides({"combine": arm.combine}),
+                    Fraction(arm.window_ratio),
+                    is_random=arm.random,
+                )
         for run in study.runs():
             for stage in STAGES:
                 study.stage_config(run, stage, nowhere, nowhere, nowhere, nowhere)

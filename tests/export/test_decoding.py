@@ -265,6 +265,18 @@ def test_crop_where_all_heads_are_fa(max_length):
     torch.testing.assert_close(logits, expected[:, 12:], rtol=1e-5, atol=1e-5)
 
 
+def test_assisted_decoding_where_all_heads_are_fa():
+    """It takes back what the model would not have written: greedily, it is the model's own."""
+    (_, exported), (_, assistant) = twins(ALL_FA), twins(ALL_FA)
+    tokens, options = _tokens(1, 12), dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        for parameter in assistant.parameters():  # guesses wrongly now and then
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    expected = exported.generate(tokens, **options)
+    assert not torch.equal(assistant.generate(tokens, **options), expected)
+    assert torch.equal(exported.generate(tokens, assistant_model=assistant, **options), expected)
+
+
 def test_what_a_state_cannot_do_is_said(hybrid):
     _, exported = hybrid
     tokens = _tokens(1, 12)
@@ -330,6 +342,7 @@ def test_steps_of_a_static_cache_are_compiled_once(hybrid, batch, mask):
 def test_recorded_steps_are_the_models(hybrid):
     """Of every cache and mask, though only what a first step was given is ever run again."""
     _, exported = hybrid
+    assert not isinstance(exported.get_compiled_call(None), RecordedSteps), "no GPU, no record"
     tokens, num_records = _tokens(2, 40), 0
 
     def record(run):
@@ -359,7 +372,8 @@ def test_recorded_steps_are_the_models(hybrid):
         assert torch.equal(torch.cat(logits, dim=1)[real], expected[real])
     found = [steps(**new, output_hidden_states=True) for _ in range(3)]
     assert all(len(each.hidden_states) == len(exported.model.layers) + 1 for each in found)
-    assert num_records == 4, "what returns more is not recorded"
+    steps(new.pop("input_ids"), **new)
+    assert num_records == 4, "what returns more, or is called otherwise, is not recorded"
 
 
 def test_what_a_static_cache_cannot_do_is_said(hybrid):

@@ -20,7 +20,7 @@ from hydra_tools import cli  # noqa: E402
 from kit.exported import megatron_logits  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_teacher  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from megatron_hydra.evaluation.generation import (  # noqa: E402
@@ -247,3 +247,27 @@ def test_a_failure_on_the_way_leaves_nothing(models, capsys):
         plan.write_text(whole, "utf-8")
     assert code == 2 and len(capsys.readouterr().err.strip().splitlines()[-1]) > 20
     assert not [path for path in models.iterdir() if "new" in path.name]
+
+
+@pytest.mark.parametrize("damage", ["another kind", "another size", "a tensor less"])
+def test_weights_of_another_plan_are_not_drawn_at_random(models, tmp_path, capsys, damage):
+    """Transformers alone would warn, and go on."""
+    folder = shutil.copytree(models / "hf", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    tensors, kinds = load_file(folder / "model.safetensors"), config["head_kinds"]
+    if damage == "a tensor less":
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    else:
+        old, new = ("kda", "sliding_window") if damage == "another kind" else ("fa", "kda")
+        (layer, head), *_ = [
+            (i, j) for i, layer in enumerate(kinds) for j, kind in enumerate(layer) if kind == old
+        ]
+        kinds[layer][head] = new
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ValueError, match=r"the weights are not of this configuration: \d+ of its"):
+        _load(folder)
+    evaluate = ["evaluate", "--hf", f"h={folder}", "--out", f"{tmp_path}/evaluation.json"]
+    evaluate += ["--tasks", "niah_single_1", "--lengths", "700", "--num-samples", "5"]
+    assert cli.main(evaluate) == 2
+    assert "the weights are not of this configuration" in capsys.readouterr().err.splitlines()[-1]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_hydra.export import modeling_hydra
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
 from megatron_hydra.export.modeling_hydra import HydraForCausalLM
+from megatron_hydra.export.recording_hydra import cuda_graph
 from megatron_hydra.export.recurrence_hydra import _fla, attention_of_a_token, gated_delta_rule
 from megatron_hydra.export.stream_hydra import CACHE
 
@@ -137,15 +139,35 @@ def test_a_token_over_a_cache_in_pieces():
         assert (found.cpu().double() - expected).norm() < 0.004 * expected.norm()
 
 
-@pytest.mark.parametrize("kept", ["dynamic", "static"])
-def test_generation_on_a_gpu(hybrid, kept):
-    """With a static cache transformers compiles the step, with CUDA graphs."""
+@pytest.mark.parametrize("kept", ["dynamic", "static", "static, hooks", "static, eager"])
+def test_generation_on_a_gpu(hybrid, kept, monkeypatch):
+    """With a static cache a step is compiled, and recorded once for each `generate`."""
     model, tokens = _twin(hybrid, "cuda"), _tokens(40).cuda()
+    num_calls = num_records = 0
+
+    def record(*args, **options):
+        nonlocal num_records
+        num_records += 1
+        return cuda_graph(*args, **options)
+
+    def count(*args):
+        nonlocal num_calls
+        num_calls += 1
+
+    monkeypatch.setattr(modeling_hydra, "cuda_graph", record)
+    kept, _, how = kept.partition(", ")
+    if how == "hooks":
+        model.model.layers[0].register_forward_hook(count)
     mask = torch.ones_like(tokens)
     mask[0, :25] = 0
     options = dict(max_new_tokens=30, do_sample=False, pad_token_id=0)
-    for _ in range(2):  # a second call finds the first one's graphs
-        together = model.generate(tokens, attention_mask=mask, cache_implementation=kept, **options)
+    with torch.compiler.set_stance("force_eager" if how == "eager" else "default"):
+        for _ in range(2):  # whose caches lie at other places
+            together = model.generate(
+                tokens, attention_mask=mask, cache_implementation=kept, **options
+            )
+    assert num_records == (2 if kept == "static" and how != "hooks" else 0)
+    assert num_calls >= (60 if how == "hooks" else 0)
     assert together.shape == (3, 70)
     logits = _in_pieces(model, together, torch.cat((mask, mask.new_ones(3, 30)), 1), [70])
     # Equal but for near ties, which bfloat16 rounds either way.

@@ -136,7 +136,7 @@ def _transfer(
     path: str, overrides: Sequence[str], args: argparse.Namespace
 ) -> tuple[list[RunConfig], Model | None]:
     """A transfer's stages, and its hybrid: the one that it has converted, or the one to be."""
-    section, steps = load_steps(path, overrides)
+    section, steps = load_steps(path, overrides, are_to_run=False)
     runs = [step.run for step in steps if step.run is not None]
     told = (args.teacher, args.plan, args.fa_fraction)
     if told == (None, None, None) and Path(runs[0].transfer.init_from, "model.json").is_file():
@@ -148,20 +148,28 @@ def _transfer(
             raise UserError(f"no teacher {teacher} is there: its config.json is enough (--teacher)")
         print(f"run.teacher {teacher} is not there: its shape is taken from {published}\n")
         teacher = str(published)
-    planning, windows = next(step for step in steps if step.name == "plan"), Fraction(0)
-    if plan is None and fraction is None:
-        if planning.output.is_file():
-            plan = planning.output
-        elif ratio := _told(planning, "fa_ratio"):
-            fraction = read_ratio(str(ratio))
-            windows = read_ratio(str(_told(planning, "window_ratio") or 0))
-        else:
+    planning, converting = (
+        next(step for step in steps if step.name == name) for name in ("plan", "convert")
+    )
+    la_heads = _la_heads(converting)
+    if plan is None and planning.output.is_file() and fraction is None:
+        plan = planning.output
+    if plan is not None:
+        model = Model.of_teacher(teacher, plan, _number(fraction), la_heads=la_heads)
+        return runs, model
+    if fraction is None:
+        if not (ratio := _told(planning, "fa_ratio")):
             raise UserError(f"{path} has no plan.fa_ratio: name a --plan or --fa-fraction")
-    converting = next(step for step in steps if step.name == "convert")
-    told = {item.name: _told(converting, f"model.{item.name}") for item in fields(LAHeads)}
-    la_heads = {name: value for name, value in told.items() if value is not None}
-    model = Model.of_teacher(teacher, plan, _number(fraction), float(windows), la_heads)
-    return runs, model
+        fraction = read_ratio(str(ratio))
+    windows = read_ratio(str(_told(planning, "window_ratio") or 0))
+    la_heads = {**_la_heads(planning), **la_heads}
+    return runs, Model.of_teacher(teacher, None, float(fraction), float(windows), la_heads)
+
+
+def _la_heads(step: Step) -> dict[str, Any]:
+    """What a step is told of the heads without full attention."""
+    told = {item.name: _told(step, f"model.{item.name}") for item in fields(LAHeads)}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _told(step: Step, key: str) -> Any:

@@ -8,15 +8,15 @@ import importlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from megatron_hydra.api.plan import check_plan
 from megatron_hydra.api.status import status_of
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import content_hash
 from megatron_hydra.schema import PathText, as_overrides, flat, named, read_config
+from megatron_hydra.selection.budget import BudgetKind
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.model_folder import weights_hash
@@ -147,12 +147,15 @@ def is_transfer(path: str | Path) -> bool:
     return "run" in read_yaml(path, [section.name for section in fields(TransferConfig)])
 
 
-def load_steps(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunSection, list[Step]]:
+def load_steps(
+    path: str | Path, overrides: Sequence[str] = (), are_to_run: bool = True
+) -> tuple[RunSection, list[Step]]:
     """Read a transfer.yaml and check it, with the options and configurations of all its steps.
 
     Args:
         path: The file.
         overrides: Each `step.key=value`.
+        are_to_run: Whether each step must find in the ones before what it asks for.
 
     Returns:
         The section `run`, and the steps in the order of the work.
@@ -161,7 +164,7 @@ def load_steps(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunSect
         UserError: If a file cannot be read, or a key, an option or a value is not allowed.
     """
     config = read_config(TransferConfig, path, overrides)
-    return config.run, list(_Maker(config, Path(path).parent).steps())
+    return config.run, list(_Maker(config, Path(path).parent, are_to_run).steps())
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ class _Maker:
     config: TransferConfig
     base: Path
     """Folder of the transfer.yaml."""
+    are_to_run: bool
 
     def steps(self) -> Iterator[Step]:
         folder, source = Path(self.config.run.folder), Path(self.config.run.teacher)
@@ -179,10 +183,8 @@ class _Maker:
         yield self._verb("convert_teacher", of_teacher, teacher)
         scoring, how = self._score(teacher, scores)
         planning = self._verb("plan", {"scores": scores}, plan)
-        options = self._options("plan")
-        with named("step plan"):
-            windows = Fraction(options.get("window_ratio") or 0)
-            check_plan(how, as_overrides(options), windows)
+        if self.are_to_run:
+            self._check_plan(how, self._parsed("plan", planning.arguments))
         yield from (scoring, planning)
         yield self._verb("convert", {**of_teacher, "plan": plan}, converted)
         previous = converted
@@ -202,9 +204,7 @@ class _Maker:
         self._refuse(name, options, (*reads, *_HANDED_ON))
         given = {**reads, "out": output}
         arguments = [*as_overrides(options), *_flags(given), *_flags(options)]
-        parser = _Parser(prog=name, allow_abbrev=False, add_help=False)
-        importlib.import_module(f"hydra_tools.{verb}").add_arguments(parser)
-        read = parser.parse_args(arguments)
+        read = self._parsed(name, arguments)
         paths = self._named(reads)
         for key in _READ_OPTIONS:
             if (value := getattr(read, key, None)) is not None and key not in reads:
@@ -213,6 +213,24 @@ class _Maker:
         paths |= _texts(name, [texts] if isinstance(texts, str) else texts, read)
         settings = {f"{name}.{key}": _text(value) for key, value in flat(options)}
         return Step(name, verb, tuple(arguments), output, settings, paths)
+
+    @staticmethod
+    def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+        """As the step's verb would read them."""
+        parser = _Parser(prog=name, allow_abbrev=False, add_help=False)
+        verb = importlib.import_module(f"hydra_tools.{name.removesuffix('_teacher')}")
+        verb.add_arguments(parser)
+        return parser.parse_args(list(arguments))
+
+    @staticmethod
+    def _check_plan(scoring: ScoringConfig, told: argparse.Namespace) -> None:
+        """See that the scores will have what the plan asks for."""
+        kinds = [kind for kind in get_args(BudgetKind) if getattr(told, kind, None) is not None]
+        with named("step plan"):
+            check_plan(
+                scoring, told.combine, told.window_ratio, kinds[0] if kinds else "fa_heads",
+                told.random_seed is not None,
+            )  # fmt: skip
 
     def _score(self, teacher: Path, out: Path) -> tuple[Step, ScoringConfig]:
         """The step, and what it is told."""
@@ -254,7 +272,8 @@ class _Maker:
         return path, [*as_overrides(options), *as_overrides(fixed)]
 
     def _options(self, name: str) -> dict[str, Any]:
-        return dict(getattr(self.config, name) or {})
+        told = getattr(self.config, name) or {}
+        return {key.replace("-", "_"): value for key, value in told.items()}  # as flags may be
 
     def _refuse(self, name: str, options: Collection[str], keys: Collection[str]) -> None:
         """Refuse what is not for a user to say."""
