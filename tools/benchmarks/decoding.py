@@ -8,11 +8,11 @@ exported folder's for the hybrid (fla's kernels), SDPA in both, `forward` called
 The hybrid's plan is `uneven_plan`'s: as many FA heads, on the mean of four a layer, as a global
 top-K of scores deals to the layers. One sequence is filled in one call; for larger batches what it
 leaves in the cache is repeated. With a static cache a step is compiled as `generate` compiles it:
-the hybrid's is recorded, the teacher's has torch.compile's own CUDA graphs. Nothing is read before static caches and contexts beyond `--read-up-to`: their keys
-and values are random. `floor ms` is the time that weights and cache take to be read once at the
-bandwidth of this run's own copy. Where weights and cache of one batch alone exceed the memory, a
-row has no times. `--largest-batch` finds, by trying, how many sequences of a context decode at all,
-with a dynamic cache.
+the hybrid's is recorded, the teacher's has torch.compile's own CUDA graphs. Nothing is read before
+static caches and contexts beyond `--read-up-to`: their keys and values are random. `floor ms` is
+the time that weights and cache take to be read once at the bandwidth of this run's own copy. Where
+weights and cache of one batch alone exceed the memory, a row has no times. `--largest-batch` finds,
+by trying, how many sequences of a context decode at all, with a dynamic cache.
 """
 
 from __future__ import annotations
