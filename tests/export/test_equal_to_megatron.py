@@ -14,7 +14,7 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
-from kit.exported import ALL_FA, NO_FA, UNEVEN, megatron_logits, twins  # noqa: E402
+from kit.exported import ALL_FA, NO_FA, SWITCHES, UNEVEN, megatron_logits, twins  # noqa: E402
 from kit.tiny import token_batch  # noqa: E402
 
 import megatron_hydra.export  # noqa: E402
@@ -22,24 +22,6 @@ from megatron_hydra.export import configuration_hydra, mixers_hydra  # noqa: E40
 from megatron_hydra.export.config import NAMES, SAME  # noqa: E402
 from megatron_hydra.model.mixers.kinds import KINDS  # noqa: E402
 from megatron_hydra.teachers.config_json import SHAPE_FIELDS  # noqa: E402
-
-QWEN2 = {"qk_layernorm": False, "add_qkv_bias": True}
-LLAMA = {"qk_layernorm": False, "share_embeddings_and_output_weights": False}
-LLAMA_ROPE = {"rope_scaling_factor": 8.0, "rope_original_length": 32, "rotary_base": 500.0}
-SWITCHES = [
-    {},
-    {"share_embeddings_and_output_weights": False},
-    QWEN2,
-    {**LLAMA, **LLAMA_ROPE, "fa_rope": True},
-    {"fa_rope": True, "fa_query_scale": "none", "fa_output_gate": False},
-    {"fa_query_scale": "always", "fa_query_scale_base": 20.0, "fa_query_scale_start": 7},
-    {"la_short_conv": False, "la_decay": False, "la_beta": False, "la_output_gate": "none"},
-    {"la_rope": False, "la_qk_norm": False, "la_output_gate": "sigmoid"},
-    {"la_conv_kernel_size": 2, "sliding_window_sink": False, "fusion": "norm"},
-    {"la_conv_kernel_size": 1, "sliding_window_tokens": 1, "fusion": "none"},
-    {"fusion": "gate", **QWEN2},
-]
-"""Together every switch at every value."""
 
 
 def _expect_equal(plan, **overrides):

@@ -19,7 +19,7 @@ install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
-from kit.exported import WINDOW, megatron_logits, twins  # noqa: E402
+from kit.exported import SWITCHES, UNEVEN, WINDOW, megatron_logits, twins  # noqa: E402
 from kit.tiny_qwen3 import write_byte_tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -44,13 +44,20 @@ PLANS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """By plan: checkpoint `one`, and by layout a checkpoint of two ranks with their logits."""
+    """By plan: checkpoint `one`, and by layout a checkpoint of two ranks with their logits.
+
+    By number of :data:`SWITCHES`: checkpoint `one`, and the logits of two ranks.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     write_byte_tokenizer(folder / "tokenizer")
     for name, plan in PLANS.items():
         fields = {"num_layers": 4, "vocab_size": VOCABULARY, "fa_rope": True}
         model, _ = twins(plan, **fields)
         save_checkpoint(folder / name / "one", model, model.config, plan, folder / "tokenizer", {})
+    for number, switches in enumerate(SWITCHES):
+        model, _ = twins(UNEVEN, **switches)
+        out = folder / f"{number}"
+        save_checkpoint(out / "one", model, model.config, UNEVEN, folder / "tokenizer", {})
     run_distributed(_run_and_save, 2, folder)
     return folder
 
@@ -62,17 +69,26 @@ def _run_and_save(folder: Path) -> None:
         for layout, fields in LAYOUTS.items():
             loaded = load_checkpoint(folder / name / "one", **fields)
             model = loaded.model.eval()
-            own = megatron_logits(model, TOKENS).contiguous()
-            parts = [torch.empty_like(own) for _ in range(2)]
-            dist.all_gather(parts, own)
-            out = folder / name / layout
+            logits, out = _whole_logits(model, TOKENS), folder / name / layout
             save_checkpoint(out, model, loaded.config, plan, folder / "tokenizer", {})
             if dist.get_rank() == 0:
-                torch.save(torch.cat(parts, dim=-1)[..., :VOCABULARY], out / "logits.pt")
+                torch.save(logits[..., :VOCABULARY], out / "logits.pt")
             heads = [
                 layer.self_attention.placement.heads_per_rank for layer in model.decoder.layers
             ]
             assert all(len(ranks) == 2 for ranks in heads), "the heads are not on two ranks"
+    for number in range(len(SWITCHES)):
+        model = load_checkpoint(folder / f"{number}/one", placement="balanced").model.eval()
+        logits = _whole_logits(model, TOKENS % 64)
+        if dist.get_rank() == 0:
+            torch.save(logits, folder / f"{number}/logits.pt")
+
+
+def _whole_logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    own = megatron_logits(model, tokens).contiguous()
+    parts = [torch.empty_like(own) for _ in range(2)]
+    dist.all_gather(parts, own)
+    return torch.cat(parts, dim=-1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -89,3 +105,14 @@ def test_logits_of_two_ranks_are_the_exported_models(folder, tmp_path, plan, lay
     # As the certificate measures: rounding alone moves a small logit of four layers by more.
     worst = (logits - expected).abs().max() / expected.abs().max()
     assert worst < 1e-5
+
+
+@pytest.mark.parametrize("number", range(len(SWITCHES)), ids=lambda i: " ".join(SWITCHES[i]) or "-")
+def test_logits_of_two_ranks_at_every_switch(folder, number):
+    """Every family's too: tied and untied, with biases, without norms of queries and keys."""
+    _, exported = twins(UNEVEN, **SWITCHES[number])
+    with torch.no_grad():
+        logits = exported(TOKENS % 64).logits
+    expected = torch.load(folder / f"{number}/logits.pt")
+    assert expected.std() > 0.3, "logits too small for the comparison to mean something"
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()

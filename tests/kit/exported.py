@@ -20,6 +20,23 @@ UNEVEN = tiny_plan({0: (1, 2, 3, 5), 1: (7,)}, {1: {"kda": (0, 3), "sliding_wind
 NO_FA = tiny_plan({0: (), 1: ()}, {0: {"kda": (0, 1)}, 1: {"sliding_window": tuple(range(8))}})
 ALL_FA = tiny_plan({0: tuple(range(8)), 1: tuple(range(8))})
 WINDOW = 6  # tokens: shorter than the tests' sequences
+QWEN2 = {"qk_layernorm": False, "add_qkv_bias": True}
+LLAMA = {"qk_layernorm": False, "share_embeddings_and_output_weights": False}
+LLAMA_ROPE = {"rope_scaling_factor": 8.0, "rope_original_length": 32, "rotary_base": 500.0}
+SWITCHES = [
+    {},
+    {"share_embeddings_and_output_weights": False},
+    QWEN2,
+    {**LLAMA, **LLAMA_ROPE, "fa_rope": True},
+    {"fa_rope": True, "fa_query_scale": "none", "fa_output_gate": False},
+    {"fa_query_scale": "always", "fa_query_scale_base": 20.0, "fa_query_scale_start": 7},
+    {"la_short_conv": False, "la_decay": False, "la_beta": False, "la_output_gate": "none"},
+    {"la_rope": False, "la_qk_norm": False, "la_output_gate": "sigmoid"},
+    {"la_conv_kernel_size": 2, "sliding_window_sink": False, "fusion": "norm"},
+    {"la_conv_kernel_size": 1, "sliding_window_tokens": 1, "fusion": "none"},
+    {"fusion": "gate", **QWEN2},
+]
+"""Together every switch at every value."""
 
 
 def twins(plan: HeadPlan = UNEVEN, **overrides: Any) -> tuple[torch.nn.Module, HydraForCausalLM]:
