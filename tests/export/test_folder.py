@@ -58,6 +58,24 @@ said = {"alone": alone, "together": together, "class": type(model).__module__}
 print(json.dumps({**said, "transformers": transformers.__version__}))
 """
 
+SPREAD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+
+folder, tokens, out, device_map = sys.argv[1:]
+device_map = json.loads(device_map)
+model = AutoModelForCausalLM.from_pretrained(
+    folder, trust_remote_code=True, device_map=device_map, offload_folder=out + ".offloaded"
+)
+tokens = torch.load(tokens)
+logits = model(tokens).logits.detach()
+rows = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
+torch.save((logits, rows), out)
+spread = getattr(model, "hf_device_map", {})  # none where all lie on one device
+print(json.dumps({name: str(device) for name, device in spread.items()}))
+"""
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -122,6 +140,34 @@ def test_a_stranger_loads_it_and_generates(models, tmp_path, python, name):
     assert said["class"].startswith("transformers_modules")
     assert said["transformers"].startswith("5." if python == NEWEST else "4.")
     assert said["alone"] == said["together"] and all(said["alone"])
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    ["auto", {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+              "model.norm": "cpu", "lm_head": "cpu"}],
+    ids=["auto", "a layer on the disk"],
+)  # fmt: skip
+def test_accelerate_spreads_its_layers(models, tmp_path, device_map):
+    if not Path(NEWEST).is_file():
+        pytest.skip("no environment of the newest transformers: make test makes it")
+    torch.save(TOKENS, tmp_path / "tokens.pt")
+    arguments = [models / "hf", tmp_path / "tokens.pt", tmp_path / "out.pt", json.dumps(device_map)]
+    done = subprocess.run(
+        [NEWEST, "-I", "-c", SPREAD, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    devices = json.loads(done.stdout.splitlines()[-1])
+    assert set(devices.values()) == (set() if device_map == "auto" else {"cpu", "disk"})
+    logits, rows = torch.load(tmp_path / "out.pt")
+    model = _load(models / "hf")
+    torch.testing.assert_close(logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    whole = model.generate(TOKENS, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert torch.equal(rows, whole)
 
 
 def test_shards_hold_the_same_tensors(models):
