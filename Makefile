@@ -55,9 +55,10 @@ quickstart: $(INSTALLED)
 
 # In the order of testpaths, which has the long files first: else one is left to the end. The test in
 # the newest transformers runs beside it, which by itself would leave a core idle.
-test: $(INSTALLED) $(NEWEST)/.installed $(OPTIONAL)/.installed
+test: $(INSTALLED) $(NEWEST)/.installed $(OPTIONAL)/.installed $(LM_EVAL)/.installed
 	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider \
 		tests/export/test_decoding.py tests/export/test_equal_to_megatron.py tests/export/test_trained_in_transformers.py \
+		tests/export/test_four_commands.py \
 		> $(NEWEST)/test.log 2>&1 & newest=$$!; \
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not gpu and not exhaustive"; code=$$?; \

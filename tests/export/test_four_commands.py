@@ -1,0 +1,101 @@
+"""What a user does with a hybrid of the quickstart's teacher: export, generate, bring back, harness.
+
+`make test` runs it with the transformers of training and with the newest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors.torch import load_file
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from hydra_tools import cli  # noqa: E402
+
+from megatron_hydra.head_plan import HeadPlan  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+TEACHER = ROOT / "examples/quickstart/teacher"
+_PREFIX = Path(sys.prefix)
+IS_NEWEST = _PREFIX.name == "transformers-newest"
+LM_EVAL = (_PREFIX.parent if IS_NEWEST else _PREFIX) / "lm-eval/bin/python"
+TEACHERS_OWN = ["fa_rope=true", "fa_query_scale=none", "fa_output_gate=false", "fusion=none"]
+"""So that nearly all heads as they were find needles untrained."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint `hybrid`, exported `hf`."""
+    folder = tmp_path_factory.mktemp("hands")
+    config = json.loads((TEACHER / "config.json").read_text("utf-8"))
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    fa_heads = {layer: list(range(heads)) for layer in range(layers)}
+    fa_heads[layers - 1] = fa_heads[layers - 1][1:]
+    plan = HeadPlan.from_fa_heads(fa_heads, layers, heads, config["num_key_value_heads"])
+    plan.save(folder / "plan.json")
+    convert = ["convert", "--teacher", str(TEACHER), "--plan", f"{folder}/plan.json"]
+    convert += ["--out", f"{folder}/hybrid", *(f"model.{option}" for option in TEACHERS_OWN)]
+    assert cli.main(convert) == 0
+    assert cli.main(["export", "--model", f"{folder}/hybrid", "--out", f"{folder}/hf"]) == 0
+    return folder
+
+
+def _done(folder: Path, *command: object, **environment: str) -> str:
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": f"{folder}/home"}
+    done = subprocess.run(
+        [*map(str, command)], cwd=folder, env={**own, **offline, **environment},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_pipeline_goes_on_with_a_text(folder: Path) -> None:
+    program = (
+        "from transformers import pipeline; "
+        "print(pipeline('text-generation', 'hf', trust_remote_code=True)("
+        "'Once', max_new_tokens=8, do_sample=False))"
+    )
+    said = _done(folder, sys.executable, "-I", "-c", program)
+    assert "[{'generated_text': 'Once" in said
+
+
+def test_the_way_back_is_bit_equal(folder: Path) -> None:
+    assert cli.main(["convert", "--hybrid", f"{folder}/hf", "--out", f"{folder}/back"]) == 0
+    assert cli.main(["export", "--model", f"{folder}/back", "--out", f"{folder}/again"]) == 0
+    first, second = (load_file(folder / name / "model.safetensors") for name in ("hf", "again"))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_the_harness_asks_what_evaluate_asks(folder: Path) -> None:
+    """And counts as many answers."""
+    if not LM_EVAL.is_file():
+        pytest.skip("no environment of lm-eval: make test makes it")
+    ask = ["evaluate", "--hf", f"h={folder}/hf", "--tasks", "niah_single_2", "--lengths", "256"]
+    ask += ["--num-samples", "4", "--wording", "short", "--dump", f"{folder}/prompts.jsonl"]
+    assert cli.main([*ask, "--out", f"{folder}/found.json"]) == 0
+    (model,) = json.loads((folder / "found.json").read_text("utf-8"))["models"]
+    # The harness has an environment of its own, with the transformers of training.
+    packages = str(Path(transformers.__file__).parents[1])
+    newest = {"PYTHONPATH": packages} if IS_NEWEST else {}
+    _done(
+        folder, LM_EVAL, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--output_path", "out",
+        "--model_args", "pretrained=hf,trust_remote_code=True", "--tasks", "hydra_needles",
+        "--include_path", ROOT / "examples/lm_eval", **newest,
+    )  # fmt: skip
+    (results,) = (folder / "out").rglob("results_*.json")
+    said = json.loads(results.read_text("utf-8"))
+    assert said["transformers_version"] == transformers.__version__
+    (found,) = (task["accuracy"] for task in model["tasks"])
+    assert said["results"]["hydra_needles"]["found,none"] == found > 0.5
