@@ -123,7 +123,8 @@ def export(
                 temporary, config, loaded.meta, loaded.tokenizer_folder, of_weights, figures
             )
             parameters = dict(loaded.model.named_parameters())
-            tensors = iter(hugging_face_tensors(config, parameters).items())
+            named = list(hugging_face_tensors(config, parameters).items())
+            tensors = iter(progress(named, "weights", "tensor"))
         else:
             folder.write_hybrid_parts(
                 temporary, config, plan, loaded.meta, loaded.tokenizer_folder, of_weights, figures

@@ -163,7 +163,7 @@ def test_greedy_generation_follows_the_whole_forward_pass(hybrid):
     assert torch.equal(generated[:, 9:], expected)
 
 
-def test_generation_goes_on_from_a_kept_cache(hybrid):
+def test_generation_goes_on_from_a_kept_cache(hybrid, tmp_path):
     _, exported = hybrid
     tokens = _tokens(2, 30)
     options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=False)
@@ -172,6 +172,10 @@ def test_generation_goes_on_from_a_kept_cache(hybrid):
     for _ in range(2):  # a copy is not changed by who goes on from it
         kept = copy.deepcopy(cache)
         assert torch.equal(exported.generate(tokens, past_key_values=kept, **options), expected)
+    torch.save(cache, tmp_path / "cache.pt")
+    saved = torch.load(tmp_path / "cache.pt", weights_only=False)
+    assert saved.num_bytes == cache.num_bytes
+    assert torch.equal(exported.generate(tokens, past_key_values=saved, **options), expected)
 
 
 @pytest.mark.parametrize("plan", [UNEVEN, NO_FA, ALL_FA], ids=["uneven", "no FA", "FA alone"])

@@ -16,6 +16,7 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
+import transformers  # noqa: E402
 from hydra_tools import cli  # noqa: E402
 from kit.exported import megatron_logits  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
@@ -28,6 +29,7 @@ from megatron_hydra.evaluation.generation import (  # noqa: E402
     GeneratedResult,
     Generation,
 )
+from megatron_hydra.export.code import code_hash  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
@@ -214,7 +216,8 @@ def test_the_card_tells_the_plans_figures(models):
     assert "| query groups whose keys and values are stored | 2 of 4 |" in card
     # Two groups of key and value, 16 channels each in float32; the teacher has four.
     assert "| cache per token, float32 | 256 bytes (teacher: 512) |" in card
-    assert "sliding_window` | 1 |" in card and "transformers" in card
+    assert "sliding_window` | 1 |" in card and f"transformers {transformers.__version__}" in card
+    assert code_hash() in card and "2606.20097" in card
 
 
 def test_the_card_has_the_results_that_are_named(models, tmp_path, capsys):

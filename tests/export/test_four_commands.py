@@ -1,4 +1,4 @@
-"""What a user does with a hybrid of the quickstart's teacher: export, generate, bring back, harness.
+"""What a user does with a hybrid of the quickstart's teacher: exports it, and what comes then.
 
 `make test` runs it with the transformers of training and with the newest.
 """
@@ -90,9 +90,9 @@ def test_the_harness_asks_what_evaluate_asks(folder: Path) -> None:
     packages = str(Path(transformers.__file__).parents[1])
     newest = {"PYTHONPATH": packages} if IS_NEWEST else {}
     _done(
-        folder, LM_EVAL, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--output_path", "out",
-        "--model_args", "pretrained=hf,trust_remote_code=True", "--tasks", "hydra_needles",
-        "--include_path", ROOT / "examples/lm_eval", **newest,
+        folder, LM_EVAL, "-m", "lm_eval", "--model", "hf", "--device", "cpu",
+        "--output_path", "out", "--model_args", "pretrained=hf,trust_remote_code=True",
+        "--tasks", "hydra_needles", "--include_path", ROOT / "examples/lm_eval", **newest,
     )  # fmt: skip
     (results,) = (folder / "out").rglob("results_*.json")
     said = json.loads(results.read_text("utf-8"))
