@@ -158,7 +158,7 @@ def _transfer(
         model = Model.of_teacher(teacher, plan, _number(fraction), la_heads=la_heads)
         return runs, model
     if fraction is None:
-        if not (ratio := _told(planning, "fa_ratio")):
+        if (ratio := _told(planning, "fa_ratio")) is None:
             raise UserError(f"{path} has no plan.fa_ratio: name a --plan or --fa-fraction")
         fraction = read_ratio(str(ratio))
     windows = read_ratio(str(_told(planning, "window_ratio") or 0))
