@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ install_if_needed()
 import transformers  # noqa: E402
 from hydra_tools import cli  # noqa: E402
 from kit.exported import megatron_logits  # noqa: E402
+from kit.offline import NEWEST, run_offline  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_teacher  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -36,7 +35,6 @@ from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
 from megatron_hydra.teachers.families import FAMILIES  # noqa: E402
 
 TOKENS = torch.randint(0, 256, (2, 90), generator=torch.Generator().manual_seed(1))
-NEWEST = f"{sys.prefix}/transformers-newest/bin/python"
 STRANGER = """
 import json, sys
 for name in ("megatron_hydra", "hydra_kernels", "hydra_tools", "megatron", "nemo"):
@@ -128,17 +126,10 @@ def test_a_stranger_loads_it_and_generates(models, tmp_path, python, name):
         pytest.skip("no environment of the newest transformers: make test makes it")
     torch.save(TOKENS, tmp_path / "tokens.pt")
     arguments = [models / name, tmp_path / "tokens.pt", tmp_path / "logits.pt"]
-    done = subprocess.run(
-        [python, "-I", "-c", STRANGER, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    printed = run_offline(tmp_path, python, "-I", "-c", STRANGER, *arguments)
     logits, expected = torch.load(tmp_path / "logits.pt"), _expected(models / "hybrid")
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(printed.splitlines()[-1])
     assert said["class"].startswith("transformers_modules")
     assert said["transformers"].startswith("5." if python == NEWEST else "4.")
     assert said["alone"] == said["together"] and all(said["alone"])
@@ -155,15 +146,8 @@ def test_accelerate_spreads_its_layers(models, tmp_path, device_map):
         pytest.skip("no environment of the newest transformers: make test makes it")
     torch.save(TOKENS, tmp_path / "tokens.pt")
     arguments = [models / "hf", tmp_path / "tokens.pt", tmp_path / "out.pt", json.dumps(device_map)]
-    done = subprocess.run(
-        [NEWEST, "-I", "-c", SPREAD, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    devices = json.loads(done.stdout.splitlines()[-1])
+    printed = run_offline(tmp_path, NEWEST, "-I", "-c", SPREAD, *arguments)
+    devices = json.loads(printed.splitlines()[-1])
     assert set(devices.values()) == (set() if device_map == "auto" else {"cpu", "disk"})
     logits, rows = torch.load(tmp_path / "out.pt")
     model = _load(models / "hf")

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,14 +18,12 @@ from megatron_hydra.cpu import install_if_needed
 install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
+from kit.offline import IS_NEWEST, LM_EVAL, ask_by_lm_eval, run_offline  # noqa: E402
 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TEACHER = ROOT / "examples/quickstart/teacher"
-_PREFIX = Path(sys.prefix)
-IS_NEWEST = _PREFIX.name == "transformers-newest"
-LM_EVAL = (_PREFIX.parent if IS_NEWEST else _PREFIX) / "lm-eval/bin/python"
 TEACHERS_OWN = ["fa_rope=true", "fa_query_scale=none", "fa_output_gate=false", "fusion=none"]
 """So that nearly all heads as they were find needles untrained."""
 
@@ -49,24 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _done(folder: Path, *command: object, **environment: str) -> str:
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": f"{folder}/home"}
-    done = subprocess.run(
-        [*map(str, command)], cwd=folder, env={**own, **offline, **environment},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_a_pipeline_goes_on_with_a_text(folder: Path) -> None:
     program = (
         "from transformers import pipeline; "
         "print(pipeline('text-generation', 'hf', trust_remote_code=True)("
         "'Once', max_new_tokens=8, do_sample=False))"
     )
-    said = _done(folder, sys.executable, "-I", "-c", program)
+    said = run_offline(folder, sys.executable, "-I", "-c", program)
     assert "[{'generated_text': 'Once" in said
 
 
@@ -89,11 +74,8 @@ def test_the_harness_asks_what_evaluate_asks(folder: Path) -> None:
     # The harness has an environment of its own, with the transformers of training.
     packages = str(Path(transformers.__file__).parents[1])
     newest = {"PYTHONPATH": packages} if IS_NEWEST else {}
-    _done(
-        folder, LM_EVAL, "-m", "lm_eval", "--model", "hf", "--device", "cpu",
-        "--output_path", "out", "--model_args", "pretrained=hf,trust_remote_code=True",
-        "--tasks", "hydra_needles", "--include_path", ROOT / "examples/lm_eval", **newest,
-    )  # fmt: skip
+    options = ["--include_path", ROOT / "examples/lm_eval"]
+    ask_by_lm_eval(folder, "hydra_needles", *options, **newest)
     (results,) = (folder / "out").rglob("results_*.json")
     said = json.loads(results.read_text("utf-8"))
     assert said["transformers_version"] == transformers.__version__

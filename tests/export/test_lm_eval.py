@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from megatron_hydra.cpu import install_if_needed
 install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
+from kit.offline import LM_EVAL, ask_by_lm_eval  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -26,7 +24,6 @@ from transformers import (  # noqa: E402
 
 from megatron_hydra.tasks.text import stand_in_text  # noqa: E402
 
-LM_EVAL = Path(sys.prefix) / "lm-eval/bin/lm_eval"
 EXAMPLE = Path(__file__).parents[2] / "examples/lm_eval"
 NEW_TOKENS = 8
 GENERATED = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
@@ -55,7 +52,7 @@ def test_the_harness_finds_what_the_model_generates(tmp_path):
         lines.append(json.dumps({**sample, "answers": [wanted, "nowhere else"]}))
     prompts.write_text("\n".join(lines) + "\n", "utf-8")
     options = ["--include_path", EXAMPLE, "--gen_kwargs", f"max_gen_toks={NEW_TOKENS}"]
-    _run(tmp_path, "hydra_needles", *options)
+    ask_by_lm_eval(tmp_path, "hydra_needles", *options)
     (results,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(results.read_text())["results"]["hydra_needles"]["found,none"]
     assert found == 0.25  # half of the answers of half of the samples
@@ -70,7 +67,7 @@ def test_its_own_ruler_tasks_ask_the_exported_model(tmp_path):
     metadata = json.dumps({"max_seq_lengths": [4096]})
     options = ["--limit", "1", "--log_samples", "--metadata", metadata]
     options += ["--gen_kwargs", f"max_gen_toks={NEW_TOKENS}"]
-    _run(tmp_path, ",".join(GENERATED), *options)
+    ask_by_lm_eval(tmp_path, ",".join(GENERATED), *options)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
     for task in GENERATED:
@@ -110,15 +107,3 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.train_from_iterator([stand_in_text("--text"), numbers], trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     wrapped.save_pretrained(folder)
-
-
-def _run(folder: Path, tasks: str, *options: object) -> None:
-    """The harness, on the folder's `hf`, into its `out`."""
-    command = [LM_EVAL, "--model", "hf", "--device", "cpu", "--output_path", "out"]
-    command += ["--model_args", "pretrained=hf,trust_remote_code=True", "--tasks", tasks, *options]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": f"{folder}/home"}
-    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=folder, env={**own, **offline}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -136,7 +136,7 @@ def _transfer(
     path: str, overrides: Sequence[str], args: argparse.Namespace
 ) -> tuple[list[RunConfig], Model | None]:
     """A transfer's stages, and its hybrid: the one that it has converted, or the one to be."""
-    section, steps = load_steps(path, overrides, are_to_run=False)
+    section, steps = load_steps(path, overrides)
     runs = [step.run for step in steps if step.run is not None]
     told = (args.teacher, args.plan, args.fa_fraction)
     if told == (None, None, None) and Path(runs[0].transfer.init_from, "model.json").is_file():

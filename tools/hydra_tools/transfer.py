@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from hydra_tools import stops
-from hydra_tools.transfer_steps import RunSection, Step, load_steps
+from hydra_tools.transfer_steps import RunSection, Step, check_planning, load_steps
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, lock, write_json
 from megatron_hydra.processes import end_with_parent
@@ -183,6 +183,8 @@ def _check(
     if check_model_folder(section.teacher):
         raise UserError(f"run.teacher {section.teacher} is a checkpoint folder: name the Hugging "
                         "Face folder that it is from")  # fmt: skip
+    scoring, planning = (next(x for x in steps if x.name == name) for name in ("score", "plan"))
+    check_planning(scoring, planning)
     for step in steps:
         if verdicts[step.name] == "done":
             continue

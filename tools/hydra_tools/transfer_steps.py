@@ -87,6 +87,7 @@ class Step:
             result.
         reads: What it reads, by the names that people are told; a tuple is a list of texts.
         run: Of a stage: its configuration.
+        scoring: The same of the scoring.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Step:
     settings: Mapping[str, str]
     reads: Mapping[str, Path | tuple[Path, ...]]
     run: RunConfig | None = None
+    scoring: ScoringConfig | None = None
 
     @property
     def goes_on(self) -> bool:
@@ -147,15 +149,12 @@ def is_transfer(path: str | Path) -> bool:
     return "run" in read_yaml(path, [section.name for section in fields(TransferConfig)])
 
 
-def load_steps(
-    path: str | Path, overrides: Sequence[str] = (), are_to_run: bool = True
-) -> tuple[RunSection, list[Step]]:
+def load_steps(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunSection, list[Step]]:
     """Read a transfer.yaml and check it, with the options and configurations of all its steps.
 
     Args:
         path: The file.
         overrides: Each `step.key=value`.
-        are_to_run: Whether each step must find in the ones before what it asks for.
 
     Returns:
         The section `run`, and the steps in the order of the work.
@@ -164,7 +163,31 @@ def load_steps(
         UserError: If a file cannot be read, or a key, an option or a value is not allowed.
     """
     config = read_config(TransferConfig, path, overrides)
-    return config.run, list(_Maker(config, Path(path).parent, are_to_run).steps())
+    return config.run, list(_Maker(config, Path(path).parent).steps())
+
+
+def check_planning(scoring: Step, planning: Step) -> None:
+    """See that the plan will find in the scores what it asks for.
+
+    Raises:
+        UserError: As :func:`~megatron_hydra.api.plan.check_plan`.
+    """
+    assert scoring.scoring is not None
+    told = _parsed(planning.name, planning.arguments)
+    kinds = [kind for kind in get_args(BudgetKind) if getattr(told, kind, None) is not None]
+    with named(f"step {planning.name}"):
+        check_plan(
+            scoring.scoring, told.combine, told.window_ratio, kinds[0] if kinds else "fa_heads",
+            told.random_seed is not None,
+        )  # fmt: skip
+
+
+def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """As the step's verb reads them."""
+    parser = _Parser(prog=name, allow_abbrev=False, add_help=False)
+    verb = importlib.import_module(f"hydra_tools.{name.removesuffix('_teacher')}")
+    verb.add_arguments(parser)
+    return parser.parse_args(list(arguments))
 
 
 @dataclass(frozen=True)
@@ -172,7 +195,6 @@ class _Maker:
     config: TransferConfig
     base: Path
     """Folder of the transfer.yaml."""
-    are_to_run: bool
 
     def steps(self) -> Iterator[Step]:
         folder, source = Path(self.config.run.folder), Path(self.config.run.teacher)
@@ -181,11 +203,8 @@ class _Maker:
         evaluation, trained = folder / "evaluation.json", folder / STAGES[-1] / "hybrid"
         of_teacher = {"teacher": source}
         yield self._verb("convert_teacher", of_teacher, teacher)
-        scoring, how = self._score(teacher, scores)
-        planning = self._verb("plan", {"scores": scores}, plan)
-        if self.are_to_run:
-            self._check_plan(how, self._parsed("plan", planning.arguments))
-        yield from (scoring, planning)
+        yield self._score(teacher, scores)
+        yield self._verb("plan", {"scores": scores}, plan)
         yield self._verb("convert", {**of_teacher, "plan": plan}, converted)
         previous = converted
         for stage in STAGES:
@@ -204,7 +223,7 @@ class _Maker:
         self._refuse(name, options, (*reads, *_HANDED_ON))
         given = {**reads, "out": output}
         arguments = [*as_overrides(options), *_flags(given), *_flags(options)]
-        read = self._parsed(name, arguments)
+        read = _parsed(name, arguments)
         paths = self._named(reads)
         for key in _READ_OPTIONS:
             if (value := getattr(read, key, None)) is not None and key not in reads:
@@ -214,26 +233,7 @@ class _Maker:
         settings = {f"{name}.{key}": _text(value) for key, value in flat(options)}
         return Step(name, verb, tuple(arguments), output, settings, paths)
 
-    @staticmethod
-    def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
-        """As the step's verb would read them."""
-        parser = _Parser(prog=name, allow_abbrev=False, add_help=False)
-        verb = importlib.import_module(f"hydra_tools.{name.removesuffix('_teacher')}")
-        verb.add_arguments(parser)
-        return parser.parse_args(list(arguments))
-
-    @staticmethod
-    def _check_plan(scoring: ScoringConfig, told: argparse.Namespace) -> None:
-        """See that the scores will have what the plan asks for."""
-        kinds = [kind for kind in get_args(BudgetKind) if getattr(told, kind, None) is not None]
-        with named("step plan"):
-            check_plan(
-                scoring, told.combine, told.window_ratio, kinds[0] if kinds else "fa_heads",
-                told.random_seed is not None,
-            )  # fmt: skip
-
-    def _score(self, teacher: Path, out: Path) -> tuple[Step, ScoringConfig]:
-        """The step, and what it is told."""
+    def _score(self, teacher: Path, out: Path) -> Step:
         fixed = {"model.teacher": str(teacher), "run.out": str(out)}
         path, arguments = self._configured("score", fixed)
         with named("step score"):
@@ -243,7 +243,7 @@ class _Maker:
         paths |= _texts("score", [probes.text] if probes.text else [], probes)
         settings = _settings("score", config, _NOT_OF_THE_SCORES)
         words = ("--config", str(path), *arguments)
-        return Step("score", "score", words, out, settings, paths), config
+        return Step("score", "score", words, out, settings, paths, scoring=config)
 
     def _stage(self, name: str, init_from: Path, teacher: Path) -> Step:
         folder = Path(self.config.run.folder) / name
