@@ -174,7 +174,7 @@ def write_beside(
             yield temporary
             _replace(temporary, target)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 @contextmanager
@@ -372,12 +372,13 @@ def _replace(temporary: Path, target: Path) -> None:
         old_folder = _beside(target, "old")
         os.replace(target, old_folder)
         os.replace(temporary, target)
-        _remove(old_folder)
+        remove(old_folder)
     else:
         os.replace(temporary, target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

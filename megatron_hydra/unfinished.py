@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import lock, parse_json, write_json
+from megatron_hydra.files import lock, parse_json, remove, write_json
 from megatron_hydra.schema import flat
 
 _RECORD, _LOCK = "run.json", ".lock"
@@ -31,7 +31,7 @@ class UnfinishedWork:
     writer: ClassVar[str]
     """As messages call what writes such a folder."""
     units: ClassVar[str]
-    """A pattern of the units' file names."""
+    """A pattern of the names of the units' files or folders."""
     words: ClassVar[Mapping[str, str]] = {}
     """How a message calls what makes two runs the same, where its key would not be understood."""
 
@@ -68,6 +68,17 @@ class UnfinishedWork:
         self._lock.close()
         with suppress(OSError):  # something else has come to lie there
             self.path.rmdir()
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Around the work of one rank: goes on if it is killed, leaves nothing if it fails."""
+        self.open()
+        try:
+            yield
+        except Exception:
+            self.remove()
+            raise
+        self.remove()
 
     def parsed(self, name: str) -> dict[str, Any]:
         """The JSON object in one of the folder's files; UserError if it holds none."""
@@ -108,7 +119,7 @@ class UnfinishedWork:
     def _remove_units(self) -> None:
         for path in self._entries():
             if self._is_own(path.name) and path.name != _LOCK:
-                path.unlink()
+                remove(path)
 
 
 def num_finished(out: Path) -> int:

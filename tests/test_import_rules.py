@@ -31,7 +31,10 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "progress": set(),
     "parallel": {"errors"},
     "model": {"errors", "head_plan", "schema"},
-    "teachers": {"errors", "files", "head_plan", "processes", "schema", "model"},
+    "teachers": {
+        "errors", "files", "head_plan", "parallel", "processes", "progress", "schema", "model",
+        "unfinished",
+    },
     "tasks": {"errors"},
     "transfer": {"errors", "model"},
     "selection": {
@@ -50,7 +53,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "errors", "files", "head_plan", "progress", "schema", "model", "teachers", "tasks",
         "transfer", "selection", "unfinished",
     },
-    "export": {"errors", "files", "head_plan", "progress", "model", "teachers"},
+    "export": {"errors", "files", "head_plan", "progress", "model", "teachers", "unfinished"},
     "certify": {
         "errors", "files", "head_plan", "parallel", "schema", "model", "teachers", "export",
     },

@@ -24,7 +24,6 @@ from megatron_hydra.teachers.license import read_license
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -138,12 +137,14 @@ def convert(
     cpu.install_if_needed()
     import torch
 
-    from megatron_hydra.model.build import build_model
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.teachers import checkpoint, weights
-    from megatron_hydra.teachers.loading import build_teacher, hydra_config
+    from megatron_hydra.teachers import checkpoint
+    from megatron_hydra.teachers.converted import Converted
+    from megatron_hydra.teachers.loading import hydra_config
+    from megatron_hydra.teachers.parts import UnfinishedCheckpoint
     from megatron_hydra.teachers.tokenizer import check_tokenizer
-    from megatron_hydra.teachers.weight_reuse import keep_fresh
+    from megatron_hydra.teachers.weight_reuse import ReuseSummary
+    from megatron_hydra.teachers.weights import TeacherWeights
 
     fields = {**_planned(head_plan), **(options or {})}
     checkpoint.check_stored("hybrid" if head_plan else "teacher", fields)
@@ -155,26 +156,31 @@ def convert(
     measures = calibration.recurrence or (_has_scales(config) and reuse == "all")
     if head_plan and calibration.num_tokens and measures:
         batches = _batches(calibration, tokenizer, config.seq_length)
-    tensors = weights.read_weights(teacher)
-    initialize_model_parallel()
-    if head_plan is None:
-        model, reused = build_teacher(config, tensors), None
-    else:
-        model, reused = _build_hybrid(
-            config, head_plan, tensors, batches, calibration.recurrence, progress
-        )
-        if reuse != "all":
-            fresh = build_model(config, head_plan)
-            reused = keep_fresh(model, fresh, "" if reuse == "nothing" else ".self_attention.")
     provenance = origin(reuse=reuse, **_record(calibration, batches))
-    checkpoint.save_checkpoint(
-        out, model, config, head_plan, teacher, provenance, overwrite,
-        teacher_weights_hash=hash_of_weights, teacher_license=license_of_teacher,
-    )  # fmt: skip
+    initialize_model_parallel()
+    fingerprint = {
+        "teacher": hash_of_weights,
+        "plan": None if head_plan is None else head_plan.to_dict(),
+        "options": {name: str(value) for name, value in fields.items()},
+        "dtype": dtype,
+        "reuse": reuse,
+        "calibration": [batch.tolist() for batch in batches],
+        "recurrence": calibration.recurrence,
+    }
+    work = UnfinishedCheckpoint(out, fingerprint, overwrite)
+    model = Converted(config, head_plan, TeacherWeights(teacher), reuse)
+    with work.going_on():
+        if batches:
+            model.measure(work, batches, calibration.recurrence, progress)
+        counted = work.fill(config, model.part, progress)
+        checkpoint.write_checkpoint(
+            out, work.join, config, head_plan, teacher, provenance, overwrite,
+            teacher_weights_hash=hash_of_weights, teacher_license=license_of_teacher,
+        )  # fmt: skip
     return Conversion(
         folder=out,
         plan=head_plan,
-        reuse=reused,
+        reuse=None if head_plan is None else ReuseSummary.total(counted),
         num_tokens=sum(batch.numel() for batch in batches),
         length_tokens=batches[0].shape[1] if batches else 0,
         parallel_sizes=ParallelSizes.of(vars(config)),
@@ -272,37 +278,3 @@ def _batches(
 
 def _has_scales(config: HydraConfig) -> bool:
     return config.fusion in ("scale", "gate")
-
-
-def _build_hybrid(
-    config: HydraConfig,
-    plan: HeadPlan,
-    tensors: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
-    calibrates_recurrence: bool,
-    progress: Progress,
-) -> tuple[GPTModel, ReuseSummary]:
-    from megatron_hydra.model.build import build_model
-    from megatron_hydra.teachers.attention_statistics import measure_attention, start_from_attention
-    from megatron_hydra.teachers.conversion import tensors_by_head
-    from megatron_hydra.teachers.loading import build_teacher
-    from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights
-
-    head_rms = statistics = None
-    if batches:
-        teacher = build_teacher(config, tensors)
-        if _has_scales(config):
-            head_rms = measure_head_rms(teacher, progress(batches, "head scales", "batch"))
-        if calibrates_recurrence:
-            statistics = measure_attention(teacher, progress(batches, "attention", "batch"))
-        del teacher
-    model = build_model(config, plan)
-    reuse = reuse_teacher_weights(
-        model,
-        tensors_by_head(config, tensors),
-        head_rms,
-        progress=lambda layers: progress(layers, "weights", "layer"),
-    )
-    if statistics is not None:
-        start_from_attention(model, statistics, reuse)
-    return model, reuse

@@ -44,21 +44,24 @@ def convert_hybrid(
     from megatron_hydra import cpu
 
     cpu.install_if_needed()
-    from megatron_hydra.export.reading import load_exported_weights, read_exported
-    from megatron_hydra.model.build import build_model
+    from megatron_hydra.export.reading import ExportedWeights, read_exported
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.teachers.checkpoint import save_checkpoint
+    from megatron_hydra.teachers.checkpoint import write_checkpoint
+    from megatron_hydra.teachers.model_folder import weights_hash
+    from megatron_hydra.teachers.parts import UnfinishedCheckpoint
     from megatron_hydra.teachers.tokenizer import check_tokenizer
 
     config, plan, meta = read_exported(hybrid)
     check_tokenizer(hybrid, config.vocab_size)
     initialize_model_parallel()
-    model = build_model(config, plan)
-    load_exported_weights(model, hybrid, lambda layers: progress(layers, "weights", "layer"))
+    work = UnfinishedCheckpoint(out, {"hybrid": weights_hash(hybrid)}, overwrite)
     provenance = origin(exported_from=meta["provenance"])
-    save_checkpoint(
-        out, model, config, plan, hybrid, provenance, overwrite,
-        teacher_weights_hash=meta["teacher_weights_hash"],
-        teacher_license=meta["teacher_license"],
-    )  # fmt: skip
+    weights = ExportedWeights(hybrid, config, plan)
+    with work.going_on():
+        work.fill(config, weights.part, progress)
+        write_checkpoint(
+            out, work.join, config, plan, hybrid, provenance, overwrite,
+            teacher_weights_hash=meta["teacher_weights_hash"],
+            teacher_license=meta["teacher_license"],
+        )  # fmt: skip
     return plan

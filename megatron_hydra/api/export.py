@@ -98,16 +98,18 @@ def export(
     cpu.install_if_needed()
     import torch
 
-    from megatron_hydra.export import folder, shards, weights
+    from megatron_hydra.export import folder
+    from megatron_hydra.export.exported import Exporting
+    from megatron_hydra.export.shards import UnfinishedExport
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.teachers.checkpoint import load_checkpoint
-    from megatron_hydra.teachers.conversion import hugging_face_tensors
+    from megatron_hydra.teachers.checkpoint import read_checkpoint
+    from megatron_hydra.teachers.model_folder import weights_hash
     from megatron_hydra.teachers.tokenizer import check_tokenizer
 
     initialize_model_parallel()
-    loaded = load_checkpoint(model)
-    config, plan = loaded.config, loaded.plan
-    check_tokenizer(loaded.tokenizer_folder, config.vocab_size)
+    stored = read_checkpoint(model)
+    config, plan = stored.config, stored.plan
+    check_tokenizer(stored.tokenizer_folder, config.vocab_size)
     of_weights = config.params_dtype if dtype is None else getattr(torch, dtype)
     name = str(of_weights).removeprefix("torch.")
     shape = ModelShape.from_config(config)
@@ -115,23 +117,19 @@ def export(
     per_token = cache_bytes_per_token(shape, _FORMATS[name])
     cache = (int(per_token.of(plan)), int(per_token.of(None)))
     state = int(0 if plan is None else state_bytes(shape, _FORMATS[name]).of(plan))
-    with write_beside(out, overwrite, kind="folder", marker="config.json") as temporary:
-        temporary.mkdir(parents=True)
-        figures = folder.CardFigures(cache, state, name, versions(), table)
-        if plan is None:
-            folder.write_teacher_parts(
-                temporary, config, loaded.meta, loaded.tokenizer_folder, of_weights, figures
-            )
-            parameters = dict(loaded.model.named_parameters())
-            named = list(hugging_face_tensors(config, parameters).items())
-            tensors = iter(progress(named, "weights", "tensor"))
-        else:
-            folder.write_hybrid_parts(
-                temporary, config, plan, loaded.meta, loaded.tokenizer_folder, of_weights, figures
-            )
-            tensors = weights.hybrid_tensors(
-                loaded.model, lambda layers: progress(layers, "weights", "layer")
-            )
-        written = shards.write_shards(temporary, tensors, max_shard_bytes, of_weights)
+    fingerprint = {"model": weights_hash(model), "dtype": name, "file": max_shard_bytes}
+    work = UnfinishedExport(out, fingerprint, overwrite)
+    with work.going_on():
+        weights = Exporting(model, config, plan, work, max_shard_bytes, of_weights)
+        weights.write(progress)
+        with write_beside(out, overwrite, kind="folder", marker="config.json") as temporary:
+            temporary.mkdir(parents=True)
+            figures = folder.CardFigures(cache, state, name, versions(), table)
+            parts = (stored.meta, stored.tokenizer_folder, of_weights, figures)
+            if plan is None:
+                folder.write_teacher_parts(temporary, config, *parts)
+            else:
+                folder.write_hybrid_parts(temporary, config, plan, *parts)
+            weights.move(temporary)
     address = None if push is None else push_folder(out, push, public)
-    return Exported(out, plan, written, name, cache, state, address)
+    return Exported(out, plan, weights.total_bytes, name, cache, state, address)

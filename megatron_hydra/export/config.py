@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
+from megatron_hydra.export.modeling_hydra import HydraForCausalLM
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.config import HydraConfig, stored_fields
 
@@ -39,3 +42,15 @@ def exported_config(config: HydraConfig, plan: HeadPlan) -> HydraHeadConfig:
     renamed = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     same = {name: getattr(config, name) for name in SAME}
     return HydraHeadConfig(head_kinds=kinds, **renamed, **same)
+
+
+def exported_shapes(config: HydraConfig, plan: HeadPlan) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the exported model with its shape.
+
+    Args:
+        config: The hybrid's.
+        plan: Its head plan.
+    """
+    with torch.device("meta"):
+        model = HydraForCausalLM(exported_config(config, plan))
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}

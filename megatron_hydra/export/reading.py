@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.export.config import exported_config
+from megatron_hydra.export.config import exported_config, exported_shapes
 from megatron_hydra.export.folder import CHECKPOINT, PLAN
-from megatron_hydra.export.weights import load_hybrid_tensors
+from megatron_hydra.export.weights import load_layer_tensors
 from megatron_hydra.files import parse_json, read_json
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.build import build_layer
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.teachers.checkpoint import SCHEMA_VERSION, model_fields
+from megatron_hydra.teachers.distributed_weights import sharded_ends, sharded_weights
 from megatron_hydra.teachers.license import license_of
 from megatron_hydra.teachers.model_folder import weight_files
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from megatron.core.models.gpt import GPTModel
+from megatron_hydra.teachers.parts import Part
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,48 +68,66 @@ _OF_THE_FILE = {"architectures", "auto_map", "dtype", "torch_dtype", "transforme
                 "tokenizer_class", "use_cache", "initializer_range", "_name_or_path"}  # fmt: skip
 
 
-def load_exported_weights(
-    model: GPTModel,
-    folder: Path,
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> None:
-    """Fill a hybrid with a folder's weights, a tensor at a time.
+class ExportedWeights:
+    """The tensors of an exported folder, put into a hybrid's parts.
 
     Args:
-        model: As :func:`~megatron_hydra.export.weights.hybrid_tensors` takes it.
-        folder: The exported folder.
-        progress: Wraps the iteration over layers.
+        folder: The exported folder. Names and shapes of all its tensors are checked before any is
+            read.
+        config: Of the hybrid.
+        plan: Its plan.
 
     Raises:
-        UserError: If a tensor is missing, unknown, of another shape, NaN or infinite, or a file
-            cannot be read.
+        UserError: If a tensor is missing, unknown or of another shape, or a file cannot be read.
     """
-    with _open(folder) as files:
 
-        def read(name: str) -> Tensor:
-            if name not in files:
-                raise UserError(f"{folder} lacks tensor {name}")
-            tensor: Tensor = files[name].get_tensor(name)
-            if not tensor.isfinite().all():
-                raise UserError(f"tensor {name} in {folder} has values that are NaN or infinite")
-            return tensor
-
-        unknown = sorted({*files} - {*load_hybrid_tensors(model, read, progress)})
-    if unknown:
-        raise UserError(f"{folder} has tensor {unknown[0]}, which the model of config.json has not")
-
-
-@contextmanager
-def _open(folder: Path) -> Iterator[dict[str, Any]]:
-    """Tensor -> its open file."""
-    with ExitStack() as stack:
-        found: dict[str, Any] = {}
+    def __init__(self, folder: Path, config: HydraConfig, plan: HeadPlan) -> None:
+        self._folder, self._config, self._plan = folder, config, plan
+        self._files, expected = {}, exported_shapes(config, plan)
         for path in weight_files(folder).paths:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} is truncated or not a safetensors file ({error})"
-                ) from error
-            found |= dict.fromkeys(file.keys(), file)
-        yield found
+            for name, shape in _header(path).items():
+                if name not in expected:
+                    raise UserError(
+                        f"{folder} has tensor {name}, which the model of config.json has not"
+                    )
+                if shape != expected[name]:
+                    raise UserError(
+                        f"tensor {name} has shape {shape}; config.json asks for {expected[name]}"
+                    )
+                self._files[name] = path
+        if missing := [name for name in expected if name not in self._files]:
+            raise UserError(f"{folder} lacks tensor {missing[0]}")
+
+    def part(self, part: Part) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A part's weights, as they are saved, and nothing to keep with them.
+
+        Raises:
+            UserError: If a value is NaN or infinite.
+        """
+        if part.layer is not None:
+            model = build_layer(self._config, self._plan, part.layer)
+            load_layer_tensors(model.decoder.layers[0], part.layer, self._read)
+            return sharded_weights(model), {}
+        tensors = {}
+        for row in part.ends:
+            (name,) = row.hugging_face
+            tensors[row.megatron] = self._read(name).to(self._config.params_dtype)
+        return sharded_ends(tensors), {}
+
+    def _read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        low, high = tensor.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(f"tensor {name} in {self._folder} has values that are NaN or infinite")
+        return tensor
+
+
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
+    """A file's tensors and their shapes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error

@@ -34,7 +34,7 @@ def export_and_reload(hybrid: GPTModel, plan: HeadPlan, folder: Path) -> Any:
     dtype = hybrid.config.params_dtype
     folder.mkdir(parents=True)
     write_model_parts(folder, hybrid.config, plan, dtype)
-    write_shards(folder, hybrid_tensors(hybrid), _SHARD_BYTES, dtype)
+    write_shards(folder, dict(hybrid_tensors(hybrid)), _SHARD_BYTES, dtype)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=True, use_safetensors=True, local_files_only=True
     )

@@ -6,7 +6,7 @@ of a layer, which is the teacher's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.mixers.base import Mixer
-from megatron_hydra.teachers.base import EMBEDDING, FINAL_NORM, LAYER, OUTPUT_LAYER, Weight
+from megatron_hydra.teachers.base import LAYER, Weight
+from megatron_hydra.teachers.conversion import ends_of
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerLayer
 
 # Megatron's word after a kind's prefix -> the exported projection's.
 _PROJECTIONS = {
@@ -33,73 +35,63 @@ _NORMS = {"q_layernorm.weight": "q_norm.weight", "k_layernorm.weight": "k_norm.w
 _FUSION = ("head_scale", "gate_weight")
 
 
-def hybrid_tensors(
-    model: GPTModel, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
-) -> Iterator[tuple[str, Tensor]]:
+def hybrid_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """A hybrid's tensors under the exported model's names, a layer after the other.
+
+    Args:
+        model: Whole on one rank (TP=1, PP=1), of the `local` backend.
+
+    Raises:
+        UserError: As :func:`layer_tensors`.
+    """
+    parameters = dict(model.named_parameters())
+    first, last = ends_of(model.config)
+    yield from ((name, part) for name, (part,) in _named(first, parameters))
+    for index, layer in enumerate(model.decoder.layers):
+        yield from layer_tensors(layer, index)
+    yield from ((name, part) for name, (part,) in _named(last, parameters))
+
+
+def layer_tensors(layer: TransformerLayer, index: int) -> Iterator[tuple[str, Tensor]]:
+    """A hybrid's layer's tensors under the exported model's names.
 
     Norms of a kind without a head in their layer are left out: no output depends on them.
 
     Args:
-        model: Whole on one rank (TP=1, PP=1), of the `local` backend.
-        progress: Wraps the iteration over layers, as tqdm does.
+        layer: As one rank holds it whole, of the `local` backend.
+        index: Of the layer, from 0.
 
     Raises:
         UserError: If the weight of a fusion's norm is not one, which the exported model has not.
     """
-    for name, places in _places(model, progress):
+    for name, places in _places(layer, index):
         yield name, torch.cat(places) if len(places) > 1 else places[0]
 
 
 @torch.no_grad()
-def load_hybrid_tensors(
-    model: GPTModel,
-    read: Callable[[str], Tensor],
-    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> list[str]:
-    """The way back: fill a hybrid with tensors, each read once and written before the next.
+def load_layer_tensors(layer: TransformerLayer, index: int, read: Callable[[str], Tensor]) -> None:
+    """The way back: fill a layer with tensors, each read once and written before the next.
 
     Args:
-        model: As :func:`hybrid_tensors`.
+        layer: As :func:`layer_tensors`.
+        index: As there.
         read: Gives the tensor of a name.
-        progress: As :func:`hybrid_tensors`.
-
-    Returns:
-        The names that were read.
-
-    Raises:
-        UserError: If a tensor has another shape than its place.
     """
-    names = []
-    for name, places in _places(model, progress):
-        tensor, rows = read(name), [len(place) for place in places]
-        expected = (sum(rows), *places[0].shape[1:])
-        if tuple(tensor.shape) != expected:
-            raise UserError(
-                f"tensor {name} has shape {tuple(tensor.shape)}; config.json asks for {expected}"
-            )
-        for place, part in zip(places, tensor.split(rows), strict=True):
+    for name, places in _places(layer, index):
+        parts = read(name).split([len(place) for place in places])
+        for place, part in zip(places, parts, strict=True):
             place.copy_(part)
-        names.append(name)
-    return names
 
 
-def _places(
-    model: GPTModel, progress: Callable[[Sequence[Any]], Iterable[Any]]
-) -> Iterator[tuple[str, list[Tensor]]]:
+def _places(layer: TransformerLayer, index: int) -> Iterator[tuple[str, list[Tensor]]]:
     """By the exported names, views of parameters that lie above each other in the tensor."""
-    parameters = dict(model.named_parameters())
-    yield from _named([EMBEDDING], parameters)
-    for index, layer in enumerate(progress(list(model.decoder.layers))):
-        prefix = f"model.layers.{index}.self_attn."
-        attention = layer.self_attention
-        for name, places in _attention_places(attention):
-            yield prefix + name, places
-        yield f"{prefix}o_proj.weight", [attention.linear_proj.weight]
-        yield from _named([row.of_layer(index) for row in _rows_beside_attention()], parameters)
-    yield from _named([FINAL_NORM], parameters)
-    if not model.share_embeddings_and_output_weights:
-        yield from _named([OUTPUT_LAYER], parameters)
+    prefix, parameters = f"model.layers.{index}.", dict(layer.named_parameters())
+    attention = layer.self_attention
+    for name, places in _attention_places(attention):
+        yield f"{prefix}self_attn.{name}", places
+    yield f"{prefix}self_attn.o_proj.weight", [attention.linear_proj.weight]
+    for name, places in _named(_rows_beside_attention(), parameters):
+        yield prefix + name, places
 
 
 def _attention_places(attention: HydraAttention) -> Iterator[tuple[str, list[Tensor]]]:

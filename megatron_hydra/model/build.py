@@ -1,7 +1,9 @@
-"""Builds Megatron's GPTModel for a hybrid or its teacher, loads kernels, ends CUDA graphs."""
+"""Builds Megatron's GPTModel of a hybrid or its teacher, or a layer of it; loads kernels."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -66,6 +68,34 @@ def build_model(
         **kwargs,
     )
     scale_rotary(model.rotary_pos_emb, config)
+    return model
+
+
+def build_layer(
+    config: HydraConfig, plan: HeadPlan | None, index: int, initialize: bool = False
+) -> GPTModel:
+    """Build one layer of a model, from hidden states to hidden states, whole on one rank.
+
+    It counts itself, and names its parameters in a checkpoint, as the whole model's layer does;
+    as a module it is `decoder.layers.0`.
+
+    Args:
+        config: The whole model's.
+        plan: The whole model's; None for a teacher's layer.
+        index: Of the layer, from 0.
+        initialize: Whether its weights start at random, as a whole model's do; else matrices hold
+            what was in memory, and are to be written.
+    """
+    # A copy: made anew, it would start weights by the depth of one layer.
+    of_layer = copy.copy(config)
+    of_layer.num_layers = 1
+    of_layer.perform_initialization = initialize
+    if plan is not None:
+        plan = dataclasses.replace(plan, layers=(plan.layers[index],))
+    model = build_model(of_layer, plan, pre_process=False, post_process=False)
+    for module in model.decoder.layers.modules():
+        if hasattr(module, "layer_number"):
+            module.layer_number = index + 1
     return model
 
 

@@ -14,13 +14,12 @@ K is the attention of a head that forgets by gamma = m / (1 + m) each token, whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_hydra.teachers.weight_reuse import ReuseSummary, run_hooked
+from megatron_hydra.teachers.weight_reuse import ReuseSummary
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -47,33 +46,19 @@ class AttentionStatistics(NamedTuple):
     write: Tensor
 
 
-@torch.no_grad()
-def measure_attention(teacher: GPTModel, token_batches: Iterable[Tensor]) -> AttentionStatistics:
-    """Measure every head of a teacher.
+class AttentionMeter:
+    """What the heads of one layer look at, which hooks add up.
 
     Args:
-        teacher: Megatron's own model of the `local` backend, whole on one rank (TP=1, PP=1).
-        token_batches: Token ids `[b, s]`, int64, s at least 4.
+        attention: Megatron's own, of the `local` backend.
     """
-    layers = [_Layer(layer.self_attention) for layer in teacher.decoder.layers]
-    run_hooked(teacher, token_batches, [hook for layer in layers for hook in layer.hooks])
-    return AttentionStatistics(
-        torch.stack([layer.distance() for layer in layers]),
-        torch.stack([layer.write() for layer in layers]),
-    )
-
-
-class _Layer:
-    """The sums of one layer, which its hooks add to."""
 
     def __init__(self, attention: Any) -> None:
         self.hidden: Tensor | None = None
         self.count = 0
         self.sums: dict[str, Any] = {name: 0.0 for name in ("m", "x", "r", "xx", "xr")}
-        self.hooks = [
-            attention.linear_qkv.register_forward_pre_hook(self._keep_hidden),
-            attention.core_attention.register_forward_pre_hook(self._add),
-        ]
+        attention.linear_qkv.register_forward_pre_hook(self._keep_hidden)
+        attention.core_attention.register_forward_pre_hook(self._add)
 
     def _keep_hidden(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
         self.hidden = inputs[0]
@@ -95,15 +80,12 @@ class _Layer:
             }  # fmt: skip
             self.sums = {name: self.sums[name] + value for name, value in added.items()}
 
-    def distance(self) -> Tensor:
-        """`[n]`."""
-        return (self.sums["m"] / self.count).cpu()
-
-    def write(self) -> Tensor:
-        """`[n, h]`."""
+    def found(self) -> tuple[Tensor, Tensor]:
+        """A layer's :class:`AttentionStatistics`, `[heads]` and `[heads, h]`."""
         x, r, xx, xr = (self.sums[name] / self.count for name in ("x", "r", "xx", "xr"))
         ridge = _RIDGE * xx.diagonal().mean() * torch.eye(len(xx)).to(xx)
-        return torch.linalg.solve(xx + ridge, xr - x[:, None] * r).T.cpu()
+        write = torch.linalg.solve(xx + ridge, xr - x[:, None] * r).T
+        return (self.sums["m"] / self.count).cpu(), write.cpu()
 
 
 def _look(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +110,8 @@ def start_from_attention(
     """Let a hybrid's recurrent heads forget and write as their teacher's heads look.
 
     Args:
-        model: The hybrid, whole on one rank, with its teacher's weights.
-        statistics: Of the teacher.
+        model: The hybrid, or a layer of it, whole on one rank, with its teacher's weights.
+        statistics: Of the teacher's same layers.
         summary: Its counts of new values move to those that came from the teacher.
     """
     for index, layer in enumerate(model.decoder.layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_beside
@@ -23,8 +23,8 @@ from megatron_hydra.model.config import HydraConfig, stored_fields
 from megatron_hydra.schema import MAY_LACK, from_json
 from megatron_hydra.teachers.config_json import LATER_FIELDS, SHAPE_FIELDS, teacher_hash
 from megatron_hydra.teachers.distributed_weights import (
-    InProcessSave,
     load_weights,
+    save_weights,
     sharded_weights,
 )
 from megatron_hydra.teachers.license import License
@@ -75,16 +75,23 @@ def _config_type(kind: str) -> type:
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A model with all that was stored beside it."""
+class StoredCheckpoint:
+    """What a checkpoint folder says of its model."""
 
-    model: GPTModel
     config: HydraConfig
     plan: HeadPlan | None
-    """None for a teacher: Megatron's own attention in every layer."""
+    """None for a teacher."""
     meta: Mapping[str, Any]
     """model.json, see :func:`read_metadata`."""
     tokenizer_folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint(StoredCheckpoint):
+    """The same with the model."""
+
+    model: GPTModel
+    """Of a teacher, on Megatron's own attention in every layer."""
 
 
 def save_checkpoint(
@@ -102,11 +109,48 @@ def save_checkpoint(
     """Write a checkpoint folder that any tensor and pipeline layout can load.
 
     Collective: every rank of the default process group calls it with its part of the model.
+
+    Args:
+        folder: As :func:`write_checkpoint`; the rest too.
+        model: Bare GPTModel, without DDP or precision wrappers.
+        config: See there.
+        plan: See there.
+        tokenizer_folder: See there.
+        provenance: See there.
+        overwrite: See there.
+        teacher_weights_hash: See there.
+        teacher_license: See there.
+
+    Raises:
+        UserError: On every rank, before anything is written: no tokenizer, existing output,
+            unwritable place.
+    """
+    write_checkpoint(
+        folder, lambda place: save_weights(sharded_weights(model), place), config, plan,
+        tokenizer_folder, provenance, overwrite, teacher_weights_hash=teacher_weights_hash,
+        teacher_license=teacher_license,
+    )  # fmt: skip
+
+
+def write_checkpoint(
+    folder: str | Path,
+    write_weights: Callable[[Path], None],
+    config: HydraConfig,
+    plan: HeadPlan | None,
+    tokenizer_folder: str | Path,
+    provenance: Mapping[str, Any],
+    overwrite: bool = False,
+    *,
+    teacher_weights_hash: str = "",
+    teacher_license: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder around weights; collective.
+
     The folder is written beside its place and moved there when it is complete.
 
     Args:
         folder: On a file system that all ranks see.
-        model: Bare GPTModel, without DDP or precision wrappers.
+        write_weights: Writes the weights into an empty folder; last, once all else is written.
         config: Of the model.
         plan: None for a teacher.
         tokenizer_folder: Its tokenizer files are copied.
@@ -118,8 +162,7 @@ def save_checkpoint(
             JSON; None if unknown.
 
     Raises:
-        UserError: On every rank, before anything is written: no tokenizer, existing output,
-            unwritable place.
+        UserError: As :func:`save_checkpoint`.
     """
     kind = "teacher" if plan is None else "hybrid"
     meta = {
@@ -139,8 +182,7 @@ def save_checkpoint(
                 plan.save(temporary / "plan.json")
             for file in tokenizer:
                 shutil.copy(file, temporary / "tokenizer" / file.name)
-        strategy = InProcessSave("torch_dist", 1)
-        dist_checkpointing.save(sharded_weights(model), str(temporary / "weights"), strategy)
+        write_weights(temporary / "weights")
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
@@ -202,18 +244,15 @@ def model_fields(
     return {**megatron_fields(params_dtype or dtype), **LATER_FIELDS, **stored}
 
 
-def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
-    """Build the model of a checkpoint folder at the current parallel layout and load its weights.
-
-    Collective: every rank calls it and gets its part.
+def read_checkpoint(folder: str | Path, **config_overrides: Any) -> StoredCheckpoint:
+    """Read all of a checkpoint folder but its weights, for the current parallel layout.
 
     Args:
         folder: As :func:`save_checkpoint` wrote it, at any layout.
         **config_overrides: HydraConfig's fields, such as ``backend`` or ``seq_length``.
 
     Raises:
-        UserError: If the folder is incomplete, its parts do not belong together, or a part cannot
-            be read.
+        UserError: If a file is missing or damaged, or they do not belong together.
     """
     folder = Path(folder)
     meta = read_metadata(folder)
@@ -229,14 +268,31 @@ def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckp
             config.num_query_groups,
             meta["teacher_config_hash"],
         )
+    return StoredCheckpoint(config, plan, meta, folder / "tokenizer")
+
+
+def load_checkpoint(folder: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
+    """Build the model of a checkpoint folder at the current parallel layout and load its weights.
+
+    Collective: every rank calls it and gets its part.
+
+    Args:
+        folder: As :func:`read_checkpoint`.
+        **config_overrides: See there.
+
+    Raises:
+        UserError: If the folder is incomplete, its parts do not belong together, or a part cannot
+            be read.
+    """
+    stored = read_checkpoint(folder, **config_overrides)
     model = build_model(
-        config,
-        plan,
+        stored.config,
+        stored.plan,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     load_weights(folder, model)
-    return LoadedCheckpoint(model, config, plan, meta, folder / "tokenizer")
+    return LoadedCheckpoint(model=model, **vars(stored))
 
 
 def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoint:
@@ -260,7 +316,7 @@ def load_any_model(path: str | Path, **config_overrides: Any) -> LoadedCheckpoin
         "teacher_config_hash": teacher_hash(model.config),
         "teacher_weights_hash": weights_hash(folder),
     }
-    return LoadedCheckpoint(model, model.config, None, meta, folder)
+    return LoadedCheckpoint(model.config, None, meta, folder, model=model)
 
 
 @contextmanager

@@ -28,7 +28,9 @@ def expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def megatron_tensors(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def megatron_tensors(
+    config: Any, tensors: Mapping[str, Tensor], ends: bool = True
+) -> dict[str, Tensor]:
     """Rename and lay out a teacher's tensors as Megatron's GPTModel at TP=1 names them.
 
     ``linear_qkv`` holds, query group by query group, the group's query heads, its key and its
@@ -38,9 +40,10 @@ def megatron_tensors(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Te
         config: As for :func:`expected_shapes`.
         tensors: As :func:`~megatron_hydra.teachers.weights.read_weights` returns them; all are
             used.
+        ends: Whether the tensors beside the layers' are among them.
     """
     result = {}
-    for weight, parts in _parts(config, tensors):
+    for weight, parts in _parts(config, tensors, ends):
         if weight.by_group:
             by_group = [part.unflatten(0, (config.num_query_groups, -1)) for part in parts.values()]
             result[weight.megatron] = torch.cat(by_group, dim=1).flatten(0, 1)
@@ -49,16 +52,19 @@ def megatron_tensors(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return result
 
 
-def hugging_face_tensors(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def hugging_face_tensors(
+    config: Any, tensors: Mapping[str, Tensor], ends: bool = True
+) -> dict[str, Tensor]:
     """The way back: a teacher's tensors as transformers names them.
 
     Args:
         config: As for :func:`expected_shapes`.
         tensors: As :func:`megatron_tensors` returns them; all are used.
+        ends: As there.
     """
     rest, shapes = dict(tensors), expected_shapes(config)
     result = {}
-    for weight in _table(config):
+    for weight in _table(config, ends):
         joined, groups = rest.pop(weight.megatron), config.num_query_groups
         rows = [shapes[name][0] for name in weight.hugging_face]
         if weight.by_group:
@@ -71,14 +77,16 @@ def hugging_face_tensors(config: Any, tensors: Mapping[str, Tensor]) -> dict[str
     return result
 
 
-def tensors_by_head(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_by_head(
+    config: Any, tensors: Mapping[str, Tensor], ends: bool = True
+) -> dict[str, Tensor]:
     """As :func:`megatron_tensors`, but queries, keys and values apart and head by head.
 
     In place of ``linear_qkv.weight`` there are ``query.weight`` `[heads, d, h]`, ``key.weight`` and
     ``value.weight`` `[groups, d, h]`; the same, without h, of biases. They are views.
     """
     result = {}
-    for weight, parts in _parts(config, tensors):
+    for weight, parts in _parts(config, tensors, ends):
         if not weight.by_group:
             result[weight.megatron] = _stacked(parts)
             continue
@@ -90,11 +98,11 @@ def tensors_by_head(config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _parts(
-    config: Any, tensors: Mapping[str, Tensor]
+    config: Any, tensors: Mapping[str, Tensor], ends: bool
 ) -> Iterator[tuple[Weight, dict[str, Tensor]]]:
     """Megatron's parameters in turn, each with transformers' tensors in it; all are used."""
     rest = dict(tensors)
-    for weight in _table(config):
+    for weight in _table(config, ends):
         yield weight, {name: rest.pop(name) for name in weight.hugging_face}
     assert not rest, f"tensors left over: {sorted(rest)}"
 
@@ -104,12 +112,18 @@ def _stacked(parts: Mapping[str, Tensor]) -> Tensor:
     return torch.cat((first, *others)) if others else first
 
 
-def _table(config: Any) -> list[Weight]:
+def ends_of(config: Any) -> tuple[list[Weight], list[Weight]]:
+    """The parameters of a model before its layers, and those after them."""
+    tied = config.share_embeddings_and_output_weights
+    return [EMBEDDING], [FINAL_NORM, *([] if tied else [OUTPUT_LAYER])]
+
+
+def _table(config: Any, ends: bool = True) -> list[Weight]:
     """All parameters of the model, with whole names."""
     layers = range(config.num_layers)
     rows = [weight.of_layer(layer) for layer in layers for weight in family_of(config).layer]
-    tied = config.share_embeddings_and_output_weights
-    return [EMBEDDING, *rows, FINAL_NORM, *([] if tied else [OUTPUT_LAYER])]
+    first, last = ends_of(config) if ends else ([], [])
+    return [*first, *rows, *last]
 
 
 def _sizes(config: Any) -> dict[str, int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import pickle
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +17,15 @@ from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.utils import (
+    make_sharded_tensor_for_checkpoint,
+    make_tp_sharded_tensor_for_checkpoint,
+)
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.mixers.base import Mixer
@@ -33,6 +43,9 @@ _OF_METADATA = {
     (f"{_DCP}.filesystem", "_StorageInfo"), ("pathlib", "PosixPath"),
     ("torch", "Size"), ("torch.serialization", "_get_layout"),
 }  # fmt: skip
+
+
+_OTHER_MODEL = "they are those of another model or head plan"
 
 
 class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
@@ -80,11 +93,119 @@ class InProcessSave(torch_strategy.TorchDistSaveShardedStrategy):
         )
 
 
+def save_weights(state: dict[str, Any], folder: str | Path) -> None:
+    """Write a model, or part of one, as Megatron's checkpoints describe it; collective.
+
+    Args:
+        state: As :func:`sharded_weights` or :func:`sharded_ends` gives it.
+        folder: Exists and is empty.
+    """
+    dist_checkpointing.save(state, str(folder), InProcessSave("torch_dist", 1))
+
+
+def join_weights(parts: Sequence[Path], folder: Path) -> None:
+    """Move what :func:`save_weights` wrote of a model's parts, each on one rank, into one folder.
+
+    Args:
+        parts: Folders; each loses its file of tensors.
+        folder: Exists and is empty; what it holds then loads as if it had been written at once.
+    """
+    described: dict[str, Any] = {}
+    results: list[list[WriteResult]] = []
+    for index, part in enumerate(parts):
+        metadata = FileSystemReader(part).read_metadata()
+        described |= metadata.state_dict_metadata
+        (old,) = {info.relative_path for info in metadata.storage_data.values()}
+        new = f"__{index}_0.distcp"
+        results.append([
+            WriteResult(place, info.length, dataclasses.replace(info, relative_path=new))
+            for place, info in metadata.storage_data.items()
+        ])  # fmt: skip
+        os.replace(part / old, folder / new)
+    metadata = dataclasses.replace(metadata, state_dict_metadata=described)
+    torch_checkpoint.FileSystemWriter(folder).finish(metadata, results)
+    # What no tensor is in is the same of all parts.
+    for path in (path for path in parts[-1].iterdir() if not (folder / path.name).exists()):
+        shutil.copy(path, folder)
+
+
 def sharded_weights(model: GPTModel) -> dict[str, Any]:
     """A model's part of the weights, as Megatron's checkpoints describe them."""
     # Extra state holds Transformer Engine's FP8 scales, which are unused and absent elsewhere.
     state = model.sharded_state_dict()
     return {name: value for name, value in state.items() if "_extra_state" not in name}
+
+
+def sharded_ends(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A model's tensors beside its layers', whole on one rank, as its :func:`sharded_weights`.
+
+    Args:
+        tensors: By Megatron's names; a matrix has a row for each token of the vocabulary.
+    """
+    return {
+        name: make_tp_sharded_tensor_for_checkpoint(tensor, name, allow_shape_mismatch=True)
+        if tensor.dim() > 1
+        else make_sharded_tensor_for_checkpoint(tensor, name)
+        for name, tensor in tensors.items()
+    }
+
+
+def load_layer(folder: str | Path, index: int, model: GPTModel) -> None:
+    """Load one layer's weights from a checkpoint folder that :func:`check_parts` has passed.
+
+    Args:
+        folder: The checkpoint folder.
+        index: Of the layer, from 0.
+        model: As :func:`~megatron_hydra.model.build.build_layer` made it.
+
+    Raises:
+        UserError: If the weights cannot be read or are those of another model, or if a head's decay
+            would give NaN.
+    """
+    weights, own = Path(folder) / "weights", f"decoder.layers.{index}."
+    state = _load_some(weights, sharded_weights(model), own)
+    first = "decoder.layers.0."
+    set_weights(model, {first + name.removeprefix(own): value for name, value in state.items()})
+    _check_values(weights, model)
+
+
+@torch.no_grad()
+def load_ends(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Load, into tensors as :func:`sharded_ends` takes them, what lies beside the layers."""
+    for name, found in _load_some(Path(folder) / "weights", sharded_ends(tensors)).items():
+        if found.data_ptr() != tensors[name].data_ptr():
+            tensors[name].copy_(found)
+
+
+def check_parts(folder: str | Path, num_layers: int, ends: Iterable[str]) -> None:
+    """Check that a checkpoint folder's weights are complete, and of a model's parts alone.
+
+    Args:
+        folder: The checkpoint folder.
+        num_layers: Of the model.
+        ends: Names of the tensors beside its layers'.
+
+    Raises:
+        UserError: If a file is missing or damaged, or the weights are those of another model.
+    """
+    weights = Path(folder) / "weights"
+    check_weights(weights)
+    known = (*(f"decoder.layers.{index}." for index in range(num_layers)), *ends)
+    with (weights / ".metadata").open("rb") as stream:
+        names = _Metadata(stream).load().state_dict_metadata
+    if not all(name.startswith(known) for name in names):
+        raise _other_model(weights)
+
+
+def _load_some(weights: Path, state: dict[str, Any], own: str = "") -> dict[str, Any]:
+    """Load part of the weights: all that is asked for, and, if given, all whose names start so."""
+    with damage_named(weights):
+        found, unasked, lacking = dist_checkpointing.load(
+            state, str(weights), strict=dist_checkpointing.validation.StrictHandling.RETURN_ALL
+        )
+    if lacking or (own and any(name.startswith(own) for name in unasked)):
+        raise _other_model(weights)
+    return found
 
 
 def load_weights(folder: str | Path, model: GPTModel) -> None:
@@ -205,9 +326,13 @@ def damage_named(weights: Path) -> Iterator[None]:
         raise UserError(f"cannot load the weights {weights}: {_reason(error)}") from error
 
 
+def _other_model(weights: Path) -> UserError:
+    return UserError(f"cannot load the weights {weights}: {_OTHER_MODEL}")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, CheckpointingException):
-        return "they are those of another model or head plan"
+        return _OTHER_MODEL
     if isinstance(error, torch_checkpoint.CheckpointException):
         error = next(iter(error.failures.values()))[0]  # that of the first rank that failed
     first_sentence = str(error).partition(". ")[0] or type(error).__name__

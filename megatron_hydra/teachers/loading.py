@@ -95,12 +95,13 @@ def check_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load_weights_into(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
+def load_weights_into(model: GPTModel, tensors: Mapping[str, Tensor], ends: bool = True) -> None:
     """Copy a teacher's tensors (transformers' names) into Megatron's own model of it, at TP=1.
 
-    Every parameter is written and every tensor used, else an assertion fails.
+    Every parameter is written and every tensor used, else an assertion fails. Without its ends the
+    model is layers alone.
     """
-    source = megatron_tensors(model.config, tensors)
+    source = megatron_tensors(model.config, tensors, ends)
     for name, parameter in model.named_parameters():
         for fused, norm in _FUSED_NORMS.items():
             name = name.replace(fused, norm)

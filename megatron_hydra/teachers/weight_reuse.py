@@ -1,15 +1,14 @@
-"""What a hybrid inherits from its teacher: weights head by head, and the scale of each head."""
+"""What a hybrid inherits from its teacher: weights head by head."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from megatron_hydra.model.fusion import HeadFusion
 from megatron_hydra.model.hydra_attention import HydraAttention
@@ -38,15 +37,28 @@ class ReuseSummary:
     reused: Counter[str] = field(default_factory=Counter)
     new: Counter[str] = field(default_factory=Counter)
 
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """Plain JSON."""
+        return {"reused": dict(self.reused), "new": dict(self.new)}
+
+    @classmethod
+    def total(cls, parts: Iterable[Mapping[str, Mapping[str, int]]]) -> ReuseSummary:
+        """Of parts of a model, each as :meth:`to_dict` gives it."""
+        whole = cls()
+        for part in parts:
+            whole.reused.update(part["reused"])
+            whole.new.update(part["new"])
+        return whole
+
 
 @torch.no_grad()
 def reuse_teacher_weights(
     model: GPTModel,
     teacher_tensors: Mapping[str, Tensor],
     head_rms: Tensor | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    attention: bool = True,
 ) -> ReuseSummary:
-    """Write the teacher's weights into a hybrid that one rank holds whole (TP=1, PP=1).
+    """Write the teacher's weights into a hybrid, or a layer of one, on one rank (TP=1, PP=1).
 
     Embeddings, norms and MLPs are copied. A head's query, and the output projection's columns,
     keep their place; a head that shares no keys and values gets a copy of its query group's. Rows
@@ -57,10 +69,12 @@ def reuse_teacher_weights(
         model: The hybrid, of the `local` backend; its checkpoint loads into any backend.
         teacher_tensors: The teacher's, queries, keys and values head by head, as
             :func:`~megatron_hydra.teachers.conversion.tensors_by_head` returns them.
-        head_rms: `[layers, heads]`, see :func:`measure_head_rms`; becomes the fusion's scale per
-            head, so that the copied output projection sees its old scale (after Eq 13-14 of arXiv
-            2606.20097). None, or a fusion without scales, leaves the layer's own start.
-        progress: Wraps the iteration over layers, as tqdm does.
+        head_rms: `[layers, heads]`, as :mod:`~megatron_hydra.teachers.calibration` measures it;
+            becomes the fusion's scale per head, so that the copied output projection sees its old
+            scale (after Eq 13-14 of arXiv 2606.20097). None, or a fusion without scales, leaves
+            the layer's own start.
+        attention: Whether attentions are written; without, they keep their own start, as a control
+            for what the teacher's are worth.
 
     Returns:
         What was written, to report.
@@ -68,7 +82,7 @@ def reuse_teacher_weights(
     rest = dict(teacher_tensors)
     summary = ReuseSummary()
     written: set[str] = set()
-    for index, layer in enumerate(progress(model.decoder.layers)):
+    for index, layer in enumerate(model.decoder.layers):
         assert isinstance(layer.self_attention, HydraAttention), type(layer.self_attention)
         prefix = f"decoder.layers.{index}.self_attention."
         teacher = {
@@ -77,35 +91,25 @@ def reuse_teacher_weights(
             if name.startswith(prefix)
         }
         rms = None if head_rms is None else head_rms[index]
-        names = _write_attention(layer.self_attention, teacher, rms, summary)
+        if attention:
+            names = _write_attention(layer.self_attention, teacher, rms, summary)
+        else:
+            names = [name for name, _ in layer.self_attention.named_parameters()]
+            count_new(layer.self_attention, summary)
         written |= {prefix + name for name in names}
     for name, parameter in model.named_parameters():
         if name not in written:
             assert name in rest, f"the teacher has no {name}"
-            _copy(parameter, rest.pop(name), _part(name), summary)
+            _copy(parameter, rest.pop(name), part_of_model(name), summary)
     assert not rest, f"teacher tensors without a place in the hybrid: {sorted(rest)}"
     return summary
 
 
-@torch.no_grad()
-def keep_fresh(model: GPTModel, fresh: GPTModel, part: str) -> ReuseSummary:
-    """Take a teacher's weights out of a hybrid again, as a control for what they are worth.
-
-    Args:
-        model: That has them.
-        fresh: As it was built.
-        part: Parameters with this in their names become those of ``fresh``; all have "" in them.
-
-    Returns:
-        How many values are the teacher's then.
-    """
-    summary = ReuseSummary()
-    for (name, own), new in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        if part in name:
-            own.copy_(new)
-        counts = summary.new if part in name else summary.reused
-        counts["attentions" if ".self_attention." in name else _part(name)] += own.numel()
-    return summary
+def count_new(model: torch.nn.Module, summary: ReuseSummary) -> None:
+    """Count a model, or a module of one, as new, part by part."""
+    for name, parameter in model.named_parameters():
+        is_attention = "self_attention." in name or isinstance(model, HydraAttention)
+        summary.new["attentions" if is_attention else part_of_model(name)] += parameter.numel()
 
 
 def _write_attention(
@@ -174,65 +178,8 @@ def _copy(target: Tensor, source: Tensor, part: str, summary: ReuseSummary) -> N
     summary.reused[part] += target.numel()
 
 
-def _part(name: str) -> str:
+def part_of_model(name: str) -> str:
+    """Of which part of the model, as a summary calls it, a parameter outside attentions is."""
     if "norm" in name:
         return "norms"
     return "MLPs" if ".mlp." in name else "embeddings"
-
-
-@torch.no_grad()
-def measure_head_rms(teacher: GPTModel, token_batches: Iterable[Tensor]) -> Tensor:
-    """Root mean square of each head's output before the output projection.
-
-    Args:
-        teacher: Megatron's own model, whole on one rank (TP=1, PP=1).
-        token_batches: Token ids `[b, s]`, int64.
-
-    Returns:
-        `[layers, heads]`, float32, over all tokens and channels.
-    """
-    heads, dim = teacher.config.num_attention_heads, teacher.config.kv_channels
-    layers = teacher.decoder.layers
-    squares = torch.zeros(len(layers), heads, dtype=torch.float64)
-
-    def record(index: int, output: Tensor) -> None:
-        per_head = output.unflatten(-1, (heads, dim))  # [s, b, heads * d] -> [s, b, heads, d]
-        squares[index] += per_head.double().square().sum(dim=(0, 1, 3)).cpu()
-
-    hooks = [
-        layer.self_attention.linear_proj.register_forward_pre_hook(
-            lambda _, inputs, index=index: record(index, inputs[0])
-        )
-        for index, layer in enumerate(layers)
-    ]
-    num_tokens = run_hooked(teacher, token_batches, hooks)
-    return (squares / (num_tokens * dim)).sqrt().float()
-
-
-@torch.no_grad()
-def run_hooked(
-    teacher: GPTModel, token_batches: Iterable[Tensor], hooks: Sequence[RemovableHandle]
-) -> int:
-    """Run a teacher for what its hooks see; they are removed in any case.
-
-    Args:
-        teacher: Megatron's own model, whole on one rank (TP=1, PP=1).
-        token_batches: Token ids `[b, s]`, int64; one or more.
-        hooks: Of its modules.
-
-    Returns:
-        How many tokens it has read.
-    """
-    num_tokens = 0
-    device = next(teacher.parameters()).device
-    try:
-        for batch in token_batches:
-            tokens = batch.to(device)
-            positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-            teacher(tokens, positions, None)
-            num_tokens += tokens.numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert num_tokens, "no tokens to measure the heads on"
-    return num_tokens

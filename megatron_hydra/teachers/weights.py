@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,33 +20,67 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 (_EMBEDDING,), (_OUTPUT_LAYER,) = EMBEDDING.hugging_face, OUTPUT_LAYER.hugging_face
 
 
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Read every tensor of the model, in transformers' names and the file's own dtype, on the CPU.
+class TeacherWeights:
+    """The tensors of a Hugging Face folder's model, which are read in parts.
 
-    Names, shapes and dtypes of all files are checked before any tensor is read. Tied models may
-    carry a copy of the embedding as ``lm_head.weight``; it is left out. One with other values is
-    refused: of transformers' releases, 4 drops it and 5 uses it and does not tie, so that neither
-    reading is surely the one that the model was trained with.
+    Names are transformers', dtypes the file's own. Tied models may carry a copy of the embedding as
+    ``lm_head.weight``; it is left out. One with other values is refused: of transformers' releases,
+    4 drops it and 5 uses it and does not tie, so that neither reading is surely the one that the
+    model was trained with.
+
+    Args:
+        folder: Names, shapes and dtypes of all its files are checked before any tensor is read.
+
+    Attributes:
+        shapes: Of the model's tensors, by name.
 
     Raises:
         UserError: For a file that is missing, truncated or not safetensors, a tensor that is
-            missing, unknown or of another shape, a dtype other than float32, bfloat16, float16,
-            and a value that is NaN or infinite.
+            missing, unknown or of another shape, a dtype other than float32, bfloat16, float16.
     """
-    expected = expected_shapes(SimpleNamespace(**shape_fields(read_config(folder))))
-    found = _find_tensors(weight_files(folder), expected)
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise UserError(f"{folder} lacks tensor {missing[0]} ({len(missing)} missing in all)")
-    tensors: dict[str, Tensor] = {}
-    for path in dict.fromkeys(found.values()):
-        with safe_open(path, framework="pt") as file:
-            for name in (name for name in found if found[name] == path):
-                tensors[name] = file.get_tensor(name)
-                _check_finite(name, tensors[name], path)
-    if _OUTPUT_LAYER not in expected and _OUTPUT_LAYER in tensors:
-        _check_copy(tensors.pop(_OUTPUT_LAYER), tensors[_EMBEDDING], found[_OUTPUT_LAYER])
-    return tensors
+
+    def __init__(self, folder: str | Path) -> None:
+        expected = expected_shapes(SimpleNamespace(**shape_fields(read_config(folder))))
+        self._files = _find_tensors(weight_files(folder), expected)
+        missing = [name for name in expected if name not in self._files]
+        if missing:
+            raise UserError(f"{folder} lacks tensor {missing[0]} ({len(missing)} missing in all)")
+        self.shapes = expected
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the tensors, on the CPU; they lie in the files until they are looked at.
+
+        Raises:
+            UserError: For a value that is NaN or infinite, and for a copy of a tied embedding that
+                is none.
+        """
+        tensors: dict[str, Tensor] = {}
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        for path, found in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name in found:
+                    tensors[name] = file.get_tensor(name)
+                    _check_finite(name, tensors[name], path)
+        has_copy = _OUTPUT_LAYER in self._files and _OUTPUT_LAYER not in self.shapes
+        if has_copy and _EMBEDDING in tensors:
+            path = self._files[_OUTPUT_LAYER]
+            with safe_open(path, framework="pt") as file:
+                _check_copy(file.get_tensor(_OUTPUT_LAYER), tensors[_EMBEDDING], path)
+        return tensors
+
+    def read_layer(self, index: int) -> dict[str, Tensor]:
+        """A layer's tensors, named as those of a model's first layer."""
+        own, first = f"model.layers.{index}.", "model.layers.0."
+        tensors = self.read(name for name in self.shapes if name.startswith(own))
+        return {first + name.removeprefix(own): tensor for name, tensor in tensors.items()}
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Read every tensor of the model; see :class:`TeacherWeights`."""
+    weights = TeacherWeights(folder)
+    return weights.read(weights.shapes)
 
 
 def _find_tensors(files: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -> dict[str, Path]:

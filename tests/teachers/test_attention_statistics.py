@@ -30,9 +30,9 @@ from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.teachers import conversion, loading, weights  # noqa: E402
 from megatron_hydra.teachers.attention_statistics import (  # noqa: E402
     AttentionStatistics,
-    measure_attention,
     start_from_attention,
 )
+from megatron_hydra.teachers.calibration import measure_heads  # noqa: E402
 from megatron_hydra.teachers.weight_reuse import reuse_teacher_weights  # noqa: E402
 
 LAYERS, HEADS, LENGTH = 2, 4, 24
@@ -87,7 +87,9 @@ def test_statistics_are_those_of_transformers_attention(tmp_path: Path, family: 
     folder = write_tiny_teacher(tmp_path, family)
     tokens = torch.randint(0, 257, (3, LENGTH), generator=torch.Generator().manual_seed(3))
     distance, ratio, inputs = _of_transformers(folder, tokens)
-    found = measure_attention(loading.load_teacher(folder), tokens.split((2, 1)))
+    config, source = loading.hydra_config(folder), weights.TeacherWeights(folder)
+    batches = tokens.split((2, 1))
+    found = measure_heads(config, source, batches, range(LAYERS), rms=True, attention=True)[1]
     torch.testing.assert_close(found.distance.double(), distance, rtol=0, atol=4e-5)
     assert distance.flatten().sort().values.diff().min() > 2e-4, "else heads could be exchanged"
     for layer in range(LAYERS):

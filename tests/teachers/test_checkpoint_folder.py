@@ -28,7 +28,12 @@ from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
-from megatron_hydra.teachers import checkpoint, config_json, loading  # noqa: E402
+from megatron_hydra.teachers import (  # noqa: E402
+    checkpoint,
+    config_json,
+    distributed_weights,
+    loading,
+)
 from megatron_hydra.teachers.checkpoint import load_any_model  # noqa: E402
 from megatron_hydra.teachers.tokenizer import load_tokenizer  # noqa: E402
 
@@ -328,7 +333,7 @@ def test_an_earlier_folder_is_replaced_only_when_asked_and_only_as_a_whole(
         def fail(*args: Any) -> None:
             raise OSError("disk full")
 
-        patch.setattr(checkpoint.InProcessSave, "save", fail)
+        patch.setattr(distributed_weights.InProcessSave, "save", fail)
         with pytest.raises(OSError, match="disk full"):
             checkpoint.save_checkpoint(folder, *rest, teacher, {}, overwrite=True)
     assert _load(folder).meta["provenance"] == {"by": "test"}

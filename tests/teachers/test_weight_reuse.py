@@ -23,7 +23,8 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention 
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.model.build import build_model  # noqa: E402
 from megatron_hydra.teachers import conversion, loading, weights  # noqa: E402
-from megatron_hydra.teachers.weight_reuse import measure_head_rms, reuse_teacher_weights  # noqa: E402
+from megatron_hydra.teachers.calibration import HeadRms, measure_heads  # noqa: E402
+from megatron_hydra.teachers.weight_reuse import reuse_teacher_weights  # noqa: E402
 
 # Everything off that a teacher's attention has not.
 PLAIN = {"fa_rope": True, "fa_query_scale": "none", "fa_output_gate": False, "fusion": "none"}
@@ -166,19 +167,23 @@ def test_head_rms_is_that_of_transformers(folder: Path) -> None:
     with torch.no_grad():
         reference(tokens)
     expected = torch.stack([x.view(-1, 4, 16).square().mean((0, 2)).sqrt() for x in outputs])
-    teacher = loading.load_teacher(folder)
     # Batches of unequal size: every token has the same weight.
-    torch.testing.assert_close(
-        measure_head_rms(teacher, tokens.split((3, 2))), expected, atol=0, rtol=1e-5
-    )
-    assert not any(layer.self_attention.linear_proj._forward_pre_hooks
-                   for layer in teacher.decoder.layers)  # fmt: skip
+    found = _measured(folder, tokens.split((3, 2)))
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-5)
+
+
+def _measured(folder: Path, batches: Any) -> Tensor:
+    config, source = loading.hydra_config(folder), weights.TeacherWeights(folder)
+    return measure_heads(config, source, batches, range(2), rms=True, attention=False).head_rms
 
 
 def test_output_projection_sees_its_old_scale(folder: Path) -> None:
     """Each head of the fused hybrid has the RMS that the teacher's had, LA heads included."""
-    rms = measure_head_rms(loading.load_teacher(folder), [_tokens()])
+    rms = _measured(folder, [_tokens()])
     plan = HeadPlan.from_fa_heads(MIXED, 2, 4, 2)
     hybrid, _ = _hybrid(folder, plan, rms, fusion="scale", la_output_gate="none")
+    meters = [HeadRms(layer.self_attention) for layer in hybrid.decoder.layers]
+    _logits(hybrid)
     # The norm adds epsilon to the mean square, which shows where a head writes little.
-    torch.testing.assert_close(measure_head_rms(hybrid, [_tokens()]), rms, atol=0, rtol=1e-2)
+    found = torch.stack([meter.found() for meter in meters])
+    torch.testing.assert_close(found, rms, atol=0, rtol=1e-2)
