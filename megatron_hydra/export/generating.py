@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +70,40 @@ class Generator:
         model = self._load()
         batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
         for batch in progress(batches, description, "batch"):
-            inputs = self.tokenizer(
-                list(batch), return_tensors="pt", padding=True, return_token_type_ids=False
-            ).to(model.device)
-            # Exported hybrids see to it themselves; other models' steps are 2.5 times as long with.
-            with torch.inference_mode(), without_plans(inputs["input_ids"]):
-                read = self._read(model, **inputs)
-                found = model.generate(**inputs, **read, max_new_tokens=max_new_tokens)
-            new = found[:, inputs["input_ids"].shape[1] :]
+            inputs = self._inputs(batch)
+            new = self._answer(model, inputs, max_new_tokens=max_new_tokens)
             yield from self.tokenizer.batch_decode(new, skip_special_tokens=True)
+
+    def step_seconds(self, prompts: Sequence[str], num_tokens: int) -> list[float]:
+        """How long :meth:`generate` takes to each new token of one batch, in seconds.
+
+        The first is from the prompts on the device, the others from the token before. Nothing ends
+        early.
+
+        Args:
+            prompts: Texts, which are answered together.
+            num_tokens: New ones of each.
+        """
+        model, inputs, clock = self._load(), self._inputs(prompts), _Clock()
+        start = time.perf_counter()
+        options = {"min_new_tokens": num_tokens, "max_new_tokens": num_tokens}
+        self._answer(model, inputs, streamer=clock, **options)
+        _, *times = clock.times  # transformers hands on the prompts too
+        return [end - begin for begin, end in pairwise([start, *times])]
+
+    def _inputs(self, batch: Sequence[str]) -> Any:
+        """Tokens and mask on the model's device."""
+        inputs = self.tokenizer(
+            list(batch), return_tensors="pt", padding=True, return_token_type_ids=False
+        )
+        return inputs.to(self._load().device)
+
+    def _answer(self, model: Any, inputs: Any, **options: Any) -> Tensor:
+        """New tokens by transformers' `generate` and its options."""
+        # Exported hybrids see to it themselves; other models' steps are 2.5 times as long with.
+        with torch.inference_mode(), without_plans(inputs["input_ids"]):
+            found: Tensor = model.generate(**inputs, **self._read(model, **inputs), **options)
+        return found[:, inputs["input_ids"].shape[1] :]
 
     def _read(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
         """The cache of all but the last token of prompts that are too much for one pass.
@@ -211,6 +238,20 @@ class Generator:
             )
         self._model = model.to(device).eval()
         return self._model
+
+
+class _Clock:
+    """Notes when it is handed tokens, as a streamer of transformers, which has waited for them."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """All are there."""
 
 
 def _first(error: Exception) -> str:

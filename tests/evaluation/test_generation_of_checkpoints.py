@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -117,6 +118,36 @@ def test_prompts_that_are_read_in_pieces_are_answered_alike(
     assert max(sizes) <= max(most, 3) and sizes.count(max(sizes)) > 1
     assert in_pieces == list(Generator(models / folder, has_code).generate(prompts, 12, 3))
     assert len({*in_pieces}) > 3, "too dull to compare"
+
+
+@pytest.mark.parametrize(("folder", "has_code"), [("hf", True), ("qwen3", False)])
+@pytest.mark.parametrize("most", [300, None])
+def test_each_new_token_is_timed_and_no_answer_ends_early(
+    models: Path, folder: str, has_code: bool, most: int | None
+) -> None:
+    """A forward pass's time is in that of its own token, that of the prompts in the first's."""
+    lines = (models / "prompts.jsonl").read_text("utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines][:3]
+    generator = Generator(models / folder, has_code, most)
+    widths: list[int] = []
+    # In pieces, the prompts' last token is read by itself, and the first new one follows from it.
+    slow = 8 if most else 7
+
+    def wait(_: Any, args: Any, options: Any) -> None:
+        widths.append((args or (options["input_ids"],))[0].shape[1])
+        time.sleep(0.5 if widths.count(1) == slow else 0.02 if widths[-1] > 1 else 0)
+
+    model = generator._load()
+    model.register_forward_pre_hook(wait, with_kwargs=True)
+    model.generation_config.eos_token_id = list(range(1, model.config.vocab_size))
+    seconds = generator.step_seconds(prompts, 40)
+    assert len(seconds) == 40 and seconds[7] >= 0.5 and min(seconds) > 0
+    assert widths.count(1) == 39 + (most is not None), "one pass a token, to the last"
+    pieces = len(widths) - widths.count(1)
+    assert (pieces > 1) == (most is not None) and seconds[0] >= 0.02 * pieces
+    widths.clear()
+    list(generator.generate(prompts, 100, 3))
+    assert widths.count(1) < 39, "all tokens but one end an answer"
 
 
 def _check(models: Path, out: Path) -> None:
