@@ -40,6 +40,7 @@ from megatron_hydra.selection.scores import HeadScores, ProbeRecord
 from megatron_hydra.selection.scoring_config import ScoringConfig
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.study.results import ArmResult
+from megatron_hydra.study.speeds import Speed, Speeds
 from megatron_hydra.tasks.generation import GenerationSample
 from megatron_hydra.teachers.checkpoint import _File as _Checkpoint
 from megatron_hydra.teachers.license import License
@@ -162,7 +163,7 @@ def test_every_key_of_a_certificate_is_explained() -> None:
         ),
         ((Estimate, StageEstimate, LayoutEstimate), ("Rules for all of them", "Estimate")),
         ((TransferFile, Record), ("Rules for all of them", "State of a transfer")),
-        ((ArmResult,), ("Rules for all of them", "Study")),
+        ((ArmResult, Speeds, Speed), ("Rules for all of them", "Study")),
         ((CertificateFile, Row, NotRun), ("Rules for all of them", "Certificate")),
     ],
 )

@@ -64,8 +64,8 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
     "study": {
-        "errors", "files", "head_plan", "processes", "progress", "schema", "teachers", "tasks",
-        "selection", "training", "evaluation", "export", "report", "api",
+        "errors", "files", "head_plan", "processes", "progress", "provenance", "schema", "teachers",
+        "tasks", "selection", "training", "evaluation", "export", "report", "api",
     },
 }  # fmt: skip
 STANDARD_LIBRARY_ONLY = (

@@ -47,10 +47,10 @@ def run_arm(study: StudyConfig, run: Run, watch: Watch) -> ArmResult:
     last, exported = folder / "converted", folder / "hf"
     if not last.exists():
         with watch.part("plan and convert"):
-            _convert(study, run, folder / "plan.json", last)
+            plan_and_convert(study, run, folder / "plan.json", last)
     for stage in filter(lambda stage: study.steps(run, stage), STAGES):
         with watch.part(stage):
-            last = _train(_stage(study, run, stage, last, folder / stage), watch)
+            last = _train(stage_of(study, run, stage, last, folder / stage), watch)
     if not exported.exists():
         with watch.part("export"):
             export(last, exported, progress=watch.progress)
@@ -63,8 +63,18 @@ def run_arm(study: StudyConfig, run: Run, watch: Watch) -> ArmResult:
     return found
 
 
-def _convert(study: StudyConfig, run: Run, out: Path, converted: Path) -> None:
-    """Choose the heads and make the untrained hybrid."""
+def plan_and_convert(study: StudyConfig, run: Run, out: Path, converted: Path) -> None:
+    """Choose the heads and make the untrained hybrid.
+
+    Args:
+        study: The study.
+        run: Which arm, with a prepared teacher.
+        out: The plan's file.
+        converted: The checkpoint's folder.
+
+    Raises:
+        UserError: For what the arm asks for and cannot be.
+    """
     from megatron_hydra.api.convert import Calibration, convert
     from megatron_hydra.api.plan import plan
 
@@ -87,7 +97,8 @@ def _convert(study: StudyConfig, run: Run, out: Path, converted: Path) -> None:
     )  # fmt: skip
 
 
-def _stage(study: StudyConfig, run: Run, stage: str, init_from: Path, folder: Path) -> RunConfig:
+def stage_of(study: StudyConfig, run: Run, stage: str, init_from: Path, folder: Path) -> RunConfig:
+    """The training of a run's stage, with what is made of its teacher."""
     place = teacher_place(study, run.teacher)
     return study.stage_config(run, stage, place / "data", init_from, place / "checkpoint", folder)
 

@@ -21,6 +21,7 @@ from megatron_hydra.study.sections import (
     Finding,
     Question,
     RunSection,
+    SpeedsSection,
     Stage,
     Teacher,
 )
@@ -64,6 +65,8 @@ class StudyConfig:
     """Sections of `score --config`."""
     findings: dict[str, Finding] = field(default_factory=dict)
     """What a reader should take along."""
+    speeds: SpeedsSection | None = None
+    """None: no speed is measured."""
 
     @property
     def folder(self) -> Path:
@@ -216,11 +219,30 @@ class StudyConfig:
         found = {"arm": arm, "stages": stages, "budget": run.budget, "seed": run.seed}
         return self.common_inputs() | {name: _text(value) for name, value in found.items()}
 
+    def speed_inputs(self, run: Run) -> dict[str, str]:
+        """What decides how fast a run is beside its teacher's shape and scores, by name."""
+        assert self.speeds is not None
+        arm = {
+            k: v
+            for k, v in _said(self.arms[run.arm]).items()
+            if k not in (*_ELSEWHERE, *_OF_WEIGHTS)
+        }
+        sections = self.settings(run, "long_context").items()
+        settings = {key: section for key, section in sections if key not in ("optim", "resume")}
+        asked, timed = self.evaluation, self.speeds
+        training = [self.data.long_length, settings, timed.warmup_steps, timed.steps]
+        reads = [max(self.lengths), asked.batch_tokens, asked.forward_tokens]
+        generation = [asked.tasks[0], asked.seed, *reads, timed.new_tokens]
+        found = {"budget": run.budget, "arm": arm, "training": training, "generation": generation}
+        return {name: _text(value) for name, value in found.items()}
+
 
 # Of the evaluation: how much is read at once decides no result.
 _AT_ONCE = ("batch_tokens", "forward_tokens")
 # What of an arm decides no result, or is counted in the steps and settings of its stages.
 _ELSEWHERE = ("about", "replicates", "budgets", "tokens", "stages")
+# What of an arm decides its weights and nothing else.
+_OF_WEIGHTS = ("calibration_tokens", "calibrates_recurrence", "reuse")
 
 
 def _said(section: Any) -> dict[str, Any]:
@@ -252,6 +274,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         "evaluation.times": study.evaluation.times,
         "evaluation.tasks": study.evaluation.tasks,
     }
+    if study.speeds is not None:
+        lists["speeds.arms"] = study.speeds.arms
     with named(str(path)):
         if empty := [key for key, listed in lists.items() if not listed]:
             raise UserError(f"{empty[0]} is empty: name one or more")
@@ -328,3 +352,6 @@ def _names(study: StudyConfig) -> Iterator[tuple[str, str, Mapping[str, Any] | S
     for name, arm in study.arms.items():
         for stage in (*arm.tokens, *arm.stages):
             yield f"arms.{name}", stage, STAGES
+    asked = list(dict.fromkeys(name for each in study.questions.values() for name in each.arms))
+    for name in study.speeds.arms if study.speeds else ():
+        yield "speeds.arms, which are those of questions,", name, asked

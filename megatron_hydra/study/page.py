@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import write_beside
 from megatron_hydra.study.config import IN_NATS, Run, StudyConfig
 from megatron_hydra.study.results import ArmResult
 from megatron_hydra.study.sections import Evidence, Question
+from megatron_hydra.study.speeds import RATES, Speeds, timed_arms
 from megatron_hydra.study.statistics import (
     Difference,
     difference_in_nats,
@@ -25,6 +27,7 @@ from megatron_hydra.study.statistics import (
 
 Results = Mapping[Run, ArmResult]
 _MOST_NAMED = 6
+_HOW_FAST = "How fast?"
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,18 @@ def _loss(result: ArmResult, length: int) -> float:
     return sum(each.loss_nats * each.num_tokens for each in within) / total
 
 
-def write_page(study: StudyConfig, results: Results, out: Path) -> None:
+def write_page(
+    study: StudyConfig, results: Results, out: Path, speeds: Speeds | None = None
+) -> None:
     """Write the page, and its pictures to `pictures/` beside it, in earlier ones' places.
 
     Pictures have the page's name before theirs, so that two studies' pages can lie side by side.
+
+    Args:
+        study: The study.
+        results: Of its runs.
+        out: The page.
+        speeds: Of its timed arms; None: not measured.
 
     Raises:
         UserError: If there is no result, or the page cannot be written.
@@ -115,7 +126,7 @@ def write_page(study: StudyConfig, results: Results, out: Path) -> None:
     from megatron_hydra.report.chart_style import chart_style, save_png
     from megatron_hydra.study.charts import question_figure
 
-    lines = [f"# {study.run.title}", "", *_head(study, results)]
+    lines = [f"# {study.run.title}", "", *_head(study, results, speeds)]
     lines += _findings(study, results) + _papers_orderings(study, results)
     for key, question in study.questions.items():
         lines += ["", f"## {question.title}", *(["", question.note] if question.note else [])]
@@ -134,11 +145,12 @@ def write_page(study: StudyConfig, results: Results, out: Path) -> None:
             lines += ["", f"![{question.title}](pictures/{name})"]
             lines += _absent(study, results, question, budget)
             lines += _orderings(study, results, question, budget)
+    lines += _how_fast(study, speeds) if speeds else []
     with write_beside(out, overwrite=True) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _head(study: StudyConfig, results: Results) -> list[str]:
+def _head(study: StudyConfig, results: Results, speeds: Speeds | None) -> list[str]:
     finished = [result for result in results.values() if result.status == "finished"]
     failed = len(results) - len(finished)
     devices = sorted({str(result.provenance["device"]) for result in finished})
@@ -161,8 +173,13 @@ def _head(study: StudyConfig, results: Results) -> list[str]:
         "run finds beyond the training length, in %. An ordering is read off all "
         "lengths beyond the training length, or off a probe; its interval is a paired bootstrap's, "
         "95%, over runs and prompts. By loss or KL the lower is the better, and the interval is "
-        "Student's over runs. One run alone decides nothing. Arms share a device, so that nothing "
-        "is said of speed.",
+        "Student's over runs. One run alone decides nothing. Arms share a device, so that "
+        + (
+            f"speeds are measured apart: [{_HOW_FAST}](#how-fast)"
+            if speeds
+            else "nothing is said of speed"
+        )
+        + ".",
     ]
     return [*([study.run.note, ""] if study.run.note else []), *lines]
 
@@ -315,6 +332,43 @@ def compare(
     above = study.retrieval_above
     better, worse = ([each[key].bits(by, above) for key in both] for each in found)
     return paired_difference(better, worse)
+
+
+def _how_fast(study: StudyConfig, speeds: Speeds) -> list[str]:
+    """Medians, and their ratios to the teacher's, which was measured with them."""
+    teacher = next((each for each in speeds.speeds if Fraction(each.budget) == 1), None)
+    rows = []
+    for each in speeds.speeds:
+        cells = [each.arm, study.arms[each.arm].about, each.budget, str(each.fa_heads)]
+        for number, rate in enumerate(each.rates):
+            cells += [f"{rate:,.0f}", f"{rate / teacher.rates[number]:.2f}" if teacher else ""]
+        rows.append([*cells, f"{median(each.token_ms):.1f}", ", ".join(each.stands_for)])
+    heads = ["arm", "", "at", "FA heads"]
+    for what in RATES:
+        heads += [what, "/ teacher"]
+    heads += ["ms a step of answers", "stands for"]
+    return ["", f"## {_HOW_FAST}", "", _how_measured(study, speeds), "", *_markdown(heads, rows)]
+
+
+def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
+    asked, first, origin = study.evaluation, speeds.speeds[0], speeds.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    at_once = asked.forward_tokens
+    return (
+        f"{len(speeds.speeds)} of {len(timed_arms(study))} arms are timed, each alone on the "
+        "device, one after another, with the heads of the first teacher and seed. Device: "
+        f"{origin['device']}; {versions}. Figures are tokens a second. Training is a step of stage "
+        f"3 in the arms' own loop, {first.step_tokens:,} tokens in sequences of "
+        f"{study.data.long_length:,}, with all that lies between two steps: the median of "
+        f"{len(first.training_ms)}. Prompts and answers are of the evaluation's own function at "
+        f"its longest length, {max(study.lengths):,} tokens, {first.num_prompts} prompts together: "
+        "prompts are read"
+        + (f" {at_once:,} tokens at once" if at_once else "")
+        + " until each has its first new token, which is timed once; then a step is a new token of "
+        f"each: the median of {len(first.token_ms)}. Arms are trained for these steps alone: the "
+        "work does not depend on the weights. The teacher is the hybrid's own code with all heads "
+        "FA. Of arms that compute the same, with the same choice of heads, one is timed."
+    )
 
 
 def _nats(study: StudyConfig, by: str, result: ArmResult) -> float:

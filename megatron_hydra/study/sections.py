@@ -90,6 +90,22 @@ class EvaluationSection:
 
 
 @dataclass
+class SpeedsSection:
+    """What `study --speeds` measures, one arm after another, alone on the device."""
+
+    out: PathText
+    """JSON file of what was measured."""
+    arms: list[str]
+    """The most important first; each at all its budgets, and one of those that compute alike."""
+    steps: Count = 20
+    """Of stage 3 that are timed."""
+    warmup_steps: Count = 5
+    """Before them."""
+    new_tokens: Annotated[int, Limits(least=2)] = 33
+    """Of each answer: the first follows from the prompt, the others are timed."""
+
+
+@dataclass
 class Arm:
     """One way to make a hybrid; what it does not say is as everywhere."""
 

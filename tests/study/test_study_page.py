@@ -17,6 +17,7 @@ from megatron_hydra.study.config import Run, StudyConfig, load_study
 from megatron_hydra.study.page import ArmFigures, compare, write_page
 from megatron_hydra.study.results import ArmResult, load_results
 from megatron_hydra.study.sections import Evidence, Finding
+from megatron_hydra.study.speeds import load_speeds
 
 ROOT = Path(__file__).parents[2]
 SHARES = {"head": 0.9, "layer_scored": 0.4, "window": 0.7, "window_untrained": 0.1, "recipe": 0.7}
@@ -242,11 +243,13 @@ def test_the_committed_pages_are_what_the_committed_results_make(config, folder,
     """Nothing on them is written by hand, and their YAML is still the one that was run."""
     place = ROOT / "examples/study"
     found = load_study(place / f"{config}.yaml", [f"run.results={place / folder}"])
+    assert found.speeds is not None
+    found.speeds.out = str(ROOT / found.speeds.out)
     results = load_results(found)
     assert len(results) == len(list((place / folder).iterdir())), "all are the study's"
     if config == "cpu":
         assert [*results] == found.runs()
-    write_page(found, results, tmp_path / f"{page}.md")
+    write_page(found, results, tmp_path / f"{page}.md", load_speeds(found))
     assert (tmp_path / f"{page}.md").read_text() == (ROOT / f"docs/{page}.md").read_text()
     shown = {path.name for path in (tmp_path / "pictures").iterdir()}
     committed = {path.name for path in (ROOT / "docs/pictures").glob(f"{page}_*")}

@@ -50,6 +50,7 @@ def config(tmp_path: Path) -> Path:
         study["stages"][stage]["settings"]["resume"] = {"save_every_n_steps": 1}
     study["evaluation"] = {"times": [1, 2], "samples": 2, "text_tokens": 512,
                            "probes": ["induction"]}  # fmt: skip
+    del study["speeds"]  # it names other arms
     study["arms"] = {
         "head": study["arms"]["head"] | {"tokens": {"long_context": 0}, "calibration_tokens": 0},
         "broken": {"about": "too many heads", "constraints": {"per_layer": 9}},

@@ -25,6 +25,7 @@ from megatron_hydra.files import lock, write_beside
 from megatron_hydra.processes import end_with_parent
 from megatron_hydra.study.config import STAGES, Run, StudyConfig, load_study
 from megatron_hydra.study.results import ArmResult, load_results
+from megatron_hydra.study.speeds import load_speeds, timed_arms
 from megatron_hydra.study.teacher import INPUTS, all_inputs, is_prepared, teacher_place
 
 _TEACHER = "teacher:"
@@ -50,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions", nargs="+", default=(), metavar="NAME[@BUDGET]",
         help="run the arms of these questions alone, in this order; default: of all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--speeds", action="store_true",
+        help="measure how fast the arms of the section speeds are, one after another, and end",
     )  # fmt: skip
     parser.add_argument("--retry-failed", action="store_true", help="run failed arms again")
     parser.add_argument(
@@ -84,8 +89,10 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         from megatron_hydra.study.page import write_page
 
-        write_page(study, load_results(study), args.report)
+        write_page(study, load_results(study), args.report, load_speeds(study))
         return 0
+    if args.speeds:
+        return _measure_speeds(study, args)
     verdicts = {run: _verdict(study, run, args.retry_failed) for run in runs}
     if args.dry_run:
         _tell(study, verdicts)
@@ -115,6 +122,35 @@ def _run_one(study: StudyConfig, name: str, seconds: float) -> int:
         except StoppedError:
             return stops.EXIT_CODE
     return 0
+
+
+def _measure_speeds(study: StudyConfig, args: argparse.Namespace) -> int:
+    """Speeds, in this process alone."""
+    from megatron_hydra.study.measure_speeds import measure_speeds
+    from megatron_hydra.study.watch import StoppedError, Watch
+
+    if args.workers > 1 or args.questions:
+        raise UserError("--speeds measures the arms of the section speeds one after another: leave "
+                        "--workers and --questions out")  # fmt: skip
+    if args.dry_run:
+        for timed in timed_arms(study):
+            others = f", which stands for {', '.join(timed.stands_for)}" if timed.stands_for else ""
+            print(f"{timed.run.name}{others}")
+        return 0
+    end = time.monotonic() + 60 * (_NO_END if args.minutes is None else args.minutes)
+    with (
+        lock(study.folder / ".study.lock", f"run.folder {study.folder}"),
+        stops.listening(lambda sentence: print(sentence, file=sys.stderr)) as asked,
+    ):
+        watch = Watch(lambda: asked.is_asked() or time.monotonic() > end)
+        try:
+            left = end - time.monotonic()
+            tell = functools.partial(print, flush=True)
+            num_failed = measure_speeds(study, watch, left, tell)
+        except StoppedError:
+            print("stopped; what is measured is kept, and the same command goes on")
+            return stops.EXIT_CODE
+    return 1 if num_failed else 0
 
 
 def _verdict(study: StudyConfig, run: Run, retry_failed: bool) -> str:
