@@ -13,7 +13,16 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
-from kit.exported import ALL_FA, NO_FA, UNEVEN, WINDOW, megatron_logits, twins  # noqa: E402
+from kit.exported import (  # noqa: E402
+    ALL_FA,
+    HOLES,
+    NO_FA,
+    UNEVEN,
+    WINDOW,
+    in_pieces,
+    megatron_logits,
+    twins,
+)
 from kit.tiny import tiny_config, token_batch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
@@ -40,21 +49,6 @@ def _tokens(batch=2, length=LENGTH):
     return token_batch(tiny_config(), batch, length)[0]
 
 
-def _in_pieces(model, tokens, sizes, mask=None, max_length=None):
-    """Logits of the pieces side by side, and the cache: a static one where it has a length."""
-    logits, start = [], 0
-    cache = HydraCache(model.config, max_length)
-    with torch.no_grad():
-        for size in sizes:
-            end = start + size
-            seen = None if mask is None else mask[:, :end]
-            piece = tokens[:, start:end]
-            logits.append(model(piece, seen, past_key_values=cache, use_cache=True).logits)
-            start = end
-    assert start == tokens.shape[1] and cache.get_seq_length() == start
-    return torch.cat(logits, dim=1), cache
-
-
 @pytest.mark.parametrize(
     "sizes",
     [[1] * LENGTH, [60] + [1] * 90, [5, 64, 1, 3, 2, 70, 4, 1], [WINDOW, 1, WINDOW, 137]],
@@ -64,7 +58,7 @@ def _in_pieces(model, tokens, sizes, mask=None, max_length=None):
 def test_pieces_are_one_forward_pass(hybrid, sizes, max_length):
     model, exported = hybrid
     tokens = _tokens()
-    logits, _ = _in_pieces(exported, tokens, sizes, max_length=max_length)
+    logits, _ = in_pieces(exported, tokens, sizes, max_length=max_length)
     torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -83,7 +77,7 @@ def test_pieces_are_one_forward_pass(hybrid, sizes, max_length):
 def test_pieces_of_other_hybrids(plan, overrides, max_length):
     model, exported = twins(plan, **overrides)
     tokens = _tokens(length=40)
-    logits, _ = _in_pieces(exported, tokens, [3, 20, 1, 1, 15], max_length=max_length)
+    logits, _ = in_pieces(exported, tokens, [3, 20, 1, 1, 15], max_length=max_length)
     torch.testing.assert_close(logits, megatron_logits(model, tokens), rtol=1e-5, atol=1e-5)
 
 
@@ -93,9 +87,9 @@ def test_long_prompts_are_prepared_a_piece_at_a_time(hybrid, monkeypatch):
     tokens, mask = _tokens(2, 96), torch.ones(2, 96, dtype=torch.long)
     mask[0, :30] = mask[1, 70:80] = 0
     mixer = next(m for m in exported.modules() if getattr(m, "name", "") == "la")
-    whole, _ = _in_pieces(exported, tokens, [90, 6], mask)
+    whole, _ = in_pieces(exported, tokens, [90, 6], mask)
     monkeypatch.setattr(sys.modules[type(mixer).__module__], "PIECE", 7)
-    found, _ = _in_pieces(exported, tokens, [90, 6], mask)
+    found, _ = in_pieces(exported, tokens, [90, 6], mask)
     assert torch.equal(found, whole)
     x, sizes = torch.randn(2, 500, exported.config.hidden_size).bfloat16(), []
     stream = SimpleNamespace(
@@ -115,12 +109,6 @@ def test_long_prompts_are_prepared_a_piece_at_a_time(hybrid, monkeypatch):
     assert 0 < max(sizes) <= 3 * query.numel() * (7 + 3) / 500
 
 
-HOLES = torch.ones(3, 40, dtype=torch.long)
-HOLES[0, :11] = 0  # on the left
-HOLES[1, 25:33] = 0  # on the right, before more tokens come
-HOLES[2, 4:6] = HOLES[2, 19:30] = 0  # anywhere
-
-
 @pytest.mark.parametrize("sizes", [[40], [33, 1, 1, 1, 4], [10, 9, 2, 19], [1] * 40])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("max_length", CACHES)
@@ -128,7 +116,7 @@ def test_padding_anywhere_changes_nothing(hybrid, sizes, implementation, max_len
     model, exported = hybrid
     exported.set_attn_implementation(implementation)
     tokens = _tokens(3, 40)
-    logits, _ = _in_pieces(exported, tokens, sizes, HOLES, max_length)
+    logits, _ = in_pieces(exported, tokens, sizes, HOLES, max_length)
     for row, real in enumerate(HOLES.bool()):
         alone = megatron_logits(model, tokens[row : row + 1, real])
         torch.testing.assert_close(logits[row, real], alone[0], rtol=1e-5, atol=1e-5)
@@ -168,7 +156,7 @@ def test_generation_goes_on_from_a_kept_cache(hybrid, tmp_path):
     tokens = _tokens(2, 30)
     options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=10, do_sample=False)
     expected = exported.generate(tokens, **options)
-    _, cache = _in_pieces(exported, tokens[:, :21], [21])
+    _, cache = in_pieces(exported, tokens[:, :21], [21])
     for _ in range(2):  # a copy is not changed by who goes on from it
         kept = copy.deepcopy(cache)
         assert torch.equal(exported.generate(tokens, past_key_values=kept, **options), expected)
@@ -186,7 +174,7 @@ def test_bytes_are_what_the_plan_promises(plan, length):
     per_token = cache_bytes_per_token(shape, "fp32").of(plan)
     state = state_bytes(shape, "fp32").of(plan)
     for sizes in ([length], [1] * length):
-        _, cache = _in_pieces(exported, _tokens(3, length), sizes)
+        _, cache = in_pieces(exported, _tokens(3, length), sizes)
         assert cache.num_bytes == 3 * (length * per_token + state)
 
 
@@ -209,7 +197,7 @@ def test_without_full_attention_a_step_is_the_same_at_any_context(plan):
     _, exported = twins(plan)
     tokens, steps = _tokens(1, 141), []
     for length in (40, 140):
-        _, cache = _in_pieces(exported, tokens[:, :length], [length])
+        _, cache = in_pieces(exported, tokens[:, :length], [length])
         with torch.no_grad(), _Recorded() as recorded:
             exported(tokens[:, length : length + 1], past_key_values=cache, use_cache=True)
         steps.append(recorded.calls)
@@ -221,7 +209,7 @@ def test_bytes_in_bfloat16():
     model, exported = twins(UNEVEN)
     shape = ModelShape.from_config(model.config)
     promised = 30 * cache_bytes_per_token(shape).of(UNEVEN) + state_bytes(shape).of(UNEVEN)
-    _, cache = _in_pieces(exported.to(torch.bfloat16), _tokens(1, 30), [20, *[1] * 10])
+    _, cache = in_pieces(exported.to(torch.bfloat16), _tokens(1, 30), [20, *[1] * 10])
     assert cache.num_bytes == promised
 
 
@@ -232,7 +220,7 @@ def test_bytes_of_a_static_cache():
     per_token = cache_bytes_per_token(shape, "fp32").of(UNEVEN)
     promised = 3 * (512 * per_token + state_bytes(shape, "fp32").of(UNEVEN))
     for sizes in ([1], [100, 1, 20]):
-        _, cache = _in_pieces(exported, _tokens(3, sum(sizes)), sizes, max_length=150)
+        _, cache = in_pieces(exported, _tokens(3, sum(sizes)), sizes, max_length=150)
         assert cache.num_bytes == promised
     # Matrix products read at a fifth of the speed where a piece's rows do not begin at 16 bytes.
     assert cache.max_length // PIECES * torch.bfloat16.itemsize % 16 == 0
@@ -248,8 +236,8 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(hybrid, max_length):
         (lambda cache: cache.batch_select_indices(chosen), chosen),
         (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
     ):
-        expected, _ = _in_pieces(exported, tokens[rows], [15, 5])
-        _, cache = _in_pieces(exported, tokens[:, :15], [15], max_length=max_length)
+        expected, _ = in_pieces(exported, tokens[rows], [15, 5])
+        _, cache = in_pieces(exported, tokens[:, :15], [15], max_length=max_length)
         change(cache)
         with torch.no_grad():
             logits = exported(tokens[rows, 15:], past_key_values=cache).logits
@@ -260,9 +248,9 @@ def test_rows_of_a_cache_can_be_chosen_and_repeated(hybrid, max_length):
 def test_crop_where_all_heads_are_fa(max_length):
     _, exported = twins(ALL_FA)
     tokens = _tokens(2, 20)
-    expected, _ = _in_pieces(exported, tokens, [12, 8])
+    expected, _ = in_pieces(exported, tokens, [12, 8])
     longer = torch.cat((tokens[:, :12], tokens[:, :6]), dim=1)
-    _, cache = _in_pieces(exported, longer, [18], max_length=max_length)
+    _, cache = in_pieces(exported, longer, [18], max_length=max_length)
     cache.crop(-6)
     with torch.no_grad():
         logits = exported(tokens[:, 12:], past_key_values=cache).logits
@@ -284,7 +272,7 @@ def test_assisted_decoding_where_all_heads_are_fa():
 def test_what_a_state_cannot_do_is_said(hybrid):
     _, exported = hybrid
     tokens = _tokens(1, 12)
-    _, cache = _in_pieces(exported, tokens, [12])
+    _, cache = in_pieces(exported, tokens, [12])
     with pytest.raises(ValueError, match="cannot be cropped from 12 to 7 tokens: recurrent heads"):
         cache.crop(7)
     cache.crop(12)
@@ -310,7 +298,7 @@ def test_bad_calls_are_named(hybrid, options, message):
     if options.get("past_key_values") == "padded":
         mask = torch.ones_like(tokens)
         mask[:, :3] = 0
-        options = {"past_key_values": _in_pieces(exported, tokens, [12], mask)[1]}
+        options = {"past_key_values": in_pieces(exported, tokens, [12], mask)[1]}
     with pytest.raises(ValueError, match=message):
         exported(tokens, **options)
 
@@ -324,7 +312,7 @@ def test_steps_of_a_static_cache_are_compiled_once(hybrid, batch, mask):
     """In one graph, as CUDA graphs ask, that is right for every later step."""
     model, exported = hybrid
     tokens = _tokens(batch, 40)
-    _, cache = _in_pieces(
+    _, cache = in_pieces(
         exported, tokens[:, :34], [34], None if mask is None else mask[:, :34], max_length=40
     )
     torch.compiler.reset()
@@ -358,8 +346,8 @@ def test_recorded_steps_are_the_models(hybrid):
     steps = RecordedSteps(exported, record)
     for mask, changes in ((None, False), (HOLES[:2], False), (HOLES[:2], True)):
         seen = [None if mask is None else mask[:, :i] for i in range(41)]
-        expected, _ = _in_pieces(exported, tokens, [30, *[1] * 10], mask, max_length=40)
-        prompt, cache = _in_pieces(exported, tokens[:, :30], [30], seen[30], max_length=40)
+        expected, _ = in_pieces(exported, tokens, [30, *[1] * 10], mask, max_length=40)
+        prompt, cache = in_pieces(exported, tokens[:, :30], [30], seen[30], max_length=40)
         logits, before = [prompt], num_records
         for i in range(30, 40):
             if changes and i == 35:  # to other places in memory
@@ -383,11 +371,11 @@ def test_recorded_steps_are_the_models(hybrid):
 def test_what_a_static_cache_cannot_do_is_said(hybrid):
     _, exported = hybrid
     tokens = _tokens(1, 514)
-    _, cache = _in_pieces(exported, tokens[:, :512], [511, 1], max_length=60)
+    _, cache = in_pieces(exported, tokens[:, :512], [511, 1], max_length=60)
     for length in (1, 2):
         with pytest.raises(ValueError, match=rf"room for 512 tokens, not for {512 + length}$"):
             exported(tokens[:, 512 : 512 + length], past_key_values=cache)
-    _, cache = _in_pieces(exported, tokens[:, :10], [10], max_length=60)
+    _, cache = in_pieces(exported, tokens[:, :10], [10], max_length=60)
     with pytest.raises(ValueError, match="needs a row per sequence and 11 to 512 columns"):
         exported(tokens[:, :1], torch.ones(1, 10), past_key_values=cache)
     with pytest.raises(ValueError, match="'offloaded'; a hybrid has a dynamic and a static cache"):

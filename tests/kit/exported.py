@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from kit.tiny import tiny_config, tiny_plan
 from torch import Tensor
 
+from megatron_hydra.export.cache_hydra import HydraCache
 from megatron_hydra.export.config import exported_config
 from megatron_hydra.export.modeling_hydra import HydraForCausalLM
 from megatron_hydra.export.weights import hybrid_tensors
@@ -37,6 +39,11 @@ SWITCHES = [
     {"fusion": "gate", **QWEN2},
 ]
 """Together every switch at every value."""
+HOLES = torch.ones(3, 40, dtype=torch.long)
+HOLES[0, :11] = 0  # on the left
+HOLES[1, 25:33] = 0  # on the right, before more tokens come
+HOLES[2, 4:6] = HOLES[2, 19:30] = 0  # anywhere
+"""Which tokens of three rows are real: a mask with padding everywhere."""
 
 
 def twins(plan: HeadPlan = UNEVEN, **overrides: Any) -> tuple[torch.nn.Module, HydraForCausalLM]:
@@ -66,3 +73,35 @@ def megatron_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
     """Of the whole sequences `[b, t]`."""
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     return model(tokens, positions, None)
+
+
+@torch.no_grad()
+def in_pieces(
+    model: HydraForCausalLM,
+    tokens: Tensor,
+    sizes: Sequence[int],
+    mask: Tensor | None = None,
+    max_length: int | None = None,
+) -> tuple[Tensor, HydraCache]:
+    """A cache filled piece by piece.
+
+    Args:
+        model: The exported one.
+        tokens: `[b, t]`.
+        sizes: Of the pieces, together t.
+        mask: `[b, t]`, 1 for real tokens; None for all.
+        max_length: Of a static cache; None for one that grows.
+
+    Returns:
+        Logits of the pieces side by side, and the cache.
+    """
+    logits, start = [], 0
+    cache = HydraCache(model.config, max_length)
+    for size in sizes:
+        end = start + size
+        seen = None if mask is None else mask[:, :end]
+        piece = tokens[:, start:end]
+        logits.append(model(piece, seen, past_key_values=cache, use_cache=True).logits)
+        start = end
+    assert start == tokens.shape[1] and cache.get_seq_length() == start
+    return torch.cat(logits, dim=1), cache
