@@ -6,8 +6,11 @@ bfloat16 on the CPU, whose recurrences run in PyTorch.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from kit import flash_attention_stand_in
 
 from megatron_hydra.export import modeling_hydra
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
@@ -67,6 +70,13 @@ def _twin(hybrid: HydraForCausalLM, device: str) -> HydraForCausalLM:
     return twin.to(device, torch.bfloat16)
 
 
+def _flash_attention(implementation: str, patch: pytest.MonkeyPatch) -> list[str] | None:
+    """Where flash-attn is wanted and absent its kernel in PyTorch; the calls of it then."""
+    if implementation != "flash_attention_2" or find_spec("flash_attn") is not None:
+        return None
+    return flash_attention_stand_in.install(patch)
+
+
 @torch.no_grad()
 def _in_pieces(model, tokens, mask, sizes):
     logits, cache, start = [], None, 0
@@ -80,9 +90,8 @@ def _in_pieces(model, tokens, mask, sizes):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flash_attention_2"])
 @pytest.mark.parametrize("sizes", [[300], [230, *[1] * 20, 50]], ids=["whole", "pieces"])
-def test_no_further_from_float32_than_a_cpu(hybrid, implementation, sizes):
-    if implementation == "flash_attention_2":
-        pytest.importorskip("flash_attn")
+def test_no_further_from_float32_than_a_cpu(hybrid, implementation, sizes, monkeypatch):
+    calls = _flash_attention(implementation, monkeypatch)
     tokens, mask = _tokens(), _mask(_tokens())
     with torch.no_grad():
         exact = hybrid(tokens, mask).logits
@@ -95,6 +104,7 @@ def test_no_further_from_float32_than_a_cpu(hybrid, implementation, sizes):
     error, allowed = ((x.float() - exact)[real].square().mean().sqrt() for x in (on_gpu, on_cpu))
     assert exact[real].std() > 0.3
     assert error < 2 * allowed + 1e-3
+    assert calls is None or calls
 
 
 @pytest.mark.parametrize("of_channels", [False, True], ids=["gated_delta_net", "kda"])
@@ -139,7 +149,11 @@ def test_a_token_over_a_cache_in_pieces():
         assert (found.cpu().double() - expected).norm() < 0.004 * expected.norm()
 
 
-@pytest.mark.parametrize("kept", ["dynamic", "static", "static, hooks", "static, eager"])
+@pytest.mark.parametrize(
+    "kept",
+    ["dynamic", "static", "static, hooks", "static, eager"]
+    + ["dynamic, flash_attention_2", "static, flash_attention_2"],
+)
 def test_generation_on_a_gpu(hybrid, kept, monkeypatch):
     """With a static cache a step is compiled, and recorded once for each `generate`."""
     model, tokens = _twin(hybrid, "cuda"), _tokens(40).cuda()
@@ -156,6 +170,9 @@ def test_generation_on_a_gpu(hybrid, kept, monkeypatch):
 
     monkeypatch.setattr(modeling_hydra, "cuda_graph", record)
     kept, _, how = kept.partition(", ")
+    calls = _flash_attention(how, monkeypatch)
+    if how == "flash_attention_2":
+        model.set_attn_implementation(how)
     if how == "hooks":
         model.model.layers[0].register_forward_hook(count)
     mask = torch.ones_like(tokens)
@@ -166,6 +183,7 @@ def test_generation_on_a_gpu(hybrid, kept, monkeypatch):
             together = model.generate(
                 tokens, attention_mask=mask, cache_implementation=kept, **options
             )
+    assert calls is None or calls
     assert num_records == (2 if kept == "static" and how != "hooks" else 0)
     assert num_calls >= (60 if how == "hooks" else 0)
     assert together.shape == (3, 70)
