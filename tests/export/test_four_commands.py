@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,18 +28,24 @@ TEACHER = ROOT / "examples/quickstart/teacher"
 TEACHERS_OWN = ["fa_rope=true", "fa_query_scale=none", "fa_output_gate=false", "fusion=none"]
 """So that nearly all heads as they were find needles untrained."""
 
+TEMPLATE = """\
+{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint `hybrid`, exported `hf`."""
+    """Checkpoint `hybrid`, exported `hf`, whose tokenizer knows how a chat is written."""
     folder = tmp_path_factory.mktemp("hands")
-    config = json.loads((TEACHER / "config.json").read_text("utf-8"))
+    teacher = shutil.copytree(TEACHER, folder / "teacher")
+    (teacher / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    config = json.loads((teacher / "config.json").read_text("utf-8"))
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     fa_heads = {layer: list(range(heads)) for layer in range(layers)}
     fa_heads[layers - 1] = fa_heads[layers - 1][1:]
     plan = HeadPlan.from_fa_heads(fa_heads, layers, heads, config["num_key_value_heads"])
     plan.save(folder / "plan.json")
-    convert = ["convert", "--teacher", str(TEACHER), "--plan", f"{folder}/plan.json"]
+    convert = ["convert", "--teacher", str(teacher), "--plan", f"{folder}/plan.json"]
     convert += ["--out", f"{folder}/hybrid", *(f"model.{option}" for option in TEACHERS_OWN)]
     assert cli.main(convert) == 0
     assert cli.main(["export", "--model", f"{folder}/hybrid", "--out", f"{folder}/hf"]) == 0
@@ -53,6 +60,34 @@ def test_a_pipeline_goes_on_with_a_text(folder: Path) -> None:
     )
     said = run_offline(folder, sys.executable, "-I", "-c", program)
     assert "[{'generated_text': 'Once" in said
+
+
+CHAT = """
+import json
+from transformers import pipeline
+pipe = pipeline("text-generation", "hf", trust_remote_code=True)
+chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Once upon"}]
+options = dict(max_new_tokens=12, do_sample=False)
+said = pipe(chat, **options)[0]["generated_text"]
+inputs = pipe.tokenizer.apply_chat_template(
+    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+by_hand = pipe.tokenizer("<system>Be brief.<user>Once upon<assistant>", return_tensors="pt")
+for each in (inputs, by_hand):
+    ids = each["input_ids"]
+    new = pipe.model.generate(ids, attention_mask=each["attention_mask"], **options)
+    said.append(pipe.tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True))
+print(json.dumps(said))
+"""
+
+
+def test_a_pipeline_answers_in_a_chat(folder: Path) -> None:
+    """With what the model says to the chat as the template writes it."""
+    said = json.loads(run_offline(folder, sys.executable, "-I", "-c", CHAT).splitlines()[-1])
+    roles = [message["role"] for message in said[:3]]
+    assert roles == ["system", "user", "assistant"]
+    answer = said[2]["content"]
+    assert len(answer) > 5 and said[3:] == [answer, answer]
 
 
 def test_the_way_back_is_bit_equal(folder: Path) -> None:
