@@ -147,6 +147,24 @@ def test_the_divergence_is_that_of_the_two_distributions(models):
     assert teacher.divergence_from(teacher, tokens.tolist(), 2) == 0.0
 
 
+def test_weights_that_the_gpu_does_not_compute_are_refused(models, monkeypatch):
+    """A GPU of before Ampere has bfloat16 by emulation alone, which does not count."""
+    half = models / "half"
+    export = ["export", "--model", f"{models}/hybrid", "--out", str(half), "--dtype", "bfloat16"]
+    assert cli.main(export) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Quadro RTX 6000")
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    message = (
+        f"the weights of {half} are bfloat16, which Quadro RTX 6000 does not compute: export them "
+        "with --dtype float32"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        list(Generator(half, True).generate(["Once"], 1, 1))
+
+
 def test_state_bytes_are_those_of_the_checkpoint(models, tmp_path):
     """Counted from config.json here, from Megatron's configuration when the card is written."""
     out = tmp_path / "generation.json"
