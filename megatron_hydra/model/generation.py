@@ -5,6 +5,8 @@ Legend: b = rows, t = tokens of the longest prompt, m = new tokens, v = vocabula
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -19,6 +21,8 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.decoding import check_decoding, without_sequence_parallelism
 from megatron_hydra.schema import Limits, check_fields
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def generate(
 
     Prompts of different lengths are padded on the right. No head sees padding: as many tokens as
     the shortest prompt has come in one forward pass, then one at a time, a longer prompt's from the
-    prompt. Sequence parallelism is off meanwhile.
+    prompt. Sequence parallelism is off meanwhile. Beyond the model's `seq_length`
+    it goes on, as transformers beyond `max_position_embeddings`, and the log says so once.
 
     Args:
         model: A hybrid or a teacher (`build.build_model`) without wrappers, in evaluation mode.
@@ -72,6 +77,7 @@ def generate(
             `decoding.check_decoding`), or an argument does not fit.
     """
     lengths = _checked_lengths(model, tokens, num_new_tokens, lengths)
+    _tell_beyond(model, max(lengths) + num_new_tokens)
     ends = [] if end_token is None else [end_token] if isinstance(end_token, int) else [*end_token]
     with without_sequence_parallelism(model):
         return _generate(model, tokens, num_new_tokens, lengths, sampling, ends)
@@ -177,3 +183,19 @@ def _checked_lengths(
             f"tokens has ids from {least} to {most}; the vocabulary's are 0 to {vocabulary - 1}"
         )
     return lengths
+
+
+def _tell_beyond(model: GPTModel, num_tokens: int) -> None:
+    """Warn of more tokens, prompt and answer, than the model is built for."""
+    # The last one is written and not read.
+    if num_tokens - 1 > model.config.seq_length and model.pg_collection.tp.rank() == 0:
+        _warn_once(
+            f"generation goes on beyond the {model.config.seq_length} tokens (seq_length) that the "
+            "model is built for"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Of many batches."""
+    logger.warning(message)

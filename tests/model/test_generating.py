@@ -19,9 +19,11 @@ from kit.exported import UNEVEN, megatron_logits, twins  # noqa: E402
 from kit.tiny import tiny_config, token_batch  # noqa: E402
 from kit.tiny_qwen3 import write_byte_tokenizer  # noqa: E402
 from transformers import TopPLogitsWarper  # noqa: E402
+from transformers.generation import stopping_criteria  # noqa: E402
 
 from megatron_hydra.errors import UserError  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
+from megatron_hydra.model import generation  # noqa: E402
 from megatron_hydra.model.generation import Sampling, generate, likeliest  # noqa: E402
 from megatron_hydra.parallel import initialize_model_parallel  # noqa: E402
 from megatron_hydra.selection.cost import cache_bytes_per_token, state_bytes  # noqa: E402
@@ -116,6 +118,27 @@ def test_likeliest_tokens_are_those_of_transformers(top_p):
     expected = TopPLogitsWarper(top_p)(None, logits).softmax(-1)
     found = likeliest(logits.softmax(-1), top_p)
     torch.testing.assert_close(found / found.sum(-1, keepdim=True), expected)
+
+
+def test_beyond_its_length_a_model_goes_on_and_says_so(hybrid, caplog, monkeypatch):
+    """Once, before the first token; from as many tokens on as transformers reminds of its limit."""
+    model, exported = hybrid
+    limit, reminders = exported.config.max_position_embeddings, []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", reminders.append)
+    monkeypatch.setattr(generation, "_generate", lambda *_: caplog.messages[:])
+    message = (
+        f"generation goes on beyond the {limit} tokens (seq_length) that the model is built for"
+    )
+    tokens = _prompts(2, limit - 4)
+    for num_new_tokens, lengths in ((5, None), (9, (limit - 8, 3)), (6, None), (6, (limit - 4, 3))):
+        t = max(lengths or (limit - 4,))
+        reminders.clear(), caplog.clear(), generation._warn_once.cache_clear()
+        exported.generate(tokens[:, :t], max_new_tokens=num_new_tokens, do_sample=False)
+        said = generate(model, tokens[:, :t], num_new_tokens, lengths=lengths)
+        assert said == [message] * bool(reminders)
+        assert bool(reminders) == (num_new_tokens == 6)
+    caplog.clear()
+    assert generate(model, tokens, 30) == [], "once"
 
 
 @pytest.mark.parametrize(
