@@ -58,7 +58,7 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED) $(NEWEST)/.installed $(OPTIONAL)/.installed $(LM_EVAL)/.installed
 	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider \
 		tests/export/test_decoding.py tests/export/test_equal_to_megatron.py tests/export/test_trained_in_transformers.py \
-		tests/export/test_four_commands.py tests/export/test_flash_attention.py \
+		tests/export/test_four_commands.py tests/export/test_flash_attention.py tests/export/test_calls.py \
 		> $(NEWEST)/test.log 2>&1 & newest=$$!; \
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not gpu and not exhaustive"; code=$$?; \

@@ -240,22 +240,28 @@ class HydraCache(Cache):
         if has_padding is not None:
             self._has_padding = has_padding
 
-    def check(self, config: HydraHeadConfig) -> None:
-        """See that it is of this model.
-
-        Raises:
-            ValueError: If it was made for heads of other kinds or sizes.
-        """
-        if self._made_for != _marks(config):
-            raise ValueError(
-                "the cache was made for another model: its heads have other kinds or sizes"
-            )
-
     @property
     def num_bytes(self) -> int:
         """Memory that it holds, in bytes, of all rows together."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def check_cache(cache: Any, config: HydraHeadConfig) -> None:
+    """See that a cache is a hybrid's, and this one's.
+
+    Raises:
+        ValueError: If it is of transformers, or was made for heads of other kinds or sizes.
+    """
+    if not isinstance(cache, HydraCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; a hybrid needs its own HydraCache, "
+            "which generate makes where none is given"
+        )
+    if cache._made_for != _marks(config):
+        raise ValueError(
+            "the cache was made for another model: its heads have other kinds or sizes"
+        )
 
 
 def _fixed(x: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from transformers.generation import CompileConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
 
-from .cache_hydra import HydraCache, HydraLayerCache
+from .cache_hydra import HydraCache, HydraLayerCache, check_cache
 from .configuration_hydra import KINDS, HydraHeadConfig
 from .mixers_hydra import MIXERS, HydraRMSNorm, Mixer, normed, rearranged
 from .recording_hydra import RecordedSteps, cuda_graph
@@ -211,6 +212,7 @@ class HydraModel(HydraPreTrainedModel):
         self.gradient_checkpointing = False
         self._finish()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -220,6 +222,7 @@ class HydraModel(HydraPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         cache: HydraCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -229,28 +232,36 @@ class HydraModel(HydraPreTrainedModel):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions is asked for; a hybrid returns no attention weights"
+            )
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if past_key_values is not None:
+                raise ValueError(
+                    "gradient checkpointing runs each layer again, which a cache would count as "
+                    f"more tokens: give no {CACHE}, or call model.eval()"
+                )
             use_cache = False
         if past_key_values is None and use_cache:
             past_key_values = HydraCache(self.config)
         if past_key_values is not None:
-            if not isinstance(past_key_values, HydraCache):
-                raise ValueError(
-                    f"past_key_values is a {type(past_key_values).__name__}; a hybrid needs its "
-                    "own HydraCache, which generate makes where none is given"
-                )
-            past_key_values.check(self.config)
+            check_cache(past_key_values, self.config)
         stream = stream_of(
             self.config, x, attention_mask, position_ids, past_key_values, self.training
         )
-        states = [x]
+        states: list[Tensor] = []
         for layer in self.layers:
-            x = layer(x, stream, past_key_values=past_key_values)
-            states.append(x)
-        states[-1] = x = self.norm(x)
+            if output_hidden_states:
+                states.append(x)
+            # Not by a name, by which some releases of transformers take it out in training.
+            x = layer(x, stream, past_key_values)
+        x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=(*states, x) if output_hidden_states else None,
             **{CACHE: past_key_values if use_cache else None},
         )
 
@@ -267,6 +278,7 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._finish()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -278,10 +290,10 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
         cache: HydraCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """Predict the next tokens.
 
         Args:
@@ -294,13 +306,16 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
             labels: `[b, t]`, token ids or -100 for no loss.
             use_cache: Return a cache.
             logits_to_keep: Logits of the last so many tokens, or of these; 0 for all.
-            output_hidden_states: Return each layer's input, and the last norm's output.
-            return_dict: False for a tuple.
+            output_hidden_states: Return each layer's input, and the last norm's output; None for
+                what the configuration says.
+            output_attentions: Refused.
             cache: `past_key_values` in the words of transformers' latest releases.
-            **kwargs: Of other models; `num_items_in_batch` goes to the loss.
+            **kwargs: Of other models; `num_items_in_batch` goes to the loss, `return_dict=False`
+                asks for a tuple.
 
         Raises:
-            ValueError: For a cache of another model or kind, or a mask of another shape.
+            ValueError: For a cache of another model or kind, or where gradient checkpointing would
+                fill it twice, a mask of another shape, or attention weights.
         """
         outputs = self.model(
             input_ids,
@@ -310,6 +325,8 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
             inputs_embeds,
             use_cache,
             output_hidden_states,
+            output_attentions,
+            return_dict=True,
         )
         kept: Any = logits_to_keep
         if isinstance(logits_to_keep, int):
@@ -318,13 +335,12 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         if labels is not None:
             options = {k: kwargs[k] for k in ("num_items_in_batch",) if k in kwargs}
             loss = self.loss_function(logits, labels, self.vocab_size, **options)
-        result = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             **{CACHE: outputs.get(CACHE)},
         )
-        return result.to_tuple() if return_dict is False else result
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
         """Transformers' own; on one GPU, if nobody says how to compile, steps are recorded whole.
@@ -341,9 +357,13 @@ class HydraForCausalLM(HydraPreTrainedModel, GenerationMixin):
         call = super().get_compiled_call(CompileConfig(mode="default"))
         return RecordedSteps(call, partial(cuda_graph, device=self.device))
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Transformers' own; positions are counted here, in chunked prefill too."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Transformers' own, which looks for `inputs_embeds` here; positions are counted here."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *args, inputs_embeds=inputs_embeds, **kwargs
+        )
         if inputs.get("attention_mask") is not None:
             inputs.pop("position_ids", None)
         return inputs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_hydra.cpu import install_if_needed
@@ -12,6 +13,7 @@ import torch.nn.functional as F  # noqa: E402
 from kit.exported import twins  # noqa: E402
 from kit.tiny import token_batch  # noqa: E402
 
+from megatron_hydra.export.cache_hydra import HydraCache  # noqa: E402
 from megatron_hydra.export.modeling_hydra import HydraForCausalLM  # noqa: E402
 
 
@@ -64,6 +66,18 @@ def test_gradient_checkpointing_changes_nothing():
     assert loss == expected[0]
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_in_training_generates_while_it_checkpoints():
+    """Without gradients no layer runs again; with them a cache would count its tokens twice."""
+    _, exported = twins(fa_query_scale="none")  # which training alone leaves out else
+    tokens, _ = token_batch(exported.config)
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=9, do_sample=False)
+    expected = exported.generate(tokens, **options)
+    exported.train().gradient_checkpointing_enable()
+    assert torch.equal(exported.generate(tokens, **options), expected)
+    with pytest.raises(ValueError, match="runs each layer again, which a cache would count"):
+        exported(tokens, past_key_values=HydraCache(exported.config))
 
 
 def test_new_weights_start_where_megatrons_do():

@@ -1,0 +1,96 @@
+"""What callers of transformers may ask of a model beyond logits, and how they may ask."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+
+import pytest
+import torch
+
+from megatron_hydra.cpu import install_if_needed
+
+install_if_needed()
+
+from kit.exported import HOLES, twins  # noqa: E402
+from kit.tiny import tiny_config, token_batch  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    return twins()[1]
+
+
+@pytest.fixture
+def asked(hybrid):
+    """With a configuration of its own."""
+    return copy.deepcopy(hybrid)
+
+
+def _tokens():
+    return token_batch(tiny_config(), 3, 40)[0]
+
+
+@torch.no_grad()
+def test_hidden_states_by_call_and_by_configuration(hybrid, asked):
+    found = []
+    hook = hybrid.model.layers[1].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    expected = hybrid(_tokens(), output_hidden_states=True).hidden_states
+    hook.remove()
+    assert hybrid(_tokens()).hidden_states is None
+    asked.config.output_hidden_states = True
+    for states in (expected, asked(_tokens()).hidden_states, asked.model(_tokens()).hidden_states):
+        assert len(states) == 3 and all(map(torch.equal, states, expected))
+    assert torch.equal(expected[1], found[0]) and not torch.equal(expected[0], expected[1])
+    assert torch.equal(hybrid.lm_head(expected[-1]), hybrid(_tokens()).logits)
+    assert asked(_tokens(), output_hidden_states=False).hidden_states is None
+
+
+@torch.no_grad()
+def test_a_tuple_by_call_and_by_configuration(hybrid, asked):
+    expected = hybrid(_tokens()).logits
+    asked.config.return_dict = False
+    for found in (hybrid(_tokens(), return_dict=False), asked(_tokens())):
+        assert isinstance(found, tuple) and torch.equal(found[0], expected)
+    assert torch.equal(asked(_tokens(), return_dict=True).logits, expected)
+    states = hybrid.model(_tokens(), return_dict=False)[0]
+    assert torch.equal(hybrid.lm_head(states), expected)
+
+
+def test_attention_weights_are_refused(hybrid, asked):
+    with pytest.raises(ValueError, match="a hybrid returns no attention weights"):
+        hybrid(_tokens(), output_attentions=True)
+    asked.set_attn_implementation("eager")
+    asked.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions is asked for"):
+        asked(_tokens())
+    assert asked(_tokens(), output_attentions=False).logits.shape == (3, 40, 64)
+
+
+@torch.no_grad()
+def test_no_layers_input_outlives_it(hybrid):
+    """All layers' together are gigabytes of a long prompt."""
+    held = []
+    hooks = [
+        hybrid.model.embed_tokens.register_forward_hook(
+            lambda *args: held.append(weakref.ref(args[2]))
+        ),
+        hybrid.model.norm.register_forward_pre_hook(lambda *args: held.append(held[0]())),
+    ]
+    hybrid(_tokens())
+    for hook in hooks:
+        hook.remove()
+    assert len(held) == 2 and held[1] is None
+
+
+@pytest.mark.parametrize("kept", ["dynamic", "static"])
+def test_embeddings_generate_what_their_tokens_do(hybrid, kept):
+    tokens, mask = _tokens(), HOLES
+    options = dict(
+        attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0,
+        cache_implementation=kept,
+    )  # fmt: skip
+    expected = hybrid.generate(tokens, **options)[:, 40:]
+    embeddings = hybrid.get_input_embeddings()(tokens)
+    assert torch.equal(hybrid.generate(inputs_embeds=embeddings, **options), expected)
+    assert len(expected.unique()) > 5, "too dull to compare"
