@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ _LOWEST = -1e30
 _CAN_ROUND_ONCE = "dtype" in torch.ops.aten.bmm.overloads()  # PyTorch 2.8 and later, on a GPU
 
 
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With float32 products where autocast would round them, of a function of a query first."""
+
+    @functools.wraps(function)
+    def run(query: Tensor, *args: Any) -> Any:
+        kind = query.device.type
+        # Of some devices, as one without storage, PyTorch must not be asked more.
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return function(query, *args)
+        with torch.autocast(kind, enabled=False):
+            return function(query, *args)
+
+    return run
+
+
+@without_autocast
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -264,6 +281,7 @@ def _softmax_attention(
     return torch.einsum("bnij,bjnd->bind", weights, values)
 
 
+@without_autocast
 def attention_of_a_token(query: Tensor, keys: Tensor, values: Tensor, is_seen: Tensor) -> Tensor:
     """Softmax attention of one token over a cache with room for t.
 

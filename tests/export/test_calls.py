@@ -67,6 +67,10 @@ def test_attention_weights_are_refused(hybrid, asked):
     assert asked(_tokens(), output_attentions=False).logits.shape == (3, 40, 64)
 
 
+def test_shapes_without_storage(asked):
+    assert asked.to("meta")(_tokens().to("meta")).logits.shape == (3, 40, 64)
+
+
 @torch.no_grad()
 def test_no_layers_input_outlives_it(hybrid):
     """All layers' together are gigabytes of a long prompt."""

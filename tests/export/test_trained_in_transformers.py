@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -78,6 +80,24 @@ def test_a_model_in_training_generates_while_it_checkpoints():
     assert torch.equal(exported.generate(tokens, **options), expected)
     with pytest.raises(ValueError, match="runs each layer again, which a cache would count"):
         exported(tokens, past_key_values=HydraCache(exported.config))
+
+
+def test_mixed_precision_by_autocast():
+    """As transformers' Trainer computes with bf16=True: no further off than weights in bfloat16."""
+    _, exported = twins()
+    exported.train()
+    tokens, _ = token_batch(exported.config, length=150)
+    loss, expected = _gradients(exported, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed_loss, mixed = _gradients(exported, tokens)
+    half_loss, half = _gradients(copy.deepcopy(exported).bfloat16(), tokens)
+    assert 0 < abs(mixed_loss - loss) < 0.01 * loss
+    distances = [
+        sum((found[name].float() - x).square().sum() for name, x in expected.items()).sqrt()
+        for found in (mixed, half)
+    ]
+    assert 0 < distances[0] < distances[1]
+    assert all(gradient.dtype == torch.float32 for gradient in mixed.values())
 
 
 def test_new_weights_start_where_megatrons_do():
