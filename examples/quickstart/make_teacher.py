@@ -98,6 +98,8 @@ def train_tokenizer(text: str, vocab_size: int, max_positions: int) -> PreTraine
         pad_token=END_OF_TEXT,
         model_max_length=max_positions,
         clean_up_tokenization_spaces=False,
+        # No token types, which `generate` in transformers 4 does not know.
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -74,9 +74,8 @@ inputs = pipe.tokenizer.apply_chat_template(
 )
 by_hand = pipe.tokenizer("<system>Be brief.<user>Once upon<assistant>", return_tensors="pt")
 for each in (inputs, by_hand):
-    ids = each["input_ids"]
-    new = pipe.model.generate(ids, attention_mask=each["attention_mask"], **options)
-    said.append(pipe.tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True))
+    new = pipe.model.generate(**each, **options)[0, each["input_ids"].shape[1]:]
+    said.append(pipe.tokenizer.decode(new, skip_special_tokens=True))
 print(json.dumps(said))
 """
 
