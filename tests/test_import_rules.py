@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hydra.model.mixers.costs import LA_KINDS
+
 ROOT = Path(__file__).parents[1]
 SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
 
@@ -307,6 +309,23 @@ def test_fixtures_and_benchmarks_stay_out_of_the_library(files: list[SourceFile]
         if item.package in {"kit", *benchmarks}
     ]
     assert not wrong, wrong
+
+
+def test_a_kind_of_head_is_known_by_name_in_its_own_files_alone(files: list[SourceFile]) -> None:
+    """Full attention apart: plans name it. Exported code stands alone, with a list of its own; a
+    teacher's config.json has a key that is called as a kind is."""
+    own = ("megatron_hydra/model/mixers/", "megatron_hydra/export/configuration_hydra.py",
+           "megatron_hydra/export/mixers_hydra.py", "megatron_hydra/teachers/config_json.py",
+    )  # fmt: skip
+    found: dict[str, set[str]] = {kind: set() for kind in LA_KINDS}
+    for file in library(files):
+        tree = ast.parse((ROOT / file.path).read_text(encoding="utf-8"))
+        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and node.value in found and id(node) not in texts:
+                found[node.value].add(file.path)
+    wrong = {kind: [p for p in paths if not p.startswith(own)] for kind, paths in found.items()}
+    assert all(found.values()) and not any(wrong.values()), wrong
 
 
 def test_importing_the_package_does_not_import_megatron(files: list[SourceFile]) -> None:

@@ -197,7 +197,7 @@ class HydraCache(Cache):
             layers=[HydraLayerCache(max_length) for _ in range(config.num_hidden_layers)]
         )
         self.max_length = max_length
-        self._made_for = _marks(config)
+        self._made_for = config.cache_sizes
         self._has_padding = False
 
     def takes_step(self, num_tokens: int) -> bool:
@@ -258,7 +258,7 @@ def check_cache(cache: Any, config: HydraHeadConfig) -> None:
             f"past_key_values is a {type(cache).__name__}; a hybrid needs its own HydraCache, "
             "which generate makes where none is given"
         )
-    if cache._made_for != _marks(config):
+    if cache._made_for != config.cache_sizes:
         raise ValueError(
             "the cache was made for another model: its heads have other kinds or sizes"
         )
@@ -269,11 +269,3 @@ def _fixed(x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)
     return x
-
-
-def _marks(config: HydraHeadConfig) -> tuple[Any, ...]:
-    """What decides the cache's shapes."""
-    kernel_size = config.la_conv_kernel_size if config.la_short_conv else 0
-    kinds = tuple(map(tuple, config.head_kinds))
-    sizes = (config.num_key_value_heads, config.head_dim, config.sliding_window_tokens)
-    return (kinds, *sizes, kernel_size)

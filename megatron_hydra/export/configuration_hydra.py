@@ -157,6 +157,14 @@ class HydraHeadConfig(PretrainedConfig):
         per_group = self.num_attention_heads // self.num_key_value_heads
         return sorted({head // per_group for head in self.heads_of(layer, "fa")})
 
+    @property
+    def cache_sizes(self) -> tuple[Any, ...]:
+        """What decides the shapes of a cache: one made for other sizes is another model's."""
+        kernel_size = self.la_conv_kernel_size if self.la_short_conv else 0
+        kinds = tuple(map(tuple, self.head_kinds))
+        sizes = (self.num_key_value_heads, self.head_dim, self.sliding_window_tokens)
+        return (kinds, *sizes, kernel_size)
+
     def _check(self) -> None:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.mixers.costs import CostModel, LAKind
+from megatron_hydra.model.mixers.costs import DEFAULT_LA_KIND, CostModel, LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
@@ -94,7 +94,7 @@ class HydraFields:
 
     # LA heads. What begins with la_ holds for all kinds that have a recurrence: their native parts,
     # plus RoPE on q and k.
-    la_kind: LAKind = field(default="gated_delta_net", metadata=MAY_LACK)
+    la_kind: LAKind = field(default=DEFAULT_LA_KIND, metadata=MAY_LACK)
     """What the heads are that are not FA, where the plan names no kind: `gated_delta_net` (arXiv
     2412.06464), `kda` (Kimi Delta Attention, arXiv 2510.26692) or `sliding_window`."""
     la_short_conv: bool = True

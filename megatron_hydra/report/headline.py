@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from megatron_hydra.evaluation.results import Accuracy, Cell, Evaluation, ModelResult
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.training_runs import recorded
-from megatron_hydra.selection.cost import SERVE_DTYPES, num_stored_groups, other_heads, weight_bytes
+from megatron_hydra.selection.cost import (
+    SERVE_DTYPES,
+    num_heads_keeping,
+    num_stored_groups,
+    other_heads,
+    weight_bytes,
+)
 from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.selection.shape import ModelShape
@@ -73,6 +79,7 @@ def headline(
     kind = (read_shape(plan) or scores.shape).la_kind
     return {
         "other_heads": other_heads(plan, kind),
+        "has_windows": num_heads_keeping("window", plan, kind) > 0,
         "title": f"{name}: {title}" if name else title,
         "teacher_name": name,
         "shape": scores.shape,

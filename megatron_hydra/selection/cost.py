@@ -20,7 +20,7 @@ from typing import Literal
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, HeadPlan
-from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, KindCosts, LAKind
+from megatron_hydra.model.mixers.costs import COSTS, LA_KINDS, KindCosts, LAKind, Memory
 from megatron_hydra.selection.shape import ModelShape
 
 GIB = 2**30
@@ -142,6 +142,12 @@ def other_heads(plan: HeadPlan, la_kind: LAKind) -> str:
     return ", ".join(
         f"{n:,} {COSTS[kind].title}" for kind, n in kinds.most_common() if kind != "fa"
     )
+
+
+def num_heads_keeping(memory: Memory, plan: HeadPlan, la_kind: LAKind) -> int:
+    """Heads of the kinds that keep this of earlier tokens, in the whole model."""
+    kinds = (kind for layer in plan.resolved(la_kind).layers for kind in layer.kinds)
+    return sum(COSTS[kind].memory == memory for kind in kinds)
 
 
 def num_stored_groups(plan: HeadPlan) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.mixers.costs import WINDOW_KIND
 from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints, Problem
 from megatron_hydra.selection.combination import Array, Combination
@@ -28,7 +29,7 @@ from megatron_hydra.selection.explanation import (
 )
 from megatron_hydra.selection.optimiser import Head, Solver, choose_heads, least_excess
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.selection.shape import WINDOW, ModelShape
+from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.selection.windows import choose_windows
 
 DEFAULT_CONTEXT_TOKENS = 32768
@@ -262,7 +263,7 @@ def _make_plan(
         scores.num_heads,
         scores.num_query_groups,
         scores.teacher_config_hash,
-        other_kinds={layer: {WINDOW: heads} for layer, heads in windows.items()},
+        other_kinds={layer: {WINDOW_KIND: heads} for layer, heads in windows.items()},
     )
 
 

@@ -11,15 +11,13 @@ from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.head_plan import HeadKind, HeadPlan
-from megatron_hydra.model.mixers.costs import CostModel, LAKind
+from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.mixers.costs import DEFAULT_LA_KIND, WINDOW_KIND, CostModel, LAKind
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
 if TYPE_CHECKING:
     from megatron_hydra.model.config import HydraConfig
-
-WINDOW: HeadKind = "sliding_window"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class LAHeads:
         sliding_window_tokens: What heads of a sliding window see.
     """
 
-    la_kind: LAKind = field(default="gated_delta_net", metadata=MAY_LACK)
+    la_kind: LAKind = field(default=DEFAULT_LA_KIND, metadata=MAY_LACK)
     sliding_window_tokens: Count = field(default=512, metadata=MAY_LACK)
 
 
@@ -169,7 +167,7 @@ def even_plan(shape: ModelShape, fa_ratio: float, window_ratio: float = 0.0) -> 
 
     return HeadPlan.from_fa_heads(
         by_layer(fa), shape.num_layers, n, shape.num_query_groups,
-        other_kinds={layer: {WINDOW: heads} for layer, heads in by_layer(windows).items()},
+        other_kinds={layer: {WINDOW_KIND: heads} for layer, heads in by_layer(windows).items()},
     )  # fmt: skip
 
 

@@ -9,11 +9,11 @@ from fractions import Fraction
 import numpy as np
 
 from megatron_hydra.errors import UserError
+from megatron_hydra.model.mixers.costs import COSTS
 from megatron_hydra.selection.budget import Budget
 from megatron_hydra.selection.combination import Array
 from megatron_hydra.selection.optimiser import Head
 from megatron_hydra.selection.scores import HeadScores
-from megatron_hydra.selection.shape import WINDOW
 
 SCORERS = ("mean_ablation", "window_ablation")
 """By whose effects windows are chosen."""
@@ -50,8 +50,8 @@ def check_windows(ratio: Fraction, la_kind: str, budget_kind: str) -> None:
     """
     if not 0 <= ratio <= 1:
         raise UserError(f"the window ratio is {float(ratio):g}; allowed: 0 to 1")
-    if la_kind == WINDOW:
-        raise UserError(f"model.la_kind is {WINDOW}: all heads without FA are windows already")
+    if COSTS[la_kind].memory == "window":
+        raise UserError(f"model.la_kind is {la_kind}: all heads without FA are windows already")
     if budget_kind in ("cache_gib", "decode_ms"):
         raise UserError(
             f"a budget by {budget_kind} counts no windows: give the number or ratio of FA heads, "

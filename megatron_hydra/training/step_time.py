@@ -26,6 +26,7 @@ from megatron_hydra.selection.cost import (
     Device,
     attention_weight_bytes,
     flops_of_sequence,
+    num_heads_keeping,
     num_stored_groups,
     weight_bytes,
 )
@@ -136,7 +137,7 @@ class Work:
         student_flops: Of what is trained, without the output layer: in stage 1 the attentions.
         logits_flops: Of an output layer; 0 in stage 1.
         num_trained: Parameters.
-        la_heads: Per layer.
+        recurrent_heads: Per layer, whose state context-parallel ranks hand on.
         stored_groups: Query groups that FA heads use, per layer.
     """
 
@@ -147,7 +148,7 @@ class Work:
     student_flops: float
     logits_flops: float
     num_trained: float
-    la_heads: float
+    recurrent_heads: float
     stored_groups: float
 
     @classmethod
@@ -166,7 +167,7 @@ class Work:
             student_flops=flops.of(plan) - logits - (mlp if is_align else 0),
             logits_flops=0 if is_align else logits,
             num_trained=trained(shape, "bf16").of(plan) / 2,
-            la_heads=shape.num_heads - plan.num_fa_heads / shape.num_layers,
+            recurrent_heads=num_heads_keeping("state", plan, shape.la_kind) / shape.num_layers,
             stored_groups=num_stored_groups(plan) / shape.num_layers,
         )
 
@@ -300,7 +301,7 @@ class _Step:
     def _context_parallel(self) -> float:
         layout, shape = self.layout, self.work.shape
         passes = _STUDENT_PASSES + self._recomputed_share
-        share = self.work.la_heads * shape.head_dim / (12 * 128) / layout.tensor
+        share = self.work.recurrent_heads * shape.head_dim / (12 * 128) / layout.tensor
         seconds = CP_SECONDS * self._tokens * self._layers * passes * share
         # Within a node the keys' and values' way is in what was measured.
         if not self._is_within_node(layout.context, layout.tensor):

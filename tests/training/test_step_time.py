@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def _seconds(
 ) -> float:
     work = Work.of(SHAPE, even_plan(SHAPE, 0.25), stage, length)
     return step_time(work, batch, layout, DEVICES["h100"]).seconds
+
+
+def test_heads_that_hand_on_no_state_cost_context_parallel_ranks_nothing_more() -> None:
+    shape = replace(SHAPE, la_kind="sliding_window")
+    kinds = {0: {"gated_delta_net": [1, 2], "kda": [3]}, 1: {"sliding_window": [4]}}
+    plan = HeadPlan.from_fa_heads({0: [0]}, 28, 16, 8, other_kinds=kinds)
+    layout, device = Layout(context=2), DEVICES["h100"]
+    for of, given, recurrent in ((shape, plan, 3), (SHAPE, plan, 28 * 16 - 2),
+                                 (shape, even_plan(shape, 0.25), 0)):  # fmt: skip
+        work = Work.of(of, given, "distill", 65536)
+        assert work.recurrent_heads * 28 == pytest.approx(recurrent)
+        without = replace(work, recurrent_heads=0.0)
+        more = step_time(work, 1, layout, device).seconds
+        more -= step_time(without, 1, layout, device).seconds
+        # CP_SECONDS' sentence: per token of a rank, layer and pass, for 12 heads.
+        assert more == pytest.approx(1.21e-7 * 32768 * 3 * recurrent / 12, abs=1e-9)
 
 
 @pytest.mark.parametrize("stage", ["align", "distill", "long_context"])

@@ -42,6 +42,7 @@ from megatron_hydra.export.configuration_hydra import HydraHeadConfig
 from megatron_hydra.export.modeling_hydra import HydraForCausalLM
 from megatron_hydra.export.stream_hydra import CACHE
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.model.mixers.costs import DEFAULT_LA_KIND
 from megatron_hydra.selection.cost import total_cache_bytes
 
 KIND, SCHEMA_VERSION = "megatron_hydra.decoding_benchmark", 2
@@ -121,7 +122,7 @@ def make_model(plan: HeadPlan | None, **sizes: Any) -> Any:
     if plan is None:
         model: Any = Qwen3ForCausalLM(Qwen3Config(**shape))
     else:
-        kinds = [list(layer.kinds) for layer in plan.resolved("gated_delta_net").layers]
+        kinds = [list(layer.kinds) for layer in plan.resolved(DEFAULT_LA_KIND).layers]
         model = HydraForCausalLM(HydraHeadConfig(head_kinds=kinds, **shape))
     return model.to(torch.bfloat16).eval()
 

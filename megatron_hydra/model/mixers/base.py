@@ -93,7 +93,7 @@ class Mixer(HeadModule):
     """
 
     kind: ClassVar[HeadKind]
-    """As plans name it."""
+    """As plans name it: what `costs` says."""
     label: ClassVar[str]
     """As messages call its heads."""
     module_name: ClassVar[str]

@@ -1,7 +1,7 @@
 """What one head of each kind costs: matrices, operations, state, and what a training step keeps.
 
-Free of PyTorch, so that planning starts quickly. Placement, planning and the memory estimate read
-`COSTS`, whose keys are the names of all kinds.
+Free of PyTorch, so that planning starts quickly. Here each kind says its name, too: placement,
+planning and the estimates find the kinds in `COSTS`, and know none by name but full attention.
 
 Legend: T = tokens of a sequence, h = hidden size, d = head dimension, w = a window's tokens.
 """
@@ -9,12 +9,16 @@ Legend: T = tokens of a sequence, h = hidden size, d = head dimension, w = a win
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from megatron_hydra.head_plan import HeadKind
 from megatron_hydra.schema import Limits
 
 _STATE_BYTES_PER_VALUE = 4  # a recurrent state is float32
+
+Memory = Literal["tokens", "state", "window"]
+"""What a head keeps of earlier tokens: keys and values of all, of the last few alone, or a state
+that every token changes, which one context-parallel rank hands on to the next."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class CostModel:
         return 2.0 * sequence_length * self.hidden_size * self.head_dim
 
     def head(self, kind: HeadKind, sequence_length: int) -> float:
-        """FLOPs of a head of a kind; of an LA head of a model unknown, Gated DeltaNet's."""
-        return COSTS["gated_delta_net" if kind == "la" else kind].flops(self, sequence_length)
+        """FLOPs of a head of a kind; of an LA head of a model unknown, the default kind's."""
+        return COSTS[DEFAULT_LA_KIND if kind == "la" else kind].flops(self, sequence_length)
 
     def fa_group(self, sequence_length: int) -> float:
         """Key and value projection of one query group, paid by the rank that owns it."""
@@ -61,7 +65,10 @@ class CostModel:
 class FullAttentionCosts:
     """Softmax over all that came before; keys and values are the query group's cost."""
 
+    kind: ClassVar[HeadKind] = "fa"
+    """As plans name it."""
     title = "full attention"
+    memory: ClassVar[Memory] = "tokens"
 
     def weights(self, model: CostModel) -> float:
         """Values of its matrices: query, gate, output."""
@@ -97,7 +104,9 @@ class FullAttentionCosts:
 class GatedDeltaNetCosts:
     """A gated linear recurrence with a decay per head."""
 
+    kind: ClassVar[HeadKind] = "gated_delta_net"
     title = "Gated DeltaNet"
+    memory: ClassVar[Memory] = "state"
 
     def decay_rows(self, head_dim: int) -> int:
         """Rows of the in-projection that its decay is made of."""
@@ -154,6 +163,7 @@ class GatedDeltaNetCosts:
 class KimiDeltaAttentionCosts(GatedDeltaNetCosts):
     """A decay per channel. What training keeps of it is counted, not measured on a GPU."""
 
+    kind = "kda"
     title = "Kimi Delta Attention"
 
     def decay_rows(self, head_dim: int) -> int:
@@ -182,7 +192,9 @@ class KimiDeltaAttentionCosts(GatedDeltaNetCosts):
 class SlidingWindowCosts:
     """Softmax over the last w tokens. What training keeps is counted, not measured on a GPU."""
 
+    kind: ClassVar[HeadKind] = "sliding_window"
     title = "sliding window"
+    memory: ClassVar[Memory] = "window"
 
     def weights(self, model: CostModel) -> float:
         """q, k, v, gate and output."""
@@ -209,12 +221,12 @@ class SlidingWindowCosts:
 
 
 KindCosts = FullAttentionCosts | GatedDeltaNetCosts | SlidingWindowCosts
-COSTS: dict[HeadKind, KindCosts] = {
-    "fa": FullAttentionCosts(),
-    "gated_delta_net": GatedDeltaNetCosts(),
-    "kda": KimiDeltaAttentionCosts(),
-    "sliding_window": SlidingWindowCosts(),
-}
+_ALL = (FullAttentionCosts(), GatedDeltaNetCosts(), KimiDeltaAttentionCosts(), SlidingWindowCosts())
+COSTS: dict[HeadKind, KindCosts] = {costs.kind: costs for costs in _ALL}
 LA_KINDS = tuple(kind for kind in COSTS if kind != "fa")
+DEFAULT_LA_KIND: HeadKind = LA_KINDS[0]
+"""What LA heads are where nothing says what."""
+WINDOW_KIND: HeadKind = next(kind for kind, costs in COSTS.items() if costs.memory == "window")
+"""What heads become whose work is local."""
 LAKind = Annotated[str, Limits(choices=LA_KINDS)]
 """The type of a field that says what LA heads are."""

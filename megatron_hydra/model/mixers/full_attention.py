@@ -36,10 +36,10 @@ class FullAttention(Mixer):
             by the context-parallel size.
     """
 
-    kind = "fa"
     label = "FA"
     module_name = "full_attention"
     costs = FullAttentionCosts()
+    kind = costs.kind
     gate_name = "fa_gate"
 
     @classmethod

@@ -46,10 +46,10 @@ class GatedDeltaNet(Mixer):
     and the L2 norm. Decay exp(-exp(A_log) softplus(a + dt_bias)) is computed in float32.
     """
 
-    kind = "gated_delta_net"
     label = "LA"
     module_name = "linear_attention"
     costs = GatedDeltaNetCosts()
+    kind = costs.kind
     prefix = "la"
     """Of its sections' names."""
     gate_name = "la_gate"

@@ -31,10 +31,10 @@ class KimiDeltaAttention(GatedDeltaNet):
     tensor-parallel ranks, checkpoints and plans deal with.
     """
 
-    kind = "kda"
     label = "KDA"
     module_name = "kimi_delta_attention"
     costs = KimiDeltaAttentionCosts()
+    kind = costs.kind
     prefix = "kda"
     gate_name = "kda_gate"
     head_tensors = ("conv_weight", "A_log", "dt_bias", "decay_up")

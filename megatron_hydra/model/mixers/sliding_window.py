@@ -39,10 +39,10 @@ class SlidingWindow(Mixer):
     Engine's windowed attention, else on `hydra_kernels.window_attention`.
     """
 
-    kind = "sliding_window"
     label = "window"
     module_name = "sliding_window_attention"
     costs = SlidingWindowCosts()
+    kind = costs.kind
     gate_name = "window_gate"
     head_tensors = ("sink",)
     float32_parameters = ("sink",)
