@@ -30,7 +30,7 @@ from megatron_hydra.evaluation.reading import _Model, _Task
 from megatron_hydra.evaluation.results import NeedleGrid
 from megatron_hydra.head_plan import _File as PlanFile
 from megatron_hydra.head_plan import _FileLayer
-from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.combination import Combination
 from megatron_hydra.selection.cost import Costs

@@ -79,6 +79,7 @@ STANDARD_LIBRARY_ONLY = (
     "model/__init__.py",
     "model/mixers/__init__.py",
     "model/mixers/costs.py",
+    "model/options.py",
     "model/placement.py",
     "model/parallel_sizes.py",
 )

@@ -33,7 +33,8 @@ from megatron_hydra.certify.worlds import Ranks
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.options import HydraFields
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ import torch
 from megatron_hydra.certify.certificate import WELL_CONDITIONED
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.schema import read_config
 from megatron_hydra.teachers.checkpoint import model_fields, read_metadata
 from megatron_hydra.teachers.loading import megatron_fields

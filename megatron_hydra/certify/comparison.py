@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_hydra.certify.training import Record
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.mixers.kinds import KINDS
+from megatron_hydra.model.options import HydraFields
 
 QUANTITIES = ("logits", "loss", "gradient norm", "gradients", "parameters")
 # A head's values are measured against the head's largest, but not below this part of its tensor's

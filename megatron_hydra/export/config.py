@@ -7,7 +7,8 @@ import torch
 from megatron_hydra.export.configuration_hydra import HydraHeadConfig
 from megatron_hydra.export.modeling_hydra import HydraForCausalLM
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.config import HydraConfig, stored_fields
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.options import stored_fields
 
 NAMES = {
     "vocab_size": "vocab_size",

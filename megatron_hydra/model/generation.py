@@ -18,8 +18,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.decoding import check_decoding, without_sequence_parallelism
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.schema import Limits, check_fields
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra_kernels.linear_kl import LossOptions
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
-from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.sequence import shard_batch
 from megatron_hydra.nemo.data import pack_documents
 from megatron_hydra.teachers.checkpoint import load_checkpoint
@@ -242,15 +241,7 @@ class HydraModel(llm.GPTModel):
             batch["position_ids"],
             batch["labels"],
             batch["loss_mask"],
-            loss=LossOptions(
-                kl_weight=self.transfer.kl_weight,
-                ce_weight=self.transfer.ce_weight,
-                kind=self.transfer.kl,
-                jsd_beta=self.transfer.jsd_beta,
-                temperature=self.transfer.temperature,
-                chunk_tokens=self.transfer.chunk_tokens,
-                float32_logits=self.transfer.float32_logits,
-            ),
+            loss=self.transfer.loss,
             packed_seq_params=batch.get("packed_seq_params"),
         )
         parts = {"loss": losses.loss_sum, "ce": losses.ce_sum}

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import release_cuda_graphs
-from megatron_hydra.model.config import HydraFields, recompute_fields
+from megatron_hydra.model.config import recompute_fields
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.nemo.agreement import check_ranks_agree
 from megatron_hydra.nemo.bad_numbers import NumberWatch
@@ -47,21 +47,17 @@ from megatron_hydra.teachers.checkpoint import (
 from megatron_hydra.teachers.distributed_weights import check_weights
 from megatron_hydra.teachers.loading import megatron_fields
 from megatron_hydra.teachers.tokenizer import load_tokenizer
-from megatron_hydra.training.config import ModelSection, RunConfig
+from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_checks import check_ranks
 from megatron_hydra.training.dataset_checks import check_all_datasets
 from megatron_hydra.training.going_on import newest_checkpoint, run_identity
+from megatron_hydra.training.model_section import MODEL_OPTIONS
 from megatron_hydra.training.run_folder import RunFolder
 from megatron_hydra.training.run_inputs import check_present, datasets_hash
 from megatron_hydra.training.utilization import seconds_at_peak
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 logger = logging.getLogger(__name__)
-
-# What a training's YAML may change of the model's own configuration.
-_MODEL_OPTIONS = sorted(
-    {item.name for item in fields(ModelSection)} & {item.name for item in fields(HydraFields)}
-)
 
 
 class TrainingRun:
@@ -327,9 +323,7 @@ class TrainingRun:
     def _model_config(self) -> HydraGPTConfig:
         config, model = self.config, self.config.model
         chosen = {
-            name: getattr(model, name)
-            for name in _MODEL_OPTIONS
-            if getattr(model, name) is not None
+            name: getattr(model, name) for name in MODEL_OPTIONS if getattr(model, name) is not None
         }
         if model.cuda_graphs:
             chosen["cuda_graph_impl"] = "local"
@@ -349,7 +343,7 @@ class TrainingRun:
 
     def _resolved(self) -> RunConfig:
         """The configuration as the run takes it, for its folder."""
-        options = {name: getattr(self.model_config, name) for name in _MODEL_OPTIONS}
+        options = {name: getattr(self.model_config, name) for name in MODEL_OPTIONS}
         options["la_kernel"] = choose_la_kernel(self.model_config.la_kernel)
         options["fused_kernels"] = choose_fused_kernels(self.model_config.fused_kernels)
         model = replace(self.config.model, **options)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.model.mixers.costs import DEFAULT_LA_KIND, WINDOW_KIND, CostModel, LAKind
+from megatron_hydra.model.mixers.costs import WINDOW_KIND, CostModel, LAKind
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.parallel_sizes import ParallelSizes
 from megatron_hydra.schema import MAY_LACK, Count, Limits, check_fields
 
@@ -29,8 +30,10 @@ class LAHeads:
         sliding_window_tokens: What heads of a sliding window see.
     """
 
-    la_kind: LAKind = field(default=DEFAULT_LA_KIND, metadata=MAY_LACK)
-    sliding_window_tokens: Count = field(default=512, metadata=MAY_LACK)
+    la_kind: LAKind = field(default=HydraFields.la_kind, metadata=MAY_LACK)
+    sliding_window_tokens: Count = field(
+        default=HydraFields.sliding_window_tokens, metadata=MAY_LACK
+    )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import read_json, write_beside
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
-from megatron_hydra.model.config import HydraConfig, stored_fields
+from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.options import stored_fields
 from megatron_hydra.schema import MAY_LACK, from_json
 from megatron_hydra.teachers.config_json import LATER_FIELDS, SHAPE_FIELDS, teacher_hash
 from megatron_hydra.teachers.distributed_weights import (

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from hydra_kernels.loss_options import Kind, LossOptions
 
 from megatron_hydra.schema import Limits, PathText, read_config
 from megatron_hydra.training.config_checks import check
+from megatron_hydra.training.model_section import ModelSection
 
 Stage = Literal["align", "distill", "long_context"]
 _Count = Annotated[int, Limits(least=1, below=2**31)]
@@ -50,37 +52,6 @@ MAY_CHANGE = (
 many there are, but not what a step is. What is not here is held to what the run began with."""
 HELD_BY_CONTENT = ("transfer.init_from", "transfer.teacher", "data.paths")
 """What else a run is held to: the contents that these name, however they are spelt."""
-
-
-@dataclass
-class ModelSection:
-    """Changes to the configuration stored in the checkpoint; None keeps what is stored there.
-
-    Only fields that leave the parameters' names and shapes alone can be changed here. The run
-    folder's run_config.yaml holds what was chosen for None and `auto`.
-    """
-
-    backend: Literal["local", "transformer_engine"] | None = None
-    """None: Transformer Engine on a GPU, `local` on a CPU."""
-    la_kernel: Literal["auto", "reference", "fla"] | None = None
-    fused_kernels: Literal["auto", "reference", "triton"] | None = None
-    overlap_branches: bool | None = None
-    """None: by the tokens of each micro-batch, as `HydraConfig` says; the run folder keeps None."""
-    placement: Literal["balanced", "by_type"] | None = None
-    fa_query_scale: Literal["none", "inference", "always"] | None = None
-    fa_query_scale_start: _CountOr0 | None = None
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass instead of kept: those between an
-    attention's two projections, or each layer's."""
-    recompute_layers: _Count | None = None
-    """With `recompute: full`, the first so many layers of each pipeline stage alone; None: all.
-    As few as the memory allows are the fastest (`megatron_hydra.training.memory`)."""
-    cuda_graphs: bool = False
-    """Replay the student's layers from Megatron's CUDA graphs, captured after the first step: below
-    some 16,384 tokens per micro-batch Python launches kernels more slowly than a GPU runs them.
-
-    Only where each micro-batch is like the last and keeps all activations: stages 2 and 3, samples
-    whole, nothing recomputed, neither pipeline nor context parallel."""
 
 
 @dataclass
@@ -258,18 +229,24 @@ class TransferSection:
     """
     ce_weight: _PositiveOr0 | None = None
     """Weight of the next-token loss; default 1; None to align."""
-    kl: Literal["forward", "reverse", "jsd"] = "forward"
+    kl: Kind = LossOptions.kind
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence:
     `jsd_beta` times the teacher's KL to the mixture, plus the rest times the student's."""
-    jsd_beta: Annotated[float, Limits(above=0, below=1)] = 0.5
+    jsd_beta: Annotated[float, Limits(above=0, below=1)] = LossOptions.jsd_beta
     """Share of the teacher in the mixture of `kl: jsd`."""
-    temperature: Annotated[float, Limits(above=0)] = 1.0
+    temperature: Annotated[float, Limits(above=0)] = LossOptions.temperature
     """Softens teacher and student in the divergence, which is multiplied by its square."""
-    float32_logits: bool = False
+    float32_logits: bool = LossOptions.float32_logits
     """Do not round the loss's logits to bfloat16, as Megatron's output layer does: late in the
     distillation, rounding is what the divergence's gradient mostly shows."""
-    chunk_tokens: _Count = 1024
+    chunk_tokens: _Count = LossOptions.chunk_tokens
     """Tokens whose logits exist at one time in the loss."""
+
+    @property
+    def loss(self) -> LossOptions:
+        """The loss of stages 2 and 3; their weights are set."""
+        names = [item.name for item in fields(LossOptions) if item.name != "kind"]
+        return LossOptions(kind=self.kl, **{name: getattr(self, name) for name in names})
 
 
 @dataclass

@@ -7,6 +7,7 @@ meaning stands in one place, the string below its field.
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import sys
@@ -17,8 +18,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from megatron_hydra.model import options
 from megatron_hydra.schema import Limits
-from megatron_hydra.training import config
 from megatron_hydra.training.config import MAY_CHANGE, RunConfig
 
 _HEAD = """\
@@ -33,9 +34,8 @@ of data, teacher and first weights the contents, wherever they lie.
 
 This page is made from `megatron_hydra/training/config.py`, and a test holds it to that file.
 """
-# Where `model` changes the model's own fields, their meaning is told there; read, not imported, as
-# Megatron is slow to import.
-_MODEL_FIELDS = Path(__file__).parents[1] / "model/config.py", "HydraFields"
+# Where `model` changes the model's own fields, their meaning is told there.
+_MODEL_FIELDS = Path(options.__file__), "HydraFields"
 _WORDS = {int: "integer", float: "number", bool: "`true` or `false`", str: "text"}
 
 
@@ -52,21 +52,21 @@ def config_reference() -> str:
 
 
 def _section(name: str, cls: type) -> str:
-    path = Path(config.__file__)
     inherited = meanings(*_MODEL_FIELDS) if name == "model" else {}
-    own = meanings(path, cls.__name__)
+    own = meanings(Path(inspect.getfile(cls)), cls.__name__)
     hints = typing.get_type_hints(cls, include_extras=True)
     rows = []
     for item in fields(cls):
-        told = [found[item.name] for found in (inherited, own) if item.name in found]
-        if not told:
+        told = [found.get(item.name, "") for found in (inherited, own)]
+        told.append(item.metadata.get("none", ""))
+        if not any(told):
             raise ValueError(f"{cls.__name__}.{item.name} has no string below it that explains it")
         changes = {name, f"{name}.{item.name}"} & set(MAY_CHANGE)
         cells = (
             f"`{item.name}`" + "*" * bool(changes),
             _values(hints[item.name]),
             _default(item),
-            _in_yaml(" ".join(told)),
+            _in_yaml(" ".join(filter(None, told))),
         )
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     head = "| key | values | default | meaning |\n|---|---|---|---|"

@@ -206,7 +206,7 @@ def test_decay_rates_stay_float32_in_a_bfloat16_model():
         ("seq_length", "x", "an integer is needed"),
         ("seq_length", 64.0, "an integer is needed"),
         ("vocab_size", 0, "it must be 1 or more"),
-        ("fa_query_scale_start", -600, "it must be 0 or more"),
+        ("fa_query_scale_start", -600, r"it must be 0 or more, and below 2\^31"),
         ("fa_query_scale_base", math.nan, "a number is needed"),
         ("fa_query_scale_base", 1.0, "it must be above 1"),
         ("rotary_base", math.nan, "a number is needed"),

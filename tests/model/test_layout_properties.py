@@ -20,10 +20,10 @@ from torch import Tensor
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
 from megatron_hydra.model import projection
 from megatron_hydra.model.build import build_model
-from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.mixers.kinds import KINDS, lay_out
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.placement import LayerPlacement, PlacementPolicy, place_heads
 from megatron_hydra.model.projection import ProjectionLayout, SectionGradients
 from megatron_hydra.model.sequence import (

@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
-from megatron_hydra.model.config import HydraFields
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.config_reference import _MODEL_FIELDS, config_reference, meanings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +13,8 @@ import pytest
 import yaml
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.config import HydraFields
 from megatron_hydra.training.config import (
     MAY_CHANGE,
-    ModelSection,
     OptimSection,
     RunConfig,
     differences,
@@ -79,13 +78,12 @@ def _numbers(section: type) -> Iterator[str]:
             yield name
 
 
-def test_the_models_options_are_those_of_its_configuration() -> None:
-    """Else a YAML could not choose what the model knows, or chose what it does not."""
-    own, models = typing.get_type_hints(ModelSection), typing.get_type_hints(HydraFields)
-    shared = own.keys() & models.keys()
-    assert {"backend", "placement", "la_kernel", "fused_kernels", "fa_query_scale"} <= shared
-    for name in shared:
-        assert own[name] == models[name] | None, name
+def test_the_yaml_sets_every_option_of_the_loss(config_file: Path) -> None:
+    options = dict(kl_weight=0.5, ce_weight=0.25, jsd_beta=0.1, temperature=2.0, chunk_tokens=7,
+                   float32_logits=True)  # fmt: skip
+    overrides = [f"transfer.{name}={value}" for name, value in {"kl": "jsd", **options}.items()]
+    transfer = load_config(config_file, overrides).transfer
+    assert asdict(transfer.loss) == {"kind": "jsd", **options}
 
 
 def test_every_number_has_a_range(config_file: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from hydra_kernels.device import check_device
 from hydra_kernels.linear_kl import reference
-from hydra_kernels.linear_kl.settings import LossOptions, Settings, VocabShards
+from hydra_kernels.linear_kl.settings import Settings, VocabShards
+from hydra_kernels.loss_options import LossOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

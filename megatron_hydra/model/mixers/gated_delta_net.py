@@ -17,7 +17,6 @@ from hydra_kernels.warm_up import load
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.kernel_choice import (
     check_la_heads,
@@ -26,6 +25,7 @@ from megatron_hydra.model.kernel_choice import (
 )
 from megatron_hydra.model.mixers.base import CalibratedStart, Mixer, Stream
 from megatron_hydra.model.mixers.costs import GatedDeltaNetCosts
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import (
     InitHead,

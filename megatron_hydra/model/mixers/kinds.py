@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.head_plan import HeadKind, HeadPlan, LayerHeadPlan
-from megatron_hydra.model.config import HydraFields
 from megatron_hydra.model.mixers.base import Mixer
 from megatron_hydra.model.mixers.full_attention import FullAttention
 from megatron_hydra.model.mixers.gated_delta_net import GatedDeltaNet
 from megatron_hydra.model.mixers.kda import KimiDeltaAttention
 from megatron_hydra.model.mixers.sliding_window import SlidingWindow
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import ProjectionLayout
 

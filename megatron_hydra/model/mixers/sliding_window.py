@@ -16,12 +16,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
-from megatron_hydra.model.config import HydraConfig, HydraFields
+from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.decoding import LayerState
 from megatron_hydra.model.local_modules import LocalCoreAttention
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.mixers.costs import SlidingWindowCosts
+from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sharding import head_parameter
 
