@@ -21,15 +21,17 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.hydra_attention import HydraAttention
-from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.findings import (
     RankFindings,
     bad_gradients,
     bad_heads,
     bad_losses,
     describe,
+    records,
+    value_of,
 )
-from megatron_hydra.training.samples import describe_samples, micro_batch_samples
+from megatron_hydra.training.run_folder import RunFolder
+from megatron_hydra.training.samples import Samples, micro_batch_samples
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,14 @@ class NumberWatch(pl.Callback):
         is_stopping: Whether the run is to end after this step; the same on every rank.
 
     Args:
-        config: The run's configuration.
+        folder: The run's; what is found is written there, and its configuration says what to do.
         asks_to_stop: Whether this rank is asked to end the run; looked at once per step.
     """
 
-    def __init__(self, config: RunConfig, asks_to_stop: Callable[[], bool] = lambda: False) -> None:
-        self.section, self.data = config.bad_numbers, config.data
-        self.stage = config.transfer.stage
+    def __init__(self, folder: RunFolder, asks_to_stop: Callable[[], bool] = lambda: False) -> None:
+        self.folder = folder
+        self.section, self.data = folder.config.bad_numbers, folder.config.data
+        self.stage = folder.config.transfer.stage
         self.asks_to_stop = asks_to_stop
         self.is_skipped = self.is_stopping = False
         self.num_skipped = self._skipped_in_a_row = self._step = 0
@@ -134,13 +137,26 @@ class NumberWatch(pl.Callback):
         if not self.is_skipped:
             self._skipped_in_a_row = 0
             return False
-        self._skip(self._describe_step())
+        self._skip(*self._look_closer())
         return True
 
-    def _skip(self, description: str) -> None:
-        most = self.section.max_skipped_in_a_row
+    def _skip(self, ranks: Sequence[RankFindings], samples: Samples) -> None:
+        most, stops = self.section.max_skipped_in_a_row, self.section.action == "stop"
+        if torch.distributed.get_rank() == 0:
+            norm = self.grad_norm if math.isfinite(self.grad_norm) else value_of(self.grad_norm)
+            self._write(
+                "bad_numbers",
+                samples,
+                is_skipped=not stops and self._skipped_in_a_row < most,
+                grad_norm=norm,
+                findings=records(ranks),
+            )
+        description = (
+            f"step {self._step + 1} of stage {self.stage} is bad: "
+            f"{describe(ranks, self.grad_norm)}; read from {samples.words}"
+        )
         ending = "the weights were left as they were before it"
-        if self.section.action == "stop":
+        if stops:
             raise UserError(
                 f"{description}; {ending}: the same command goes on from the newest checkpoint, "
                 "and leaves such steps out with bad_numbers.action=skip"
@@ -155,7 +171,13 @@ class NumberWatch(pl.Callback):
         if torch.distributed.get_rank() == 0:
             logger.warning("%s; skipped: %s", description, ending)
 
-    def _describe_step(self) -> str:
+    def _write(self, what: str, samples: Samples, **fields: Any) -> None:
+        """A line of the run's findings, for programs."""
+        where = {"stage": self.stage, "samples": samples.numbers, "documents": samples.documents}
+        self.folder.append_finding(self._step + 1, {"what": what, **where, **fields})
+
+    def _look_closer(self) -> tuple[list[RankFindings], Samples]:
+        """What all ranks found, and the samples that it may come from."""
         is_finite = [bool(largest.isfinite()) for largest in self._largest_gradients]
         losses = bad_losses(self._micro_batches)
         own = RankFindings.of_this_rank(
@@ -166,23 +188,20 @@ class NumberWatch(pl.Callback):
         )
         ranks: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(ranks, own)
-        return (
-            f"step {self._step + 1} of stage {self.stage} is bad: "
-            f"{describe(ranks, self.grad_norm)}; read from {self._describe_samples(ranks)}"
-        )
+        return ranks, self._samples(ranks)
 
-    def _describe_samples(self, ranks: Sequence[RankFindings] = ()) -> str:
+    def _samples(self, ranks: Sequence[RankFindings] = ()) -> Samples:
         """The step's samples; of a bad step, those of the micro-batches whose loss is bad."""
         size = parallel_state.get_data_parallel_world_size()
         per_micro_batch = size * self.data.micro_batch_size
         every = range(self.data.global_batch_size // per_micro_batch)
         read = {
-            (found.coordinates["data"], finding.place)
+            (found.coordinates["data"], finding.micro_batch)
             for found in ranks
             for finding in found.losses
         }
         read = read or {(rank, number) for rank in range(size) for number in every}
-        return describe_samples(
+        return Samples.at(
             self._dataset,
             (
                 position
@@ -197,7 +216,7 @@ class NumberWatch(pl.Callback):
             trainer.should_stop = True
 
     def spike(self, loss: float) -> float | None:
-        """Log a jump of the loss; return how many times the median it is, or None.
+        """Name a jump of the loss; return how many times the median it is, or None; on rank 0.
 
         A spike is a loss above `bad_numbers.spike_factor` times the median of the last 100 steps
         that were not skipped; ten must be known. The median takes no notice of single spikes, and
@@ -215,6 +234,8 @@ class NumberWatch(pl.Callback):
         if not loss > self.section.spike_factor * usual:
             return None
         ratio = loss / usual if usual > 0 else math.inf
+        samples = self._samples()
+        self._write("loss_spike", samples, loss=loss, times_the_median=ratio)
         logger.warning(
             "step %d of stage %s: the loss %.4g is %.3g times the median of the %d steps before; "
             "read from %s",
@@ -223,7 +244,7 @@ class NumberWatch(pl.Callback):
             loss,
             ratio,
             num_losses,
-            self._describe_samples(),
+            samples.words,
         )
         return ratio
 

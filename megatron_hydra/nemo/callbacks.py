@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -12,7 +9,6 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
-from megatron_hydra.errors import UserError
 from megatron_hydra.model.build import load_kernels
 from megatron_hydra.nemo.bad_numbers import NumberWatch
 from megatron_hydra.nemo.wandb_run import open_wandb
@@ -127,7 +123,7 @@ class ScalarsCallback(pl.Callback):
         scalars |= self._resources(step, seconds)
         points = dict(measured)
         if step % self.every_n_steps == 0 or step == trainer.max_steps or measured:
-            self._write_line(step, {**scalars, **measured})
+            self.folder.append_metrics(step, {**scalars, **measured})
             points |= {f"train/{name}": value for name, value in scalars.items()}
         if self.watch.is_skipped:
             points["train/skipped_steps"] = self.watch.num_skipped
@@ -155,21 +151,6 @@ class ScalarsCallback(pl.Callback):
             self._writer.add_scalar(name, value, step)
         if self._wandb is not None and points:
             self._wandb.log_metrics(points, step)
-
-    def _write_line(self, step: int, scalars: dict[str, float]) -> None:
-        numbers = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
-        # At one stroke: a run that is killed leaves whole lines.
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers})
-        try:
-            with self.folder.metrics.open("ab", buffering=0) as stream:
-                stream.write(f"{line}\n".encode())
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
-            raise UserError(
-                f"log.folder {self.folder.path} is gone, which was there when the run began: was "
-                f"it removed or its disk unmounted? Step {step} was the last"
-            ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the event file, and W&B's run."""

@@ -10,15 +10,42 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from statistics import median, median_low
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from megatron_hydra.training.config import LogSection
+from megatron_hydra.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SlowHost:
+    """A host with slow ranks.
+
+    Attributes:
+        host: Its name.
+        ranks: The slow ones, ascending.
+        seconds: That the slowest takes to compute a step.
+        times_the_median: The same over the median of all ranks.
+    """
+
+    host: str
+    ranks: list[int]
+    seconds: float
+    times_the_median: float
+
+    @property
+    def words(self) -> str:
+        """A sentence."""
+        who = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))} on {self.host}"
+        return (
+            f"{who} took {self.seconds:.3g} s to compute a step, {self.times_the_median:.3g} times "
+            "the ranks' median: all others wait"
+        )
 
 
 class StragglerWatch(pl.Callback):
@@ -29,10 +56,11 @@ class StragglerWatch(pl.Callback):
     is found. Reading the step's data counts in.
 
     Args:
-        section: Says when to look, and when a rank is slow.
+        folder: The run's; its configuration says when to look, and when a rank is slow.
     """
 
-    def __init__(self, section: LogSection) -> None:
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, section = folder, folder.config.log
         self.every_n_steps, self.factor = section.stragglers_every_n_steps, section.straggler_factor
         self._begin: Any = None
         self._spans: list[tuple[Any, Any]] = []
@@ -73,13 +101,15 @@ class StragglerWatch(pl.Callback):
         if not usual:
             return {}
         if torch.distributed.get_rank() == 0:
-            for line in describe(ranks, self.factor):
-                logger.warning("%s", line)
+            for found in slow_hosts(ranks, self.factor):
+                logger.warning("%s", found.words)
+                step = model.trainer.global_step
+                self.folder.append_finding(step, {"what": "straggler", **asdict(found)})
         return {"straggling": max(seconds for _, seconds in ranks) / usual}
 
 
-def describe(ranks: Sequence[tuple[str, float]], factor: float) -> list[str]:
-    """A sentence for each host with slow ranks.
+def slow_hosts(ranks: Sequence[tuple[str, float]], factor: float) -> list[SlowHost]:
+    """The hosts with slow ranks.
 
     Args:
         ranks: Host and seconds of each rank, in order.
@@ -90,15 +120,10 @@ def describe(ranks: Sequence[tuple[str, float]], factor: float) -> list[str]:
     for rank, (host, seconds) in enumerate(ranks):
         if seconds > factor * usual:
             slow.setdefault(host, []).append(rank)
-    lines = []
-    for host, numbers in slow.items():
-        seconds = max(ranks[rank][1] for rank in numbers)
-        who = f"rank{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))} on {host}"
-        lines.append(
-            f"{who} took {seconds:.3g} s to compute a step, {seconds / usual:.3g} times the "
-            "ranks' median: all others wait"
-        )
-    return lines
+    longest = {host: max(ranks[rank][1] for rank in found) for host, found in slow.items()}
+    return [
+        SlowHost(host, found, longest[host], longest[host] / usual) for host, found in slow.items()
+    ]
 
 
 def _cuda_mark() -> torch.cuda.Event:

@@ -91,9 +91,9 @@ class TrainingRun:
         check_all_datasets(config, self.model_config.vocab_size)
         self._document_end, self._document_end_id = self._end_of_document()
         self._needles = Needles(config, self._tokenizer)
-        self._stragglers = StragglerWatch(config.log)
         self.config = self._resolved()
         self.folder = RunFolder(self.config)
+        self._stragglers = StragglerWatch(self.folder)
         self.identity = run_identity(self.config, self.model_config.plan, self.meta)
 
     def run(
@@ -132,7 +132,7 @@ class TrainingRun:
             end_of_document if config.data.reset_at_document_end else None,
         )
         # In a function, which NeMo's copies of its arguments leave alone.
-        watch = NumberWatch(config, lambda: asks_to_stop())
+        watch = NumberWatch(self.folder, lambda: asks_to_stop())
         trainer = self._trainer(show, watch, checkpoint)
         with disk_full_named(self.folder.checkpoints):
             try:

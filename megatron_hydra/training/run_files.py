@@ -16,6 +16,8 @@ from megatron_hydra.training.config import RunConfig
 OUTPUT_FOLDERS = ("checkpoints", "tensorboard", "hybrid", "data_index", "nemo_logs", "wandb")
 RUN_CONFIG = "run_config.yaml"
 METRICS = "metrics.jsonl"
+FINDINGS = "findings.jsonl"
+"""Lines of bad numbers, jumps of the loss and slow ranks."""
 VALIDATION, NEEDLES = "validation/", "needles/"
 """Before the names of what is measured on held-out samples, and of the tasks with needles."""
 HEADER = "# The resolved configuration of a training run: written and read by megatron-hydra train."
@@ -57,8 +59,7 @@ def written_files(folder: Path) -> Iterator[Path]:
         for file in files_below(folder / name):
             if _WRITTEN[name].fullmatch(file.relative_to(folder / name).as_posix()):
                 yield file
-    if is_metrics(folder / METRICS):
-        yield folder / METRICS
+    yield from (folder / name for name in (METRICS, FINDINGS) if has_step_lines(folder / name))
     for path in folder.glob(".*"):
         if _PARTIAL.fullmatch(path.name):
             yield from files_below(path) if path.is_dir() else [path]
@@ -80,7 +81,7 @@ def trained_steps(hybrid: Path) -> int | None:
         return None
 
 
-def is_metrics(file: Path) -> bool:
+def has_step_lines(file: Path) -> bool:
     """Whether a run wrote this: its first line is one of a step, or there is none."""
     try:
         with file.open(encoding="utf-8") as stream:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import os
+import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from megatron_hydra.disk import check_space
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, check_outputs, lock, read_json, write_beside
 from megatron_hydra.training.config import MAY_CHANGE, RunConfig, differences, load_config
 from megatron_hydra.training.run_files import (
+    FINDINGS,
     HEADER,
     METRICS,
     OUTPUT_FOLDERS,
     RUN_CONFIG,
     checkpoint_step,
     files_below,
-    is_metrics,
+    has_step_lines,
     is_run_config,
     trained_steps,
     written_files,
@@ -54,6 +61,7 @@ class RunFolder:
         self.nemo_logs = self.path / "nemo_logs"
         self.wandb = self.path / "wandb"
         self.metrics = self.path / METRICS
+        self.findings = self.path / FINDINGS
 
     def lock(self) -> AbstractContextManager[None]:
         """Hold the folder, so that one run at a time writes it; makes it if it is not there.
@@ -189,6 +197,39 @@ class RunFolder:
         with write_beside(self.run_config, overwrite=True) as temporary:
             temporary.write_text(f"{HEADER}\n{self.config.to_yaml()}", encoding="utf-8")
 
+    def append_metrics(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write a step's line, at one stroke: a run that is killed leaves whole lines.
+
+        Args:
+            step: Finished steps, this one counted in.
+            scalars: By name; a number that is not finite is written as null.
+
+        Raises:
+            UserError: If the folder is gone.
+        """
+        self._append(self.metrics, step, scalars)
+
+    def append_finding(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Write down what was found in a step; arguments and errors as of the metrics."""
+        self._append(self.findings, step, fields)
+
+    def _append(self, file: Path, step: int, fields: Mapping[str, Any]) -> None:
+        def finite(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        values = {name: finite(value) for name, value in fields.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values})
+        try:
+            with file.open("ab", buffering=0) as stream:
+                stream.write(f"{line}\n".encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            raise UserError(
+                f"log.folder {self.path} is gone, which was there when the run began: was it "
+                f"removed or its disk unmounted? Step {step} was the last"
+            ) from error
+
     def finished_checkpoints(self) -> list[Path]:
         """The finished checkpoints, newest first; whether they are whole, a reader must see."""
         finished = {
@@ -226,14 +267,22 @@ class RunFolder:
         ):
             inputs.append(self.config_file)
         outputs = [self.path / name for name in OUTPUT_FOLDERS]
-        check_outputs([*outputs, self.run_config, self.metrics, self.lock_file], inputs, _WAY_OUT)
+        check_outputs(
+            [*outputs, self.run_config, self.metrics, self.findings, self.lock_file],
+            inputs,
+            _WAY_OUT,
+        )
 
     def _check_in_the_way(self) -> None:
         """Check that nothing that no run wrote stands where this one writes."""
         for folder in (self.path / name for name in OUTPUT_FOLDERS):
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder} is a file, and a run makes a folder there: {_WAY_OUT}")
-        for file, is_own in ((self.run_config, is_run_config), (self.metrics, is_metrics)):
+        for file, is_own in (
+            (self.run_config, is_run_config),
+            (self.metrics, has_step_lines),
+            (self.findings, has_step_lines),
+        ):
             if file.exists() and not is_own(file):
                 raise UserError(
                     f"{file} was not written by a run, which would write there: rename it, or "

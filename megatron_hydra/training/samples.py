@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -45,32 +46,46 @@ def documents(dataset: Any, position: int) -> tuple[str, list[int]]:
     return dataset.dataset_path, [int(d) for d in dataset.document_index[first : last + 1]]
 
 
-def describe_samples(dataset: Any, positions: Iterable[int]) -> str:
-    """`samples 4 to 7 (documents 1, 9 of PREFIX)`; very many numbers are cut short.
+@dataclass(frozen=True)
+class Samples:
+    """Some of a run's samples, and the documents that they are cut from.
 
-    Args:
-        dataset: As for :func:`documents`.
-        positions: Places in the run's order.
+    Attributes:
+        numbers: Their places in the run's order, ascending.
+        documents: Numbers of documents, ascending, by the dataset's prefix.
     """
-    positions = sorted(positions)
-    by_path: dict[str, set[int]] = {}
-    for position in positions:
-        path, numbers = documents(dataset, position)
-        by_path.setdefault(path, set()).update(numbers)
-    of_paths = (f"{_ranges('document', by_path[path])} of {path}" for path in sorted(by_path))
-    return f"{_ranges('sample', positions)} ({'; '.join(of_paths)})"
+
+    numbers: list[int]
+    documents: dict[str, list[int]]
+
+    @classmethod
+    def at(cls, dataset: Any, positions: Iterable[int]) -> Samples:
+        """Those at places in the run's order; `dataset` as for :func:`documents`."""
+        numbers = sorted(positions)
+        by_path: dict[str, set[int]] = {}
+        for number in numbers:
+            path, found = documents(dataset, number)
+            by_path.setdefault(path, set()).update(found)
+        return cls(numbers, {path: sorted(by_path[path]) for path in sorted(by_path)})
+
+    @property
+    def words(self) -> str:
+        """`samples 4 to 7 (documents 1, 9 of PREFIX)`; very many numbers are cut short."""
+        paths = (
+            f"{_ranges('document', found)} of {path}" for path, found in self.documents.items()
+        )
+        return f"{_ranges('sample', self.numbers)} ({'; '.join(paths)})"
 
 
-def _ranges(noun: str, numbers: Iterable[int]) -> str:
+def _ranges(noun: str, numbers: Sequence[int]) -> str:
     """`sample 3`, `samples 3, 5 to 9`."""
-    ordered = sorted(numbers)
     runs: list[list[int]] = []
-    for number in ordered:
+    for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1] = [runs[-1][0], number]
         else:
             runs.append([number])
     words = [" to ".join(str(end) for end in run) for run in runs]
     if len(words) > _MAX_RANGES:
-        words = [*words[:_MAX_RANGES], f"... {len(ordered)} in all"]
-    return f"{noun}{'s' if len(ordered) > 1 else ''} {', '.join(words)}"
+        words = [*words[:_MAX_RANGES], f"... {len(numbers)} in all"]
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(words)}"

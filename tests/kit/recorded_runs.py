@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ class RecordedRun:
     samples: list[Tensor] = field(default_factory=list)
     """Of all ranks' batches, in the run's order."""
     states: list[StepStart] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    """What stands in `findings.jsonl`, on every rank."""
     model: Any = None
     error: UserError | None = None
 
@@ -77,6 +80,9 @@ def recorded_run(
             on_training_single_iteration_end()
             on_train_end()  # else NeMo's telemetry takes this process for one that is training
     _gather_samples(seen)
+    if run.folder.findings.exists():  # of all ranks the first has written it before it was here
+        lines = run.folder.findings.read_text().splitlines()
+        seen.findings = [json.loads(line) for line in lines]
     unset_num_microbatches_calculator()  # NeMo keeps the first run's
     return seen
 

@@ -83,7 +83,12 @@ def _check_tensor_parallel(inputs: Path, folder: Path) -> None:
         skipped = _run(inputs, folder / kind, [], {(1, 2): fault})
         _check_skipped(skipped, clean, [2])
         words = f"NaN in the output of head {head} ({kind}) of layer {layer}"
-        _check_line(skipped, words, _rank_of(clean.model, layer, head))
+        rank = _rank_of(clean.model, layer, head)
+        _check_line(skipped, words, rank)
+        name = {"LA": "gated_delta_net", "FA": "fa"}[kind]
+        _check_fields(skipped, rank, [
+            {"what": "head_output", "value": "NaN", "layer": layer, "head": head, "kind": name}
+        ])  # fmt: skip
 
     in_proj, norm = "self_attention.in_proj.weight", "pre_mlp_layernorm.weight"
     rank = _rank_of(clean.model, 1, 2)
@@ -101,9 +106,16 @@ def _check_tensor_parallel(inputs: Path, folder: Path) -> None:
             heads = f" ({of_heads})" if of_heads else ""
             words = f"{kind} in the gradient of {name}{heads} of layer {layer}"
             _check_line(skipped, words, source)
+            of_rows = [{"section": "la_key", "owner": "head", "number": 2}] if of_heads else []
+            _check_fields(skipped, source, [
+                {"what": "gradient", "value": kind, "parameter": name, "layer": layer,
+                 "rows": of_rows}
+            ])  # fmt: skip
         elif skipped.lines:
             words = "is bad: the gradient's norm is Inf, though every gradient is finite; read from"
             assert words in skipped.lines[0]
+            (line,) = skipped.findings
+            assert (line["grad_norm"], line["findings"]) == ("Inf", [])
 
 
 def _la_key_of_head_2(attention: nn.Module) -> slice:
@@ -133,6 +145,11 @@ def _check_data_parallel(inputs: Path, folder: Path) -> None:
         seen = _run(inputs, folder / name, layout, {(1, micro_batch): fault} if rank == 1 else None)
         _check_skipped(seen, clean, samples)
         _check_line(seen, words, 1, "tensor 0", "data 1")
+        if name == "loss":
+            _check_fields(seen, 1, [
+                {"what": "loss", "value": "NaN", "part": part, "micro_batch": 0}
+                for part in LOSS_PARTS
+            ])  # fmt: skip
     # Where gradients are summed as they come, the parameter is known, but not the replica.
     layout = [*layout, "strategy.overlap_grad_reduce=true"]
     seen = _run(inputs, folder / "summed", layout, {(1, 0): of_scale} if rank == 1 else None)
@@ -168,6 +185,9 @@ def _check_alone(inputs: Path, folder: Path) -> None:
 
     stopped = _run(inputs, folder / "run", [*saving, "bad_numbers.action=stop"], {(2, 0): fault})
     assert stopped.lines == []
+    (found,) = stopped.findings
+    assert (found["step"], found["stage"], found["is_skipped"]) == (3, "align", False)
+    assert found["samples"] == [8] and found["grad_norm"] in ("NaN", "Inf")
     assert re.match(
         r"step 3 of stage align is bad: NaN in the output of head 0 \(FA\) of layer 1 on rank 0 "
         r"\(tensor 0, pipeline 0, data 0, context 0\); read from sample 8 \(documents? .*\); the "
@@ -203,11 +223,15 @@ def _check_spikes(inputs: Path, folder: Path) -> None:
     # Too early to be judged, and then one of the four micro-batches of step 13.
     seen = _run(inputs, folder, long, {(5, 0): bad_guess, (12, 1): bad_guess})
     (line,) = seen.lines
+    (found,) = seen.findings
     losses = [seen.shown["loss"][step] for step in range(1, 13)]
     ratio = seen.shown["loss"][13] / sorted(losses)[5:7][0]
     assert line.startswith("step 13 of stage long_context: the loss ")
-    found = float(re.search(r"is ([\d.]+) times the median of the 12 steps before", line)[1])
-    assert 2 < found == pytest.approx(ratio, rel=0.05)
+    said = float(re.search(r"is ([\d.]+) times the median of the 12 steps before", line)[1])
+    assert 2 < said == pytest.approx(ratio, rel=0.05)
+    assert (found["what"], found["step"], found["samples"]) == ("loss_spike", 13, [48, 49, 50, 51])
+    assert found["loss"] == seen.shown["loss"][13]
+    assert found["times_the_median"] == pytest.approx(said, rel=0.01)
     _check_documents(line, seen, [48, 49, 50, 51])
     assert list(_tensorboard(folder)["train/loss_spike"]) == [13]
     assert not is_bit_equal(seen.states[13].optimizer, seen.states[12].optimizer), (
@@ -337,6 +361,20 @@ def _check_line(
     assert set(coordinates or (f"tensor {rank}", "data 0")) <= set(named), line
     assert line.count(" on rank ") == 1, line
     assert line.endswith("; skipped: the weights were left as they were before it")
+
+
+def _check_fields(seen: RecordedRun, rank: int, findings: list[dict[str, Any]]) -> None:
+    """Programs read of step 2 what the sentence says."""
+    (line,) = seen.findings
+    assert (line["what"], line["step"], line["is_skipped"]) == ("bad_numbers", 2, True)
+    places = ("rank", "tensor", "pipeline", "data", "context")
+    assert [{k: v for k, v in x.items() if k not in places} for x in line["findings"]] == findings
+    assert {x["rank"] for x in line["findings"]} == {rank}
+    if seen.lines:
+        where = ", ".join(f"{name} {line['findings'][0][name]}" for name in places[1:])
+        assert f" on rank {rank} ({where})" in seen.lines[0]
+        said = re.search(r"read from samples? ([^(]*) \(", seen.lines[0])[1]
+        assert _numbers(said) == set(line["samples"])
 
 
 def _check_equal(seen: RecordedRun, expected: RecordedRun) -> None:

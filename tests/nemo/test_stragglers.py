@@ -15,7 +15,7 @@ from kit.tiny_models import PLAN
 from test_training import NUM_STEPS, write_inputs
 from test_validation import _check_same_run, _train
 
-from megatron_hydra.nemo.stragglers import describe
+from megatron_hydra.nemo.stragglers import slow_hosts
 
 EVERY = 2
 WATCHED = [f"log.stragglers_every_n_steps={EVERY}", "log.straggler_factor=1.5"]
@@ -23,12 +23,13 @@ WATCHED = [f"log.stragglers_every_n_steps={EVERY}", "log.straggler_factor=1.5"]
 
 def test_slow_ranks_are_named_by_host() -> None:
     ranks = [("a", 1.0), ("a", 1.0), ("b", 1.0), ("b", 1.4), ("c", 2.0), ("c", 1.6)]
-    assert describe(ranks, 2.0) == []
-    assert describe(ranks, 1.2) == [
+    assert slow_hosts(ranks, 2.0) == []
+    assert [found.words for found in slow_hosts(ranks, 1.2)] == [
         "rank 3 on b took 1.4 s to compute a step, 1.4 times the ranks' median: all others wait",
         "ranks 4, 5 on c took 2 s to compute a step, 2 times the ranks' median: all others wait",
     ]
-    assert describe([("a", 3.0), ("b", 1.0)], 1.3)[0].startswith("rank 0 on a took 3 s")
+    (one,) = slow_hosts([("a", 3.0), ("b", 1.0)], 1.3)
+    assert one.words.startswith("rank 0 on a took 3 s")
 
 
 @pytest.mark.dist
@@ -69,6 +70,9 @@ def _check_slow_replica(inputs: Path, folder: Path) -> None:
     assert len(said) == len(due) and all(line.startswith("rank 1 on ") for line in said)
     lines = [json.loads(x) for x in (folder / "slow/metrics.jsonl").read_text().splitlines()]
     assert {x["step"]: x["straggling"] for x in lines if "straggling" in x} == found
+    lines = [json.loads(x) for x in (folder / "slow/findings.jsonl").read_text().splitlines()]
+    assert {x["step"]: x["times_the_median"] for x in lines} == found
+    assert all((x["what"], x["ranks"]) == ("straggler", [1]) for x in lines)
     for scalars in shown.values():
         scalars.pop("straggling", None)
     _check_same_run(shown, quiet, folder / "slow", folder / "quiet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -113,12 +114,22 @@ def test_starting_anew_removes_what_a_run_wrote_and_nothing_else(exp: Path) -> N
     _run_in(exp)
     folder = _folder(exp)
     folder.write_config()
+    folder.append_metrics(1, {"loss": math.nan})
+    folder.append_finding(1, {"what": "bad_numbers", "findings": []})
+    assert '"loss": null}' in folder.metrics.read_text()
     folder.check_removable()
     folder.remove()
     assert _files(exp) == {**before, "run_config.yaml": folder.run_config.read_text()}
     assert folder.run_config.read_text().startswith(f"{HEADER}\ndata:\n")
     assert not folder.hybrid.exists() and not list(exp.glob("checkpoints/step_00000006*"))
     folder.check()  # and a run can start there
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "findings.jsonl"])
+def test_lines_that_no_run_wrote_are_not_written_to(exp: Path, name: str) -> None:
+    _write(exp / name, '{"text": "of a data set"}\n')
+    with pytest.raises(UserError, match=f"{name} was not written by a run, which would write"):
+        _folder(exp).check()
 
 
 @pytest.mark.parametrize("is_anew", [False, True])
