@@ -1,21 +1,13 @@
-"""Tests that hold the architecture: who may import whom, and the shape of the source tree."""
+"""Tests that hold the architecture: who may import whom."""
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from megatron_hydra.model.mixers.costs import LA_KINDS
-
-ROOT = Path(__file__).parents[1]
-SOURCE_FOLDERS = ("megatron_hydra", "kernels", "tools", "tests", "examples")
+from kit.source_files import PACKAGE, SourceFile, find_imports, library, source_files
 
 # What each part of megatron_hydra imports of the others, and nothing else: nothing points up, and a
 # line that no import uses any more is taken out.
@@ -70,6 +62,63 @@ ALLOWED_PARTS: dict[str, set[str]] = {
         "tasks", "selection", "training", "evaluation", "export", "report", "api",
     },
 }  # fmt: skip
+# The same of what stands outside of megatron_hydra, folder by folder, other packages counted in.
+ALLOWED_OUTSIDE: dict[str, set[str]] = {
+    "kernels/hydra_kernels": set(),
+    "kernels/hydra_kernels/device": {"triton"},
+    "kernels/hydra_kernels/gradients": set(),
+    "kernels/hydra_kernels/measure": {"torch", "triton"},
+    "kernels/hydra_kernels/packed": {"torch"},
+    "kernels/hydra_kernels/warm_up": {
+        "hydra_kernels.gated_delta_rule", "hydra_kernels.head_fusion",
+        "hydra_kernels.la_preparation", "torch",
+    },
+    "kernels/hydra_kernels/gated_delta_rule": {
+        "fla", "flash_qla", "hydra_kernels.device", "hydra_kernels.packed", "torch",
+    },
+    "kernels/hydra_kernels/head_fusion": {
+        "hydra_kernels.device", "hydra_kernels.gradients", "torch", "triton",
+    },
+    "kernels/hydra_kernels/la_preparation": {
+        "hydra_kernels.device", "hydra_kernels.gradients", "hydra_kernels.packed", "torch",
+        "triton",
+    },
+    "kernels/hydra_kernels/linear_kl": {
+        "hydra_kernels.device", "hydra_kernels.loss_options", "torch", "triton",
+    },
+    "kernels/hydra_kernels/window_attention": {"hydra_kernels.packed", "torch"},
+    "kernels/benchmarks": {
+        "fla", "hydra_kernels.head_fusion", "hydra_kernels.la_preparation",
+        "hydra_kernels.linear_kl", "hydra_kernels.measure", "liger_kernel", "megatron", "torch",
+        "transformer_engine",
+    },
+    "tools/hydra_tools": {
+        "hydra_kernels.gated_delta_rule", "hydra_kernels.warm_up", "megatron_hydra",
+        "megatron_hydra.api", "megatron_hydra.certify", "megatron_hydra.cpu",
+        "megatron_hydra.errors", "megatron_hydra.evaluation", "megatron_hydra.files",
+        "megatron_hydra.head_plan", "megatron_hydra.processes", "megatron_hydra.provenance",
+        "megatron_hydra.report", "megatron_hydra.schema", "megatron_hydra.selection",
+        "megatron_hydra.study", "megatron_hydra.tasks", "megatron_hydra.teachers",
+        "megatron_hydra.training", "megatron_hydra.unfinished", "megatron_hydra.yaml_text",
+        "numpy", "torch", "tqdm",
+    },
+    "tools/benchmarks": {
+        "hydra_kernels.gated_delta_rule", "hydra_kernels.linear_kl", "hydra_kernels.measure",
+        "hydra_tools", "matplotlib", "megatron", "megatron_hydra.cpu", "megatron_hydra.errors",
+        "megatron_hydra.export", "megatron_hydra.files", "megatron_hydra.head_plan",
+        "megatron_hydra.model", "megatron_hydra.parallel", "megatron_hydra.report",
+        "megatron_hydra.selection", "megatron_hydra.tasks", "megatron_hydra.teachers",
+        "megatron_hydra.training", "megatron_hydra.transfer", "modelopt", "nemo", "numpy",
+        "psutil", "safetensors", "torch", "transformers",
+    },
+    "examples/api": {"megatron_hydra.api", "megatron_hydra.selection", "megatron_hydra.training"},
+    "examples/lm_eval": set(),
+    "examples/nemo_run": {"megatron_hydra.errors", "megatron_hydra.training", "nemo_run"},
+    "examples/quickstart": {
+        "megatron_hydra.errors", "megatron_hydra.files", "megatron_hydra.tasks", "tokenizers",
+        "torch", "tqdm", "transformers",
+    },
+}  # fmt: skip
 STANDARD_LIBRARY_ONLY = (
     "errors.py",
     "disk.py",
@@ -111,80 +160,16 @@ CONFINED = {
     "transformers": (
         "megatron_hydra/teachers/",
         "megatron_hydra/export/",
-        "tools/",
+        "tools/benchmarks/",
         "examples/quickstart/make_teacher.py",
     ),
 }
 NEVER_AT_MODULE_LEVEL = {"flash_attn", "apex", "transformer_engine", "fla", "flash_qla"}
-MAX_LINES = 400
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module."""
-
-    module: str  # dotted, absolute
-    line: int
-    at_module_level: bool
-
-    @property
-    def package(self) -> str:
-        return self.module.split(".")[0]
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A Python file of the repository and what it imports."""
-
-    path: str  # relative to the root, with forward slashes
-    imports: tuple[Import, ...]
-
-    @property
-    def is_test(self) -> bool:
-        return self.path.startswith("tests/")
-
-    @property
-    def part(self) -> str | None:
-        """The part of megatron_hydra that the file belongs to."""
-        parts = Path(self.path).parts
-        is_part = parts[0] == "megatron_hydra" and parts[1] != "__init__.py"
-        return parts[1].removesuffix(".py") if is_part else None
-
-
-def find_imports(tree: ast.AST, package: str, top: bool = True) -> Iterator[Import]:
-    """Imports of a file in ``package``; those for type checkers alone are left out."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (Import(alias.name, node.lineno, top) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parents, base]).rstrip(".")
-            for alias in node.names:  # the name may be a module: megatron_hydra import cpu
-                yield Import(f"{base}.{alias.name}", node.lineno, top)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            yield from find_imports(ast.Module(node.orelse, []), package, top)
-        else:
-            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from find_imports(node, package, top and not inside)
-
-
-def read(path: Path) -> SourceFile:
-    relative = path.relative_to(ROOT)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return SourceFile(relative.as_posix(), tuple(find_imports(tree, ".".join(relative.parts[:-1]))))
 
 
 @pytest.fixture(scope="module")
 def files() -> list[SourceFile]:
-    found = [read(p) for folder in SOURCE_FOLDERS for p in sorted((ROOT / folder).rglob("*.py"))]
-    assert len(found) > 20, "the walk must see the repository"
-    return found
-
-
-def library(files: list[SourceFile]) -> list[SourceFile]:
-    return [file for file in files if not file.is_test]
+    return source_files()
 
 
 def test_the_walk_sees_every_kind_of_import() -> None:
@@ -265,16 +250,25 @@ def test_confined_packages_stay_where_they_belong(files: list[SourceFile]) -> No
     assert not wrong, wrong
 
 
-def test_kernels_know_nothing_of_megatron(files: list[SourceFile]) -> None:
-    forbidden = {"megatron", "megatron_hydra", "hydra_tools", "nemo", "lightning", "transformers"}
-    wrong = [
-        f"{file.path}:{item.line} {item.module}"
-        for file in files
-        if file.path.startswith("kernels/hydra_kernels/")
-        for item in file.imports
-        if item.package in forbidden
-    ]
+def test_kernels_tools_and_examples_import_what_is_said_alone(files: list[SourceFile]) -> None:
+    outside = [file for file in library(files) if file.part is None and file.path != PACKAGE]
+    wrong, unused = [], {room: set(allowed) for room, allowed in ALLOWED_OUTSIDE.items()}
+    for file in outside:
+        place = file.path.removesuffix(".py").removesuffix("/__init__")
+        room = max((r for r in unused if f"{place}/".startswith(f"{r}/")), key=len, default=None)
+        assert room is not None, f"{file.path}: say here what it may import"
+        name = Path(room).name
+        own = {name, f"hydra_kernels.{name}"}
+        own |= {Path(other.path).stem for other in outside if other.path.startswith(f"{room}/")}
+        for item in file.imports:
+            # Of this repository's packages the part is named, of others the package alone.
+            levels = 2 if item.package in ("megatron_hydra", "hydra_kernels") else 1
+            module = ".".join(item.module.split(".")[:levels])
+            unused[room].discard(module)
+            if module not in own | sys.stdlib_module_names | ALLOWED_OUTSIDE[room]:
+                wrong.append(f"{file.path}:{item.line} {item.module}")
     assert not wrong, wrong
+    assert not any(unused.values()), unused
 
 
 def test_optional_gpu_packages_are_imported_where_they_are_used(files: list[SourceFile]) -> None:
@@ -312,58 +306,7 @@ def test_fixtures_and_benchmarks_stay_out_of_the_library(files: list[SourceFile]
     assert not wrong, wrong
 
 
-def test_a_kind_of_head_is_known_by_name_in_its_own_files_alone(files: list[SourceFile]) -> None:
-    """Full attention apart: plans name it. Exported code stands alone, with a list of its own; a
-    teacher's config.json has a key that is called as a kind is."""
-    own = ("megatron_hydra/model/mixers/", "megatron_hydra/export/configuration_hydra.py",
-           "megatron_hydra/export/mixers_hydra.py", "megatron_hydra/teachers/config_json.py",
-    )  # fmt: skip
-    found: dict[str, set[str]] = {kind: set() for kind in LA_KINDS}
-    for file in library(files):
-        tree = ast.parse((ROOT / file.path).read_text(encoding="utf-8"))
-        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and node.value in found and id(node) not in texts:
-                found[node.value].add(file.path)
-    wrong = {kind: [p for p in paths if not p.startswith(own)] for kind, paths in found.items()}
-    assert all(found.values()) and not any(wrong.values()), wrong
-
-
 def test_importing_the_package_does_not_import_megatron(files: list[SourceFile]) -> None:
     """The CPU module must be installed before megatron is imported."""
-    (init,) = (file for file in files if file.path == "megatron_hydra/__init__.py")
+    (init,) = (file for file in files if file.path == PACKAGE)
     assert init.imports == ()
-
-
-@pytest.mark.parametrize("folder", ["kernels", "tools", "tests", "examples"])
-def test_folders_of_packages_are_no_packages(folder: str) -> None:
-    """A top-level package named ``kernels`` would shadow Hugging Face's."""
-    assert not (ROOT / folder / "__init__.py").exists()
-
-
-def test_files_are_short_and_say_what_they_own(files: list[SourceFile]) -> None:
-    wrong = []
-    for file in files:
-        text = (ROOT / file.path).read_text(encoding="utf-8")
-        if len(text.splitlines()) >= MAX_LINES:
-            wrong.append(f"{file.path}: {len(text.splitlines())} lines")
-        if text and not text.startswith('"""'):
-            wrong.append(f"{file.path}: the first line must say what the file owns")
-    assert not wrong, wrong
-
-
-def test_every_room_says_what_it_owns_and_what_it_does_not(files: list[SourceFile]) -> None:
-    """In two sentences or more; of an operator's folder its api says it."""
-    rooms = [file.path for file in library(files) if file.path.endswith("/__init__.py")]
-    rooms.remove("megatron_hydra/__init__.py")  # what the command says of itself
-    for room in rooms:
-        if room.startswith("kernels/") and room != "kernels/hydra_kernels/__init__.py":
-            continue
-        text = ast.get_docstring(ast.parse((ROOT / room).read_text(encoding="utf-8"))) or ""
-        assert len(re.findall(r"\.(?=\s|$)", text)) > 1, room
-
-
-def test_every_test_file_has_a_name_of_its_own() -> None:
-    """Folders of tests are no packages: pytest would take two files of one name for the same."""
-    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
-    assert not [name for name, number in names.items() if number > 1]
