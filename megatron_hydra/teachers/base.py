@@ -1,6 +1,7 @@
 """What a family of teachers is: what its config.json means, and the names of its tensors.
 
-Needs the standard library alone.
+The tensors that are named here every family has, by these names; what one has beside them is in its
+file. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -62,23 +63,6 @@ LAYER = (
     Weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": ("hidden", "ffn")}),
 )
 """Of a layer of every family."""
-QKV_BIASES = (
-    Weight(
-        "self_attention.linear_qkv.bias",
-        {
-            "self_attn.q_proj.bias": ("queries",),
-            "self_attn.k_proj.bias": ("keys",),
-            "self_attn.v_proj.bias": ("keys",),
-        },
-        by_group=True,
-    ),
-)
-"""Of queries, keys and values, before RoPE."""
-QK_NORMS = (
-    Weight("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": ("head",)}),
-    Weight("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": ("head",)}),
-)
-"""RMSNorm of each head's query and key before RoPE."""
 
 
 @dataclass(frozen=True)

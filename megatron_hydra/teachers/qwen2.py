@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from megatron_hydra.teachers.base import LAYER, QKV_BIASES, TeacherFamily
+from megatron_hydra.teachers.base import LAYER, TeacherFamily, Weight
+
+_QKV_BIASES = (
+    Weight(
+        "self_attention.linear_qkv.bias",
+        {
+            "self_attn.q_proj.bias": ("queries",),
+            "self_attn.k_proj.bias": ("keys",),
+            "self_attn.v_proj.bias": ("keys",),
+        },
+        by_group=True,
+    ),
+)
+"""Of queries, keys and values, before RoPE."""
 
 QWEN2 = TeacherFamily(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     tokenizer_class="Qwen2Tokenizer",
-    layer=(*LAYER, *QKV_BIASES),
+    layer=(*LAYER, *_QKV_BIASES),
     fields={"qk_layernorm": False, "add_qkv_bias": True},
     defaults={
         "num_key_value_heads": 32,

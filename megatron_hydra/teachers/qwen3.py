@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from megatron_hydra.teachers.base import LAYER, QK_NORMS, TeacherFamily
+from megatron_hydra.teachers.base import LAYER, TeacherFamily, Weight
+
+_QK_NORMS = (
+    Weight("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": ("head",)}),
+    Weight("self_attention.k_layernorm.weight", {"self_attn.k_norm.weight": ("head",)}),
+)
+"""RMSNorm of each head's query and key before RoPE."""
 
 QWEN3 = TeacherFamily(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     tokenizer_class="Qwen2Tokenizer",
-    layer=(*LAYER, *QK_NORMS),
+    layer=(*LAYER, *_QK_NORMS),
     fields={"qk_layernorm": True, "add_qkv_bias": False},
     defaults={
         "num_key_value_heads": 32,
