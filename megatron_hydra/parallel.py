@@ -35,7 +35,7 @@ def initialize_model_parallel(
         pipeline: Pipeline-parallel size.
         seed: Seeds PyTorch's generator and Megatron's model-parallel RNG tracker.
         context: Context-parallel size.
-        virtual_pipeline: Model chunks a pipeline rank; None for one.
+        virtual_pipeline: Model chunks per pipeline rank; None for one.
     """
     if not dist.is_initialized():
         _initialize_process_group()

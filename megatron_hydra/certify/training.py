@@ -49,7 +49,7 @@ class Record:
     logits: dict[str, Tensor] = field(default_factory=dict)
     """`document 3` -> `[tokens, vocab]`, before training, in evaluation mode."""
     losses: list[float] = field(default_factory=list)
-    """Mean over the batch's tokens, a step each."""
+    """Mean over the batch's tokens, one per step."""
     grad_norms: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the first step, by the checkpoint's names."""

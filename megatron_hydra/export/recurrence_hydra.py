@@ -25,7 +25,7 @@ _SHORTEST_BLOCK = 128
 PIECES = 64
 """In which attention of one token reads a static cache."""
 ROOM = 8 * PIECES
-"""What a static cache's size is divisible by: matrix products need pieces of 16 bytes a row."""
+"""What a static cache's size is divisible by: matrix products need pieces of 16 bytes per row."""
 _LOWEST = -1e30
 _CAN_ROUND_ONCE = "dtype" in torch.ops.aten.bmm.overloads()  # PyTorch 2.8 and later, on a GPU
 

@@ -242,7 +242,7 @@ def _causal_mask(
 
 
 def _frequencies(config: HydraHeadConfig, device: torch.device) -> Tensor:
-    """Of RoPE `[d / 2]`, radians a token; with Llama 3.1's scaling where there is one."""
+    """Of RoPE `[d / 2]`, radians per token; with Llama 3.1's scaling where there is one."""
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     if config.rope_scaling_factor == 1.0:

@@ -174,7 +174,7 @@ def _checked_lengths(
     lengths = [t] * b if lengths is None else list(lengths)
     if len(lengths) != b or not all(1 <= length <= t for length in lengths):
         raise UserError(
-            f"lengths is {lengths}; {b} numbers are needed, one a row, each from 1 to {t}"
+            f"lengths is {lengths}; {b} numbers are needed, one per row, each from 1 to {t}"
         )
     least, most = int(tokens.min()), int(tokens.max())
     vocabulary = model.config.vocab_size

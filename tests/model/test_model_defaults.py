@@ -167,7 +167,7 @@ def test_convert_calibrates_at_the_length_that_the_teacher_is_built_for(
         caplog.clear()
         command = ["convert", "--teacher", wide, "--plan", plan, *options]
         assert main([*map(str, command), "--out", str(tmp_path / "out"), "--overwrite"]) == 0
-        assert f" tokens, {length:,} a sequence" in capsys.readouterr().out
+        assert f" tokens, {length:,} per sequence" in capsys.readouterr().out
         assert "text like what the model is for with --calibration-text" in caplog.text
 
 

@@ -72,7 +72,7 @@ def _with_recurrence(layer) -> list:
     return [mixer for mixer in layer.self_attention.children() if isinstance(mixer, GatedDeltaNet)]
 
 
-# In the second, query, key and value lie side by side in the projection, one of each a head.
+# In the second, query, key and value lie side by side in the projection, one of each per head.
 TEACHERS = [{}, dict(qk_layernorm=False, add_qkv_bias=True, fa_output_gate=False)]
 KINDS = [dict(la_kind="kda"), dict(la_kind="sliding_window", sliding_window_tokens=64)]
 

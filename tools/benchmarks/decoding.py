@@ -5,7 +5,7 @@
 
 One GPU, bf16, random weights and tokens, transformers' own model class for the teacher and the
 exported folder's for the hybrid (fla's kernels), SDPA in both, `forward` called as `generate` does.
-The hybrid's plan is `uneven_plan`'s: as many FA heads, on the mean of four a layer, as a global
+The hybrid's plan is `uneven_plan`'s: as many FA heads, on the mean of four per layer, as a global
 top-K of scores deals to the layers. One sequence is filled in one call; for larger batches what it
 leaves in the cache is repeated. With a static cache a step is compiled as `generate` compiles it:
 the hybrid's is recorded, the teacher's has torch.compile's own CUDA graphs. Nothing is read before

@@ -346,7 +346,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
         left.set_ylim(bottom=0)
-        left.set_xlabel("GPUs, a replica each")
+        left.set_xlabel("GPUs, one replica per GPU")
         left.set_ylabel("tokens/s per GPU")
         left.legend()
         right.set_xscale("log")

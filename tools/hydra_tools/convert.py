@@ -111,7 +111,8 @@ def _lines(done: Conversion) -> list[str]:
     lines = []
     if done.num_tokens:
         lines.append(
-            f"scales of the heads: on {done.num_tokens:,} tokens, {done.length_tokens:,} a sequence"
+            f"scales of the heads: on {done.num_tokens:,} tokens, {done.length_tokens:,} per "
+            "sequence"
         )
     if done.plan is not None and done.reuse is not None:
         num_heads = done.plan.num_layers * done.plan.num_heads
