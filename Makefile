@@ -4,7 +4,8 @@
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
 #   make test-cluster on Debian, as root: launch scripts on a real Slurm over two hosts, the CPU image (27 minutes)
 #   make certificates certify the quickstart's model anew, and the table of docs/layouts.md from it
-#   make checks       formatter, linter, types, and the pages of docs/ with their links
+#   make lint         formatter and linter, in a second; they run before the tests in CI
+#   make checks       the same, types, and the pages of docs/ with their links
 #   make bench-gpu    on a GPU machine: all benchmarks (22 minutes on an H100 without uneven plans)
 #   make bench-2-gpus on a machine with two: the certificate, and training steps over both
 #   make bench-8-gpus on a machine with eight: certificates, steps at every layout, the stages in a chain
@@ -19,7 +20,7 @@ LM_EVAL := $(VENV)/lm-eval
 # Weights & Biases and nvidia-resiliency-ext, which a training may use.
 OPTIONAL := $(VENV)/optional
 
-.PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus bench-8-gpus checks certificates teacher \
+.PHONY: install quickstart test test-slow test-cluster test-gpu bench-gpu bench-2-gpus bench-8-gpus lint checks certificates teacher \
 	clean
 
 install: $(INSTALLED)
@@ -130,9 +131,11 @@ bench-8-gpus:
 	$(CERTIFY_8) --tp 8 --cp 8 --pp 2 --precision float32 --backend local --out $(BENCH_OUT)/eight_gpus_float32.json
 	$(PYTHON) tools/benchmarks/layouts.py --gpus 8 --steps 5 --patience 480 --out $(BENCH_OUT)/layouts
 
-checks: $(INSTALLED)
+lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+checks: lint
 	$(VENV)/bin/mypy
 	$(VENV)/bin/mkdocs build --strict
 
