@@ -346,7 +346,7 @@ def _how_fast(study: StudyConfig, speeds: Speeds) -> list[str]:
     heads = ["arm", "", "at", "FA heads"]
     for what in RATES:
         heads += [what, "/ teacher"]
-    heads += ["ms a step of answers", "stands for"]
+    heads += ["ms per step of answers", "stands for"]
     return ["", f"## {_HOW_FAST}", "", _how_measured(study, speeds), "", *_markdown(heads, rows)]
 
 
@@ -357,7 +357,7 @@ def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
     return (
         f"{len(speeds.speeds)} of {len(timed_arms(study))} arms are timed, each alone on the "
         "device, one after another, with the heads of the first teacher and seed. Device: "
-        f"{origin['device']}; {versions}. Figures are tokens a second. Training is a step of stage "
+        f"{origin['device']}; {versions}. Figures are tokens per second. Training is a step of stage "
         f"3 in the arms' own loop, {first.step_tokens:,} tokens in sequences of "
         f"{study.data.long_length:,}, with all that lies between two steps: the median of "
         f"{len(first.training_ms)}. Prompts and answers are of the evaluation's own function at "
@@ -367,7 +367,8 @@ def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
         + " until each has its first new token, which is timed once; then a step is a new token of "
         f"each: the median of {len(first.token_ms)}. Arms are trained for these steps alone: the "
         "work does not depend on the weights. The teacher is the hybrid's own code with all heads "
-        "FA. Of arms that compute the same, with the same choice of heads, one is timed."
+        "FA. Of arms that compute the same, with the same choice of heads, one is timed. Models this "
+        "small wait for Python to launch operations: figures do not carry over to large ones."
     )
 
 

@@ -16,7 +16,7 @@ from megatron_hydra.study.sections import SpeedsSection
 
 FILE_KIND, SCHEMA_VERSION = "study_speeds", 1
 RATES = ("training", "prompts", "answers")
-"""What tokens a second are of."""
+"""What tokens per second are of."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Speed:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """Tokens a second of :data:`RATES`, by the median step."""
+        """Tokens per second of :data:`RATES`, by the median step."""
         return (
             1000 * self.step_tokens / median(self.training_ms),
             1000 * self.prompt_tokens / self.prompt_ms,
