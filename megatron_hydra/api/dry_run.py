@@ -120,7 +120,10 @@ def _cache_bytes(
 ) -> float:
     dtype: ServeDtype = "fp32" if config.trainer.precision == "fp32" else "bf16"
     tp_size = config.strategy.tensor_model_parallel_size
-    return decoding_cache_bytes(shape, plan, rounds, tp_size, config.data.seq_length, dtype)
+    return max(
+        decoding_cache_bytes(shape, asked, rounds, tp_size, config.data.seq_length, dtype)
+        for asked in rounds.plans(plan)
+    )
 
 
 def read_model(folder: str, kind: str, key: str) -> dict[str, Any]:

@@ -203,6 +203,11 @@ class HydraModel(llm.GPTModel):
         return dict(zip(self._part_names, values.unbind(), strict=True))
 
     @property
+    def teacher(self) -> GPTModel | None:
+        """This rank's part of the frozen teacher; None where the stage has none."""
+        return self._teacher[0] if self._teacher else None
+
+    @property
     def _part_names(self) -> list[str]:
         """The loss and its parts, on all pipeline stages together."""
         if self._alignment is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.generation import generate
@@ -22,7 +23,7 @@ from megatron_hydra.tasks.needles import (
 from megatron_hydra.teachers.tokenizer import load_tokenizer
 from megatron_hydra.training.config import RunConfig
 from megatron_hydra.training.dataset_checks import read_tokens
-from megatron_hydra.training.run_files import NEEDLES
+from megatron_hydra.training.run_files import NEEDLES, TEACHER_NEEDLES
 from megatron_hydra.transfer.hidden_states import unwrapped_model
 
 _HAYSTACK_TOKENS = 2**20
@@ -34,7 +35,9 @@ class Needles:
     """Asks for values that stand in text, and leaves the training as if it had not.
 
     Haystacks come from the first held-out dataset, else from the first that is trained on. The
-    model answers greedily, in evaluation mode, as it will be used; nothing is drawn.
+    model answers greedily, in evaluation mode, as it will be used; nothing is drawn. Its teacher,
+    where the stage has one, answers once; what it finds stands beside each of the model's results,
+    so that a run that goes on, with other questions even, needs to know nothing of its past.
 
     Args:
         config: The run's configuration.
@@ -50,6 +53,7 @@ class Needles:
         self.every_n_steps = section.needles_every_n_steps
         self.micro_batch_size = config.data.micro_batch_size
         self.task = find_task(section.needle_task)
+        self._of_teacher: float | None = None
         self._samples: list[NeedleSample] = []
         if self.every_n_steps:
             path = (config.data.validation_paths or config.data.paths)[0]
@@ -74,11 +78,18 @@ class Needles:
             model: The run's HydraModel.
 
         Returns:
-            `needles/<task>`, 0 to 1.
+            `needles/<task>`, 0 to 1, and of its teacher `teacher_needles/<task>`.
         """
+        found = {f"{NEEDLES}{self.task.name}": self._share_right(unwrapped_model(model.module))}
+        if model.teacher is not None:
+            if self._of_teacher is None:
+                self._of_teacher = self._share_right(model.teacher)
+            found[f"{TEACHER_NEEDLES}{self.task.name}"] = self._of_teacher
+        return found
+
+    def _share_right(self, gpt_model: GPTModel) -> float:
         size = parallel_state.get_data_parallel_world_size()
         own = self._samples[parallel_state.get_data_parallel_rank() :: size]
-        gpt_model = unwrapped_model(model.module)
         device = next(gpt_model.parameters()).device
         num_right = torch.zeros((), dtype=torch.int64, device=device)
         with _evaluation_mode(gpt_model):
@@ -89,7 +100,7 @@ class Needles:
                 found = generate(gpt_model, prompts, answers.shape[1])
                 num_right += (found == answers).all(dim=1).sum()
         torch.distributed.all_reduce(num_right, group=parallel_state.get_data_parallel_group())
-        return {f"{NEEDLES}{self.task.name}": int(num_right) / len(self._samples)}
+        return int(num_right) / len(self._samples)
 
 
 class _Questions:

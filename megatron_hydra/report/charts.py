@@ -52,13 +52,21 @@ def draw_losses(run: RecordedRun) -> Figure:
     return figure
 
 
-def draw_curve(curve: Curve, title: str, unit: str, from_zero: bool = False) -> Figure:
-    """One scalar of a run by step."""
+def draw_curve(
+    curve: Curve, title: str, unit: str, from_zero: bool = False, of_teacher: float | None = None
+) -> Figure:
+    """One scalar of a run by step; what its teacher has, where that is given, as a dashed line."""
     figure, ax = _panel(title)
     _plot_noisy(ax, curve, PALETTE[0], None)
     ax.set_ylabel(unit)
+    if of_teacher is not None:
+        ax.axhline(of_teacher, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="teacher")
+        ax.legend(
+            loc="lower right", bbox_to_anchor=(1.03, 1.01), borderaxespad=0.0, handlelength=1.6,
+            handletextpad=0.4,
+        )  # fmt: skip
     if from_zero:
-        ax.set_ylim(0, 1.08 * float(np.nanmax(curve.values)) or 1.0)
+        ax.set_ylim(0, 1.08 * max(float(np.nanmax(curve.values)), of_teacher or 0.0) or 1.0)
     return figure
 
 

@@ -106,7 +106,9 @@ def _curves(run: RecordedRun, name: str) -> dict[str, Any]:
         "speed": draw_curve(speed, "throughput", "tokens / s", True),
     }
     for task, curve in run.needles.items():
-        charts[f"needles-{task}"] = draw_curve(curve, f"needles found: {task}", "share", True)
+        charts[f"needles-{task}"] = draw_curve(
+            curve, f"needles found: {task}", "share", True, run.teacher_needles.get(task)
+        )
     return {
         "losses": [
             (title, _first(curve.values), _final(curve.values))

@@ -49,7 +49,7 @@ STAGES = {
 }
 """A stage by its word in a configuration: its name, and what it does."""
 _LAYER_PREFIX = "train/alignment/layer_"
-_NEEDLES_PREFIX = "needles/"
+_NEEDLES_PREFIX, _TEACHER_NEEDLES_PREFIX = "needles/", "teacher_needles/"
 _REQUIRED = ("train/grad_norm", "train/tokens_per_s")
 _SKIPPED = "train/skipped_steps"
 
@@ -168,6 +168,15 @@ class RecordedRun:
             tag.removeprefix(_NEEDLES_PREFIX): curve
             for tag, curve in sorted(self.curves.items())
             if tag.startswith(_NEEDLES_PREFIX)
+        }
+
+    @property
+    def teacher_needles(self) -> dict[str, float]:
+        """Share of them that its teacher finds, by task; of a run without a teacher none."""
+        return {
+            tag.removeprefix(_TEACHER_NEEDLES_PREFIX): float(curve.values[-1])
+            for tag, curve in self.curves.items()
+            if tag.startswith(_TEACHER_NEEDLES_PREFIX)
         }
 
     @property

@@ -177,8 +177,11 @@ def _laid_out(
     time = step_time(work, batch, layout, cluster.device, cluster.gpus_per_node)
     needles, rounds = 0.0, NeedleRounds.of(config, layout.num_gpus)
     if rounds is not None:
-        of_round = needle_seconds(shape, plan, rounds, layout, cluster.device)
-        needles = rounds.num_rounds * of_round
+        of_round, *of_teacher = (
+            needle_seconds(shape, asked, rounds, layout, cluster.device)
+            for asked in rounds.plans(plan)
+        )
+        needles = rounds.num_rounds * of_round + sum(of_teacher)
     validation, trainer = 0.0, config.trainer
     if every := trainer.validate_every_n_steps:
         per_replica = trainer.validation_steps * batch // (layout.micro_batch * layout.data)

@@ -102,9 +102,12 @@ def memory_of_run(
     if rounds is not None:
         tp_size = strategy.tensor_model_parallel_size
         tokens = rounds.num_rows * rounds.num_tokens
-        passing = _forward_bytes(shape, plan, tokens, tp_size, data.seq_length)
-        caches = decoding_cache_bytes(shape, plan, rounds, tp_size, data.seq_length)
-        memory = replace(memory, decoding=caches + passing)
+        decoding = max(
+            _forward_bytes(shape, asked, tokens, tp_size, data.seq_length)
+            + decoding_cache_bytes(shape, asked, rounds, tp_size, data.seq_length)
+            for asked in rounds.plans(plan)
+        )
+        memory = replace(memory, decoding=decoding)
     return memory, ""
 
 
@@ -120,7 +123,7 @@ def decoding_cache_bytes(
 
     Args:
         shape: The teacher's.
-        plan: The hybrid's.
+        plan: Of the model that answers.
         rounds: What is asked.
         tp_size: Tensor-parallel ranks, heads placed `balanced`.
         seq_length: Tokens of a training sample, for which heads are placed.

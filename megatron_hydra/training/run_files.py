@@ -18,8 +18,9 @@ RUN_CONFIG = "run_config.yaml"
 METRICS = "metrics.jsonl"
 FINDINGS = "findings.jsonl"
 """Lines of bad numbers, jumps of the loss and slow ranks."""
-VALIDATION, NEEDLES = "validation/", "needles/"
-"""Before the names of what is measured on held-out samples, and of the tasks with needles."""
+VALIDATION, NEEDLES, TEACHER_NEEDLES = "validation/", "needles/", "teacher_needles/"
+"""Before the names of what is measured on held-out samples, and of the tasks with needles, which
+the student finds and its teacher."""
 HEADER = "# The resolved configuration of a training run: written and read by megatron-hydra train."
 """The first line of a run's own configuration file."""
 

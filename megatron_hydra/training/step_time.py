@@ -214,7 +214,7 @@ def needle_seconds(
 
     Args:
         shape: The teacher's.
-        plan: The hybrid's.
+        plan: Of the model that answers.
         rounds: What is asked.
         layout: Without pipeline and context parallelism, under which models do not decode.
         device: As :func:`step_time`'s.

@@ -133,6 +133,8 @@ class Alignment:
         config = student_layer.config
 
         def compare(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            if kwargs.get("inference_context") is not None:
+                return  # it generates, beside the training
             layer_input, weights = self._layer_input, self._token_weights
             # A layer without gradients adds its input to its attention's output in place.
             target = output[0].clone() if recomputes else output[0]

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from test_report import write_events, write_run
 
 from megatron_hydra.report.chart_style import chart_style
-from megatron_hydra.report.charts import draw_losses
+from megatron_hydra.report.charts import draw_curve, draw_losses
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import training_section
 from megatron_hydra.report.training_runs import RecordedRun, read_run
@@ -117,6 +117,22 @@ def test_needles_found_while_training_are_a_curve_of_their_own(tmp_path: Path) -
     run = read_run("stage1", tmp_path)
     (curve,) = run.needles.values()
     assert curve.steps.tolist() == [1, 3] and curve.values.tolist() == [0.25, 0.75]
-    assert "needles-multi_key_2 of stage1" in section_of(run)
+    assert "needles-multi_key_2 of stage1" in section_of(run) and "teacher" not in section_of(run)
     write_run(tmp_path / "other", {"train/loss": [1.5]})
     assert "needles" not in section_of(read_run("other", tmp_path / "other"))
+
+
+def test_the_teacher_is_a_dashed_line_beside_the_needles_found(tmp_path: Path) -> None:
+    shares = [None, 0.25, None, 0.5]
+    of_teacher = [None, 0.75, None, 0.75]
+    tags = {"needles/single": shares, "teacher_needles/single": of_teacher}
+    write_run(tmp_path, {"train/loss": [4.0, 3.0, 2.0, 1.0], **tags})
+    write_events(tmp_path, {"train/loss": [1.0, 0.5]}, first_step=4)  # it went on
+    run = read_run("stage1", tmp_path)
+    assert list(run.needles) == ["single"] and run.teacher_needles == {"single": 0.75}
+    assert ">teacher<" in section_of(run)
+    with chart_style():
+        (ax,) = draw_curve(run.needles["single"], "needles", "share", True, 0.75).axes
+    (line,) = (line for line in ax.lines if line.get_label() == "teacher")
+    assert line.get_ydata() == [0.75, 0.75] and line.is_dashed()
+    assert ax.get_ylim() == (0, 1.08 * 0.75), "above the curve's own values"

@@ -225,6 +225,20 @@ def test_needles_are_counted_into_the_hours(
     assert ten["as_written"]["needle_hours"] == pytest.approx(10 * hours)
 
 
+def test_the_teacher_answers_in_one_round_more(teacher: Path, tmp_path: Path) -> None:
+    command = ["estimate", "--config", STAGES[1], "--gpu", "h100", "--teacher", str(teacher)]
+    command += ["--fa-fraction", "1/4", "--gpus", "8"]
+    command[3:3] = ["trainer.max_steps=200", "trainer.needle_tokens=8192"]
+    hours = []
+    for every in (200, 100, 50):
+        more = [*command[:3], f"trainer.needles_every_n_steps={every}", *command[3:]]
+        (found,) = _json(more, tmp_path / "estimate.json")["stages"]
+        hours.append(found["as_written"]["needle_hours"])
+    of_round = hours[1] - hours[0]
+    assert hours[2] - hours[1] == pytest.approx(2 * of_round)
+    assert hours[0] - of_round > 1.01 * of_round, "its heads compare all tokens with all"
+
+
 @pytest.mark.parametrize(("stage", "share"), [(1, 1 / 2), (2, 1 / 3)])
 def test_validation_is_counted_into_the_hours(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int, share: float

@@ -165,9 +165,10 @@ def _dry_run(args: argparse.Namespace) -> int:
 def _words_on_needles(found: DryRun) -> str:
     needles = found.needles
     assert needles is not None
+    teacher = " and one of the teacher" if needles.asks_teacher else ""
     words = (
-        f"needles: {needles.num_rounds:,} rounds of {needles.num_questions:,} questions of "
-        f"{needles.num_tokens:,} tokens, each round {needles.num_batches:,} times "
+        f"needles: {needles.num_rounds:,} rounds{teacher} of {needles.num_questions:,} questions "
+        f"of {needles.num_tokens:,} tokens, each round {needles.num_batches:,} times "
         f"{needles.num_passes} forward passes of a replica; caches of "
         f"{found.needle_cache_bytes / 2**30:.3g} GiB on the GPU that needs most"
     )
