@@ -74,6 +74,17 @@ class AskedModel:
         found = config.get(name)
         return found if isinstance(found, int) else None
 
+    def origin(self) -> dict[str, Any]:
+        """Where it lies, and what a checkpoint says of how it and its plan came to be; as JSON."""
+        if not self.is_checkpoint:
+            return {"path": str(self.path)}
+        found = {"path": str(self.path), "weights": peek_metadata(self.path)["provenance"]}
+        plan = _plan_of(self.path)
+        if plan is not None:  # but for the reasons of each head
+            own = plan.provenance.items()
+            found["plan"] = {key: value for key, value in own if key != "explanation"}
+        return found
+
     def shape_and_plan(self) -> tuple[ModelShape | None, HeadPlan | None]:
         """What costs are counted from, and a hybrid's plan; None where it is of no kind known here.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_hydra.api.asked_models import AskedModel
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.lengths import (
     Choice,
@@ -26,7 +27,6 @@ from megatron_hydra.evaluation.ruler import (
     needle_depths,
 )
 from megatron_hydra.files import check_output, check_outputs
-from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.progress import Progress, no_progress
 from megatron_hydra.provenance import origin
 from megatron_hydra.selection.cost import ServeDtype, cache_bytes_per_token, state_bytes
@@ -205,17 +205,14 @@ def _read_folder(folder: Path) -> _Folder:
     from megatron_hydra.teachers.config_json import read_config
     from megatron_hydra.teachers.model_folder import is_checkpoint_folder
 
-    origin: dict[str, Any] = {"path": str(folder)}
-    if not is_checkpoint_folder(folder):
+    if is_checkpoint := is_checkpoint_folder(folder):
+        meta = read_metadata(folder)
+        reach = Reach(meta["config"]["seq_length"], meta["provenance"].get("seq_length"))
+        vocab_size = meta["config"]["vocab_size"]
+    else:
         config = read_config(folder)
-        return _Folder(Reach(config["max_position_embeddings"]), config["vocab_size"], origin)
-    meta = read_metadata(folder)
-    origin["weights"] = meta["provenance"]
-    if meta["kind"] == "hybrid":
-        plan = HeadPlan.load(folder / "plan.json").provenance
-        origin["plan"] = {key: value for key, value in plan.items() if key != "explanation"}
-    reach = Reach(meta["config"]["seq_length"], meta["provenance"].get("seq_length"))
-    return _Folder(reach, meta["config"]["vocab_size"], origin)
+        reach, vocab_size = Reach(config["max_position_embeddings"]), config["vocab_size"]
+    return _Folder(reach, vocab_size, AskedModel(folder, is_checkpoint).origin())
 
 
 def _common_tokenizer(

@@ -200,6 +200,7 @@ def generate(
         seed=prompts.seed,
         perplexity_tokens=sum(len(window) - 1 for window in windows),
         weights=hashes,
+        models={name: model.origin() for name, model in asked.items()},
     )
     head = not_comparable(prompts.wording, ", ".join(prompts.texts) or "Python's documentation")
     generation = Generation(tuple(results), head, serve_dtype, prompts_hash, provenance)
@@ -363,4 +364,5 @@ def _result(
         state_bytes=int(state_bytes(shape, dtype).of(plan)),
         tasks=tuple(answered),
         loss_by_position=losses,
+        plan=None if plan is None else tuple(layer.fa_heads for layer in plan.layers),
     )

@@ -15,6 +15,7 @@ from megatron_hydra.evaluation.positions import PositionLoss
 from megatron_hydra.evaluation.results import (
     Accuracy,
     Cell,
+    FAHeads,
     align,
     format_perplexity,
     percent_text,
@@ -128,6 +129,7 @@ class GeneratedResult:
         state_bytes: That a sequence keeps whatever its length; None: unknown.
         tasks: One for each cell.
         loss_by_position: On held-out text; empty where that was not asked for.
+        plan: A hybrid's FA heads; None for a teacher, and where `fa_heads` is not known.
     """
 
     name: str
@@ -138,6 +140,7 @@ class GeneratedResult:
     state_bytes: int | None
     tasks: tuple[Answered, ...]
     loss_by_position: tuple[PositionLoss, ...] = field(default=(), metadata=MAY_LACK)
+    plan: FAHeads | None = field(default=None, metadata=MAY_LACK)
 
     @property
     def buckets(self) -> tuple[tuple[int, int, int], ...]:
@@ -196,6 +199,8 @@ class Generation:
                         raise UserError(f"its cells are not those of {found.models[0].name!r}")
                     if model.buckets != found.models[0].buckets:
                         raise UserError(f"its positions are not those of {found.models[0].name!r}")
+                    if model.plan is not None and sum(map(len, model.plan)) != model.fa_heads:
+                        raise UserError(f"its plan has other than its {model.fa_heads} FA heads")
                     for task in model.tasks:
                         _check(task)
         return found
@@ -222,8 +227,13 @@ def _check(task: Answered) -> None:
 
 
 def generation_table(result: Generation) -> str:
-    """A text table, a task at a length per row: accuracy with interval, and `string_match_all`."""
-    rows = [["task", "tokens", *(model.name for model in result.models)]]
+    """A text table, a column per model.
+
+    A row per task and length has accuracy with interval, and `string_match_all`. Below stand
+    perplexity by position and needle grid, where they were measured, and what a sequence keeps.
+    """
+    names = [model.name for model in result.models]
+    rows = [["task", "tokens", *names]]
     for position, (task, length) in enumerate(result.cells):
         found = (model.tasks[position] for model in result.models)
         texts = (
@@ -233,14 +243,32 @@ def generation_table(result: Generation) -> str:
         rows.append([task, f"{length:,}", *texts])
     heading = "samples with every answer in % with 95% interval, and RULER's string_match_all"
     lines = [result.head, heading, *align(rows)]
+    if result.models[0].loss_by_position:
+        rows = [["tokens before", *names], *_perplexities(result)]
+        lines += ["perplexity of held-out text by position", *align(rows)]
+    lines += ["what a sequence keeps", *align([["", *names], *_memory(result)])]
     if result.has_depths:
         lines.append("right in % by depth of the needle, in fifths of the prompt")
         lines += align(_grid(result))
-    if result.models[0].loss_by_position:
-        names = [model.name for model in result.models]
-        rows = [["tokens before", *names], *_perplexities(result)]
-        lines += ["perplexity of held-out text by position", *align(rows)]
     return "\n".join(lines)
+
+
+def _memory(result: Generation) -> list[list[str]]:
+    """FA heads and bytes, a dash where they are not known."""
+    models = result.models
+    heads = [
+        "-" if model.fa_heads is None else f"{model.fa_heads}/{model.total_heads}"
+        for model in models
+    ]
+    sizes = {
+        f"cache B/token ({result.serve_dtype})": [model.cache_bytes_per_token for model in models],
+        "state B": [model.state_bytes for model in models],
+    }
+    counted = (
+        [name, *("-" if size is None else f"{size:,}" for size in found)]
+        for name, found in sizes.items()
+    )
+    return [["FA heads", *heads], *counted]
 
 
 def _grid(result: Generation) -> list[list[str]]:

@@ -108,6 +108,7 @@ def test_the_verb_counts_what_greedy_decoding_gives(models, tmp_path, capsys, mo
     assert {task.match_all for task in hybrid.tasks} == {2.5 / 3}
     assert {task.match_part for task in hybrid.tasks} == {1.0}
     assert (hybrid.name, hybrid.fa_heads, hybrid.total_heads) == ("hf", 2, 8)
+    assert found.models[0].plan is None and hybrid.plan == ((1,), (3,))  # as PLAN_OF_KINDS has it
     # Two of four groups, key and value of 16 channels in bf16.
     assert (
         hybrid.cache_bytes_per_token == 2 * 2 * 16 * 2 == found.models[0].cache_bytes_per_token / 2
@@ -117,6 +118,15 @@ def test_the_verb_counts_what_greedy_decoding_gives(models, tmp_path, capsys, mo
     assert "not comparable with published RULER" in said and f"{models}/text.txt" in said
     assert "hf is built for 450 tokens: its results at 500 tokens are beyond" in said
     assert "67 [21, 94] 83" in said
+    memory = [
+        line.split()[-2:] for line in said[said.index("what a sequence keeps") :].splitlines()
+    ]
+    sizes = [
+        f"{size:,}"
+        for model in found.models
+        for size in (model.cache_bytes_per_token, model.state_bytes)
+    ]
+    assert memory[2:5] == [["8/8", "2/8"], sizes[::2], sizes[1::2]]
 
 
 def test_right_answers_are_those_that_greedy_decoding_gives(models):
@@ -295,6 +305,11 @@ def test_a_file_whose_figures_contradict_is_refused(tmp_path):
     written.save(tmp_path / "file.json")
     assert Generation.load(tmp_path / "file.json") == written
     data = json.loads((tmp_path / "file.json").read_text())
+    data["models"][0]["plan"] = [[0], [1, 2]]
+    (tmp_path / "file.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match="model 'a': its plan has other than its 2 FA heads"):
+        Generation.load(tmp_path / "file.json")
+    del data["models"][0]["plan"]  # as earlier releases wrote it
     data["models"][0]["tasks"][0]["num_right"] = 3
     (tmp_path / "file.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=r"model 'a': task vt at 512 tokens: accuracy is 0.5"):

@@ -182,9 +182,14 @@ def test_checkpoint_and_folders_stand_in_one_table(models, tmp_path, capsys):
     more = ["--hf", f"teacher={models}/qwen3", "--model", f"again={models}/hf"]
     few = ["--tasks", "vt", "--lengths", "400", "--num-samples", "2"]
     assert cli.main([*_of_checkpoint(models, out, *more), *few]) == 0
-    found = Generation.load(out).models
+    generation = Generation.load(out)
+    found, origins = generation.models, generation.provenance["models"]
     assert [model.name for model in found] == ["teacher", "hf", "again"]
     assert [model.fa_heads for model in found] == [8, 2, 2]
+    assert [model.plan for model in found] == [None, ((1,), (3,)), ((1,), (3,))]
+    made = json.loads((models / "hybrid/model.json").read_text())["provenance"]
+    assert origins["hf"]["weights"] == made and "plan" in origins["hf"]
+    assert origins["again"] == {"path": f"{models}/hf"}
     assert found[1].loss_by_position != found[0].loss_by_position
     losses = [[each.loss_nats for each in x.loss_by_position] for x in found[1:]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
