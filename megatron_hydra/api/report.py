@@ -26,8 +26,8 @@ def report(
     *,
     scores: Path,
     plan: Path,
-    evaluation: Path,
     runs: Mapping[str, Path],
+    evaluation: Path | None = None,
     pareto: Path | None = None,
     generation: Path | None = None,
     teacher: Path | None = None,
@@ -39,8 +39,9 @@ def report(
         out: The page.
         scores: What :func:`~megatron_hydra.api.score.score` wrote.
         plan: What :func:`~megatron_hydra.api.plan.plan` wrote.
-        evaluation: What :func:`~megatron_hydra.api.evaluate.evaluate` wrote.
         runs: Run folders by the names that the page gives them, in order.
+        evaluation: What :func:`~megatron_hydra.api.evaluate.evaluate` wrote; None: the page is of
+            `generation` alone.
         pareto: What :func:`~megatron_hydra.api.pareto.pareto` wrote; None leaves it out.
         generation: What :func:`~megatron_hydra.api.generate.generate` wrote; None leaves it out.
         teacher: Folder of the teacher that plan and scores must be of, and which names it.
@@ -59,7 +60,7 @@ def report(
     page = render_report(
         HeadScores.load(scores),
         HeadPlan.load(plan),
-        read_evaluation(evaluation),
+        None if evaluation is None else read_evaluation(evaluation),
         [read_run(name, folder) for name, folder in runs.items()],
         pareto=None if pareto is None else ParetoTable.load(pareto),
         generation=None if generation is None else Generation.load(generation),

@@ -71,19 +71,22 @@ def draw_curve(
 
 
 def draw_cache(
-    lines: Sequence[tuple[str, float, float]], training_length: int, longest: int, dtype: str
+    lines: Sequence[tuple[str, float, float]],
+    ends: tuple[int, int],
+    dtype: str,
+    training_length: int | None = None,
 ) -> Figure:
     """Memory of one sequence by its length.
 
     Args:
         lines: Name, bytes per token, constant bytes.
-        training_length: Where the teacher was trained, in tokens; marked.
-        longest: Right end of the axis, in tokens.
+        ends: Of the axis, in tokens.
         dtype: Number format of the cache, named at the axis.
+        training_length: Where the teacher was trained, in tokens; marked, where it is known.
     """
     figure = Figure(figsize=(6.2, 3.0))
     ax = figure.add_subplot()
-    lengths = np.geomspace(max(1, training_length // 8), longest, 200)
+    lengths = np.geomspace(*ends, 200)
     # Broken lines above a solid one: lines that lie on each other stay visible.
     dashes = ("-", (0, (5, 2)), (0, (1, 1.5)), "-.", (0, (3, 1, 1, 1)), (0, (8, 2)))
     for index, (name, per_token, constant) in enumerate(lines):
@@ -92,11 +95,12 @@ def draw_cache(
             lengths, per_token * lengths + constant, color=PALETTE[place], linewidth=1.8,
             linestyle=dashes[(place + again) % len(dashes)], label=plain_text(name),
         )  # fmt: skip
-    ax.axvline(training_length, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    ax.annotate(
-        "training length", (training_length, 1), xycoords=("data", "axes fraction"),
-        xytext=(4, -2), textcoords="offset points", va="top", color="#52606d", fontsize=8.5,
-    )  # fmt: skip
+    if training_length is not None:
+        ax.axvline(training_length, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.annotate(
+            "training length", (training_length, 1), xycoords=("data", "axes fraction"),
+            xytext=(4, -2), textcoords="offset points", va="top", color="#52606d", fontsize=8.5,
+        )  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda value, _: format_length(value))

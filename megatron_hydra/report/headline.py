@@ -7,8 +7,9 @@ from datetime import date
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from megatron_hydra.evaluation.results import Accuracy, Cell, Evaluation, ModelResult
+from megatron_hydra.evaluation.results import Accuracy, Cell
 from megatron_hydra.head_plan import HeadPlan
+from megatron_hydra.report.measured import Measured, MeasuredModel
 from megatron_hydra.report.training_runs import recorded
 from megatron_hydra.selection.cost import (
     SERVE_DTYPES,
@@ -28,7 +29,7 @@ Versions = Mapping[str, Mapping[str, Sequence[str]]]
 class Range(NamedTuple):
     """The worst and the median cell of a model; of an even number the lower middle one."""
 
-    model: ModelResult
+    model: MeasuredModel
     worst_cell: Cell
     median_cell: Cell
 
@@ -43,7 +44,7 @@ class Range(NamedTuple):
         return self.model.accuracy[self.median_cell]
 
 
-def range_of(model: ModelResult) -> Range:
+def range_of(model: MeasuredModel) -> Range:
     """The model's range; of equally bad cells the first is named."""
     cells = sorted(model.accuracy, key=lambda cell: model.accuracy[cell].value)
     return Range(model, cells[0], cells[(len(cells) - 1) // 2])
@@ -52,7 +53,7 @@ def range_of(model: ModelResult) -> Range:
 def headline(
     scores: HeadScores,
     plan: HeadPlan,
-    evaluation: Evaluation,
+    measured: Measured,
     versions: Versions,
     teacher_name: str,
     written: date | None,
@@ -62,18 +63,18 @@ def headline(
     Args:
         scores: Of every head of the teacher.
         plan: Made from them.
-        evaluation: Of the teacher and of at least one hybrid of the plan.
+        measured: The teacher and at least one hybrid of the plan.
         versions: Of all inputs.
         teacher_name: As the user calls it; empty: by the scores' own record, if it has one.
         written: When the page is written; None leaves that out.
     """
     recorded_name = PurePath(str(recorded(scores.provenance, "config", "model", "teacher") or ""))
     name = teacher_name or recorded_name.name
-    ranges = {model.name: range_of(model) for model in evaluation.models}
+    ranges = {model.name: range_of(model) for model in measured.models}
     num_heads = plan.num_layers * plan.num_heads
     title = f"{plan.num_fa_heads} of {num_heads} heads on full attention"
     best = max(
-        (ranges[model.name] for model in hybrids_of(plan, evaluation)),
+        (ranges[model.name] for model in hybrids_of(plan, measured)),
         key=lambda found: (found.median.value, found.worst.value),
     )
     kind = (read_shape(plan) or scores.shape).la_kind
@@ -89,15 +90,15 @@ def headline(
         # Of groups, not bytes: the same in every number format.
         "cache_share": num_stored_groups(plan) / (plan.num_layers * plan.num_query_groups),
         "best": best,
-        "teacher": ranges[evaluation.teacher.name],
+        "teacher": ranges[measured.teacher.name],
         "ranges": list(ranges.values()),
     }
 
 
-def hybrids_of(plan: HeadPlan, evaluation: Evaluation) -> list[ModelResult]:
+def hybrids_of(plan: HeadPlan, measured: Measured) -> list[MeasuredModel]:
     """Hybrids of this very plan: a control has as many FA heads, but others."""
     fa_heads = tuple(layer.fa_heads for layer in plan.layers)
-    return [model for model in evaluation.models if model.plan == fa_heads]
+    return [model for model in measured.models if model.plan == fa_heads]
 
 
 def num_parameters(shape: ModelShape) -> int:

@@ -13,6 +13,7 @@ from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.chart_style import Picture, chart_style, to_picture
 from megatron_hydra.report.headline import headline, hybrids_of
 from megatron_hydra.report.heatmap import head_map_figure, scorer_names
+from megatron_hydra.report.measured import Measured
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import (
     evaluation_section,
@@ -31,7 +32,7 @@ from megatron_hydra.selection.scores import HeadScores
 def render_report(
     scores: HeadScores,
     plan: HeadPlan,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     runs: Sequence[RecordedRun],
     *,
     pareto: ParetoTable | None = None,
@@ -46,10 +47,12 @@ def render_report(
     Args:
         scores: Of every head of the teacher.
         plan: Made from them.
-        evaluation: Of the teacher and of at least one hybrid of the plan.
+        evaluation: Of the teacher and of at least one hybrid of the plan; None where `generation`
+            is that.
         runs: In the order of the page.
         pareto: Of the same scores; None leaves it out.
-        generation: What models answered by generating text; None leaves it out.
+        generation: What models answered by generating text; None leaves it out. What the page says
+            of models is taken from the evaluation, else from here.
         command: That makes the page, for its provenance.
         teacher_config_hash: Of the teacher that plan and scores must be of; empty: unchecked.
         teacher_name: What the page calls the teacher; empty: as the scores record it.
@@ -58,15 +61,16 @@ def render_report(
     Raises:
         UserError: If the inputs do not belong together.
     """
-    _check_together(scores, plan, evaluation, runs, teacher_config_hash)
+    _check_together(scores, plan, runs, teacher_config_hash)
     scores = scores_as_planned(scores, plan)
-    evaluation = in_one_format(evaluation, scores.shape)
+    evaluation = None if evaluation is None else in_one_format(evaluation, scores.shape)
+    measured = _measured(plan, evaluation or generation)
+    results = {"evaluation": evaluation, "generation": generation}
     sources = {
         "scores": scores.provenance,
         # The section on head selection shows the explanation.
         "plan": {k: v for k, v in plan.provenance.items() if k != "explanation"},
-        "evaluation": evaluation.provenance,
-        **({} if generation is None else {"generation": generation.provenance}),
+        **{name: each.provenance for name, each in results.items() if each is not None},
     }
     records = provenance_section(sources, runs, command)
     versions = records["versions"]
@@ -74,11 +78,11 @@ def render_report(
         values = {
             "plan": plan,
             "head_map": _head_map(scores, plan),
-            **headline(scores, plan, evaluation, versions, teacher_name, written),
+            **headline(scores, plan, measured, versions, teacher_name, written),
             **selection_section(scores, plan, pareto),
             **evaluation_section(evaluation),
             **generation_section(generation),
-            **memory_section(evaluation),
+            **memory_section(measured),
             **training_section(runs),
             **records,
         }
@@ -88,7 +92,6 @@ def render_report(
 def _check_together(
     scores: HeadScores,
     plan: HeadPlan,
-    evaluation: Evaluation,
     runs: Sequence[RecordedRun],
     teacher_config_hash: str,
 ) -> None:
@@ -99,18 +102,24 @@ def _check_together(
     for run in runs:
         if run.plan.layers != plan.layers:
             raise UserError(f"run {run.name}: {run.folder} trained a hybrid of another plan")
-    num_heads = plan.num_layers * plan.num_heads
-    for model in evaluation.models:
+
+
+def _measured(plan: HeadPlan, results: Evaluation | Generation | None) -> Measured:
+    if results is None:
+        raise UserError("no results of models given: --evaluation or --generation is needed")
+    measured, num_heads = Measured.of(results), plan.num_layers * plan.num_heads
+    for model in measured.models:
         if model.num_heads != num_heads:
             raise UserError(
                 f"model {model.name!r} of the evaluation has {model.num_heads} heads, "
                 f"but the plan has {num_heads}: was it made for another teacher?"
             )
-    if not hybrids_of(plan, evaluation):
+    if not hybrids_of(plan, measured):
         raise UserError(
             f"the evaluation has no hybrid with exactly the plan's {plan.num_fa_heads} FA heads: "
             "it is not an evaluation of this plan"
         )
+    return measured
 
 
 def _head_map(scores: HeadScores, plan: HeadPlan) -> Picture:

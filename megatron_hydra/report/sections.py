@@ -12,14 +12,20 @@ import numpy as np
 import yaml
 
 from megatron_hydra.evaluation.generation import DEPTHS, Generation
-from megatron_hydra.evaluation.results import Evaluation, ModelResult
+from megatron_hydra.evaluation.results import Evaluation
 from megatron_hydra.report.chart_style import Picture, to_picture
 from megatron_hydra.report.charts import draw_cache, draw_curve, draw_losses, smoothing_window
+from megatron_hydra.report.measured import Measured, MeasuredModel
 from megatron_hydra.report.training_runs import RecordedRun
 
 
-def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
-    """Models by tasks and lengths with the best of each column, perplexity, and needle grids."""
+def evaluation_section(evaluation: Evaluation | None) -> dict[str, Any]:
+    """Models by tasks and lengths with the best of each column, perplexity, and needle grids.
+
+    None: no section.
+    """
+    if evaluation is None:
+        return {"evaluation": None}
     models = evaluation.models
     accuracies = {cell: [model.accuracy[cell] for model in models] for cell in evaluation.cells}
     lengths = models[0].grid.lengths
@@ -46,38 +52,41 @@ def evaluation_section(evaluation: Evaluation) -> dict[str, Any]:
 
 def generation_section(generation: Generation | None) -> dict[str, Any]:
     """What models answered by generating text, with the best of each column; None: no section."""
-    best, least = [], []
+    best, least, tasks = [], [], []
     if generation is not None:
+        first = generation.models[0].tasks
+        tasks = [(task, list(cells)) for task, cells in groupby(first, lambda cell: cell.task)]
         columns = zip(*(model.tasks for model in generation.models), strict=True)
         best = [max(task.accuracy for task in column) for column in columns]
         buckets = zip(*(model.loss_by_position for model in generation.models), strict=True)
         least = [min(bucket.loss_nats for bucket in column) for column in buckets]
     found = {"generation": generation, "generation_best": best, "least_by_position": least}
-    return {**found, "depths": DEPTHS}
+    return {**found, "generation_tasks": tasks, "depths": DEPTHS}
 
 
-def memory_section(evaluation: Evaluation) -> dict[str, Any]:
+def memory_section(measured: Measured) -> dict[str, Any]:
     """Cache and state of each model; must be called in :func:`chart_style`."""
     return {
-        "evaluation": evaluation,
+        "measured": measured,
         "crossovers": [
-            (model, crossover_tokens(model, evaluation.teacher)) for model in evaluation.models
+            (model, crossover_tokens(model, measured.teacher)) for model in measured.models
         ],
-        "cache": _cache_picture(evaluation),
+        "cache": _cache_picture(measured),
     }
 
 
-def _cache_picture(evaluation: Evaluation) -> Picture | None:
-    if (dtype := evaluation.serve_dtype) is None:
+def _cache_picture(measured: Measured) -> Picture | None:
+    if (dtype := measured.serve_dtype) is None:
         return None
     names: dict[tuple[float, float], list[str]] = {}
-    for model in evaluation.models:
+    for model in measured.models:
         names.setdefault((model.cache_bytes_per_token, model.state_bytes), []).append(model.name)
-    crossings = (crossover_tokens(model, evaluation.teacher) for model in evaluation.models)
-    longest = max(64 * evaluation.training_length, *(4 * (length or 0) for length in crossings))
+    crossings = (crossover_tokens(model, measured.teacher) for model in measured.models)
+    asked = measured.training_length or max(length for _, length in measured.cells)
+    longest = max(64 * asked, *(4 * (length or 0) for length in crossings))
     lines = [("; ".join(equal), *need) for need, equal in names.items()]
     return to_picture(
-        draw_cache(lines, evaluation.training_length, longest, dtype),
+        draw_cache(lines, (max(1, asked // 8), longest), dtype, measured.training_length),
         "cache",
         "memory by length",
         f"Cache, served in {dtype}, and state of one sequence by its length. “Smaller from” is "
@@ -85,7 +94,7 @@ def _cache_picture(evaluation: Evaluation) -> Picture | None:
     )
 
 
-def crossover_tokens(model: ModelResult, teacher: ModelResult) -> int | None:
+def crossover_tokens(model: MeasuredModel, teacher: MeasuredModel) -> int | None:
     """Shortest length at which ``model`` needs less than the teacher; None if never."""
     saved = teacher.cache_bytes_per_token - model.cache_bytes_per_token
     if model.kind == "teacher" or saved <= 0:
@@ -146,10 +155,11 @@ def provenance_section(
     }
     records = {**sources, **{run.name: run.provenance for run in runs}}
     commands = {name: _command(record) for name, record in records.items()}
-    for name, origin in sources.get("evaluation", {}).get("models", {}).items():
-        for part in ("plan", "weights"):
-            if part in origin:
-                commands[f"{name}: {part}"] = _command(origin[part])
+    for source in sources.values():
+        for name, origin in source.get("models", {}).items():
+            for part in ("plan", "weights"):
+                if part in origin:
+                    commands[f"{name}: {part}"] = _command(origin[part])
     return {
         "commands": {**commands, "report": command},
         "seeds": {

@@ -18,6 +18,7 @@ from megatron_hydra.evaluation.results import Accuracy, Evaluation, ModelResult,
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.report.chart_style import chart_style, plain_text
 from megatron_hydra.report.charts import draw_cache
+from megatron_hydra.report.measured import Measured
 from megatron_hydra.report.page import render_report
 from megatron_hydra.report.rendering import render
 from megatron_hydra.report.sections import memory_section
@@ -82,7 +83,8 @@ def test_one_plan_has_one_share_whatever_its_weights_are(
 ) -> None:
     assert mixed.serve_dtype is None
     with chart_style():
-        html = render("memory.html", memory_section(in_one_format(mixed, scores.shape)))
+        measured = Measured.of(in_one_format(mixed, scores.shape))
+        html = render("memory.html", memory_section(measured))
     found = rows(html)
     assert [cells[2] for cells in found.values()] == ["100%", "44%", "44%", "0%"]
     assert found["untrained"] == found["trained"]
@@ -126,7 +128,7 @@ def test_every_model_keeps_its_entry_and_its_line() -> None:
     """Names that matplotlib leaves out or reads as formulas, and more models than colours."""
     names = ["_mine", "__", "$x$", "plain", *(f"model {index}" for index in range(5))]
     lines = [(name, 100.0 + index, 5.0) for index, name in enumerate(names)]
-    figure = draw_cache(lines, 64, 4096, "bf16")
+    figure = draw_cache(lines, (8, 4096), "bf16", 64)
     entries = _legend(figure)
     assert [entry.removeprefix("\u200b").replace("\\", "") for entry in entries] == names
     (ax,) = figure.axes

@@ -13,7 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument("--scores", required=True, type=Path, help="what `score` wrote")
     parser.add_argument("--plan", required=True, type=Path, help="what `plan` wrote")
-    parser.add_argument("--evaluation", required=True, type=Path, help="what `evaluate` wrote")
+    parser.add_argument(
+        "--evaluation", type=Path, metavar="FILE", help="what `evaluate --model` wrote"
+    )
+    parser.add_argument(
+        "--generation",
+        type=Path,
+        metavar="FILE",
+        help="what `evaluate --generate` or `--hf` wrote, in place of --evaluation or beside it",
+    )
     parser.add_argument(
         "--run",
         required=True,
@@ -23,9 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--pareto", type=Path, metavar="FILE", help="what `pareto` wrote, to show it on the page"
-    )
-    parser.add_argument(
-        "--generation", type=Path, metavar="FILE", help="what `evaluate --hf` wrote, likewise"
     )
     parser.add_argument(
         "--teacher", type=Path, help="check that plan and scores are of this folder, and name it"
