@@ -1,5 +1,5 @@
 # The commands of this repository; each makes the environment it needs.
-#   make quickstart   the main job, from the shipped teacher to a report (about 17 minutes)
+#   make quickstart   the main job, from the shipped teacher to a report (about 9 minutes)
 #   make test         all tests that need no GPU, but for the long matrix
 #   make test-slow    the long matrix of parallel layouts (about 80 minutes)
 #   make test-cluster on Debian, as root: launch scripts on a real Slurm over two hosts, the CPU image (27 minutes)

@@ -60,20 +60,21 @@ for stage in stage1_align stage2_distill stage3_long_context; do
     previous=$stage/hybrid
 done
 
-step "evaluate" $out/evaluation.json megatron-hydra evaluate --num-samples 60 --out $out/evaluation.json \
-    --lengths 256,512,1024 --training-length 256 "${serve[@]}" \
-    --model "teacher=$out/teacher" \
-    --model "hybrid, untrained=$out/converted" \
-    --model "hybrid, trained=$out/stage3_long_context/hybrid" \
-    --model "random heads, trained=$out/random/stage3_long_context/hybrid"
 step "export the hybrid for transformers" $out/hydra-hf \
     megatron-hydra export --model $out/stage3_long_context/hybrid --out $out/hydra-hf
-step "evaluate by generation" $out/generation.json megatron-hydra evaluate --wording short \
-    --tasks niah_single_2,niah_multikey_1 --lengths 256,1024 --num-samples 20 "${serve[@]}" \
-    --hf "teacher=$teacher" --hf "hybrid, exported=$out/hydra-hf" --out $out/generation.json
+# All by the text that they generate: folders by transformers, checkpoints under Megatron. On one
+# thread, as two lose much time to each other where the machine has other work.
+step "evaluate" $out/generation.json env OMP_NUM_THREADS=1 \
+    megatron-hydra evaluate --generate --wording short --tasks niah_single_2,niah_multikey_1 \
+    --lengths 256,512,1024 --num-samples 60 --perplexity-tokens 16384 "${serve[@]}" \
+    --hf "teacher=$teacher" \
+    --hf "hybrid, trained=$out/hydra-hf" \
+    --model "hybrid, untrained=$out/converted" \
+    --model "random heads, trained=$out/random/stage3_long_context/hybrid" \
+    --out $out/generation.json
 rm -f $out/report.html
 step "report" $out/report.html megatron-hydra report --out $out/report.html \
-    --scores $out/scores.json --plan $out/plan.json --evaluation $out/evaluation.json --teacher $teacher \
-    --pareto $out/pareto.json --generation $out/generation.json \
+    --scores $out/scores.json --plan $out/plan.json --pareto $out/pareto.json --teacher $teacher \
+    --generation $out/generation.json \
     --run stage1=$out/stage1_align --run stage2=$out/stage2_distill --run stage3=$out/stage3_long_context
 printf '== done in %d:%02d: %s\n' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)) "$PWD/$out/report.html"
