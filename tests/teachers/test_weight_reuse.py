@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
@@ -85,6 +87,13 @@ def test_hybrid_of_fa_heads_alone_is_the_teacher(folder: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(logits, reference(_tokens()).logits, atol=1e-4, rtol=0)
     assert summary.new.total() == 0
+
+
+def test_the_control_of_the_docs_is_such_a_hybrid() -> None:
+    page = (Path(__file__).parents[2] / "docs/export.md").read_text()
+    line = page[page.index("--fa-ratio 1 ") : page.index("stage2_distill.yaml")]
+    options = dict(re.findall(r"model\.(\w+)=(\w+)", line))
+    assert {key: yaml.safe_load(value) for key, value in options.items()} == PLAIN
 
 
 def test_output_gate_starts_at_identity(folder: Path) -> None:
