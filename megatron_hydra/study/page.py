@@ -357,8 +357,8 @@ def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
     return (
         f"{len(speeds.speeds)} of {len(timed_arms(study))} arms are timed, each alone on the "
         "device, one after another, with the heads of the first teacher and seed. Device: "
-        f"{origin['device']}; {versions}. Figures are tokens per second. Training is a step of stage "
-        f"3 in the arms' own loop, {first.step_tokens:,} tokens in sequences of "
+        f"{origin['device']}; {versions}. Figures are tokens per second. Training is a step of "
+        f"stage 3 in the arms' own loop, {first.step_tokens:,} tokens in sequences of "
         f"{study.data.long_length:,}, with all that lies between two steps: the median of "
         f"{len(first.training_ms)}. Prompts and answers are of the evaluation's own function at "
         f"its longest length, {max(study.lengths):,} tokens, {first.num_prompts} prompts together: "
@@ -367,8 +367,8 @@ def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
         + " until each has its first new token, which is timed once; then a step is a new token of "
         f"each: the median of {len(first.token_ms)}. Arms are trained for these steps alone: the "
         "work does not depend on the weights. The teacher is the hybrid's own code with all heads "
-        "FA. Of arms that compute the same, with the same choice of heads, one is timed. Models this "
-        "small wait for Python to launch operations: figures do not carry over to large ones."
+        "FA. Of arms that compute the same, with the same choice of heads, one is timed. Models "
+        "this small wait for Python to launch operations: figures do not carry over to large ones."
     )
 
 
