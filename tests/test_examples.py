@@ -18,6 +18,7 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
+from hydra_tools import cli  # noqa: E402
 from kit.published import CONFIGS as PUBLISHED  # noqa: E402
 from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 
@@ -285,6 +286,28 @@ def test_the_quickstart_shows_lines_that_can_be_pasted() -> None:
     assert title.startswith("== title (")
     assert shlex.split(shown) == words
     assert output == "".join(f"[{word}]" for word in words[2:])
+
+
+def test_the_look_in_two_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """README's lines on the scores in the repository, which are the shipped teacher's."""
+    from megatron_hydra.teachers.model_folder import weights_hash
+
+    folder, plan = ROOT / "examples/quickstart", tmp_path / "plan.json"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["teacher_weights_hash"] == weights_hash(folder / "teacher")
+    scored = "--scores examples/quickstart/scores.json"
+    lines = [f"plan {scored} --fa-ratio 1/4 --out plan.json",
+             f"inspect plan.json {scored} --pictures pictures/"]  # fmt: skip
+    readme = (ROOT / "README.md").read_text()
+    for line in lines:
+        assert f"\nmegatron-hydra {line}\n" in readme
+        words = line.replace("examples/", f"{ROOT}/examples/").replace("plan.json", str(plan))
+        assert cli.main(words.replace("pictures/", f"{tmp_path}/pictures").split()) == 0
+    # The two heads without which this teacher finds nothing, see training_log.json.
+    layers = HeadPlan.load(plan).layers
+    assert 0 in layers[0].fa_heads and 6 in layers[2].fa_heads
+    assert "of the teacher's" in capsys.readouterr().out
+    assert {path.suffix for path in (tmp_path / "pictures").iterdir()} == {".png"}
 
 
 def test_the_quickstart_trains_on_as_many_ranks_as_its_layout_has() -> None:
