@@ -22,6 +22,7 @@ from megatron_hydra.evaluation.results import (
 )
 from megatron_hydra.files import write_json
 from megatron_hydra.schema import MAY_LACK, Count, Limits, Share, from_json, load_json, named
+from megatron_hydra.selection.cost import ServeDtype, state_format
 from megatron_hydra.unfinished import UnfinishedWork
 
 SCHEMA_VERSION = 1
@@ -162,7 +163,7 @@ class Generation:
 
     models: tuple[GeneratedResult, ...]
     head: str
-    serve_dtype: str
+    serve_dtype: ServeDtype
     prompts_hash: str
     provenance: Mapping[str, Any]
 
@@ -255,14 +256,14 @@ def generation_table(result: Generation) -> str:
 
 def _memory(result: Generation) -> list[list[str]]:
     """FA heads and bytes, a dash where they are not known."""
-    models = result.models
+    models, dtype = result.models, result.serve_dtype
     heads = [
         "-" if model.fa_heads is None else f"{model.fa_heads}/{model.total_heads}"
         for model in models
     ]
     sizes = {
-        f"cache B/token ({result.serve_dtype})": [model.cache_bytes_per_token for model in models],
-        "state B": [model.state_bytes for model in models],
+        f"cache, bytes per token ({dtype})": [model.cache_bytes_per_token for model in models],
+        f"state, bytes ({state_format(dtype)})": [model.state_bytes for model in models],
     }
     counted = (
         [name, *("-" if size is None else f"{size:,}" for size in found)]
