@@ -15,19 +15,48 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_hydra import HydraHeadConfig
 from .recurrence_hydra import ROOM
 
 _COUNTS_WHAT_GOES = "tokens_to_remove" in inspect.signature(Cache.crop).parameters
+NUM_STATES = 2
+"""Kinds with a recurrent state: each has its `Mixer.state_index`."""
 
 
-class HydraLayerCache(CacheLayerMixin):
-    """Of one layer.
+class _LayerOfEarlierReleases(CacheLayerMixin):
+    """What `LinearAttentionAndFullAttentionLayer` of later transformers has for states."""
 
-    Transformers' own layers for linear attention beside full attention or beside a window (5.8 and
-    later) have no place for all three, nor for rows whose padding stands elsewhere.
+    def __init__(self, number_of_states: int) -> None:
+        super().__init__()
+        self.conv_states: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+        self.recurrent_states: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
+        return self._update(self.conv_states, conv_states, state_idx)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0) -> Tensor:
+        return self._update(self.recurrent_states, recurrent_states, state_idx)
+
+    @staticmethod
+    def _update(states: dict[int, Tensor | None], new: Tensor, index: int) -> Tensor:
+        old = states[index]
+        kept = states[index] = _fixed(torch.zeros_like(new)) if old is None else old
+        return kept.copy_(new)
+
+
+_Layer: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+if _Layer is None or "number_of_states" not in inspect.signature(_Layer.__init__).parameters:
+    _Layer = _LayerOfEarlierReleases
+
+
+class HydraLayerCache(_Layer):
+    """Of one layer: transformers' own for linear beside full attention, in releases that have it.
+
+    Theirs has no place for a window beside both, takes padding to stand on the left, and is static
+    in another class; that is added here.
 
     Args:
         max_length: l, where the cache is static: room for as many tokens from the start, written in
@@ -36,22 +65,25 @@ class HydraLayerCache(CacheLayerMixin):
     Attributes:
         keys: `[b, g, t, d]`, in a static cache `[b, g, l, d]`; None in a layer without an FA head.
         values: As `keys`.
-        states: By name, of kinds with a state, of a size that no number of tokens changes:
-            recurrent states `[b, n, d, d]` in float32, the convolution's last inputs
-            `[b, k - 1, 3 n d]`, a window's keys and values `[b, w, n, d]`.
+        recurrent_states: `[b, n, d, d]` in float32, by a kind's `state_index`; None before
+            the first token, and of a kind without a head.
+        conv_states: The convolution's last inputs `[b, 3 n d, k - 1]`, alike.
+        window: Keys and values `[b, w, n, d]` of a window.
         num_tokens: Seen so far, padding counted in; of a static cache that has seen some a tensor.
     """
 
     is_sliding = False
 
     def __init__(self, max_length: int | None = None) -> None:
-        super().__init__()
+        super().__init__(number_of_states=NUM_STATES)
         self.max_length, self.is_compileable = max_length, max_length is not None
-        self.states: dict[str, Tensor] = {}
+        self.window: tuple[Tensor, ...] = ()
         self.num_tokens: int | Tensor = 0
 
-    def lazy_initialization(self, key_states: Tensor, *args: Any) -> None:
-        """Nothing is allocated before the first token."""
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Make a state's place, at its first token; keys and values need none."""
+        if kwargs:
+            super().lazy_initialization(**kwargs)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -79,14 +111,35 @@ class HydraLayerCache(CacheLayerMixin):
         end = self.get_seq_length() + num_tokens
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def keep(self, name: str, state: Tensor) -> None:
-        """Take a state `[b, ...]` in place of the one of this name."""
-        if self.max_length is None:
-            self.states[name] = state
-        elif name in self.states:
-            self.states[name].copy_(state)
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """Take a recurrent state in place of the one before."""
+        kept = recurrent_states
+        if self.max_length is not None:
+            kept = super().update_recurrent_state(recurrent_states, state_idx)
+        # Else not written into the one before: gradients pass, and inference mode may have made it.
+        self.recurrent_states[state_idx] = kept
+        return kept
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Take a convolution's last inputs, all of them, in place of those before; return them."""
+        if self.max_length is not None:
+            super().update_conv_state(conv_states, state_idx)
         else:
-            self.states[name] = _fixed(state.clone())
+            kept = conv_states.clone(memory_format=torch.contiguous_format)
+            self.conv_states[state_idx] = kept
+        return conv_states
+
+    def keep_window(self, tensors: Sequence[Tensor]) -> None:
+        """Take a window's keys and values in place of those before."""
+        if self.max_length is None:
+            self.window = tuple(tensors)
+        elif self.window:
+            for old, new in zip(self.window, tensors, strict=True):
+                old.copy_(new)
+        else:
+            self.window = tuple(_fixed(tensor.clone()) for tensor in tensors)
 
     def advance(self, num_tokens: int, device: torch.device) -> None:
         """Count the tokens of a forward pass, once all heads have seen them."""
@@ -98,6 +151,15 @@ class HydraLayerCache(CacheLayerMixin):
     def takes_step(self, num_tokens: int) -> bool:
         """Whether as many tokens are a step: one, into a static cache that has seen some."""
         return self.max_length is not None and self.is_initialized and num_tokens == 1
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """By name, what has a size that no number of tokens changes."""
+        found = {f"window[{index}]": tensor for index, tensor in enumerate(self.window)}
+        for name in ("recurrent_states", "conv_states"):
+            of_kinds = getattr(self, name).items()
+            found |= {f"{name}[{index}]": x for index, x in of_kinds if x is not None}
+        return found
 
     def tensors(self) -> list[Tensor]:
         """All that is kept of tokens."""
@@ -122,8 +184,7 @@ class HydraLayerCache(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = None
-        self.states, self.num_tokens, self.is_initialized = {}, 0, False
+        HydraLayerCache.__init__(self, self.max_length)
 
     @property
     def is_croppable(self) -> bool:
@@ -175,7 +236,10 @@ class HydraLayerCache(CacheLayerMixin):
 
         if self.keys is not None:
             self.keys, self.values = changed(self.keys), changed(self.values)
-        self.states = {name: changed(state) for name, state in self.states.items()}
+        self.window = tuple(map(changed, self.window))
+        for states in (self.recurrent_states, self.conv_states):
+            for index, state in states.items():
+                states[index] = None if state is None else changed(state)
 
 
 class HydraCache(Cache):

@@ -176,6 +176,7 @@ class GatedDeltaNet(Mixer):
     """A gated linear recurrence over heads with keys and values of their own."""
 
     name = "la"
+    state_index = 0  # in a layer's cache
 
     def __init__(self, config: HydraHeadConfig, layer: int, heads: list[int]) -> None:
         super().__init__(config, layer, heads)
@@ -206,13 +207,13 @@ class GatedDeltaNet(Mixer):
             is_real = torch.arange(x.shape[1], device=x.device) < stream.num_real[:, None]
             log_decay = log_decay * is_real[:, :, None, None]
             beta = beta * is_real[:, :, None]
-        state = None if cache is None else cache.states.get(f"{self.name}_recurrent")
+        state = None if cache is None else cache.recurrent_states[self.state_index]
         if state is None:
             d = self.config.head_dim
             state = x.new_zeros(len(x), len(self.heads), d, d, dtype=torch.float32)
         output, state = gated_delta_rule(query, key, value, log_decay, beta, state)
         if cache is not None:
-            cache.keep(f"{self.name}_recurrent", state)
+            cache.update_recurrent_state(state, self.state_index)
         return output
 
     def gate(self, x: Tensor) -> Tensor | None:
@@ -260,16 +261,16 @@ class GatedDeltaNet(Mixer):
         self, qkv: Tensor, stream: Stream, cache: HydraLayerCache | None, past: int
     ) -> Tensor:
         """With a row's last real inputs of before in front; its last ones here are kept."""
-        name = f"{self.name}_conv"
-        before = None if cache is None else cache.states.get(name)
+        before = None if cache is None else cache.conv_states[self.state_index]
         if before is None:
-            before = qkv.new_zeros(len(qkv), past, qkv.shape[-1])
-        padded = torch.cat((before, qkv), dim=1)
-        if cache is not None and not stream.is_padded:
-            cache.keep(name, padded[:, qkv.shape[1] :].clone())
-        elif cache is not None:
-            last = stream.num_real[:, None] + torch.arange(past, device=qkv.device)
-            cache.keep(name, take(padded, last))
+            before = qkv.new_zeros(len(qkv), qkv.shape[-1], past)
+        padded = torch.cat((before.mT, qkv), dim=1)
+        if cache is not None:
+            last = padded[:, qkv.shape[1] :]
+            if stream.is_padded:
+                places = stream.num_real[:, None] + torch.arange(past, device=qkv.device)
+                last = take(padded, places)
+            cache.update_conv_state(last.mT, self.state_index)
         return padded
 
     def _log_decay(self, x: Tensor) -> Tensor:
@@ -284,6 +285,7 @@ class KimiDeltaAttention(GatedDeltaNet):
     """Gated DeltaNet with a decay for each channel of the keys (Kimi Linear, arXiv 2510.26692)."""
 
     name = "kda"
+    state_index = 1
 
     def _make_decay(self, n: int) -> None:
         d = self.config.head_dim
@@ -322,10 +324,7 @@ class SlidingWindow(Mixer):
         """`[b, t, h]` to `[b, t, n, d]`; keys are kept with RoPE on them."""
         query, key = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
         query, key = stream.rotated(self.q_norm(query)), stream.rotated(self.k_norm(key))
-        names = ("window_keys", "window_values")
-        kept = None
-        if cache is not None and names[0] in cache.states:
-            kept = (cache.states[names[0]], cache.states[names[1]])
+        kept = None if cache is None or not cache.window else cache.window
         output, kept = window_attention(
             query,
             key,
@@ -337,8 +336,7 @@ class SlidingWindow(Mixer):
             stream.num_real,
         )
         if cache is not None:
-            for name, tensor in zip(names, kept, strict=True):
-                cache.keep(name, tensor)
+            cache.keep_window(kept)
         return output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 
 import pytest
@@ -12,8 +13,13 @@ from megatron_hydra.cpu import install_if_needed
 
 install_if_needed()
 
-from kit.exported import HOLES, twins  # noqa: E402
+from kit.exported import HOLES, UNEVEN, in_pieces, twins  # noqa: E402
 from kit.tiny import tiny_config, token_batch  # noqa: E402
+from transformers import cache_utils  # noqa: E402
+from transformers.cache_utils import CacheLayerMixin  # noqa: E402
+
+from megatron_hydra.export.cache_hydra import NUM_STATES, HydraCache  # noqa: E402
+from megatron_hydra.export.stream_hydra import CACHE  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +104,34 @@ def test_embeddings_generate_what_their_tokens_do(hybrid, kept):
     embeddings = hybrid.get_input_embeddings()(tokens)
     assert torch.equal(hybrid.generate(inputs_embeds=embeddings, **options), expected)
     assert len(expected.unique()) > 5, "too dull to compare"
+
+
+def test_a_layers_cache_is_transformers_own_where_that_takes_several_states():
+    own = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+    if own is None or "number_of_states" not in inspect.signature(own.__init__).parameters:
+        own = CacheLayerMixin
+    _, cache = in_pieces(twins(UNEVEN)[1], _tokens(), [39, 1])
+    for layer in cache.layers:
+        assert isinstance(layer, own)
+        for index in range(NUM_STATES):
+            assert layer.recurrent_states[index] is layer.states[f"recurrent_states[{index}]"]
+            assert layer.conv_states[index] is layer.states[f"conv_states[{index}]"]
+
+
+def test_gradients_pass_a_cache_and_inference_mode_may_have_begun_it():
+    exported, tokens = twins(UNEVEN)[1], _tokens()
+    exported(tokens).logits[:, -1].square().sum().backward()
+    expected = {name: x.grad.clone() for name, x in exported.named_parameters()}
+    exported.zero_grad()
+    cache = HydraCache(exported.config)
+    for piece in tokens.split(7, dim=1):
+        found = exported(piece, use_cache=True, **{CACHE: cache})
+    found.logits[:, -1].square().sum().backward()
+    for name, x in exported.named_parameters():
+        assert (x.grad - expected[name]).norm() < 1e-3 * expected[name].norm() + 1e-5, name
+    cache = HydraCache(exported.config)
+    with torch.inference_mode():
+        exported(tokens[:, :7], use_cache=True, **{CACHE: cache})
+    with torch.no_grad():
+        after = exported(tokens[:, 7:], use_cache=True, **{CACHE: cache}).logits
+        torch.testing.assert_close(after, exported(tokens).logits[:, 7:], rtol=1e-5, atol=1e-5)

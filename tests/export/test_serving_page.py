@@ -27,21 +27,23 @@ def test_every_kept_tensor_has_the_shape_of_the_page():
     with torch.no_grad():
         model(torch.zeros(ROWS, TOKENS, dtype=torch.long), past_key_values=cache)
     d, past = config.head_dim, config.la_conv_kernel_size - 1
-    kinds = {"la": "gated_delta_net", "kda": "kda", "window": "sliding_window"}
+    kinds = "gated_delta_net", "kda"
     seen = set()
     for layer, kept in enumerate(cache.layers):
         groups = len(config.stored_groups(layer))
         assert kept.keys.shape == kept.values.shape == (ROWS, groups, TOKENS, d)
         for name, state in kept.states.items():
-            n = len(config.heads_of(layer, kinds[name.partition("_")[0]]))
-            shapes = {"recurrent": (n, d, d), "conv": (past, 3 * n * d)}
-            shape = shapes.get(name.partition("_")[2], (WINDOW, n, d))
+            what, index = name.rstrip("]").split("[")
+            kind = "sliding_window" if what == "window" else kinds[int(index)]
+            n = len(config.heads_of(layer, kind))
+            shapes = {"recurrent_states": (n, d, d), "conv_states": (3 * n * d, past)}
+            shape = shapes.get(what, (WINDOW, n, d))
             assert state.shape == (ROWS, *shape), name
             assert state.dtype == torch.float32
             assert f"`{name}`" in PAGE
             seen.add(name)
-    assert seen == {*(f"{k}_{s}" for k in ("la", "kda") for s in ("recurrent", "conv")),
-                    "window_keys", "window_values"}  # fmt: skip
+    assert seen == {f"{what}[{index}]" for what in ("recurrent_states", "conv_states", "window")
+                    for index in (0, 1)}  # fmt: skip
 
 
 def test_the_bytes_are_those_of_the_costs():
