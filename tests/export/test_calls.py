@@ -111,11 +111,16 @@ def test_a_layers_cache_is_transformers_own_where_that_takes_several_states():
     if own is None or "number_of_states" not in inspect.signature(own.__init__).parameters:
         own = CacheLayerMixin
     _, cache = in_pieces(twins(UNEVEN)[1], _tokens(), [39, 1])
+    seen = set()
     for layer in cache.layers:
         assert isinstance(layer, own)
         for index in range(NUM_STATES):
-            assert layer.recurrent_states[index] is layer.states[f"recurrent_states[{index}]"]
-            assert layer.conv_states[index] is layer.states[f"conv_states[{index}]"]
+            state, inputs = layer.recurrent_states[index], layer.conv_states[index]
+            assert (state is None) == (inputs is None)
+            assert layer.states.get(f"recurrent_states[{index}]") is state
+            assert layer.states.get(f"conv_states[{index}]") is inputs
+            seen |= set() if state is None else {index}
+    assert seen == {*range(NUM_STATES)}
 
 
 def test_gradients_pass_a_cache_and_inference_mode_may_have_begun_it():
