@@ -281,6 +281,12 @@ def parse_json(text: str | bytes) -> Any:
     )
 
 
+def short_name(name: str) -> str:
+    """A file's name, or its hash (hex) where no ending could be put to it."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= _LONGEST_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
+
+
 def content_hash(files: Iterable[str | os.PathLike[str]]) -> str:
     """A hash (hex) of the files' names, sizes and contents, in the order of their names.
 
@@ -358,10 +364,7 @@ def _check_kind(target: Path, kind: OutputKind) -> None:
 
 def _beside(target: Path, ending: str) -> Path:
     """A hidden name of this process in the same folder, which no file system finds too long."""
-    name = target.name
-    if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return target.with_name(f".{name}.{os.getpid()}.{ending}")
+    return target.with_name(f".{short_name(target.name)}.{os.getpid()}.{ending}")
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from megatron_hydra.disk import disk_full_named
 from megatron_hydra.errors import UserError
-from megatron_hydra.files import lock, parse_json, remove, write_json
+from megatron_hydra.files import lock, parse_json, remove, short_name, write_json
 from megatron_hydra.schema import flat
 
 _RECORD, _LOCK = "run.json", ".lock"
@@ -49,6 +50,11 @@ class UnfinishedWork:
         Raises:
             UserError: If it is in use, of another run, or holds what no run has written.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                f"{self.path} is a file, and unfinished results would go there: move it, or name "
+                "another output"
+            )
         if foreign := sorted(p.name for p in self._entries() if not self._is_own(p.name)):
             raise UserError(
                 f"{self.path} holds {foreign[0]}, which no {self.writer} wrote, and unfinished "
@@ -72,9 +78,11 @@ class UnfinishedWork:
     @contextmanager
     def going_on(self) -> Iterator[None]:
         """Around the work of one rank: goes on if it is killed, leaves nothing if it fails."""
-        self.open()
+        with disk_full_named(self.path):
+            self.open()
         try:
-            yield
+            with disk_full_named(self.path):
+                yield
         except Exception:
             self.remove()
             raise
@@ -134,4 +142,6 @@ def forget_unfinished(out: Path) -> None:
 
 
 def _folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
+    # Beside what a link points to: finished files are moved, which only one file system can do.
+    place = out.resolve() if out.is_symlink() else out
+    return place.with_name(f"{short_name(place.name)}.partial")

@@ -16,7 +16,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "disk": {"errors"},
     "files": {"disk", "errors"},
     "provenance": {"files"},
-    "unfinished": {"errors", "files", "schema"},
+    "unfinished": {"disk", "errors", "files", "schema"},
     "yaml_text": {"errors", "files"},
     "schema": {"errors", "files", "yaml_text"},
     "head_plan": {"errors", "files", "schema"},

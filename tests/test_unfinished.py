@@ -1,0 +1,52 @@
+"""Unfinished work: where it lies, what it says of a place that cannot be.
+
+Catches: a command that ends in a traceback for its output's name, a link or a full disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_hydra.errors import UserError
+from megatron_hydra.unfinished import UnfinishedWork
+
+
+class Work(UnfinishedWork):
+    what = writer = "work"
+    units = r"unit_\d"
+
+
+def test_it_lies_beside_what_a_link_points_to(tmp_path: Path) -> None:
+    """From where alone a finished file can be moved, as the link may lead to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk/model")
+    with Work(tmp_path / "out", {}).going_on():
+        assert os.listdir(tmp_path / "disk") == ["model.partial"]
+        assert os.listdir(tmp_path / "disk/model.partial")
+    assert os.listdir(tmp_path / "disk") == []
+
+
+@pytest.mark.parametrize("length", [247, 248, 255])
+def test_an_output_may_have_as_long_a_name_as_the_disk_takes(tmp_path: Path, length: int) -> None:
+    with Work(tmp_path / ("x" * length), {}).going_on():
+        assert len(os.listdir(tmp_path)) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_its_place_is_named_and_left(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial is a file, .* move it"):
+        Work(tmp_path / "out", {}).open()
+    assert (tmp_path / "out.partial").read_text() == "mine"
+
+
+def test_a_full_disk_is_named_and_nothing_left_on_it(tmp_path: Path) -> None:
+    work = Work(tmp_path / "out", {})
+    with pytest.raises(UserError, match="the disk is full"), work.going_on():
+        (work.path / "unit_1").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(tmp_path) == []
