@@ -136,6 +136,14 @@ def num_finished(out: Path) -> int:
     return sum(name != _RECORD for name in names)
 
 
+def num_bytes_kept(out: Path) -> int:
+    """What the unfinished work of an output takes of the disk, half-written units not counted."""
+    units = _folder(out).glob("[!.]*")
+    with suppress(FileNotFoundError):  # another process is at work there, which `open` refuses
+        return sum(p.stat().st_blocks * 512 for unit in units for p in (unit, *unit.glob("*")))
+    return 0
+
+
 def forget_unfinished(out: Path) -> None:
     """Have the next run of an output begin anew, whatever another has left of it."""
     (_folder(out) / _RECORD).unlink(missing_ok=True)

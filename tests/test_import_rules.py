@@ -54,7 +54,7 @@ ALLOWED_PARTS: dict[str, set[str]] = {
     "api": {
         "cpu", "disk", "errors", "files", "head_plan", "parallel", "model", "teachers", "tasks",
         "selection", "evaluation", "report", "schema", "training", "nemo", "processes", "progress",
-        "provenance", "certify", "export",
+        "provenance", "certify", "export", "unfinished",
     },
     "report": {"errors", "files", "head_plan", "selection", "evaluation"},
     "study": {

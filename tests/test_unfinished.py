@@ -1,4 +1,4 @@
-"""Unfinished work: where it lies, what it says of a place that cannot be.
+"""Unfinished work: where it lies, what it says of a place that cannot be, what it takes of a disk.
 
 Catches: a command that ends in a traceback for its output's name, a link or a full disk.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.unfinished import UnfinishedWork
+from megatron_hydra.unfinished import UnfinishedWork, num_bytes_kept
 
 
 class Work(UnfinishedWork):
@@ -50,3 +50,15 @@ def test_a_full_disk_is_named_and_nothing_left_on_it(tmp_path: Path) -> None:
         (work.path / "unit_1").write_text("x")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_kept_is_counted_but_for_half_written_units(tmp_path: Path) -> None:
+    out, size = tmp_path / "out", 2**20
+    assert num_bytes_kept(out) == 0
+    for name in ("unit_1", "unit_2/weights", ".unit_3.7.partial/weights", ".unit_4.7.partial"):
+        path = tmp_path / "out.partial" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.urandom(size))
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())  # some disks give room as late as this
+    assert 2 * size <= num_bytes_kept(out) < 3 * size

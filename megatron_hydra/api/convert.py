@@ -22,6 +22,7 @@ from megatron_hydra.tasks.text_files import TextOptions, find_texts
 from megatron_hydra.teachers.config_json import config_hash, read_config
 from megatron_hydra.teachers.license import read_license
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
+from megatron_hydra.unfinished import num_bytes_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +151,8 @@ def convert(
     checkpoint.check_stored("hybrid" if head_plan else "teacher", fields)
     config = hydra_config(teacher, **fields, params_dtype=getattr(torch, dtype))
     # At the least: vectors and what the format adds come on top.
-    check_space(out, weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan))
+    needed = weight_bytes(ModelShape.from_config(config), _FORMATS[dtype]).of(head_plan)
+    check_space(out, needed - num_bytes_kept(out))
     tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
     measures = calibration.recurrence or (_has_scales(config) and reuse == "all")

@@ -21,6 +21,7 @@ from megatron_hydra.selection.cost import (
 )
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.teachers.model_folder import check_model_folder
+from megatron_hydra.unfinished import num_bytes_kept
 
 _FORMATS: dict[str, ServeDtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -113,7 +114,7 @@ def export(
     of_weights = config.params_dtype if dtype is None else getattr(torch, dtype)
     name = str(of_weights).removeprefix("torch.")
     shape = ModelShape.from_config(config)
-    check_space(out, weight_bytes(shape, _FORMATS[name]).of(plan))
+    check_space(out, weight_bytes(shape, _FORMATS[name]).of(plan) - num_bytes_kept(out))
     per_token = cache_bytes_per_token(shape, _FORMATS[name])
     cache = (int(per_token.of(plan)), int(per_token.of(None)))
     state = int(0 if plan is None else state_bytes(shape, _FORMATS[name]).of(plan))

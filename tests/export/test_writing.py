@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from kit.kills import kill_at  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from megatron_hydra import disk  # noqa: E402
 from megatron_hydra.export import exported  # noqa: E402
 from megatron_hydra.teachers.distributed_weights import load_layer  # noqa: E402
 
@@ -85,6 +87,17 @@ def test_another_export_does_not_go_on_with_what_a_killed_one_left(models, tmp_p
     assert "holds an unfinished export with another dtype" in capsys.readouterr().err
     assert cli.main([*command, "--dtype", "bfloat16", "--overwrite"]) == 0
     assert not (tmp_path / "hf.partial").exists()
+
+
+def test_what_a_killed_export_has_written_needs_no_room_again(
+    models, tmp_path, monkeypatch, capsys
+):
+    kill_at("part_0002", [*_export(models), f"{tmp_path}/hf"], tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert cli.main([*_export(models), f"{tmp_path}/other"]) == 2
+    assert "other needs" in capsys.readouterr().err
+    assert cli.main([*_export(models), f"{tmp_path}/hf"]) == 0
+    assert _files(tmp_path / "hf") == _files(models / "hf")
 
 
 @pytest.mark.parametrize("place", ["part_0002", "hf"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from megatron_hydra import disk  # noqa: E402
 from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.teachers import calibration, conversion, converted, loading  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
@@ -121,6 +123,17 @@ def test_another_conversion_is_not_taken_for_the_killed_one(
         assert f"an unfinished conversion with another {key}" in capsys.readouterr().err
     assert cli.main([*command, "--dtype", "bfloat16", "--overwrite"]) == 0
     assert {x.dtype for x in _tensors(tmp_path / "hybrid").values()} >= {torch.bfloat16}
+
+
+def test_what_a_killed_conversion_has_written_needs_no_room_again(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    kill_at("model.json", [*_convert(inputs), f"{tmp_path}/hybrid"], tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+    assert cli.main([*_convert(inputs), f"{tmp_path}/other"]) == 2
+    assert "other needs" in capsys.readouterr().err
+    assert cli.main([*_convert(inputs), f"{tmp_path}/hybrid"]) == 0
+    assert _same(_tensors(tmp_path / "hybrid"), _tensors(inputs / "hybrid"))
 
 
 def test_a_damaged_tensor_leaves_nothing(
