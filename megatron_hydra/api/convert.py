@@ -19,7 +19,7 @@ from megatron_hydra.selection.cost import ServeDtype, weight_bytes
 from megatron_hydra.selection.policy import read_shape
 from megatron_hydra.selection.shape import ModelShape
 from megatron_hydra.tasks.text_files import TextOptions, find_texts
-from megatron_hydra.teachers.config_json import config_hash, read_config
+from megatron_hydra.teachers.config_json import config_hash, read_config, teacher_hash
 from megatron_hydra.teachers.license import read_license
 from megatron_hydra.teachers.model_folder import check_model_folder, weights_hash
 from megatron_hydra.unfinished import num_bytes_kept
@@ -161,7 +161,7 @@ def convert(
     provenance = origin(reuse=reuse, **_record(calibration, batches))
     initialize_model_parallel()
     fingerprint = {
-        "teacher": hash_of_weights,
+        "teacher": {"weights": hash_of_weights, "config": teacher_hash(config)},
         "plan": None if head_plan is None else head_plan.to_dict(),
         "options": {name: str(value) for name, value in fields.items()},
         "dtype": dtype,

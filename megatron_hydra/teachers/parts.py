@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -54,6 +54,10 @@ class UnfinishedCheckpoint(UnfinishedWork):
 
     what = writer = "conversion"
     units = r"(part_\d{4}|measured\.safetensors)"
+    words: ClassVar = {
+        "teacher.weights": "teacher",
+        "teacher.config": "config.json of the teacher",
+    }
 
     def fill(
         self,

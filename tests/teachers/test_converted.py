@@ -19,7 +19,7 @@ cpu.install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
 from kit.kills import kill_at  # noqa: E402
-from kit.tiny_qwen3 import write_tiny_qwen3  # noqa: E402
+from kit.tiny_qwen3 import edit_config, write_tiny_qwen3  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -118,11 +118,19 @@ def test_another_conversion_is_not_taken_for_the_killed_one(
     for other, key in (
         (["model.fusion=norm"], "options.fusion"),
         (["--dtype", "bfloat16"], "dtype"),
+        (["--teacher", f"{_with_config(inputs, tmp_path, rope_theta=5e5)}"], "config.json of the"),
     ):
         assert cli.main([*command, *other]) == 2
         assert f"an unfinished conversion with another {key}" in capsys.readouterr().err
     assert cli.main([*command, "--dtype", "bfloat16", "--overwrite"]) == 0
     assert {x.dtype for x in _tensors(tmp_path / "hybrid").values()} >= {torch.bfloat16}
+
+
+def _with_config(inputs: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the teacher whose configuration alone is another."""
+    teacher = Path(shutil.copytree(inputs / "teacher", folder / "teacher"))
+    edit_config(teacher, **changes)
+    return teacher
 
 
 def test_what_a_killed_conversion_has_written_needs_no_room_again(
