@@ -170,12 +170,12 @@ def test_what_goes_on_is_cleared_only_for_other_inputs(
     assert seen.pop() == (True, True, False), "longer: it goes on"
     assert cli.main(_command(folder, "stage2_distill.optim.lr=5e-4")) == 3
     assert seen.pop() == (False, True, False), "another run"
-    _write(unfinished, "{}")
-    assert cli.main(_command(folder, "score.probes.seed=3")) == 3
-    assert seen.pop() == (False, False, False)
-    _write(unfinished, "{}")
-    assert cli.main(_command(folder, "score.probes.seed=3")) == 3
-    assert seen.pop() == (False, False, True)
+    for change in ("convert.reuse=nothing", "score.probes.seed=3"):
+        unfinished = run / f"{'converted' if 'reuse' in change else 'scores.json'}.partial/run.json"
+        for is_kept in (False, True):
+            _write(unfinished, "{}")
+            assert cli.main(_command(folder, change)) == 3
+            assert seen.pop() == (False, "reuse" in change, is_kept)
 
 
 def test_a_dry_run_tells_and_changes_nothing(

@@ -224,10 +224,10 @@ def _run(
 ) -> int:
     """Run one step's command; return its exit code."""
     record, arguments = state.steps.get(step.name), list(step.arguments)
+    if record is not None and record.inputs != inputs:
+        step.clear()
     if not step.goes_on:
         arguments += ["--overwrite"] if step.output.exists() else []
-    elif record is not None and record.inputs != inputs:
-        step.clear()
     start = launchers.ranks if step.goes_on else launchers.single
     module = f"hydra_tools.{step.verb}"
     verb = ["-m", module] if step.goes_on else ["-m", "hydra_tools.cli", step.verb]

@@ -132,7 +132,8 @@ class Step:
         """Remove what an earlier run of this step left, made of other inputs; nothing else."""
         if self.run is None:
             forget_unfinished(self.output)
-            self.output.unlink(missing_ok=True)
+            if self.goes_on:  # the others replace what is there
+                self.output.unlink(missing_ok=True)
             return
         folder = RunFolder(self.run)
         with folder.lock():
