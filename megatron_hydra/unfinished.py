@@ -100,6 +100,9 @@ class UnfinishedWork:
         return found
 
     def _begin(self) -> None:
+        for path in self._entries():
+            if re.fullmatch(_HALF_WRITTEN, path.name):  # by a process that was killed
+                remove(path)
         if self.start_anew or not (self.path / _RECORD).is_file():
             self._remove_units()  # of a run that was killed as it began, if there are any
             write_json(self.path / _RECORD, self.fingerprint)

@@ -62,3 +62,14 @@ def test_what_is_kept_is_counted_but_for_half_written_units(tmp_path: Path) -> N
         with path.open("rb") as stream:
             os.fsync(stream.fileno())  # some disks give room as late as this
     assert 2 * size <= num_bytes_kept(out) < 3 * size
+
+
+def test_what_a_kill_left_half_written_is_gone_when_the_next_begins(tmp_path: Path) -> None:
+    """Else each kill takes more of the disk."""
+    folder = tmp_path / "out.partial"
+    Work(tmp_path / "out", {}).open()
+    for name in ("unit_1/weights", ".unit_2.7.partial/weights", ".unit_3.7.partial"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    Work(tmp_path / "out", {}).open()
+    assert sorted(os.listdir(folder)) == [".lock", "run.json", "unit_1"]
