@@ -54,7 +54,13 @@ def convert_hybrid(
     config, plan, meta = read_exported(hybrid)
     check_tokenizer(hybrid, config.vocab_size)
     initialize_model_parallel()
-    work = UnfinishedCheckpoint(out, {"hybrid": weights_hash(hybrid)}, overwrite)
+    fingerprint = {
+        "hybrid": weights_hash(hybrid),
+        "plan": plan.to_dict(),
+        "config": meta["config"],
+        "dtype": str(config.params_dtype),
+    }
+    work = UnfinishedCheckpoint(out, fingerprint, overwrite)
     provenance = origin(exported_from=meta["provenance"])
     weights = ExportedWeights(hybrid, config, plan)
     with work.going_on():

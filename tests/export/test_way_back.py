@@ -15,6 +15,7 @@ install_if_needed()
 
 from hydra_tools import cli  # noqa: E402
 from kit.exported import megatron_logits  # noqa: E402
+from kit.kills import kill_at  # noqa: E402
 from kit.tiny_models import PLAN_OF_KINDS, write_models  # noqa: E402
 from kit.tiny_qwen3 import edit_config  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -55,6 +56,20 @@ def test_there_and_back_and_there_again(models, tmp_path):
     assert len(files) > 3
     for name in [*files, "config.json", "model.safetensors.index.json", "tokenizer.json"]:
         assert (models / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_killed_way_back_goes_on_in_the_same_number_format_alone(models, tmp_path, capsys):
+    shutil.copytree(models / "hf", tmp_path / "hf")
+    command = ["convert", "--hybrid", f"{tmp_path}/hf", "--out", f"{tmp_path}/back"]
+    kill_at("part_0002", command, tmp_path)
+    edit_config(tmp_path / "hf", dtype="bfloat16")
+    assert cli.main(command) == 2
+    assert "holds an unfinished conversion with another dtype" in capsys.readouterr().err
+    edit_config(tmp_path / "hf", dtype="float32")
+    assert cli.main(command) == 0
+    theirs = dict(_load(tmp_path / "back").model.named_parameters())
+    for name, parameter in _load(models / "hybrid").model.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
 
 
 def test_what_transformers_has_trained_comes_back(models, tmp_path):
