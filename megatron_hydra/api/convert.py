@@ -175,7 +175,7 @@ def convert(
         if batches:
             model.measure(work, batches, calibration.recurrence, progress)
         counted = work.fill(config, model.part, progress)
-        checkpoint.write_checkpoint(
+        checkpoint.save_checkpoint(
             out, work.join, config, head_plan, teacher, provenance, overwrite,
             teacher_weights_hash=hash_of_weights, teacher_license=license_of_teacher,
         )  # fmt: skip

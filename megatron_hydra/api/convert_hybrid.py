@@ -46,7 +46,7 @@ def convert_hybrid(
     cpu.install_if_needed()
     from megatron_hydra.export.reading import ExportedWeights, read_exported
     from megatron_hydra.parallel import initialize_model_parallel
-    from megatron_hydra.teachers.checkpoint import write_checkpoint
+    from megatron_hydra.teachers.checkpoint import save_checkpoint
     from megatron_hydra.teachers.model_folder import weights_hash
     from megatron_hydra.teachers.parts import UnfinishedCheckpoint
     from megatron_hydra.teachers.tokenizer import check_tokenizer
@@ -65,7 +65,7 @@ def convert_hybrid(
     weights = ExportedWeights(hybrid, config, plan)
     with work.going_on():
         work.fill(config, weights.part, progress)
-        write_checkpoint(
+        save_checkpoint(
             out, work.join, config, plan, hybrid, provenance, overwrite,
             teacher_weights_hash=meta["teacher_weights_hash"],
             teacher_license=meta["teacher_license"],

@@ -97,7 +97,7 @@ class LoadedCheckpoint(StoredCheckpoint):
 
 def save_checkpoint(
     folder: str | Path,
-    model: GPTModel,
+    model: GPTModel | Callable[[Path], None],
     config: HydraConfig,
     plan: HeadPlan | None,
     tokenizer_folder: str | Path,
@@ -110,48 +110,12 @@ def save_checkpoint(
     """Write a checkpoint folder that any tensor and pipeline layout can load.
 
     Collective: every rank of the default process group calls it with its part of the model.
-
-    Args:
-        folder: As :func:`write_checkpoint`; the rest too.
-        model: Bare GPTModel, without DDP or precision wrappers.
-        config: See there.
-        plan: See there.
-        tokenizer_folder: See there.
-        provenance: See there.
-        overwrite: See there.
-        teacher_weights_hash: See there.
-        teacher_license: See there.
-
-    Raises:
-        UserError: On every rank, before anything is written: no tokenizer, existing output,
-            unwritable place.
-    """
-    write_checkpoint(
-        folder, lambda place: save_weights(sharded_weights(model), place), config, plan,
-        tokenizer_folder, provenance, overwrite, teacher_weights_hash=teacher_weights_hash,
-        teacher_license=teacher_license,
-    )  # fmt: skip
-
-
-def write_checkpoint(
-    folder: str | Path,
-    write_weights: Callable[[Path], None],
-    config: HydraConfig,
-    plan: HeadPlan | None,
-    tokenizer_folder: str | Path,
-    provenance: Mapping[str, Any],
-    overwrite: bool = False,
-    *,
-    teacher_weights_hash: str = "",
-    teacher_license: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a checkpoint folder around weights; collective.
-
     The folder is written beside its place and moved there when it is complete.
 
     Args:
         folder: On a file system that all ranks see.
-        write_weights: Writes the weights into an empty folder; last, once all else is written.
+        model: Bare GPTModel, without DDP or precision wrappers; or what writes the weights into an
+            empty folder, called last.
         config: Of the model.
         plan: None for a teacher.
         tokenizer_folder: Its tokenizer files are copied.
@@ -163,7 +127,8 @@ def write_checkpoint(
             JSON; None if unknown.
 
     Raises:
-        UserError: As :func:`save_checkpoint`.
+        UserError: On every rank, before anything is written: no tokenizer, existing output,
+            unwritable place.
     """
     kind = "teacher" if plan is None else "hybrid"
     meta = {
@@ -183,7 +148,10 @@ def write_checkpoint(
                 plan.save(temporary / "plan.json")
             for file in tokenizer:
                 shutil.copy(file, temporary / "tokenizer" / file.name)
-        write_weights(temporary / "weights")
+        if isinstance(model, torch.nn.Module):
+            save_weights(sharded_weights(model), temporary / "weights")
+        else:
+            model(temporary / "weights")
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
