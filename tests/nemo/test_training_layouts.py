@@ -115,7 +115,12 @@ def test_layout_changes_nothing(
         assert len(found) == NUM_STEPS
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
         expected, found = (_weights(folder / run) for folder in (inputs / "one", tmp_path))
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        # AdamW moves a weight by about its rate whatever its gradient's size, so where that is near
+        # zero rounding shows: single weights end up to 2.1e-6 apart (one that had moved a tenth of
+        # the median as the worst of its tensor), a tensor's root mean square up to 2.9e-7.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=4e-6)
+        for name, tensor in found.items():
+            assert (tensor - expected[name]).square().mean().sqrt() < 5e-7, name
         start = _weights(inputs, "hybrid")
         assert any(not torch.equal(found[name], start[name]) for name in found)
 
