@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
@@ -23,6 +23,7 @@ from megatron_hydra.teachers.distributed_weights import sharded_ends, sharded_we
 from megatron_hydra.teachers.license import license_of
 from megatron_hydra.teachers.model_folder import weight_files
 from megatron_hydra.teachers.parts import Part
+from megatron_hydra.teachers.weights import is_finite, read_header
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -85,7 +86,7 @@ class ExportedWeights:
         self._folder, self._config, self._plan = folder, config, plan
         self._files, expected = {}, exported_shapes(config, plan)
         for path in weight_files(folder).paths:
-            for name, shape in _header(path).items():
+            for name, (_, shape) in read_header(path).items():
                 if name not in expected:
                     raise UserError(
                         f"{folder} has tensor {name}, which the model of config.json has not"
@@ -117,17 +118,6 @@ class ExportedWeights:
     def _read(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        low, high = tensor.aminmax()
-        if not (low.isfinite() and high.isfinite()):
+        if not is_finite(tensor):
             raise UserError(f"tensor {name} in {self._folder} has values that are NaN or infinite")
         return tensor
-
-
-def _header(path: Path) -> dict[str, tuple[int, ...]]:
-    """A file's tensors and their shapes."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error

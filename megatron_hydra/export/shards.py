@@ -56,7 +56,7 @@ class Shards:
             if files[-1] and held + place.num_bytes > max_bytes:
                 files.append({})
             files[-1][name] = place
-        self._folder, self._places = folder, {}
+        self._places: dict[str, tuple[Path, _Place]] = {}
         self.total_bytes = sum(place.num_bytes for file in files for place in file.values())
         self.names: list[str] = []
         for number, file in enumerate(files, start=1):

@@ -97,14 +97,23 @@ def _find_tensors(files: WeightFiles, expected: Mapping[str, tuple[int, ...]]) -
     return found
 
 
-def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Check the names, shapes and dtypes of a file's tensors; return the names."""
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A safetensors file's tensors: dtype, as the format writes it, and shape.
+
+    Raises:
+        UserError: If it is truncated or no such file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            headers = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Check the names, shapes and dtypes of a file's tensors; return the names."""
+    headers = read_header(path)
     # A tied model's copy of its embedding.
     shapes = {_OUTPUT_LAYER: expected[_EMBEDDING], **expected}
     for name, (dtype, shape) in headers.items():
@@ -121,9 +130,14 @@ def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]]) -> list[s
     return list(headers)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; unlike PyTorch's own, without a copy."""
+    low, high = tensor.aminmax()  # NaN if one value is
+    return bool(low.isfinite() and high.isfinite())
+
+
 def _check_finite(name: str, tensor: Tensor, path: Path) -> None:
-    low, high = tensor.aminmax()  # NaN if one value is; unlike isfinite, without a copy
-    if low.isfinite() and high.isfinite():
+    if is_finite(tensor):
         return
     num_bad = int((~tensor.isfinite()).sum())
     raise UserError(
