@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_hydra.model.config import HydraConfig
     from megatron_hydra.teachers.weight_reuse import ReuseSummary
 
 logger = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ def convert(
     check_space(out, needed - num_bytes_kept(out))
     tokenizer = check_tokenizer(teacher, config.vocab_size)
     batches: list[Tensor] = []
-    measures = calibration.recurrence or (_has_scales(config) and reuse == "all")
+    measures = calibration.recurrence or (config.has_head_scales and reuse == "all")
     if head_plan and calibration.num_tokens and measures:
         batches = _batches(calibration, tokenizer, config.seq_length)
     provenance = origin(reuse=reuse, **_record(calibration, batches))
@@ -276,7 +275,3 @@ def _batches(
         )
     sequences = torch.tensor(tokens[: wanted // length * length]).view(-1, length)
     return list(sequences.split(max(1, _BATCH_TOKENS // length)))
-
-
-def _has_scales(config: HydraConfig) -> bool:
-    return config.fusion in ("scale", "gate")

@@ -92,7 +92,7 @@ class HeadFusion(HeadModule):
                 eps=config.layernorm_epsilon,
             )
             self.norm.requires_grad_(False)
-        if config.fusion in ("scale", "gate"):
+        if config.has_head_scales:
             self.head_scale = head_parameter(config, torch.ones(len(heads)))
         if config.fusion == "gate":
             self.gate_weight = torch.nn.Parameter(torch.zeros(2, config.hidden_size, device=device))
@@ -124,7 +124,7 @@ class HeadFusion(HeadModule):
             first, others = self._branch_weights(hidden_states)
             fused = [fused[0] * first, *(x * others for x in fused[1:])]
         heads = torch.cat(fused, dim=2).index_select(2, self.order)
-        if self.config.fusion in ("scale", "gate"):
+        if self.config.has_head_scales:
             heads = heads * self.head_scale.to(heads.dtype).view(1, 1, -1, 1)
         return heads.flatten(2)
 

@@ -130,6 +130,11 @@ class HydraFields:
             sliding_window_tokens=self.sliding_window_tokens,
         )
 
+    @property
+    def has_head_scales(self) -> bool:
+        """Whether each head's output is multiplied by a scale of its own."""
+        return self.fusion in ("scale", "gate")
+
     def check_hydra_fields(self: Any) -> None:
         """Check the fields of this mixin against each other and Megatron's.
 

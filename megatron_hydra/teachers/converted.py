@@ -73,7 +73,7 @@ class Converted:
                 self._weights,
                 batches,
                 progress(range(self._config.num_layers), "head scales", "layer"),
-                rms=self._config.fusion in ("scale", "gate"),
+                rms=self._config.has_head_scales,
                 attention=recurrence,
             ).tensors()
             work.save_measured(found)
