@@ -155,9 +155,9 @@ def generate(
     _check_tokenizers(generators, text)
     tell(f"lengths: {', '.join(f'{n:,}' for n in chosen.lengths)} tokens ({chosen.words})")
     first = next(iter(generators.values()))
-    held_out = _held_out(first, text)
+    held_out = held_out_tokens(first, text)
     windows = _windows(prompts, max(chosen.lengths), held_out)
-    cells = _draw(prompts, chosen.lengths, first, held_out, progress)
+    cells = draw_samples(prompts, chosen.lengths, first, held_out, progress)
     lines = [json.dumps(asdict(sample), ensure_ascii=False) for cell in cells for sample in cell]
     if dump is not None:
         on_first_rank(lambda: _dump(dump, lines, overwrite))
@@ -273,13 +273,22 @@ def _check_tokenizers(generators: Mapping[str, AnyGenerator], text: str) -> None
             )
 
 
-def _draw(
+def draw_samples(
     prompts: Prompts,
     lengths: Sequence[int],
     generator: AnyGenerator,
     held_out: Sequence[int],
     progress: Progress,
 ) -> list[list[GenerationSample]]:
+    """The samples of each task at each length, task by task.
+
+    Args:
+        prompts: What is asked.
+        lengths: In tokens.
+        generator: Of any of the models, for its tokenizer.
+        held_out: Tokens of the haystack, as :func:`held_out_tokens` gives them.
+        progress: Shows how far it is.
+    """
     words = generator.tokenizer.decode(held_out, clean_up_tokenization_spaces=False).split()
     tasks = find_generation_tasks(prompts.tasks)
     pairs = [(task, length) for task in tasks for length in lengths]
@@ -297,7 +306,7 @@ def _windows(prompts: Prompts, length: int, held_out: Sequence[int]) -> list[Seq
     return position_windows(held_out, length, prompts.perplexity_tokens)
 
 
-def _held_out(generator: AnyGenerator, text: str) -> list[int]:
+def held_out_tokens(generator: AnyGenerator, text: str) -> list[int]:
     """Tokens that no training document holds, as far as the models were trained on the same text.
 
     `preprocess` holds out by tokens too: places in the characters would be others.

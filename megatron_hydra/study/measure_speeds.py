@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output
+from megatron_hydra.progress import no_progress
 from megatron_hydra.provenance import origin
 from megatron_hydra.study.arm import plan_and_convert, stage_of
 from megatron_hydra.study.config import StudyConfig
@@ -118,19 +119,16 @@ def _check_alone() -> None:
 
 def _prompts(study: StudyConfig, teacher: str) -> list[str]:
     """As many as the evaluation answers together at its longest length."""
+    from megatron_hydra.api.generate import Prompts, draw_samples, held_out_tokens
     from megatron_hydra.export.generating import Generator
-    from megatron_hydra.tasks.generation import find_generation_tasks, make_generation_samples
-    from megatron_hydra.tasks.text import split_held_out, stand_in_text
+    from megatron_hydra.tasks.text import stand_in_text
 
     asked, longest = study.evaluation, max(study.lengths)
+    number = max(1, asked.batch_tokens // longest)
+    prompts = Prompts((asked.tasks[0],), num_samples=number, seed=asked.seed, wording="short")
     generator = Generator(study.teacher_folder(teacher), False)
-    text = generator.tokenizer(stand_in_text("text"), add_special_tokens=False, verbose=False)
-    _, held_out = split_held_out(text["input_ids"])
-    words = generator.tokenizer.decode(held_out, clean_up_tokenization_spaces=False).split()
-    task, number = find_generation_tasks(asked.tasks)[0], max(1, asked.batch_tokens // longest)
-    samples = make_generation_samples(
-        generator.num_tokens, words, task, longest, number, asked.seed, "short"
-    )
+    held_out = held_out_tokens(generator, stand_in_text("text"))
+    (samples,) = draw_samples(prompts, [longest], generator, held_out, no_progress)
     return [sample.prompt for sample in samples]
 
 
