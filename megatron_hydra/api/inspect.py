@@ -19,11 +19,11 @@ from megatron_hydra.selection.explanation import Explanation
 from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
-    no_fa_heads,
     read_budget,
     read_explanation,
     read_shape,
     scores_as_planned,
+    weakness,
 )
 from megatron_hydra.selection.scores import HeadScores
 from megatron_hydra.selection.shape import ModelShape
@@ -39,7 +39,7 @@ class Inspection:
         shape: The teacher's sizes; None where neither plan nor scores say them.
         budget: That it was made for; None of a plan written by hand.
         constraints: That it was made within; None of a plan written by hand.
-        warning: A sentence if it keeps no head, else None.
+        warning: A sentence if it keeps no head, or all heads of some layer; else None.
         costs: The hybrid's and the teacher's, where the sizes are known.
         explanation: Why its heads were chosen; None of a plan written by hand.
         left_out: The best heads that are not FA, best first: layer, head, score.
@@ -105,7 +105,7 @@ def inspect(
         shape=shape,
         budget=budget,
         constraints=constraints,
-        warning=no_fa_heads(found, shape, budget, constraints or Constraints()),
+        warning=weakness(found, shape, budget, constraints or Constraints()),
         costs=costs,
         explanation=explanation,
         left_out=() if explanation is None else _left_out(found, explanation),

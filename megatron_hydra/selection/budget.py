@@ -32,6 +32,7 @@ class Constraints:
         whole_groups: A query group's heads are all FA or all LA, so that the cache shrinks.
         multiple_of: The number of FA heads is a multiple of this, such as the tensor-parallel
             size, so that every rank gets as many.
+        max_fa_per_layer: FA heads at most; None: all may be.
 
     Raises:
         UserError: If a number is negative or, for ``multiple_of``, below 1.
@@ -41,6 +42,9 @@ class Constraints:
     per_layer: Annotated[int, Limits(least=0)] | None = None
     whole_groups: bool = False
     multiple_of: Annotated[int, Limits(least=1)] = 1
+    max_fa_per_layer: Annotated[int, Limits(least=0)] | None = field(
+        default=None, metadata=MAY_LACK
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -51,6 +55,8 @@ class Constraints:
         found = []
         if self.min_fa_per_layer:
             found.append(f"{self.min_fa_per_layer} or more FA heads per layer")
+        if self.max_fa_per_layer is not None:
+            found.append(f"{self.max_fa_per_layer} or fewer FA heads per layer")
         if self.per_layer is not None:
             found.append(f"FA heads per layer: {self.per_layer}")
         if self.whole_groups:
@@ -69,20 +75,28 @@ class Constraints:
         Raises:
             UserError: If there is none; says which would be possible without the numbers asked.
         """
-        step, low = self.step(shape), self.min_fa_per_layer
+        step, low, high = self.step(shape), self.min_fa_per_layer, self.max_fa_per_layer
         possible = range(0, shape.num_heads + 1, step)
         words = f"a layer has {shape.num_heads} heads"
         if step > 1:
             words += f", of which a multiple of {step} can be FA (whole groups, --multiple-of)"
         if low > possible[-1]:
             raise UserError(f"at least {low} FA heads per layer asked for, but {words}")
-        if self.per_layer is None:
-            return range(-(-low // step) * step, possible[-1] + 1, step)
-        if self.per_layer not in possible:
-            raise UserError(f"{self.per_layer} FA heads per layer asked for, but {words}")
-        if self.per_layer < low:
-            raise UserError(f"{self.per_layer} FA heads per layer contradict at least {low}")
-        return range(self.per_layer, self.per_layer + 1, step)
+        if (exact := self.per_layer) is not None:
+            if exact not in possible:
+                raise UserError(f"{exact} FA heads per layer asked for, but {words}")
+            if exact < low:
+                raise UserError(f"{exact} FA heads per layer contradict at least {low}")
+            if high is not None and exact > high:
+                raise UserError(f"{exact} FA heads per layer contradict at most {high}")
+            return range(exact, exact + 1, step)
+        most = possible[-1] if high is None else min(high, possible[-1])
+        counts = range(-(-low // step) * step, most + 1, step)
+        if not counts:
+            raise UserError(
+                f"at least {low} and at most {high} FA heads per layer asked for, but {words}"
+            )
+        return counts
 
 
 class Limit(NamedTuple):

@@ -203,10 +203,10 @@ def read_budget(plan: HeadPlan) -> Budget | None:
     raise UserError(f"{where} names no serve_dtype, and its shape no value_bytes: 2 or 4 is needed")
 
 
-def no_fa_heads(
+def weakness(
     plan: HeadPlan, shape: ModelShape | None, budget: Budget | None, constraints: Constraints
 ) -> str | None:
-    """What a plan without a single FA head means, and the least budget that keeps one.
+    """What the hybrid of a plan will do badly, as far as the plan tells; None for most.
 
     Args:
         plan: The plan.
@@ -215,8 +215,33 @@ def no_fa_heads(
         constraints: That it keeps to.
 
     Returns:
-        One sentence; None for a plan with FA heads.
+        One sentence.
     """
+    return _no_fa_heads(plan, shape, budget, constraints) or _whole_layers(plan)
+
+
+def _whole_layers(plan: HeadPlan) -> str | None:
+    """Which layers have FA heads alone, where not all have; what it costs is docs/study.md's."""
+    whole = [index for index, layer in enumerate(plan.layers) if {*layer.kinds} == {"fa"}]
+    if not whole or len(whole) == plan.num_layers:
+        return None
+    return (
+        f"layer{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))} would have FA heads "
+        "alone: in this project's study (docs/study.md) hybrids with such a layer lost most of "
+        "what lies beyond the training length; --max-fa-per-layer "
+        f"{_most_beside(plan.num_heads)} leaves every layer other heads"
+    )
+
+
+def _most_beside(num_heads: int) -> int:
+    """Of 16 heads 14: with as many FA the study's hybrids lost nothing, with 15 a tenth."""
+    return num_heads - max(1, num_heads // 8)
+
+
+def _no_fa_heads(
+    plan: HeadPlan, shape: ModelShape | None, budget: Budget | None, constraints: Constraints
+) -> str | None:
+    """What a plan without a single FA head means, and the least budget that keeps one."""
     if plan.num_fa_heads:
         return None
     sentence = (

@@ -29,6 +29,8 @@ CONSTRAINTS = [
     Constraints(multiple_of=2),
     Constraints(min_fa_per_layer=1, whole_groups=True, multiple_of=2),
     Constraints(min_fa_per_layer=1, multiple_of=3),
+    Constraints(max_fa_per_layer=3),
+    Constraints(max_fa_per_layer=3, whole_groups=True),
 ]
 BUDGETS = [
     Budget("fa_heads", 6),
@@ -60,6 +62,8 @@ def all_choices(shape: ModelShape, constraints: Constraints, budget: Budget) -> 
     groups = layers.reshape(len(heads), shape.num_layers, shape.num_query_groups, -1)
     counts, num_fa, stored = layers.sum(2), heads.sum(1), groups.any(3).sum((1, 2))
     good = (counts >= constraints.min_fa_per_layer).all(1)
+    if constraints.max_fa_per_layer is not None:
+        good &= (counts <= constraints.max_fa_per_layer).all(1)
     good &= (counts % constraints.multiple_of == 0).all(1)
     if constraints.per_layer is not None:
         good &= (counts == constraints.per_layer).all(1)

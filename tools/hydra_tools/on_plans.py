@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from fractions import Fraction
 
 from megatron_hydra.evaluation.results import align
@@ -52,6 +53,12 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads that keep full attention in every layer at least (default: 0)",
     )
     parser.add_argument(
+        "--max-fa-per-layer",
+        type=int,
+        metavar="N",
+        help="the same at most, so that other heads are left in every layer (default: all)",
+    )
+    parser.add_argument(
         "--per-layer", type=int, metavar="K", help="exactly K such heads in every layer"
     )
     parser.add_argument(
@@ -84,7 +91,7 @@ def add_choice_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_constraints(args: argparse.Namespace) -> Constraints:
     """The constraints of :func:`add_choice_arguments`."""
-    return Constraints(args.min_fa_per_layer, args.per_layer, args.whole_groups, args.multiple_of)
+    return Constraints(**{each.name: getattr(args, each.name) for each in fields(Constraints)})
 
 
 def read_ratio(text: str) -> Fraction:

@@ -20,7 +20,7 @@ from megatron_hydra.api.plan import plan
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.selection.budget import Budget, BudgetKind
 from megatron_hydra.selection.cost import ServeDtype, costs_of, num_stored_groups, other_heads
-from megatron_hydra.selection.policy import DEFAULT_CONTEXT_TOKENS, PlanSummary, no_fa_heads
+from megatron_hydra.selection.policy import DEFAULT_CONTEXT_TOKENS, PlanSummary, weakness
 from megatron_hydra.selection.scores import HeadScores
 
 # Of the terminal's 256 colours: backgrounds from light to dark, and the mark of an FA head.
@@ -147,7 +147,7 @@ def describe(summary: PlanSummary, random_seed: int | None) -> list[str]:
     """Sentences on a plan: counts, KV cache, why heads are there, how sure the choice is."""
     chosen, shape, explanation = summary.plan, summary.shape, summary.explanation
     stored, counts = num_stored_groups(chosen), summary.fa_heads_per_layer
-    empty = no_fa_heads(chosen, shape, summary.budget, summary.constraints)
+    empty = weakness(chosen, shape, summary.budget, summary.constraints)
     lines = [] if empty is None else [f"WARNING: {empty}"]
     lines += [
         f"budget: {summary.budget.words}",
