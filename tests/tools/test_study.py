@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra_tools import cli
-from hydra_tools.study import least_used
+from hydra_tools import cli, study_jobs
+from hydra_tools.study_jobs import Jobs, least_used
 
-from megatron_hydra.study.results import ArmResult
+from megatron_hydra.study.config import load_study
+from megatron_hydra.study.results import ArmResult, load_results
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = f"""
@@ -234,3 +236,62 @@ def test_arms_spread_evenly_over_gpus() -> None:
     assert used == ["4", "2", "7", "4", "2", "7", "4"]
     used.remove("2")
     assert least_used(gpus, used) == "2"
+
+
+ROOM_FOR_TWO = """
+import os, sys, time
+job, there = sys.argv[1:]
+os.makedirs(there, exist_ok=True)
+mine = os.path.join(there, job)
+open(mine, "w").close()
+time.sleep(0.3 * ("greedy" not in job))
+full = len(os.listdir(there)) > 2 or "greedy" in job
+time.sleep(0.3)
+os.remove(mine)
+sys.exit("CUDA out of memory. Tried to allocate 32.00 MiB\\nand what follows it" if full else 0)
+"""
+
+
+@pytest.fixture
+def room_for_two(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Arms that run out of memory where more than two are there, and one that does by itself.
+
+    Returns:
+        How many ran side by side, at each start.
+    """
+    names = [*(f"arm{i}" for i in range(5)), "greedy"]
+    study = yaml.safe_load(config.read_text())
+    study["arms"] = {name: {"about": ""} for name in names}
+    study["questions"] = {"which": {"title": "Which?", "arms": names}}
+    config.write_text(yaml.safe_dump(study))
+    start, started, ran = subprocess.Popen, list[subprocess.Popen[bytes]](), list[int]()
+
+    def popen(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        job = words[words.index("--only") + 1]
+        started.append(start([sys.executable, "-c", ROOM_FOR_TWO, job, f"{tmp_path}/there"],
+                             **options))  # fmt: skip
+        ran.append(sum(each.poll() is None for each in started))
+        return started[-1]
+
+    monkeypatch.setattr(study_jobs.subprocess, "Popen", popen)
+    monkeypatch.setattr(study_jobs, "is_prepared", lambda study, teacher: True)
+    monkeypatch.setattr(study_jobs, "all_inputs", lambda study, run: study.inputs(run))
+    return ran
+
+
+def test_an_arm_that_memory_ends_beside_others_goes_on_with_fewer(
+    config: Path, room_for_two: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = load_study(str(config))
+    args = argparse.Namespace(
+        config=str(config), overrides=[], workers=4, minutes=None, bundle=None
+    )
+    assert Jobs(study, args, study.runs()).run() == 0
+    said = capsys.readouterr().out
+    assert "out of memory beside others: 3 run side by side from here on" in said
+    for number in range(5):
+        assert f"1-4.arm{number}.made.0: finished" in said
+    assert max(room_for_two) == 4 and room_for_two[-1] < 4
+    ((run, result),) = load_results(study).items()
+    assert run.arm == "greedy" and result.status == "failed", "alone it has nobody to wait for"
+    assert said.count(f"{run.name}: failed: ") == 1
