@@ -18,7 +18,7 @@ from megatron_hydra.report.units import byte_unit, format_length
 from megatron_hydra.study.config import StudyConfig
 
 if TYPE_CHECKING:
-    from megatron_hydra.study.page import ArmFigures
+    from megatron_hydra.study.figures import ArmFigures
 
 _MARKERS = "osD^vP"
 Styles = Sequence[Mapping[str, Any]]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from megatron_hydra.api.plan import check_plan
 from megatron_hydra.errors import UserError
-from megatron_hydra.schema import as_overrides, named, read_config
+from megatron_hydra.schema import MAY_LACK, as_overrides, named, read_config
 from megatron_hydra.selection.budget import Budget
 from megatron_hydra.selection.scoring_config import ScoringConfig, load_scoring_config
 from megatron_hydra.study.sections import (
@@ -30,6 +30,8 @@ from megatron_hydra.tasks.probes import find_sub_probe
 from megatron_hydra.training.config import RunConfig, load_config
 
 STAGES = ("align", "distill", "long_context")
+_OF_THE_PLAN = {"about", "ratio", "budget", "constraints", "combine", "random", "replicates",
+                "budgets"}  # fmt: skip
 IN_NATS = ("loss", "KL")
 """What an ordering may be by, beside answers: the lower is the better."""
 
@@ -102,14 +104,20 @@ class StudyConfig:
     def budgets_of(self, question: Question) -> list[str]:
         """At which an arm of a question runs."""
         arms = [self.arms[name] for name in question.arms]
-        return [budget for budget in self.budgets if any(self._is_at(arm, budget) for arm in arms)]
+        return [budget for budget in self.budgets if any(self.is_at(arm, budget) for arm in arms)]
 
-    def _is_at(self, arm: Arm, budget: str) -> bool:
+    def is_at(self, arm: Arm, budget: str) -> bool:
+        """Whether an arm runs where the study is at a budget."""
         return budget in (arm.budgets or self.run.budgets)
 
     def budget_of(self, arm: str, budget: str) -> str:
         """At which an arm runs where the study is at a budget."""
         return self.arms[arm].ratio or budget
+
+    def differs_by_plan(self, name: str) -> bool:
+        """Whether an arm is as everywhere but for its heads, at the study's budgets or a ratio."""
+        arm = self.arms[name]
+        return {*_said(arm)} <= _OF_THE_PLAN and {*(arm.budgets or ())} <= {*self.run.budgets}
 
     def runs(self, asked: Sequence[str] = ()) -> list[Run]:
         """Runs in their order: a budget, its questions, of each the first replicates first.
@@ -126,7 +134,7 @@ class StudyConfig:
             for index, replicate in enumerate(self.run.replicates):
                 for name in question.arms:
                     arm, at = self.arms[name], self.budget_of(name, budget)
-                    if index < arm.replicates and self._is_at(arm, budget):
+                    if index < arm.replicates and self.is_at(arm, budget):
                         found[Run(name, at, replicate.teacher, replicate.seed)] = None
         return list(found)
 
@@ -257,7 +265,13 @@ def _said(section: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=vars)
+    return json.dumps(value, sort_keys=True, default=_whole)
+
+
+def _whole(section: Any) -> dict[str, Any]:
+    """All that a section within an arm says; what came later only where it is not its default."""
+    later = {item.name: item.default for item in fields(section) if item.metadata == MAY_LACK}
+    return {k: v for k, v in vars(section).items() if k not in later or v != later[k]}
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:

@@ -7,14 +7,14 @@ result's, and a finding stands where the results bear it out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import write_beside
 from megatron_hydra.study.config import IN_NATS, Run, StudyConfig
+from megatron_hydra.study.figures import ArmFigures, most_in_a_layer
 from megatron_hydra.study.results import ArmResult
 from megatron_hydra.study.sections import Evidence, Question
 from megatron_hydra.study.speeds import RATES, Speeds, timed_arms
@@ -22,87 +22,17 @@ from megatron_hydra.study.statistics import (
     Difference,
     difference_in_nats,
     paired_difference,
-    share_right,
 )
 
 Results = Mapping[Run, ArmResult]
 _MOST_NAMED = 6
 _HOW_FAST = "How fast?"
-
-
-@dataclass(frozen=True)
-class ArmFigures:
-    """An arm at a budget: means over its finished runs.
-
-    Attributes:
-        name: Of the arm.
-        results: Of its finished runs, one or more.
-        length: The training length, in tokens.
-    """
-
-    name: str
-    results: Sequence[ArmResult]
-    length: int
-
-    @property
-    def runs(self) -> list[ArmFigures]:
-        """One by one."""
-        return [ArmFigures(self.name, [result], self.length) for result in self.results]
-
-    def accuracy(self, task: str) -> dict[int, float]:
-        """By length, as a share."""
-        found: dict[int, list[float]] = {}
-        for result in self.results:
-            assert result.evaluation is not None
-            for cell in result.evaluation.tasks:
-                if cell.task == task:
-                    found.setdefault(cell.length, []).append(cell.accuracy)
-        return {length: mean(values) for length, values in sorted(found.items())}
-
-    def retrieval(self, above: int) -> float:
-        """The mean over tasks and lengths above one."""
-        return mean(share_right(result.bits("retrieval", above)) for result in self.results)
-
-    def probe(self, name: str) -> float:
-        """Share of right samples."""
-        return mean(share_right([result.probes[name]]) for result in self.results)
-
-    @property
-    def loss_nats(self) -> float:
-        """On held-out text at positions up to the training length."""
-        return mean(_loss(result, self.length) for result in self.results)
-
-    @property
-    def divergence_nats(self) -> float:
-        """From the teacher."""
-        return mean(r.divergence_nats for r in self.results if r.divergence_nats is not None)
-
-    @property
-    def cache(self) -> tuple[float, float]:
-        """Bytes a token adds, and bytes of state; random heads store more or less by the draw."""
-        found = [result.evaluation for result in self.results if result.evaluation]
-        return (
-            mean(each.cache_bytes_per_token or 0 for each in found),
-            mean(each.state_bytes or 0 for each in found),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Trained on."""
-        return sum(self.results[0].tokens.values())
-
-    @property
-    def num_fa_heads(self) -> str:
-        """In the whole model; a budget of the cache buys more of one teacher than of another."""
-        found = sorted({sum(map(len, result.fa_heads)) for result in self.results})
-        return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
-def _loss(result: ArmResult, length: int) -> float:
-    assert result.evaluation is not None
-    within = [each for each in result.evaluation.loss_by_position if each.last <= length]
-    total = sum(each.num_tokens for each in within)
-    return sum(each.loss_nats * each.num_tokens for each in within) / total
+_OF_A_LAYER = "How many heads of one layer?"
+_OF_A_LAYER_NOTE = (
+    "All runs of arms that differ in their plan alone, whatever it is chosen by, in the order of "
+    "the FA heads that the layer with most of them has. Retrieval is that beyond the training "
+    "length, in %: the run that finds least, and the one that finds most."
+)
 
 
 def write_page(
@@ -145,6 +75,7 @@ def write_page(
             lines += ["", f"![{question.title}](pictures/{name})"]
             lines += _absent(study, results, question, budget)
             lines += _orderings(study, results, question, budget)
+    lines += _by_layer(study, results)
     lines += _how_fast(study, speeds) if speeds else []
     with write_beside(out, overwrite=True) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -167,7 +98,8 @@ def _head(study: StudyConfig, results: Results, speeds: Speeds | None) -> list[s
         f"Accuracy is in % of {asked.samples} prompts per cell, answered by generated text, at "
         f"{lengths} tokens; all are asked the same. Loss is in nats on held-out text up to the "
         "training length, KL is the divergence of the next token from the teacher's there, cache "
-        "is in bytes of bf16 per token, state in KiB per sequence. Figures are means over runs: "
+        "is in bytes of bf16 per token, state in KiB per sequence; beside the number of FA heads "
+        "stands how many the layer has that has most. Figures are means over runs: "
         "pairs of a teacher and a seed: rows of arms that have not run for the same ones do not "
         "compare, orderings do, for they take the pairs that both arms have; beside them stands "
         "what each run finds beyond the training length, in %. An ordering is read off all "
@@ -185,6 +117,9 @@ def _head(study: StudyConfig, results: Results, speeds: Speeds | None) -> list[s
 
 
 def _runs(study: StudyConfig, arm: str, budget: str) -> list[Run]:
+    """Of an arm where the study is at a budget; none where it does not run there."""
+    if not study.is_at(study.arms[arm], budget):
+        return []
     at = study.budget_of(arm, budget)
     return [run for run in study.runs() if (run.arm, run.budget) == (arm, at)]
 
@@ -206,13 +141,19 @@ def _compares(study: StudyConfig, figures: Sequence[ArmFigures]) -> bool:
 
 def _table(study: StudyConfig, question: Question, figures: Sequence[ArmFigures]) -> list[str]:
     asked = study.evaluation
-    heads = ["arm", "", "FA heads", *(task.replace("niah_", "") for task in asked.tasks)]
+    heads = [
+        "arm",
+        "",
+        "FA heads",
+        "of a layer",
+        *(task.replace("niah_", "") for task in asked.tasks),
+    ]
     heads += [*asked.probes, "loss", "KL", "cache", "state", "tokens", "by run"]
     heads += ["paper"] if question.paper else []
     rows, above = [], study.retrieval_above
     for each in figures:
         cache, state = each.cache
-        cells = [each.name, study.arms[each.name].about, each.num_fa_heads]
+        cells = [each.name, study.arms[each.name].about, each.num_fa_heads, each.most_in_a_layer]
         for task in asked.tasks:
             shares = each.accuracy(task).values()
             cells.append(" / ".join(f"{100 * share:.0f}" for share in shares))
@@ -334,6 +275,25 @@ def compare(
     return paired_difference(better, worse)
 
 
+def _by_layer(study: StudyConfig, results: Results) -> list[str]:
+    """Runs whose arms differ in their plan alone, by the FA heads of the layer with most."""
+    found: dict[tuple[Fraction, int], list[ArmFigures]] = {}
+    for run, result in results.items():
+        if result.status == "finished" and study.differs_by_plan(run.arm):
+            key = Fraction(run.budget), most_in_a_layer(result)
+            found.setdefault(key, []).append(ArmFigures(run.arm, [result], study.data.length))
+    if len(found) < 2:
+        return []
+    rows = []
+    for (budget, most), runs in sorted(found.items()):
+        shares = [round(100 * each.retrieval(study.retrieval_above)) for each in runs]
+        names = dict.fromkeys(each.name for each in runs)
+        rows.append([str(budget), str(most), str(len(runs)), str(min(shares)), str(max(shares)),
+                     ", ".join(names)])  # fmt: skip
+    heads = ["at", "FA heads of the layer with most", "runs", "lowest", "highest", "arms"]
+    return ["", f"## {_OF_A_LAYER}", "", _OF_A_LAYER_NOTE, "", *_markdown(heads, rows)]
+
+
 def _how_fast(study: StudyConfig, speeds: Speeds) -> list[str]:
     """Medians, and their ratios to the teacher's, which was measured with them."""
     teacher = next((each for each in speeds.speeds if Fraction(each.budget) == 1), None)
@@ -342,12 +302,18 @@ def _how_fast(study: StudyConfig, speeds: Speeds) -> list[str]:
         cells = [each.arm, study.arms[each.arm].about, each.budget, str(each.fa_heads)]
         for number, rate in enumerate(each.rates):
             cells += [f"{rate:,.0f}", f"{rate / teacher.rates[number]:.2f}" if teacher else ""]
-        rows.append([*cells, f"{median(each.token_ms):.1f}", ", ".join(each.stands_for)])
+        cells += [_spread(each.training_ms), _spread(each.token_ms)]
+        rows.append([*cells, ", ".join(each.stands_for)])
     heads = ["arm", "", "at", "FA heads"]
     for what in RATES:
         heads += [what, "/ teacher"]
-    heads += ["ms per step of answers", "stands for"]
+    heads += ["ms per step of training", "of answers", "stands for"]
     return ["", f"## {_HOW_FAST}", "", _how_measured(study, speeds), "", *_markdown(heads, rows)]
+
+
+def _spread(milliseconds: Sequence[float]) -> str:
+    ordered = sorted(milliseconds)
+    return f"{median(ordered):.1f} ({ordered[0]:.1f} to {ordered[-1]:.1f})"
 
 
 def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
@@ -368,7 +334,9 @@ def _how_measured(study: StudyConfig, speeds: Speeds) -> str:
         f"each: the median of {len(first.token_ms)}. Arms are trained for these steps alone: the "
         "work does not depend on the weights. The teacher is the hybrid's own code with all heads "
         "FA. Of arms that compute the same, with the same choice of heads, one is timed. Models "
-        "this small wait for Python to launch operations: figures do not carry over to large ones."
+        "this small wait for Python to launch operations, on a processor that others use too: "
+        "figures do not carry over to large ones, and steps, told with the fastest and the "
+        "slowest, differ within an arm as much as between most."
     )
 
 

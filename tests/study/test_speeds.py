@@ -90,8 +90,10 @@ def test_the_page_has_medians_and_their_ratios_to_the_teacher(study, tmp_path):
     rows = [line.split(" | ")[2:] for line in table.splitlines() if " | " in line][1:]
     # 2048 tokens in 100 ms and in 50; 16000 in 100 ms; 8 in 10 ms and in 5.
     assert rows == [
-        ["1", "8", "20,480", "1.00", "160,000", "1.00", "800", "1.00", "10.0", "recipe |"],
-        ["1/4", "8", "40,960", "2.00", "160,000", "1.00", "1,600", "2.00", "5.0",
+        ["1", "8", "20,480", "1.00", "160,000", "1.00", "800", "1.00",
+         "100.0 (50.0 to 1000.0)", "10.0 (5.0 to 100.0)", "recipe |"],
+        ["1/4", "8", "40,960", "2.00", "160,000", "1.00", "1,600", "2.00",
+         "50.0 (25.0 to 500.0)", "5.0 (2.5 to 50.0)",
          "calibrated, no_align, calibrated_no_align |"],
     ]  # fmt: skip
 
@@ -100,7 +102,7 @@ def test_without_the_teacher_there_is_no_ratio_and_without_speeds_no_word(study,
     assert "so that nothing is said of speed." in page_of(study, tmp_path)
     assert "How fast?" not in page_of(study, tmp_path)
     saved(study, made(study, "head", "1/4", 50.0))
-    assert "| 40,960 |  | 160,000 |  | 1,600 |  | 5.0 |" in page_of(study, tmp_path)
+    assert "| 40,960 |  | 160,000 |  | 1,600 |  | 50.0 (" in page_of(study, tmp_path)
 
 
 def test_speeds_of_other_settings_are_not_told(study):

@@ -101,6 +101,9 @@ def test_arms_have_the_plans_that_their_words_say(study, scores, budget):
     assert by_layer(plans["layer_scored"]) == [HEADS * (i in top) for i in range(LAYERS)]
     spread = {1: [3], 2: [3, 7]}[num_layers]
     assert by_layer(plans["layer_spread"]) == [HEADS * (i in spread) for i in range(LAYERS)]
+    if budget == "1/4":
+        assert min(by_layer(plans["head_beside"])) >= 1
+        assert max(by_layer(plans["head_beside"]) + by_layer(plans["global_beside"])) <= 12
     for layer in range(LAYERS):
         groups = plans["groups"].layers[layer].fa_heads
         assert {h // 2 * 2 for h in groups} | {h // 2 * 2 + 1 for h in groups} == {*groups}
@@ -121,6 +124,13 @@ def test_arms_have_the_plans_that_their_words_say(study, scores, budget):
     )}) == 5  # fmt: skip
 
 
+def test_layers_but_a_head_or_two_have_fa_heads_in_that_layer_alone(study, scores):
+    for name, number in (("layer_but_one", 15), ("layer_but_two", 14)):
+        run = next(run for run in study.runs() if run.arm == name)
+        layers = [number if layer == 3 else 0 for layer in range(LAYERS)]
+        assert by_layer(planned(study, scores, run)) == layers
+
+
 def test_lots_are_drawn_anew_for_each_replicate(study, scores):
     runs = [run for run in study.runs() if run.arm == "random_global" and run.budget == "1/8"]
     drawn = [by_layer(planned(study, scores, run)) for run in runs]
@@ -131,11 +141,10 @@ def test_lots_are_drawn_anew_for_each_replicate(study, scores):
 def test_runs_come_question_by_question_and_their_first_replicates_first(study):
     runs = study.runs()
     assert len({run.name for run in runs}) == len(runs)
-    first = [run for run in runs if run.arm in study.questions["granularity"].arms]
-    assert runs[: len(first) // 2] == first[: len(first) // 2]
-    assert [run.budget for run in first] == ["1/8"] * (len(first) // 2) + ["1/4"] * (
-        len(first) // 2
-    )
+    eighth, quarter = (study.runs([f"granularity@{budget}"]) for budget in ("1/8", "1/4"))
+    begin = runs.index(quarter[0])
+    assert runs[: len(eighth)] == eighth and runs[begin : begin + len(quarter)] == quarter
+    assert {run.budget for run in runs[begin:]}.isdisjoint({"1/8", "1"})
     heads = [(run.budget, run.seed) for run in runs if run.arm == "head"]
     assert heads == [(budget, seed) for budget in ("1/8", "1/4") for seed in (0, 1, 2)]
     assert [run.budget for run in runs if run.arm == "recipe"] == ["1"] * 3, "once for all budgets"
@@ -191,6 +200,9 @@ def test_what_decides_a_result_changes_its_inputs_and_words_do_not(study):
     assert changed("evaluation.samples=7") == {"evaluation"}
     assert changed("evaluation.batch_tokens=9", "evaluation.forward_tokens=9") == set()
     assert changed("arms.window.model={}") == set()
+    # What results that came before the limit lack, and what it is to them.
+    limited = study.inputs(replace(run, arm="head_beside", budget="1/4"))
+    assert "max_fa_per_layer" not in known["arm"] and '"max_fa_per_layer": 12' in limited["arm"]
 
 
 def test_questions_are_asked_in_the_order_in_which_they_are_named(study):

@@ -14,7 +14,8 @@ from megatron_hydra.evaluation.generation import Answered, GeneratedResult
 from megatron_hydra.evaluation.positions import PositionLoss
 from megatron_hydra.study.charts import question_figure
 from megatron_hydra.study.config import Run, StudyConfig, load_study
-from megatron_hydra.study.page import ArmFigures, compare, write_page
+from megatron_hydra.study.figures import ArmFigures
+from megatron_hydra.study.page import compare, write_page
 from megatron_hydra.study.results import ArmResult, load_results
 from megatron_hydra.study.sections import Evidence, Finding
 from megatron_hydra.study.speeds import load_speeds
@@ -72,15 +73,19 @@ def test_the_page_says_what_the_results_hold(study, tmp_path):
             / (2 * study.evaluation.samples)
             for length in study.lengths
         ]  # fmt: skip
-        assert cells[3 + number] == " / ".join(f"{share:.0f}" for share in shares)
+        assert cells[4 + number] == " / ".join(f"{share:.0f}" for share in shares)
     beyond = [
         100 * sum(t.num_right for t in each.tasks if t.length > 256)
         / sum(t.num_samples for t in each.tasks if t.length > 256)
         for each in both
     ]  # fmt: skip
     by_run = ", ".join(f"{share:.0f}" for share in beyond)
-    # Loss up to 256: 30 tokens at 2.0 and 10 at 4.0.
-    assert cells[5:] == ["2.500", "0.250", "768", "2", "1,234", by_run] and cells[2] == "3"
+    # Loss up to 256: 30 tokens at 2.0 and 10 at 4.0. Of three FA heads a layer has two.
+    assert (
+        cells[3] == "2"
+        and cells[6:] == ["2.500", "0.250", "768", "2", "1,234", by_run]
+        and cells[2] == "3"
+    )
     assert re.search(
         r"\| head over layer_scored \| retrieval \| +\| \+\d\d\.\d points \| .* 2 \| holds \|", page
     )
@@ -207,6 +212,42 @@ def test_orderings_are_told_at_the_budgets_of_both_arms(tmp_path):
     assert "1/8 of" in eighth and "global over in_layer_2" in eighth
     assert "in_layer_4" not in eighth and "global over in_layer_4" in quarter
     assert "in_layer_2" not in quarter
+
+
+def test_arms_that_differ_in_their_plan_alone_are_told_by_their_fullest_layer(tmp_path):
+    study = load_study(ROOT / "examples/study/study.yaml", [f"run.results={tmp_path}"])
+    of_run = {
+        Run("head", "1/4", "first", 0): (((0, 1), (2,)), 1.0),
+        Run("global", "1/4", "second", 1): (((0,), (1, 2)), 0.0),
+        Run("fixed", "1/4", "first", 0): (((0, 1, 2), ()), 0.0),
+        Run("layer_but_two", "7/64", "first", 0): (((), (1, 2)), 1.0),
+        Run("window", "1/4", "first", 0): (((0, 1), (2,)), 0.0),  # differs in its kind
+        Run("quarter", "1/4", "first", 0): (((0, 1), (2,)), 0.0),  # and in its tokens
+        Run("global_few", "1/32", "first", 0): (((0,), ()), 0.0),  # is at a budget of its own
+    }
+    results = {
+        run: dataclasses.replace(made(study, run, share), fa_heads=heads)
+        for run, (heads, share) in of_run.items()
+    }
+    write_page(study, results, tmp_path / "page.md")
+    table = (tmp_path / "page.md").read_text().split("## How many heads of one layer?")[1]
+    assert [line for line in table.splitlines() if line.startswith("| ")][1:] == [
+        "| 7/64 | 2 | 1 | 100 | 100 | layer_but_two |",
+        "| 1/4 | 2 | 2 | 0 | 100 | head, global |",
+        "| 1/4 | 3 | 1 | 0 | 0 | fixed |",
+    ]
+
+
+def test_what_the_study_says_of_layers_of_fa_heads_alone_is_true_of_every_run():
+    place = ROOT / "examples/study"
+    study = load_study(place / "study.yaml", [f"run.results={place}/results"])
+    assert "leave_others" in study.findings
+    whole, others = list[float](), list[float]()
+    for run, result in load_results(study).items():
+        if study.differs_by_plan(run.arm):
+            share = ArmFigures(run.arm, [result], 512).retrieval(512)
+            (whole if max(map(len, result.fa_heads)) == 16 else others).append(share)
+    assert len(whole) >= 15 and max(whole) < 0.5 and min(others) > 2 * max(whole)
 
 
 def test_results_of_other_settings_are_not_told(study):
