@@ -18,6 +18,7 @@ from megatron_hydra.training.config import RunConfig, load_config
 from megatron_hydra.training.run_files import (
     NEEDLES,
     RUN_CONFIG,
+    TEACHER_NEEDLES,
     VALIDATION,
     checkpoint_step,
     trained_steps,
@@ -41,6 +42,7 @@ class Status:
         validation: Steps and value of the newest loss on held-out samples; None where none is.
         needles: Steps, task and share, 0 to 1, of the newest questions about needles; None where
             none were asked.
+        teacher_needles: The share of them that the teacher finds; None where it was not asked.
         seconds_since_step: Since it was recorded; None where there is none.
         seconds_per_step: The median of the newest; None where fewer than two are recorded.
         saved_step: Finished steps of the newest checkpoint, or of the trained hybrid; 0 for none.
@@ -57,6 +59,7 @@ class Status:
     scalars: Mapping[str, float | None]
     validation: tuple[int, float | None] | None
     needles: tuple[int, str, float] | None
+    teacher_needles: float | None
     seconds_since_step: float | None
     seconds_per_step: float | None
     saved_step: int
@@ -99,7 +102,7 @@ def status_of(config: RunConfig) -> Status:
     folder, now = RunFolder(config), time.time()
     records = _newest_records(folder.metrics, _STEPS_OF_A_RATE + 1)
     newest: Mapping[str, Any] = records[-1] if records else {}
-    saved = _newest_save(folder)
+    saved, of_teacher = _newest_save(folder), _newest_needles(folder.metrics, TEACHER_NEEDLES)
     return Status(
         folder=folder.path,
         stage=config.transfer.stage,
@@ -108,7 +111,8 @@ def status_of(config: RunConfig) -> Status:
         step=int(newest.get("step", 0)),
         scalars={key: value for key, value in newest.items() if key not in ("step", "time")},
         validation=_newest_validation(folder.metrics),
-        needles=_newest_needles(folder.metrics),
+        needles=_newest_needles(folder.metrics, NEEDLES),
+        teacher_needles=None if of_teacher is None else of_teacher[-1],
         seconds_since_step=now - newest["time"] if records else None,
         seconds_per_step=_seconds_per_step(records),
         saved_step=0 if saved is None else saved[0],
@@ -152,11 +156,11 @@ def _newest_validation(file: Path) -> tuple[int, float | None] | None:
     return (records[0]["step"], records[0][f"{VALIDATION}loss"]) if records else None
 
 
-def _newest_needles(file: Path) -> tuple[int, str, float] | None:
-    """Step, task and share of the last line that has one."""
-    for record in _newest_records(file, 1, f'"{NEEDLES}'):
-        name = next(name for name in record if name.startswith(NEEDLES))
-        return record["step"], name.removeprefix(NEEDLES), record[name]
+def _newest_needles(file: Path, prefix: str) -> tuple[int, str, float] | None:
+    """Step, task and share of the last line that has one whose name begins so."""
+    for record in _newest_records(file, 1, f'"{prefix}'):
+        name = next(name for name in record if name.startswith(prefix))
+        return record["step"], name.removeprefix(prefix), record[name]
     return None
 
 

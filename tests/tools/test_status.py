@@ -122,11 +122,12 @@ def test_the_newest_measurements_are_found_far_above_the_end(
             record = {"step": step, "time": 1.0, "loss": 1.0, "filler": filler}
             record |= {"validation/loss": step / 8} if step in (10, 20) else {}
             record |= {"needles/multi_key_8": step / 40} if step in (10, 30) else {}
+            record |= {"teacher_needles/multi_key_8": 0.8} if step == 10 else {}
             stream.write(json.dumps(record) + "\n")
         stream.write('{"step": 101, "validation/loss": 9')  # being written
     said = _say(capsys, str(folder.path))
     assert "  validation loss 2.5 at step 20" in said
-    assert "  75% of the needles found (multi_key_8) at step 30" in said
+    assert "  75% of the needles found (multi_key_8) at step 30, its teacher finds 80%" in said
     folder.metrics.write_text("")
     said = "".join(_say(capsys, str(folder.path)))
     assert "validation loss" not in said and "needles" not in said

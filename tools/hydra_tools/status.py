@@ -50,7 +50,9 @@ def _lines(found: Status) -> list[str]:
         lines.append(f"  validation loss {_figure(loss)} at step {step:,}")
     if found.needles is not None:
         step, task, share = found.needles
-        lines.append(f"  {share:.0%} of the needles found ({task}) at step {step:,}")
+        of_teacher = found.teacher_needles
+        beside = "" if of_teacher is None else f", its teacher finds {of_teacher:.0%}"
+        lines.append(f"  {share:.0%} of the needles found ({task}) at step {step:,}{beside}")
     if found.seconds_per_step is not None and not found.is_complete:
         left = found.seconds_left or 0.0
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
