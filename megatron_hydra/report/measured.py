@@ -95,7 +95,7 @@ def _generated(model: GeneratedResult) -> MeasuredModel:
     if model.plan is None and model.fa_heads < model.total_heads:
         raise UserError(
             f"the results by generation do not say which heads of {model.name!r} are FA heads: "
-            "an earlier release wrote them; evaluate again, or give an evaluation too"
+            "an earlier release wrote them; evaluate again"
         )
     heads = model.fa_heads, model.total_heads
     memory = model.cache_bytes_per_token, model.state_bytes

@@ -52,7 +52,8 @@ def render_report(
         runs: In the order of the page.
         pareto: Of the same scores; None leaves it out.
         generation: What models answered by generating text; None leaves it out. What the page says
-            of models is taken from the evaluation, else from here.
+            of models is taken from here, else from the evaluation: log-likelihoods stay high where
+            text that a model has to generate is lost.
         command: That makes the page, for its provenance.
         teacher_config_hash: Of the teacher that plan and scores must be of; empty: unchecked.
         teacher_name: What the page calls the teacher; empty: as the scores record it.
@@ -64,7 +65,7 @@ def render_report(
     _check_together(scores, plan, runs, teacher_config_hash)
     scores = scores_as_planned(scores, plan)
     evaluation = None if evaluation is None else in_one_format(evaluation, scores.shape)
-    measured = _measured(plan, evaluation or generation)
+    measured = _measured(plan, generation or evaluation)
     results = {"evaluation": evaluation, "generation": generation}
     sources = {
         "scores": scores.provenance,

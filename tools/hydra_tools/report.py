@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--generation",
         type=Path,
         metavar="FILE",
-        help="what `evaluate --generate` or `--hf` wrote, in place of --evaluation or beside it",
+        help="what `evaluate --generate` or `--hf` wrote, in place of --evaluation or beside it; "
+        "then the first figures of the page are of generated text",
     )
     parser.add_argument(
         "--run",
