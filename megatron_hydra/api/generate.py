@@ -19,7 +19,13 @@ from megatron_hydra.evaluation.generation import (
     Generation,
     UnfinishedCells,
 )
-from megatron_hydra.evaluation.lengths import Choice, Reach, default_lengths, tell_beyond
+from megatron_hydra.evaluation.lengths import (
+    Choice,
+    Reach,
+    check_window,
+    default_lengths,
+    tell_beyond,
+)
 from megatron_hydra.evaluation.positions import (
     PositionLoss,
     loss_by_position,
@@ -140,7 +146,7 @@ def generate(
     for output in (out, dump):
         if output is not None:
             check_output(output, overwrite, "file")
-    _check(prompts, batch_size)
+    check_prompts(prompts, batch_size)
     asked = {name: AskedModel.of(path, trust_remote_code) for name, path in models.items()}
     tensor_parallel = check_layout(asked.values(), tensor_parallel)
     chosen = _choose_lengths(prompts, asked)
@@ -229,7 +235,13 @@ def _dump(path: Path, lines: Sequence[str], overwrite: bool) -> None:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _check(prompts: Prompts, batch_size: int | None) -> None:
+def check_prompts(prompts: Prompts, batch_size: int | None = None) -> None:
+    """What can be said before a model is there; imports nothing slow.
+
+    Raises:
+        UserError: For a task that there is not, a number below 1, or fewer tokens to predict than
+            one window has.
+    """
     find_generation_tasks(prompts.tasks)
     for name, value in (
         ("the number of samples", prompts.num_samples),
@@ -241,6 +253,8 @@ def _check(prompts: Prompts, batch_size: int | None) -> None:
     ):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be above 0")
+    if prompts.lengths and prompts.perplexity_tokens is not None:
+        check_window(max(prompts.lengths), prompts.perplexity_tokens)
 
 
 def _choose_lengths(prompts: Prompts, models: Mapping[str, AskedModel]) -> Choice:

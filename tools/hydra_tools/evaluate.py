@@ -11,7 +11,7 @@ from hydra_tools import launch
 from hydra_tools.named_folders import named_folders
 from hydra_tools.progress import progress
 from megatron_hydra.api.evaluate import PERPLEXITY_TOKENS, Questions, evaluate
-from megatron_hydra.api.generate import Prompts, generate
+from megatron_hydra.api.generate import Prompts, check_prompts, generate
 from megatron_hydra.errors import UserError
 from megatron_hydra.evaluation.generation import generation_table
 from megatron_hydra.evaluation.lengths import LONGEST_UNASKED
@@ -131,14 +131,8 @@ def _add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model on the same samples; write the results; print a table."""
     launch.check_launcher("evaluate")
-    if not (args.model or args.hf) or (args.model and args.hf and not args.generate):
-        raise UserError(
-            "name the models with --model, or with --hf to have them generate text; "
-            "--generate takes both"
-        )
-    generates = bool(args.generate or args.hf)
-    _check_options(args, generates)
-    return _generate(args) if generates else _evaluate(args)
+    check_arguments(args)
+    return _generate(args) if _generates(args) else _evaluate(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -170,10 +164,19 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(args: argparse.Namespace, generates: bool) -> None:
-    """See that no option stands with the wrong kind of evaluation."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """See that options stand with their kind of evaluation; of generation, what is asked too.
+
+    Raises:
+        UserError: If they do not, or a task or a number is not allowed.
+    """
+    if not (args.model or args.hf) or (args.model and args.hf and not args.generate):
+        raise UserError(
+            "name the models with --model, or with --hf to have them generate text; "
+            "--generate takes both"
+        )
     wrong, owner = _GENERATION_ONLY, "--generate or --hf"
-    if generates:
+    if _generates(args):
         wrong, owner = ("depths", "training_length"), "--model without --generate"
     elif os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("several ranks evaluate by generation alone: give --generate")
@@ -182,10 +185,16 @@ def _check_options(args: argparse.Namespace, generates: bool) -> None:
             raise UserError(f"--{name.replace('_', '-')} is for {owner}")
     if args.out is None and not args.dump:
         raise UserError("--out is missing: name the file of the results")
+    if _generates(args):
+        check_prompts(_prompts(args), args.batch_size)
 
 
-def _generate(args: argparse.Namespace) -> int:
-    prompts = Prompts(
+def _generates(args: argparse.Namespace) -> bool:
+    return bool(args.generate or args.hf)
+
+
+def _prompts(args: argparse.Namespace) -> Prompts:
+    return Prompts(
         tasks=tuple(args.tasks.split(",")) if args.tasks else tuple(GENERATION_TASKS),
         lengths=args.lengths,
         num_samples=args.num_samples,
@@ -195,10 +204,13 @@ def _generate(args: argparse.Namespace) -> int:
         texts=tuple(args.text),
         text_options=text_options(args),
     )
+
+
+def _generate(args: argparse.Namespace) -> int:
     found = generate(
         _models(args),
         args.out,
-        prompts,
+        _prompts(args),
         dump=args.dump,
         batch_size=args.batch_size,
         tensor_parallel=args.tp,
