@@ -1,4 +1,4 @@
-"""The quickstart's main job in Python: score, plan, convert, train, evaluate and report.
+"""The quickstart's main job in Python: score, plan, convert, train, export, evaluate and report.
 
     OMP_NUM_THREADS=1 python examples/api/transfer.py
 
@@ -13,7 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from megatron_hydra.api.convert import Calibration, convert
-from megatron_hydra.api.evaluate import Questions, evaluate
+from megatron_hydra.api.export import export
+from megatron_hydra.api.generate import Prompts, generate
 from megatron_hydra.api.plan import plan
 from megatron_hydra.api.preprocess import Retrieval, preprocess
 from megatron_hydra.api.report import report
@@ -25,6 +26,7 @@ from megatron_hydra.training.config import load_config
 
 EXAMPLE = Path("examples/quickstart")
 STAGES = ("stage1_align", "stage2_distill", "stage3_long_context")
+TASKS = ("niah_single_2", "niah_multikey_1")
 
 
 def transfer(
@@ -46,7 +48,7 @@ def transfer(
         scoring: What to change in the example's `score.yaml`, each `section.key=value`.
         training: The same of its stages.
         documents: Of stages 1 and 2; an eighth of that for stage 3.
-        samples: Of each task at each length of the evaluation.
+        samples: Of each task at each length of the evaluation, by generated text.
     """
     short, _, long = lengths
     data = {
@@ -70,12 +72,13 @@ def transfer(
         previous = train(
             load_config(EXAMPLE / f"{stage}.yaml", [*training, *folders])
         ).folder.hybrid
-    models = {"teacher": out / "teacher", "untrained": out / "converted", "trained": previous}
-    asked = Questions(lengths=lengths, training_length=short, num_samples=samples)
-    evaluate(models, out / "evaluation.json", asked)
+    exported = export(previous, out / "hydra-hf").folder
+    models = {"teacher": teacher, "trained": exported, "untrained": out / "converted"}
+    asked = Prompts(TASKS, lengths, samples, perplexity_tokens=16 * long, wording="short")
+    generate(models, out / "generation.json", asked, serve_dtype="fp32")
     return report(
         out / "report.html", scores=out / "scores.json", plan=out / "plan.json", teacher=teacher,
-        evaluation=out / "evaluation.json", runs={stage: out / stage for stage in STAGES},
+        generation=out / "generation.json", runs={stage: out / stage for stage in STAGES},
     )  # fmt: skip
 
 

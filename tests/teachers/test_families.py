@@ -19,6 +19,7 @@ cpu.install_if_needed()
 from kit import forks  # noqa: E402
 from kit.distributed import run_distributed  # noqa: E402
 from kit.families import CASES, SCALED, UNTIED  # noqa: E402
+from kit.generated import generated_results  # noqa: E402
 from kit.plans import all_fa  # noqa: E402
 from kit.tiny_qwen3 import edit_config, logits_difference, write_tiny_teacher  # noqa: E402
 
@@ -367,8 +368,10 @@ transfer(
     monkeypatch.chdir(ROOT)
     assert forks.start([str(file)], dict(os.environ), log).wait() == 0, log.read_text()[-4000:]
     assert "stage3_long_context" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
-    results = json.loads((tmp_path / "run/evaluation.json").read_text())["models"]
-    assert {model["name"] for model in results} == {"teacher", "untrained", "trained"}
+    results = generated_results(tmp_path / "run")
+    assert list(results) == ["teacher", "trained", "untrained"]
+    plans = [model["plan"] for model in results.values()]
+    assert plans[0] is None and plans[1] == plans[2] and isinstance(plans[1], list)
     stored = checkpoint.read_metadata(tmp_path / "run/stage3_long_context/hybrid")["config"]
     assert stored["qk_layernorm"] == FAMILIES[family].fields["qk_layernorm"]
     assert stored["add_qkv_bias"] == FAMILIES[family].fields["add_qkv_bias"]
