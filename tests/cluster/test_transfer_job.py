@@ -24,7 +24,7 @@ from megatron_hydra.selection.scores import HeadScores
 pytestmark = [pytest.mark.cluster]
 
 STEPS = ("convert_teacher", "score", "plan", "convert", "stage1_align", "stage2_distill",
-         "stage3_long_context", "evaluate", "export", "report")  # fmt: skip
+         "stage3_long_context", "export", "evaluate", "report")  # fmt: skip
 MAX_STEPS = {"stage1_align": 160, "stage2_distill": 60, "stage3_long_context": 60}
 
 # The other node runs the script and, but for the ranks, all steps.
@@ -66,8 +66,9 @@ def _transfer() -> dict:
         "convert": {"calibration_text": "text.txt", "calibration_length": 128,
                     "calibration_tokens": 256},
         **stages,
-        "evaluate": {"text": ["text.txt"], "lengths": 128, "tasks": "single", "num_samples": 5,
-                     "training_length": 64, "perplexity_tokens": 256, "serve_dtype": "fp32"},
+        "evaluate": {"text": ["text.txt"], "lengths": 128, "tasks": "niah_single_2",
+                     "num_samples": 5, "wording": "short", "perplexity_tokens": 256,
+                     "serve_dtype": "fp32"},
     }  # fmt: skip
 
 

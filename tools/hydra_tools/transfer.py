@@ -22,7 +22,13 @@ from pathlib import Path
 from types import FrameType
 
 from hydra_tools import stops
-from hydra_tools.transfer_steps import RunSection, Step, check_planning, load_steps
+from hydra_tools.transfer_steps import (
+    RunSection,
+    Step,
+    check_evaluating,
+    check_planning,
+    load_steps,
+)
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_output, lock, write_json
 from megatron_hydra.processes import end_with_parent
@@ -123,6 +129,12 @@ class State:
         self.path = path
         known = path.exists()
         self.steps = load_json(_File, path, _KIND, _SCHEMA_VERSION).steps if known else {}
+        # That of an earlier release is of evaluation.json, and of none that may lie in its place.
+        found = self.steps.get("evaluate")
+        self.has_likelihoods = found is not None and "hydra-hf" not in found.inputs
+        """Whether an earlier release has evaluated, by log-likelihood."""
+        if self.has_likelihoods:
+            del self.steps["evaluate"]
 
     def verdicts(self, steps: Sequence[Step]) -> dict[str, str]:
         """What is to become of each step, in words; `done` if nothing."""
@@ -137,6 +149,8 @@ class State:
     def verdict(self, step: Step, inputs: Mapping[str, str], renewed: Collection[Path] = ()) -> str:
         """The same of one step, before which others are to write ``renewed``."""
         record = self.steps.get(step.name)
+        if record is None and step.name == "evaluate" and self.has_likelihoods:
+            return "to run, by generated text; the evaluation.json of an earlier release stays"
         if record is None:
             return "to run"
         awaited = [
@@ -183,8 +197,9 @@ def _check(
     if check_model_folder(section.teacher):
         raise UserError(f"run.teacher {section.teacher} is a checkpoint folder: name the Hugging "
                         "Face folder that it is from")  # fmt: skip
-    scoring, planning = (next(x for x in steps if x.name == name) for name in ("score", "plan"))
-    check_planning(scoring, planning)
+    named_steps = {step.name: step for step in steps}
+    check_planning(named_steps["score"], named_steps["plan"])
+    check_evaluating(named_steps["evaluate"])
     for step in steps:
         if verdicts[step.name] == "done":
             continue
@@ -228,9 +243,9 @@ def _run(
         step.clear()
     if not step.goes_on:
         arguments += ["--overwrite"] if step.output.exists() else []
-    start = launchers.ranks if step.goes_on else launchers.single
+    start = launchers.ranks if step.has_ranks else launchers.single
     module = f"hydra_tools.{step.verb}"
-    verb = ["-m", module] if step.goes_on else ["-m", "hydra_tools.cli", step.verb]
+    verb = ["-m", module] if step.has_ranks else ["-m", "hydra_tools.cli", step.verb]
     state.begin(step, inputs)
     command = [*start, *verb, *arguments]
     print(f"   {shlex.join(command)}", flush=True)

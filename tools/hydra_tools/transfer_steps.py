@@ -33,7 +33,7 @@ _Options = dict[str, Any] | None
 _NOT_OF_THE_SCORES = ("model.teacher", "run.out")
 # Options by which a step would write or read something else than the chain's.
 _HANDED_ON = ("out", "overwrite", "plan", "hf", "hybrid", "dump", "png")
-_READ_OPTIONS = ("results", "pareto", "generation")
+_READ_OPTIONS = ("results", "pareto", "evaluation")
 
 
 @dataclass
@@ -69,8 +69,8 @@ class TransferConfig:
     stage1_align: _Options = None
     stage2_distill: _Options = None
     stage3_long_context: _Options = None
-    evaluate: _Options = None
     export: _Options = None
+    evaluate: _Options = None
     report: _Options = None
 
 
@@ -100,9 +100,14 @@ class Step:
     scoring: ScoringConfig | None = None
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the verb keeps what is finished of it, for the next start."""
+    def has_ranks(self) -> bool:
+        """Whether the verb runs on several ranks."""
         return self.run is not None or self.verb == "score"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the verb keeps what is finished of it, maybe hours, for the next start."""
+        return self.has_ranks or self.verb == "evaluate"
 
     def inputs(self) -> dict[str, str]:
         """Everything that decides the result, by name: settings as text, contents as hashes."""
@@ -183,12 +188,29 @@ def check_planning(scoring: Step, planning: Step) -> None:
         )  # fmt: skip
 
 
+def check_evaluating(evaluating: Step) -> None:
+    """See that the evaluation's options are for one by generation, in one process.
+
+    Raises:
+        UserError: As the verb's `check_arguments`.
+    """
+    told = _parsed(evaluating.name, evaluating.arguments)
+    with named(f"step {evaluating.name}"):
+        _verb_of(evaluating.name).check_arguments(told)
+        if told.tp not in (None, 1):
+            raise UserError(f"--tp {told.tp} is for torchrun, and this step is one process")
+
+
 def _parsed(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     """As the step's verb reads them."""
     parser = _Parser(prog=name, allow_abbrev=False, add_help=False)
-    verb = importlib.import_module(f"hydra_tools.{name.removesuffix('_teacher')}")
-    verb.add_arguments(parser)
+    _verb_of(name).add_arguments(parser)
     return parser.parse_args(list(arguments))
+
+
+def _verb_of(name: str) -> Any:
+    """The module of a step's verb."""
+    return importlib.import_module(f"hydra_tools.{name.removesuffix('_teacher')}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +223,7 @@ class _Maker:
         folder, source = Path(self.config.run.folder), Path(self.config.run.teacher)
         teacher, converted = folder / "teacher", folder / "converted"
         scores, plan, page = folder / "scores.json", folder / "plan.json", folder / "report.html"
-        evaluation, trained = folder / "evaluation.json", folder / STAGES[-1] / "hybrid"
+        exported, generation = folder / "hydra-hf", folder / "generation.json"
         of_teacher = {"teacher": source}
         yield self._verb("convert_teacher", of_teacher, teacher)
         yield self._score(teacher, scores)
@@ -211,18 +233,22 @@ class _Maker:
         for stage in STAGES:
             yield self._stage(stage, previous, teacher)
             previous = folder / stage / "hybrid"
-        models = {"teacher": teacher, "hybrid, untrained": converted, "hybrid, trained": trained}
-        yield self._verb("evaluate", {"model": models}, evaluation)
-        yield self._verb("export", {"model": trained}, folder / "hydra-hf")
-        files = {"scores": scores, "plan": plan, "evaluation": evaluation}
+        yield self._verb("export", {"model": previous}, exported)
+        asked = {
+            "hf": {"teacher": source, "hybrid, trained": exported},
+            "model": {"hybrid, untrained": converted},
+        }
+        # By what they generate: log-likelihoods stay high where that is lost (arXiv 2603.26556).
+        yield self._verb("evaluate", asked, generation, generate=True)
+        files = {"scores": scores, "plan": plan, "generation": generation}
         runs = {stage: folder / stage for stage in STAGES}
         yield self._verb("report", {**files, **of_teacher, "run": runs}, page)
 
-    def _verb(self, name: str, reads: Mapping[str, Any], output: Path) -> Step:
-        """A step that is told by its verb's options."""
+    def _verb(self, name: str, reads: Mapping[str, Any], output: Path, **fixed: bool) -> Step:
+        """A step that is told by its verb's options; ``fixed`` ones are not the user's."""
         verb, options = name.removesuffix("_teacher"), self._options(name)
-        self._refuse(name, options, (*reads, *_HANDED_ON))
-        given = {**reads, "out": output}
+        self._refuse(name, options, (*reads, *fixed, *_HANDED_ON))
+        given = {**reads, **fixed, "out": output}
         arguments = [*as_overrides(options), *_flags(given), *_flags(options)]
         read = _parsed(name, arguments)
         paths = self._named(reads)

@@ -1,0 +1,110 @@
+"""How `megatron-hydra transfer` evaluates: by generated text, going on, and after earlier releases.
+
+A step's command is replaced by one that writes a file of everything it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hydra_tools import cli, transfer
+from test_transfer import _command, _ran, _write, folder  # noqa: F401
+
+
+def _said(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, str]:  # noqa: F811
+    """What a dry run says of each step."""
+    capsys.readouterr()
+    assert cli.main([*_command(folder, *more), "--dry-run"]) == 0
+    return dict(re.findall(r"^(\w+) +(.*)$", capsys.readouterr().out, re.M))
+
+
+def _begin_measuring(run: Path) -> Path:
+    """What a killed evaluation leaves behind: a record, and two finished cells."""
+    work = run / "generation.json.partial"
+    for name in ("run.json", "0.json", "positions_0.json", ".lock"):
+        _write(work / name, "{}")
+    return work
+
+
+def test_a_killed_evaluation_goes_on_from_its_finished_cells(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where it measures anew: an earlier result in its place must not have it start anew."""
+    run = folder / "run"
+    _ran(monkeypatch, folder)
+    seen: list[tuple[bool, bool]] = []
+
+    def look(self: object, command: Sequence[str]) -> int:
+        record = run / "generation.json.partial/run.json"
+        seen.append((record.exists(), "--overwrite" in command))
+        return 137
+
+    monkeypatch.setattr(transfer._Child, "run", look)
+    _begin_measuring(run)
+    assert cli.main(_command(folder, "evaluate.seed=5")) == 137
+    assert seen.pop() == (False, False) and not (run / "generation.json").exists()
+    _begin_measuring(run)
+    assert _said(folder, capsys, "evaluate.seed=5")["evaluate"] == (
+        "to go on with 2 measurements kept"
+    )
+    assert cli.main(_command(folder, "evaluate.seed=5")) == 137
+    assert seen.pop() == (True, False)
+    assert _ran(monkeypatch, folder, "evaluate.seed=5") == ["generation.json", "report.html"]
+
+
+def _as_an_earlier_release(run: Path) -> None:
+    """Have evaluated the checkpoints by log-likelihood before the export, and reported that."""
+    path = run / "transfer.json"
+    state = json.loads(path.read_text())
+    evaluated, reported = (state["steps"][name]["inputs"] for name in ("evaluate", "report"))
+    for name in [name for name in evaluated if name.endswith("/teacher") or name == "hydra-hf"]:
+        del evaluated[name]
+    evaluated |= {"teacher": "0", "stage3_long_context/hybrid": "0"}
+    reported["evaluation.json"] = reported.pop("generation.json")
+    path.write_text(json.dumps(state))
+    (run / "generation.json").rename(run / "evaluation.json")
+
+
+def test_a_folder_of_an_earlier_release_is_evaluated_anew(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is trained again, and neither its results nor ones made by hand are replaced."""
+    run = folder / "run"
+    _ran(monkeypatch, folder)
+    _as_an_earlier_release(run)
+    earlier = (run / "evaluation.json").read_text()
+    assert {name: said for name, said in _said(folder, capsys).items() if said != "done"} == {
+        "evaluate": "to run, by generated text; the evaluation.json of an earlier release stays",
+        "report": "to run again, as evaluation.json changed",
+    }
+    _write(run / "generation.json", "by hand")
+    assert cli.main(_command(folder)) == 2
+    assert "generation.json exists, but" in capsys.readouterr().err
+    assert (run / "generation.json").read_text() == "by hand"
+    (run / "generation.json").unlink()
+    assert _ran(monkeypatch, folder) == ["generation.json", "report.html"]
+    assert (run / "evaluation.json").read_text() == earlier
+    assert set(_said(folder, capsys).values()) == {"done"}
+
+
+def test_log_likelihoods_can_stand_on_the_page_too(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`evaluate --model` measures them; the page is made again when they change."""
+    _ran(monkeypatch, folder)
+    _write(folder / "mine.json", "likely")
+    more = f"report.evaluation={folder}/mine.json"
+    assert _ran(monkeypatch, folder, more) == ["report.html"]
+    assert _ran(monkeypatch, folder, more) == []
+    _write(folder / "mine.json", "less likely")
+    assert _said(folder, capsys, more)["report"] == f"to run again, as {folder}/mine.json changed"
