@@ -22,11 +22,11 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from megatron_hydra.model.config import HydraConfig
+from megatron_hydra.model.head_parameters import HeadModule, head_parameter, initial_device
 from megatron_hydra.model.kernel_choice import choose_fused_kernels
 from megatron_hydra.model.mixers.base import Mixer
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections
-from megatron_hydra.model.sharding import HeadModule, head_parameter, initial_device
 
 logger = logging.getLogger(__name__)
 

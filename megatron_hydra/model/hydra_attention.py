@@ -30,16 +30,17 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 
 from megatron_hydra.head_plan import LayerHeadPlan
+from megatron_hydra.model.checkpoint_shards import sharded_heads
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.decoding import LayerState, check_decoding
 from megatron_hydra.model.fusion import HeadFusion
+from megatron_hydra.model.head_parameters import init_heads
 from megatron_hydra.model.kernel_choice import choose_fused_kernels, choose_la_kernel
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.mixers.kinds import kinds_of_layer, lay_out
 from megatron_hydra.model.placement import place_heads
 from megatron_hydra.model.projection import Section
-from megatron_hydra.model.sharding import init_heads, sharded_heads
 
 logger = logging.getLogger(__name__)
 

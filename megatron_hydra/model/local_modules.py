@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from megatron_hydra.model.decoding import FOR_ONE_TOKEN
+from megatron_hydra.model.head_parameters import initial_device
 from megatron_hydra.model.sequence import SequenceLayout
-from megatron_hydra.model.sharding import initial_device
 
 
 class LocalRMSNorm(torch.nn.Module):

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_hydra.head_plan import HeadKind, LayerHeadPlan
 from megatron_hydra.model import projection
 from megatron_hydra.model.build import build_model
+from megatron_hydra.model.checkpoint_shards import sharded_heads
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.mixers.kinds import KINDS, lay_out
@@ -32,7 +33,6 @@ from megatron_hydra.model.sequence import (
     pad_documents,
     shard_batch,
 )
-from megatron_hydra.model.sharding import sharded_heads
 from megatron_hydra.parallel import initialize_model_parallel
 
 HEAD_DIM = 3

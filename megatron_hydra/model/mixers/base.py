@@ -21,11 +21,11 @@ from megatron_hydra.head_plan import HeadKind
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.decoding import LayerState
+from megatron_hydra.model.head_parameters import HeadModule
 from megatron_hydra.model.mixers.costs import KindCosts
 from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.placement import LayerPlacement
 from megatron_hydra.model.projection import Section, Sections, Units
-from megatron_hydra.model.sharding import HeadModule
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from torch.nn.attention import sdpa_kernel
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.decoding import FOR_ONE_TOKEN, LayerState
+from megatron_hydra.model.head_parameters import initial_device
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.mixers.costs import FullAttentionCosts
 from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.projection import Section, Sections, Units
 from megatron_hydra.model.sequence import SequenceLayout
-from megatron_hydra.model.sharding import initial_device
 
 
 class FullAttention(Mixer):

@@ -18,6 +18,11 @@ from torch import Tensor
 
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.context_parallel import Pieces
+from megatron_hydra.model.head_parameters import (
+    InitHead,
+    head_parameter,
+    init_heads,
+)
 from megatron_hydra.model.kernel_choice import (
     check_la_heads,
     choose_fused_kernels,
@@ -27,11 +32,6 @@ from megatron_hydra.model.mixers.base import CalibratedStart, Mixer, Stream
 from megatron_hydra.model.mixers.costs import GatedDeltaNetCosts
 from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.projection import Section, Sections, Units
-from megatron_hydra.model.sharding import (
-    InitHead,
-    head_parameter,
-    init_heads,
-)
 
 _MIN_DT, _MAX_DT = 1e-3, 1e-1
 _MIN_A, _MAX_A = 1.0, 16.0

@@ -19,12 +19,12 @@ from torch import Tensor
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.context_parallel import Pieces
 from megatron_hydra.model.decoding import LayerState
+from megatron_hydra.model.head_parameters import head_parameter
 from megatron_hydra.model.local_modules import LocalCoreAttention
 from megatron_hydra.model.mixers.base import Mixer, Stream
 from megatron_hydra.model.mixers.costs import SlidingWindowCosts
 from megatron_hydra.model.options import HydraFields
 from megatron_hydra.model.projection import Section, Sections, Units
-from megatron_hydra.model.sharding import head_parameter
 
 
 class SlidingWindow(Mixer):
