@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_hydra.errors import UserError
 from megatron_hydra.model.hydra_attention import HydraAttention
 from megatron_hydra.model.mixers.base import Mixer
-from megatron_hydra.teachers.base import LAYER, Weight
 from megatron_hydra.teachers.conversion import ends_of
+from megatron_hydra.teachers.weight_names import LAYER, Weight
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_hydra.model.build import build_layer
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.teachers.attention_statistics import AttentionMeter, AttentionStatistics
-from megatron_hydra.teachers.base import EMBEDDING
 from megatron_hydra.teachers.loading import load_weights_into
+from megatron_hydra.teachers.weight_names import EMBEDDING
 from megatron_hydra.teachers.weights import TeacherWeights
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hydra.teachers.base import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight
 from megatron_hydra.teachers.families import family_of
+from megatron_hydra.teachers.weight_names import EMBEDDING, FINAL_NORM, OUTPUT_LAYER, Weight
 
 _SECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 

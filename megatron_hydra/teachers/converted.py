@@ -14,12 +14,12 @@ from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.parallel import initialize_model_parallel
 from megatron_hydra.progress import Progress
 from megatron_hydra.teachers.attention_statistics import start_from_attention
-from megatron_hydra.teachers.base import EMBEDDING
 from megatron_hydra.teachers.calibration import Measured, measure_heads
 from megatron_hydra.teachers.conversion import tensors_by_head
 from megatron_hydra.teachers.distributed_weights import sharded_ends, sharded_weights
 from megatron_hydra.teachers.loading import load_weights_into
 from megatron_hydra.teachers.parts import Part, UnfinishedCheckpoint
+from megatron_hydra.teachers.weight_names import EMBEDDING
 from megatron_hydra.teachers.weight_reuse import (
     ReuseSummary,
     count_new,

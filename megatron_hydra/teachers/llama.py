@@ -1,11 +1,12 @@
 """Llama 3: no norms of queries and keys, no biases, and from 3.1 on slower low frequencies.
 
-Its tensors are those that all families have: `base` names them.
+Its tensors are those that all families have: `weight_names` lists them.
 """
 
 from __future__ import annotations
 
-from megatron_hydra.teachers.base import LAYER, TeacherFamily
+from megatron_hydra.teachers.base import TeacherFamily
+from megatron_hydra.teachers.weight_names import LAYER
 
 LLAMA = TeacherFamily(
     model_type="llama",

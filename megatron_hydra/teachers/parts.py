@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_hydra.files import write_beside, write_json
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.progress import Progress
-from megatron_hydra.teachers.base import Weight
 from megatron_hydra.teachers.conversion import ends_of
 from megatron_hydra.teachers.distributed_weights import join_weights, save_weights
+from megatron_hydra.teachers.weight_names import Weight
 from megatron_hydra.unfinished import UnfinishedWork
 
 _RECORD = "record.json"

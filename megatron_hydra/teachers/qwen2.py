@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_hydra.teachers.base import LAYER, TeacherFamily, Weight
+from megatron_hydra.teachers.base import TeacherFamily
+from megatron_hydra.teachers.weight_names import LAYER, Weight
 
 _QKV_BIASES = (
     Weight(

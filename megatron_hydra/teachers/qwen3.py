@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_hydra.teachers.base import LAYER, TeacherFamily, Weight
+from megatron_hydra.teachers.base import TeacherFamily
+from megatron_hydra.teachers.weight_names import LAYER, Weight
 
 _QK_NORMS = (
     Weight("self_attention.q_layernorm.weight", {"self_attn.q_norm.weight": ("head",)}),

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_hydra.errors import UserError
-from megatron_hydra.teachers.base import EMBEDDING, OUTPUT_LAYER
 from megatron_hydra.teachers.config_json import read_config, shape_fields
 from megatron_hydra.teachers.conversion import expected_shapes
 from megatron_hydra.teachers.model_folder import WeightFiles, weight_files
+from megatron_hydra.teachers.weight_names import EMBEDDING, OUTPUT_LAYER
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 (_EMBEDDING,), (_OUTPUT_LAYER,) = EMBEDDING.hugging_face, OUTPUT_LAYER.hugging_face
