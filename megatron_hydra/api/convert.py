@@ -141,8 +141,8 @@ def convert(
     from megatron_hydra.teachers import checkpoint
     from megatron_hydra.teachers.converted import Converted
     from megatron_hydra.teachers.loading import hydra_config
-    from megatron_hydra.teachers.parts import UnfinishedCheckpoint
     from megatron_hydra.teachers.tokenizer import check_tokenizer
+    from megatron_hydra.teachers.unfinished_checkpoint import UnfinishedCheckpoint
     from megatron_hydra.teachers.weight_reuse import ReuseSummary
     from megatron_hydra.teachers.weights import TeacherWeights
 

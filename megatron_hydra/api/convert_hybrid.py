@@ -48,8 +48,8 @@ def convert_hybrid(
     from megatron_hydra.parallel import initialize_model_parallel
     from megatron_hydra.teachers.checkpoint import save_checkpoint
     from megatron_hydra.teachers.model_folder import weights_hash
-    from megatron_hydra.teachers.parts import UnfinishedCheckpoint
     from megatron_hydra.teachers.tokenizer import check_tokenizer
+    from megatron_hydra.teachers.unfinished_checkpoint import UnfinishedCheckpoint
 
     config, plan, meta = read_exported(hybrid)
     check_tokenizer(hybrid, config.vocab_size)

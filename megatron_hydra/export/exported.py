@@ -15,7 +15,7 @@ from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.progress import Progress
 from megatron_hydra.teachers.conversion import ends_of, expected_shapes, hugging_face_tensors
 from megatron_hydra.teachers.distributed_weights import check_parts, load_ends, load_layer
-from megatron_hydra.teachers.parts import Part, parts_of
+from megatron_hydra.teachers.unfinished_checkpoint import Part, parts_of
 
 
 class Exporting:

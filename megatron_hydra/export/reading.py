@@ -22,7 +22,7 @@ from megatron_hydra.teachers.checkpoint import SCHEMA_VERSION, model_fields
 from megatron_hydra.teachers.distributed_weights import sharded_ends, sharded_weights
 from megatron_hydra.teachers.license import license_of
 from megatron_hydra.teachers.model_folder import weight_files
-from megatron_hydra.teachers.parts import Part
+from megatron_hydra.teachers.unfinished_checkpoint import Part
 from megatron_hydra.teachers.weights import is_finite, read_header
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

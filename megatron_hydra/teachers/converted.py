@@ -18,7 +18,7 @@ from megatron_hydra.teachers.calibration import Measured, measure_heads
 from megatron_hydra.teachers.conversion import tensors_by_head
 from megatron_hydra.teachers.distributed_weights import sharded_ends, sharded_weights
 from megatron_hydra.teachers.loading import load_weights_into
-from megatron_hydra.teachers.parts import Part, UnfinishedCheckpoint
+from megatron_hydra.teachers.unfinished_checkpoint import Part, UnfinishedCheckpoint
 from megatron_hydra.teachers.weight_names import EMBEDDING
 from megatron_hydra.teachers.weight_reuse import (
     ReuseSummary,

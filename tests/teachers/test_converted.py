@@ -28,7 +28,7 @@ from megatron_hydra.head_plan import HeadPlan  # noqa: E402
 from megatron_hydra.teachers import calibration, conversion, converted, loading  # noqa: E402
 from megatron_hydra.teachers.checkpoint import load_checkpoint  # noqa: E402
 from megatron_hydra.teachers.converted import Converted  # noqa: E402
-from megatron_hydra.teachers.parts import parts_of  # noqa: E402
+from megatron_hydra.teachers.unfinished_checkpoint import parts_of  # noqa: E402
 from megatron_hydra.teachers.weight_reuse import reuse_teacher_weights  # noqa: E402
 from megatron_hydra.teachers.weights import TeacherWeights, read_weights  # noqa: E402
 

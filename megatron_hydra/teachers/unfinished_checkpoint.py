@@ -1,4 +1,7 @@
-"""A checkpoint's weights written part by part, so that no more than a layer is held in memory."""
+"""A checkpoint's weights written part by part: a conversion that was killed goes on from those.
+
+So no more than a layer is held in memory, either.
+"""
 
 from __future__ import annotations
 
