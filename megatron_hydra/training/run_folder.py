@@ -1,4 +1,7 @@
-"""The run folder: what stands where, who may write it, which checkpoint a run goes on from."""
+"""The run folder: what stands where, who may write it, whether a run may start or go on there.
+
+From which checkpoint it goes on, `going_on` says.
+"""
 
 from __future__ import annotations
 
