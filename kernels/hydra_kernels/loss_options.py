@@ -1,4 +1,4 @@
-"""The options of distillation's loss; free of PyTorch, as a run's YAML is read without it."""
+"""Distillation's loss as a run's YAML and the memory estimate know it; free of PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Kind = Literal["forward", "reverse", "jsd"]
+TEACHER_SHARE = 3 / 8
+"""Of a chunk's rows, those whose teacher's logits exist at once: few enough to save memory, enough
+for full products. The kernels and the memory estimate read it."""
 
 
 @dataclass(frozen=True, kw_only=True)

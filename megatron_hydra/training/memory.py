@@ -17,6 +17,8 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from hydra_kernels.loss_options import TEACHER_SHARE
+
 from megatron_hydra.head_plan import HeadKind, HeadPlan, LayerHeadPlan
 from megatron_hydra.model.mixers.costs import CostModel
 from megatron_hydra.model.placement import place_heads
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 _WEIGHT, _GRADIENT, _OPTIMIZER = 2, 4, 12  # bytes per parameter; float32 but for the weights
 _MULTIPROCESSORS = 132  # of an H100 or H200: FlashQLA cuts sequences into as many parts times heads
-_TEACHER_SHARE = 3 / 8  # of a chunk of the loss, see `hydra_kernels.linear_kl`
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ class _Step:
         logits = 2 * self.chunk_tokens * vocab
         loss = tokens * 2 * h + logits
         if self.stage == "distill":
-            loss += tokens * 2 * h + _TEACHER_SHARE * logits
+            loss += tokens * 2 * h + TEACHER_SHARE * logits
         backward = again + tokens * 2 * (h + f)
         output_gradient = 4 * vocab * h  # of the output weights; ends with the backward pass
         return TrainingMemory(state, kept, output_gradient + max(loss, backward))

@@ -28,6 +28,7 @@ from hydra_kernels.linear_kl.triton_kernels import (
     scale_kernel,
     statistics_kernel,
 )
+from hydra_kernels.loss_options import TEACHER_SHARE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,6 @@ _MOST_BLOCKS = 8  # of a split
 _GRADIENT_BLOCK, _GRADIENT_NUM_WARPS = 4096, 8
 _MERGED_ROWS = 32
 _PADDING = 64  # elements; rows of logits begin on 128 bytes
-_TEACHER_SHARE = 3 / 8  # of a chunk's rows: few enough to save memory, enough for full products
 _FIRST_NARROWED = 2**20
 
 
@@ -160,7 +160,7 @@ class _Chunk:
         self.settings, self.stacked = settings, stacked
         self.part_rows = num_rows
         if teacher_weight is not None and not stacked:
-            self.part_rows = max(1, int(num_rows * _TEACHER_SHARE))
+            self.part_rows = max(1, int(num_rows * TEACHER_SHARE))
         dtype, num_columns = student_weight.dtype, student_weight.shape[0]
 
         def buffer(rows: int, dtype: torch.dtype) -> Tensor:
