@@ -33,7 +33,7 @@ from megatron_hydra.model.build import build_model
 from megatron_hydra.model.config import HydraConfig
 from megatron_hydra.model.gradients import finalize_model_grads
 from megatron_hydra.model.parallel_sizes import real_part
-from megatron_hydra.teachers.distributed_weights import InProcessSave, set_weights, sharded_weights
+from megatron_hydra.teachers.distributed_weights import save_weights, set_weights, sharded_weights
 
 LEARNING_RATE = 1e-3
 # Where a gradient is all rounding error, Adam at its usual 1e-8 would move the parameter by a
@@ -388,7 +388,7 @@ def _save(state: dict[str, Any], folder: Path) -> None:
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(folder), InProcessSave("torch_dist", 1))
+    save_weights(state, folder)
 
 
 def _peak_bytes() -> int:

@@ -97,7 +97,8 @@ def save_weights(state: dict[str, Any], folder: str | Path) -> None:
     """Write a model, or part of one, as Megatron's checkpoints describe it; collective.
 
     Args:
-        state: As :func:`sharded_weights` or :func:`sharded_ends` gives it.
+        state: As :func:`sharded_weights` or :func:`sharded_ends` gives it; an optimizer's may be
+            beside it.
         folder: Exists and is empty.
     """
     dist_checkpointing.save(state, str(folder), InProcessSave("torch_dist", 1))
