@@ -11,7 +11,6 @@ import numpy as np
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import check_outputs
 from megatron_hydra.head_plan import HeadPlan
-from megatron_hydra.schema import from_json
 from megatron_hydra.selection.budget import Budget, Constraints
 from megatron_hydra.selection.comparison import PlanComparison, compare_plans
 from megatron_hydra.selection.cost import Costs, ServeDtype, costs_of
@@ -20,6 +19,7 @@ from megatron_hydra.selection.pareto import ParetoTable
 from megatron_hydra.selection.policy import (
     DEFAULT_CONTEXT_TOKENS,
     read_budget,
+    read_constraints,
     read_explanation,
     read_shape,
     scores_as_planned,
@@ -91,10 +91,7 @@ def inspect(
         serve_dtype or counted_at.serve_dtype,
     )
     shape = read_shape(found) or (own.shape if own else None)
-    constraints = None
-    if budget is not None:
-        of_file = found.provenance.get("constraints")
-        constraints = from_json(Constraints, of_file, "the constraints in the head plan")
+    constraints = read_constraints(found)
     costs = None
     if shape is not None:
         costs = costs_of(shape, found, *where), costs_of(shape, None, *where)

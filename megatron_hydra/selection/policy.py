@@ -17,7 +17,7 @@ from megatron_hydra.errors import UserError
 from megatron_hydra.files import versions
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.mixers.costs import WINDOW_KIND
-from megatron_hydra.schema import from_json
+from megatron_hydra.schema import Config, from_json
 from megatron_hydra.selection.budget import Budget, Constraints, Problem
 from megatron_hydra.selection.combination import Array, Combination
 from megatron_hydra.selection.cost import SERVE_DTYPES, costs_of
@@ -156,15 +156,12 @@ def read_explanation(plan: HeadPlan) -> Explanation | None:
     Raises:
         UserError: If it is malformed.
     """
-    found = plan.provenance.get("explanation")
-    if found is None:
-        return None
-    found = copy.deepcopy(found)
+    provenance = copy.deepcopy(plan.provenance)
     with suppress(TypeError, AttributeError, KeyError):  # what is malformed is named below
-        for head in found["heads"]:
+        for head in provenance["explanation"]["heads"]:
             if head.get("reason") in FORMER_REASONS:
                 head["reason"] = "constraint"
-    return from_json(Explanation, found, "the explanation in the head plan")
+    return _entry(Explanation, provenance, "explanation")
 
 
 def read_shape(plan: HeadPlan) -> ModelShape | None:
@@ -173,12 +170,19 @@ def read_shape(plan: HeadPlan) -> ModelShape | None:
     Raises:
         UserError: If they are malformed or contradict the plan.
     """
-    found = plan.provenance.get("shape")
-    if found is None:
-        return None
-    shape = from_json(ModelShape, found, "the shape in the head plan")
-    plan.check_teacher(shape.num_layers, shape.num_heads, shape.num_query_groups, "")
+    shape = _entry(ModelShape, plan.provenance, "shape")
+    if shape is not None:
+        plan.check_teacher(shape.num_layers, shape.num_heads, shape.num_query_groups, "")
     return shape
+
+
+def read_constraints(plan: HeadPlan) -> Constraints | None:
+    """What the plan's file says it was made within; None for a plan that was written by hand.
+
+    Raises:
+        UserError: If it is malformed.
+    """
+    return _entry(Constraints, plan.provenance, "constraints")
 
 
 def read_budget(plan: HeadPlan) -> Budget | None:
@@ -187,12 +191,10 @@ def read_budget(plan: HeadPlan) -> Budget | None:
     Raises:
         UserError: If it is malformed.
     """
-    found = plan.provenance.get("budget")
-    if found is None:
-        return None
-    where = "the budget in the head plan"
-    budget = from_json(Budget, found, where)
-    if "serve_dtype" in found or budget.kind not in ("cache_gib", "decode_ms"):
+    budget = _entry(Budget, plan.provenance, "budget")
+    if budget is None or budget.kind not in ("cache_gib", "decode_ms"):
+        return budget
+    if "serve_dtype" in plan.provenance["budget"]:
         return budget
     # Earlier releases counted in the format that the weights had while they were scored.
     shape = plan.provenance.get("shape")
@@ -200,7 +202,10 @@ def read_budget(plan: HeadPlan) -> Budget | None:
     for dtype, size in SERVE_DTYPES.items():
         if size == num_bytes:
             return replace(budget, serve_dtype=dtype)
-    raise UserError(f"{where} names no serve_dtype, and its shape no value_bytes: 2 or 4 is needed")
+    raise UserError(
+        "the budget in the head plan names no serve_dtype, and its shape no value_bytes: 2 or 4 is "
+        "needed"
+    )
 
 
 def weakness(
@@ -363,8 +368,12 @@ def scores_as_planned(scores: HeadScores, plan: HeadPlan) -> HeadScores:
     plan.check_teacher(
         scores.num_layers, scores.num_heads, scores.num_query_groups, scores.teacher_config_hash
     )
-    combination = plan.provenance.get("combination")
-    if combination is None:  # a plan written by hand
-        return scores
-    where = "the combination in the head plan"
-    return scores.with_combination(from_json(Combination, combination, where))
+    combination = _entry(Combination, plan.provenance, "combination")
+    # Without one the plan was written by hand.
+    return scores if combination is None else scores.with_combination(combination)
+
+
+def _entry(cls: type[Config], provenance: Mapping[str, Any], key: str) -> Config | None:
+    """An entry of a plan's provenance; None where a plan that was written by hand has none."""
+    found = provenance.get(key)
+    return None if found is None else from_json(cls, found, f"the {key} in the head plan")
