@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import nemo.lightning as nl
+import torch
 from lightning.fabric.plugins import CheckpointIO
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.async_utils import (
-    AsyncCaller,
-    AsyncCallsQueue,
-    AsyncRequest,
-)
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
@@ -115,37 +113,31 @@ class _InProcessCheckpointIO(MegatronCheckpointIO):
 
 
 class _BackgroundCheckpointIO(AsyncFinalizableCheckpointIO):
-    """NeMo's asynchronous checkpoints, one at a time, on a thread."""
+    """NeMo's asynchronous checkpoints, one at a time, on a thread that ends with the process."""
 
     def __init__(self, checkpoint_io: MegatronCheckpointIO) -> None:
         # NeMo's own constructor refuses megatron-core 0.16, for a format that it no longer has.
         super(AsyncFinalizableCheckpointIO, self).__init__(checkpoint_io)
-        self.async_calls_queue = _ThreadQueue()
+        self.async_calls_queue = self  # NeMo asks it how many saves are under way
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._when_written: list[Callable[[], Any]] = []
+
+    def get_num_unfinalized_calls(self) -> int:
+        return int(self._thread is not None)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         # One copy of the state in memory, and one thread in the writers' process group.
         self.maybe_finalize_save_checkpoint(blocking=True)
-        super().save_checkpoint(checkpoint, path, storage_options)
-
-
-class _ThreadQueue(AsyncCallsQueue):
-    """Megatron's queue of saves that are under way, on threads where it would fork."""
-
-    def _get_async_caller(self) -> AsyncCaller:
-        return _ThreadCaller()
-
-
-class _ThreadCaller(AsyncCaller):
-    """One save on a thread, which ends with the process, however that ends."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        self._thread = threading.Thread(target=self._run, args=(async_req,), daemon=True)
+        options = dict(storage_options or {})
+        last = options.pop("finalize_fn", None)
+        request = self.checkpoint_io.save_checkpoint(checkpoint, path, options)
+        if last is not None:
+            request.add_finalize_fn(last)
+        self._when_written = request.finalize_fns
+        self._thread = threading.Thread(target=self._run, args=(request,), daemon=True)
         self._thread.start()
 
     def _run(self, request: AsyncRequest) -> None:
@@ -156,22 +148,23 @@ class _ThreadCaller(AsyncCaller):
         except BaseException as error:
             self._error = error
 
-    def is_current_async_call_done(self, blocking: bool, no_dist: bool) -> bool:
-        """Whether every rank has written its files; collective unless ``no_dist``.
+    def maybe_finalize_save_checkpoint(self, blocking: bool = False) -> bool:
+        """Finish the checkpoint if every rank has written its files; collective.
 
         Raises:
             BaseException: What the writing raised, on any rank.
         """
+        if self._thread is None:
+            return False
         if blocking:
-            self.close()
-        is_alive = self._thread is not None and self._thread.is_alive()
-        is_done = not is_alive if no_dist else self.sync_all_async_calls(int(is_alive))
-        if is_done and self._error is not None:
-            raise self._error
-        return is_done
-
-    def close(self, abort: bool = False) -> None:
-        if self._thread is not None and not abort:
             self._thread.join()
-
-    def __del__(self) -> None: ...
+        running = torch.tensor(int(self._thread.is_alive()), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(running)
+        if running:
+            return False
+        if self._error is not None:
+            raise self._error
+        self._thread = None
+        for finish in self._when_written:
+            finish()
+        return True
