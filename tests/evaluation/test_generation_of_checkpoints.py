@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_hydra.cpu import install_if_needed
 
@@ -37,6 +38,7 @@ from megatron_hydra.evaluation.generation import Generation  # noqa: E402
 from megatron_hydra.export.generating import Generator  # noqa: E402
 from megatron_hydra.tasks.text_files import TextOptions  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
 OPTIONS = ["--tasks", "niah_single_2,vt", "--lengths", "400,500", "--num-samples", "5"]
 OPTIONS += ["--wording", "short", "--batch-size", "2", "--perplexity-tokens", "1500"]
 
@@ -326,3 +328,33 @@ def test_bad_input_is_one_sentence(models, tmp_path, capsys, arguments, sentence
     assert error.count("megatron-hydra: error: ") == 1
     assert re.search(sentence, error.strip().splitlines()[-1]), error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_on_a_gpu_whole_checkpoints_answer_as_their_folders_do(tmp_path, dtype):
+    """The quickstart's teacher, which finds all needles at its length, and a hybrid of it."""
+    teacher, plan = ROOT / "examples/quickstart/teacher", tmp_path / "plan.json"
+    scores = ["--scores", f"{ROOT}/examples/quickstart/scores.json", "--fa-ratio", "1/4"]
+    assert cli.main(["plan", *scores, "--out", str(plan)]) == 0
+    convert = ["convert", "--teacher", str(teacher), "--out"]
+    assert cli.main([*convert, f"{tmp_path}/teacher"]) == 0
+    assert cli.main([*convert, f"{tmp_path}/hybrid", "--plan", str(plan)]) == 0
+    export = ["export", "--model", f"{tmp_path}/hybrid", "--out", f"{tmp_path}/hf"]
+    assert cli.main(export) == 0
+    named = ["--hf", f"teacher_hf={teacher}", "--model", f"teacher={tmp_path}/teacher"]
+    named += ["--hf", f"hybrid_hf={tmp_path}/hf", "--model", f"hybrid={tmp_path}/hybrid"]
+    asked = ["--tasks", "niah_single_2,niah_multikey_1", "--lengths", "256", "--num-samples", "20"]
+    asked += ["--wording", "short", "--perplexity-tokens", "4096", "--serve-dtype", dtype]
+    out = tmp_path / "out.json"
+    assert cli.main(["evaluate", "--generate", *named, *asked, "--out", str(out)]) == 0
+    found = {model.name: model for model in Generation.load(out).models}
+    for folder, checkpoint in (("teacher_hf", "teacher"), ("hybrid_hf", "hybrid")):
+        right = [[task.num_right for task in found[name].tasks] for name in (folder, checkpoint)]
+        assert right[0] == right[1] and (folder != "teacher_hf" or min(right[0]) == 20)
+        losses = [
+            [each.loss_nats for each in found[name].loss_by_position]
+            for name in (folder, checkpoint)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3 if dtype == "fp32" else 1e-2)
