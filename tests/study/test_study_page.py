@@ -62,7 +62,7 @@ def test_the_page_says_what_the_results_hold(study, tmp_path):
     assert results[runs[0]] == made(study, runs[0], 0.9), "what is saved is what is loaded"
     write_page(study, results, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert "Of 18 runs 9 are finished, 1 failed and 8 have not run" in page
+    assert "Of 22 runs 9 are finished, 1 failed and 12 have not run" in page
     (row,) = {line for line in page.splitlines() if line.startswith("| head | heads by score")}
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     both = [results[run].evaluation for run in runs if run.arm == "head"]
