@@ -10,15 +10,13 @@ from pathlib import Path
 
 from hydra_tools import stops
 from hydra_tools.study_bundle import unpack
-from hydra_tools.study_jobs import TEACHER, Jobs
+from hydra_tools.study_jobs import NO_END, TEACHER, Jobs
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import lock
 from megatron_hydra.study.config import STAGES, Run, StudyConfig, load_study
 from megatron_hydra.study.results import ArmResult, load_results
 from megatron_hydra.study.speeds import load_speeds, timed_arms
 from megatron_hydra.study.teacher import INPUTS, all_inputs, teacher_place
-
-_NO_END = 10**6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", metavar="NAME", help="run one arm, by its name in --dry-run, in this process"
     )
-    parser.add_argument("--seconds", type=float, default=_NO_END, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=NO_END, help=argparse.SUPPRESS)
     parser.epilog = (
         "The same command again goes on where it was; SIGTERM and SIGINT have all arms save and "
         f"stop. Exit codes: 0 when no arm is left to run, 2 for bad input, {stops.EXIT_CODE} when "
@@ -125,7 +123,7 @@ def _measure_speeds(study: StudyConfig, args: argparse.Namespace) -> int:
             others = f", which stands for {', '.join(timed.stands_for)}" if timed.stands_for else ""
             print(f"{timed.run.name}{others}")
         return 0
-    end = time.monotonic() + 60 * (_NO_END if args.minutes is None else args.minutes)
+    end = time.monotonic() + 60 * (NO_END if args.minutes is None else args.minutes)
     with (
         lock(study.folder / ".study.lock", f"run.folder {study.folder}"),
         stops.listening(lambda sentence: print(sentence, file=sys.stderr)) as asked,

@@ -28,9 +28,10 @@ from megatron_hydra.study.teacher import all_inputs, is_prepared
 
 TEACHER = "teacher:"
 """Before a teacher's name, in what names a job."""
+NO_END = 10**6
+"""Minutes or seconds that no study takes."""
 _SECONDS_TO_STOP = 45.0
 _SECONDS_BETWEEN_LOOKS = 0.2
-_NO_END = 10**6
 _LEAST_FAILURES = 3
 # As PyTorch, CUDA, NCCL and cuBLAS say it.
 _NO_MEMORY = re.compile(
@@ -46,7 +47,7 @@ class Jobs:
         self.study, self.args, self.left = study, args, list(runs)
         self.places = args.workers
         self.begun = time.monotonic()
-        minutes = _NO_END if args.minutes is None else args.minutes
+        minutes = NO_END if args.minutes is None else args.minutes
         self.end = self.begun + max(0.0, 60 * minutes - _SECONDS_TO_STOP)
         self.stopped = ""
         self.running: dict[str, subprocess.Popen[bytes]] = {}
