@@ -1,4 +1,4 @@
-"""What a long command has finished so far, beside its output: one that is killed goes on."""
+"""What a long command but a training has finished so far, beside its output, to go on from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The training configuration: its YAML sections; imports no NeMo."""
+"""The training configuration: its YAML sections and their defaults; imports no NeMo.
+
+The section `model` is in `model_section`; the weights of a loss follow from its stage, in
+`config_checks`.
+"""
 
 from __future__ import annotations
 

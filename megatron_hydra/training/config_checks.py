@@ -1,4 +1,4 @@
-"""What does not go together in a training configuration."""
+"""What does not go together in a training configuration, and a loss's weights where it has none."""
 
 from __future__ import annotations
 
