@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Run:
     study["data"] |= {"documents": 8, "long_length": 512, "long_documents": 8}
     study["score"] = {
         "probes": {"names": ["niah_single_2"], "pairs": 2, "length": 256},
-        "scorers": {"names": ["activation_patching"]},
+        "scorers": {"names": ["activation_patching", "every_nth"], "every": 4},
     }
     study["evaluation"] = {"times": [1, 2], "batch_tokens": 1024, "forward_tokens": 600}
     study["arms"]["broken"] = {"about": "too many heads", "constraints": {"per_layer": 9}}
