@@ -251,7 +251,7 @@ class Budget:
         if number > high:
             raise UserError(
                 f"a budget of {number} FA heads is too large for {counts[-1]} in each of "
-                f"{shape.num_layers} layers: that makes {high}"
+                f"{shape.num_layers} layers: that makes {high} ({constraints.words})"
             )
         if number % step:
             below = number // step * step

@@ -20,6 +20,11 @@ from megatron_hydra.selection.policy import plan_from_scores, random_plan
     [
         (6, {"per_layer": 2, "max_fa_per_layer": 1}, "2 FA heads per layer contradict at most 1"),
         (7, {"max_fa_per_layer": 2}, "7 FA heads is too large for 2 in each of 3 layers"),
+        (
+            4,
+            {"max_fa_per_layer": 3, "multiple_of": 4},
+            r"that makes 0 \(3 or fewer FA heads per layer, FA heads per layer in multiples of 4\)",
+        ),
         (6, {"min_fa_per_layer": 3, "max_fa_per_layer": 2}, "at least 3 and at most 2 FA heads"),
         (
             6,
