@@ -222,25 +222,32 @@ def weakness(
     Returns:
         One sentence.
     """
-    return _no_fa_heads(plan, shape, budget, constraints) or _whole_layers(plan)
+    return _no_fa_heads(plan, shape, budget, constraints) or _whole_layers(
+        plan, shape, budget, constraints
+    )
 
 
-def _whole_layers(plan: HeadPlan) -> str | None:
+def _whole_layers(
+    plan: HeadPlan, shape: ModelShape | None, budget: Budget | None, constraints: Constraints
+) -> str | None:
     """Which layers have FA heads alone, where not all have; what it costs is docs/study.md's."""
     whole = [index for index, layer in enumerate(plan.layers) if {*layer.kinds} == {"fa"}]
     if not whole or len(whole) == plan.num_layers:
         return None
-    return (
+    sentence = (
         f"layer{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))} would have FA heads "
         "alone: in this project's study (docs/study.md) hybrids with such a layer lost most of "
-        "what lies beyond the training length; --max-fa-per-layer "
-        f"{_most_beside(plan.num_heads)} leaves every layer other heads"
+        "what lies beyond the training length"
     )
-
-
-def _most_beside(num_heads: int) -> int:
-    """Of 16 heads 14: with as many FA the study's hybrids lost nothing, with 15 a tenth."""
-    return num_heads - max(1, num_heads // 8)
+    if budget is None or shape is None:
+        return sentence
+    # The study's hybrids with up to 14 of a layer's 16 heads FA lost nothing.
+    most = plan.num_heads - max(1, plan.num_heads // 8)
+    try:
+        budget.problem(shape, replace(constraints, max_fa_per_layer=most))
+    except UserError:  # the budget or other constraints leave no such plan
+        return sentence
+    return f"{sentence}; --max-fa-per-layer {most} leaves every layer other heads"
 
 
 def _no_fa_heads(
@@ -259,7 +266,7 @@ def _no_fa_heads(
     if budget.kind in ("fa_heads", "fa_ratio"):
         step = constraints.step(shape)
         least = "1 FA head" if step == 1 else f"{step} FA heads"
-        possible = constraints.per_layer != 0
+        possible = constraints.layer_counts(shape)[-1] > 0
     elif explanation is not None and np.max(explanation.scores) <= 0:
         return f"{sentence}; no head has a score above 0, so only --fa-heads would keep one"
     else:
