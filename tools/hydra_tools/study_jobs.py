@@ -53,6 +53,7 @@ class Jobs:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.gpu_of: dict[str, str] = {}  # of each that runs, where there are several
         self.shared = set[str]()  # of what runs, what has run beside others on its device
+        self.accompanied = set[str]()  # the same on any device: they share the host's memory
         self.log_starts: dict[str, int] = {}  # where in its log's bytes what runs now begins
         self.gpus = _gpus()
         self.failed_teachers: set[str] = set()
@@ -118,8 +119,9 @@ class Jobs:
                 preexec_fn=functools.partial(end_with_parent, os.getpid()),
             )  # fmt: skip
         mates = {each for each in self.running if self.gpu_of.get(each) == self.gpu_of.get(job)}
-        self.shared.discard(job)
-        self.shared |= mates if len(mates) > 1 else set()
+        for known, others in ((self.shared, mates), (self.accompanied, {*self.running})):
+            known.discard(job)
+            known |= others if len(others) > 1 else set()
         self._say(f"{job}: started")
 
     def _reap(self) -> None:
@@ -135,7 +137,7 @@ class Jobs:
             elif code == stops.EXIT_CODE or self.stopped:
                 self._say(f"{job}: stopped")
                 continue
-            elif job in self.shared and self._lacked_memory(job, code):
+            elif self._lacked_memory(job, code):
                 self.places = max(1, min(self.places, at_once - 1))
                 self.left.sort(key=lambda run: run.name == job)
                 self._say(f"{job}: out of memory beside others: {self.places} run side by side "
@@ -149,11 +151,11 @@ class Jobs:
             self._pack()
 
     def _lacked_memory(self, job: str, code: int) -> bool:
-        """Whether its log, since it began, or the system's own killer says so."""
-        if job.startswith(TEACHER):
-            return False
+        """Whether others may have had what it lacked: its log, or the system's killer, says so."""
+        if code == -signal.SIGKILL:
+            return job in self.accompanied
         said = self._log(job).read_bytes()[self.log_starts[job] :].decode(errors="replace")
-        return code == -signal.SIGKILL or _NO_MEMORY.search(said) is not None
+        return job in self.shared and _NO_MEMORY.search(said) is not None
 
     def _note_failure(self, job: str, reason: str) -> None:
         if job.startswith(TEACHER):
