@@ -95,11 +95,12 @@ ALLOWED_OUTSIDE: dict[str, set[str]] = {
     "tools/hydra_tools": {
         "hydra_kernels.gated_delta_rule", "hydra_kernels.warm_up", "megatron_hydra",
         "megatron_hydra.api", "megatron_hydra.certify", "megatron_hydra.cpu",
-        "megatron_hydra.errors", "megatron_hydra.evaluation", "megatron_hydra.files",
-        "megatron_hydra.head_plan", "megatron_hydra.processes", "megatron_hydra.provenance",
-        "megatron_hydra.report", "megatron_hydra.schema", "megatron_hydra.selection",
-        "megatron_hydra.study", "megatron_hydra.tasks", "megatron_hydra.teachers",
-        "megatron_hydra.training", "megatron_hydra.unfinished", "megatron_hydra.yaml_text",
+        "megatron_hydra.errors", "megatron_hydra.evaluation", "megatron_hydra.export",
+        "megatron_hydra.files", "megatron_hydra.head_plan", "megatron_hydra.processes",
+        "megatron_hydra.provenance", "megatron_hydra.report", "megatron_hydra.schema",
+        "megatron_hydra.selection", "megatron_hydra.study", "megatron_hydra.tasks",
+        "megatron_hydra.teachers", "megatron_hydra.training", "megatron_hydra.unfinished",
+        "megatron_hydra.yaml_text",
         "numpy", "torch", "tqdm",
     },
     "tools/benchmarks": {

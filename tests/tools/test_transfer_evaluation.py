@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hydra_tools import cli, transfer
+from hydra_tools import cli, transfer, transfer_steps
 from test_transfer import _command, _ran, _write, folder  # noqa: F401
 
 
@@ -53,7 +53,8 @@ def test_a_killed_evaluation_goes_on_from_its_finished_cells(
     assert _said(folder, capsys, "evaluate.seed=5")["evaluate"] == (
         "to go on with 2 measurements kept"
     )
-    assert cli.main(_command(folder, "evaluate.seed=5")) == 137
+    # The remedy where memory ends: it changes no answer, so that what is measured stays.
+    assert cli.main(_command(folder, "evaluate.seed=5", "evaluate.batch_size=1")) == 137
     assert seen.pop() == (True, False)
     assert _ran(monkeypatch, folder, "evaluate.seed=5") == ["generation.json", "report.html"]
 
@@ -63,6 +64,7 @@ def _as_an_earlier_release(run: Path) -> None:
     path = run / "transfer.json"
     state = json.loads(path.read_text())
     evaluated, reported = (state["steps"][name]["inputs"] for name in ("evaluate", "report"))
+    del state["steps"]["export"]["inputs"]["model code"]
     for name in [name for name in evaluated if name.endswith("/teacher") or name == "hydra-hf"]:
         del evaluated[name]
     evaluated |= {"teacher": "0", "stage3_long_context/hybrid": "0"}
@@ -82,6 +84,7 @@ def test_a_folder_of_an_earlier_release_is_evaluated_anew(
     _as_an_earlier_release(run)
     earlier = (run / "evaluation.json").read_text()
     assert {name: said for name, said in _said(folder, capsys).items() if said != "done"} == {
+        "export": "to run again, as model code changed",
         "evaluate": "to run, by generated text; the evaluation.json of an earlier release stays",
         "report": "to run again, as evaluation.json changed",
     }
@@ -90,8 +93,23 @@ def test_a_folder_of_an_earlier_release_is_evaluated_anew(
     assert "generation.json exists, but" in capsys.readouterr().err
     assert (run / "generation.json").read_text() == "by hand"
     (run / "generation.json").unlink()
-    assert _ran(monkeypatch, folder) == ["generation.json", "report.html"]
+    assert _ran(monkeypatch, folder) == ["hydra-hf", "generation.json", "report.html"]
     assert (run / "evaluation.json").read_text() == earlier
+    assert set(_said(folder, capsys).values()) == {"done"}
+
+
+def test_a_folder_with_the_model_code_of_another_release_is_exported_anew(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`evaluate` would refuse to run that code; the trained hybrid is as it was."""
+    _ran(monkeypatch, folder)
+    monkeypatch.setattr(transfer_steps, "code_hash", lambda: "of another release")
+    said = _said(folder, capsys)
+    assert said["export"] == "to run again, as model code changed"
+    assert said["stage3_long_context"] == "done"
+    assert "hydra-hf" in _ran(monkeypatch, folder)
     assert set(_said(folder, capsys).values()) == {"done"}
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, get_args
 from megatron_hydra.api.plan import check_plan
 from megatron_hydra.api.status import status_of
 from megatron_hydra.errors import UserError
+from megatron_hydra.export.code import code_hash
 from megatron_hydra.files import content_hash
 from megatron_hydra.schema import PathText, as_overrides, flat, named, read_config
 from megatron_hydra.selection.budget import BudgetKind
@@ -34,6 +35,8 @@ _NOT_OF_THE_SCORES = ("model.teacher", "run.out")
 # Options by which a step would write or read something else than the chain's.
 _HANDED_ON = ("out", "overwrite", "plan", "hf", "hybrid", "dump", "png")
 _READ_OPTIONS = ("results", "pareto", "evaluation")
+# How an evaluation is made, which no figure depends on.
+_NOT_OF_THE_ANSWERS = ("batch_size", "tp", "trust_remote_code")
 
 
 @dataclass
@@ -257,7 +260,12 @@ class _Maker:
                 paths |= self._named({key: Path(value)})
         texts = getattr(read, "calibration_text", None) or getattr(read, "text", None) or []
         paths |= _texts(name, [texts] if isinstance(texts, str) else texts, read)
-        settings = {f"{name}.{key}": _text(value) for key, value in flat(options)}
+        left_out = _NOT_OF_THE_ANSWERS if verb == "evaluate" else ()
+        settings = {
+            f"{name}.{key}": _text(value) for key, value in flat(options) if key not in left_out
+        }
+        if verb == "export":  # that of another release is not run by `evaluate`
+            settings["model code"] = code_hash()
         return Step(name, verb, tuple(arguments), output, settings, paths)
 
     def _score(self, teacher: Path, out: Path) -> Step:
