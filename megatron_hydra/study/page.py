@@ -29,9 +29,10 @@ _MOST_NAMED = 6
 _HOW_FAST = "How fast?"
 _OF_A_LAYER = "How many heads of one layer?"
 _OF_A_LAYER_NOTE = (
-    "All runs of arms that differ in their plan alone, whatever it is chosen by, in the order of "
-    "the FA heads that the layer with most of them has. Retrieval is that beyond the training "
-    "length, in %: the run that finds least, and the one that finds most."
+    "All runs, at {} and at ratios of their own, of arms that differ in their plan alone, whatever "
+    "it is chosen by, in the order of the FA heads that the layer with most of them has. Retrieval "
+    "is that beyond the training length, in %: the run that finds least, and the one that finds "
+    "most."
 )
 
 
@@ -291,7 +292,8 @@ def _by_layer(study: StudyConfig, results: Results) -> list[str]:
         rows.append([str(budget), str(most), str(len(runs)), str(min(shares)), str(max(shares)),
                      ", ".join(names)])  # fmt: skip
     heads = ["at", "FA heads of the layer with most", "runs", "lowest", "highest", "arms"]
-    return ["", f"## {_OF_A_LAYER}", "", _OF_A_LAYER_NOTE, "", *_markdown(heads, rows)]
+    note = _OF_A_LAYER_NOTE.format(" and ".join(study.run.budgets))
+    return ["", f"## {_OF_A_LAYER}", "", note, "", *_markdown(heads, rows)]
 
 
 def _how_fast(study: StudyConfig, speeds: Speeds) -> list[str]:
