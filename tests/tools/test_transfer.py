@@ -1,13 +1,10 @@
 """`megatron-hydra transfer`: which steps run, told by what they read.
 
-A step's command is replaced by one that writes a file of everything it was given, so that an output
-differs exactly if what it is made of does.
+Commands are replaced by `kit.transfers`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import signal
@@ -19,100 +16,24 @@ from pathlib import Path
 import pytest
 from hydra_tools import cli, transfer
 from hydra_tools.transfer_steps import check_evaluating, load_steps
+from kit.transfers import (
+    ROOT,
+    STAGES,
+    STEPS,
+    command_of,
+    environment,
+    steps_run,
+    write_text,
+)
 
-from megatron_hydra.files import content_hash
 from megatron_hydra.training.config import load_config
-from megatron_hydra.training.run_files import HEADER
-
-ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples/quickstart/transfer.yaml"
-TEACHER = ROOT / "examples/quickstart/teacher"
-STEPS = ("convert_teacher", "score", "plan", "convert", "stage1_align", "stage2_distill",
-         "stage3_long_context", "export", "evaluate", "report")  # fmt: skip
-STAGES = STEPS[4:7]
-
-
-def _stand_in(ran: list[str], fails_at: str = "") -> Callable[..., int]:
-    """A runner of commands that notes them and writes what they would, of what they read."""
-
-    def run(self: object, command: Sequence[str]) -> int:
-        pairs = [word.lstrip("-").split("=", 1) for word in command if "=" in word]
-        given = dict(pairs)
-        train = "log.folder" in given
-        out = Path(
-            json.loads(given.get("log.folder") or given.get("run.out") or "0") or given["out"]
-        )
-        ran.append(out.name)
-        if out.name == fails_at:
-            out.parent.mkdir(exist_ok=True)
-            if train:
-                _write(out / "metrics.jsonl", '{"step": 1, "time": 0}\n')
-                _write(out / "run_config.yaml", HEADER)
-            return 137
-        read = [value.split("=")[-1].strip('[]"') for _, value in pairs]
-        endings = ("", ".bin", "/weights/__0_0.distcp", "/model.safetensors")
-        made_of = [Path(f"{place}{ending}") for place in read for ending in endings]
-        content = content_hash([path for path in made_of if path.is_file()])
-        content += " ".join(word for word in command if not word.startswith("--overwrite"))
-        if not train and out.suffix:
-            assert "--overwrite" in command or not out.exists()
-            _write(out, content)
-            return 0
-        if "export" in command:
-            _write(out / "model.safetensors", content)
-            for name in ("config.json", "tokenizer.json"):
-                _write(out / name, "{}")
-            return 0
-        model = out / "hybrid" if train else out
-        steps = int(given.get("trainer.max_steps", 0))
-        _write(model / "model.json", json.dumps({"provenance": {"stage": "", "max_steps": steps}}))
-        _write(model / "weights/__0_0.distcp", content)
-        if not train:
-            _write(model / "config.json", "{}")
-        _write(model / "tokenizer/tokenizer.json", "{}")
-        _write(out / "metrics.jsonl", '{"step": 1, "time": 0}\n')
-        return 0
-
-    return run
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def _command(folder: Path, *more: str) -> list[str]:
-    shrunk = [f"{stage}.trainer.max_steps=2" for stage in STAGES]
-    data = [f"{stage}.data.paths=[{folder}/data]" for stage in STAGES]
-    own = [f"run.folder={folder}/run", f"run.teacher={folder}/teacher", "run.launcher=null"]
-    return ["transfer", "--config", str(EXAMPLE), *own, *shrunk, *data, *more]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Of a teacher and a dataset."""
-    shutil.copytree(TEACHER, tmp_path / "teacher")
-    _write(tmp_path / "data.idx", "index")
-    _write(tmp_path / "data.bin", "tokens")
-    return tmp_path
-
-
-def _ran(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str, fails_at: str = ""
-) -> list[str]:
-    """The steps that a command runs, by their outputs' names."""
-    ran: list[str] = []
-    monkeypatch.setattr(transfer._Child, "run", _stand_in(ran, fails_at))
-    assert cli.main(_command(folder, *more)) == (137 if fails_at else 0)
-    return ran
-
 
 ALL = ["teacher", "scores.json", "plan.json", "converted", *STAGES, "hydra-hf", "generation.json",
        "report.html"]  # fmt: skip
 
 
 def _touch(path: str, text: str) -> Callable[[Path], None]:
-    return lambda folder: _write(folder / path, text)
+    return lambda folder: write_text(folder / path, text)
 
 
 @pytest.mark.parametrize(
@@ -140,11 +61,11 @@ def test_what_is_run_again_is_what_depends_on_a_change(
     change: Callable[[Path], object] | None, more: list[str], again: list[str],
 ) -> None:  # fmt: skip
     """Catches a step that is skipped though an input is another, and one that runs for nothing."""
-    assert _ran(monkeypatch, folder) == ALL
+    assert steps_run(monkeypatch, folder) == ALL
     if change is not None:
         change(folder)
-    assert _ran(monkeypatch, folder, *more) == again
-    assert _ran(monkeypatch, folder, *more) == []
+    assert steps_run(monkeypatch, folder, *more) == again
+    assert steps_run(monkeypatch, folder, *more) == []
 
 
 @pytest.mark.parametrize("place", ["scores.json", "converted", "stage2_distill", "generation.json"])
@@ -152,10 +73,10 @@ def test_a_step_that_fails_is_gone_on_with(
     folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     position = ALL.index(place)
-    assert _ran(monkeypatch, folder, fails_at=place) == ALL[: position + 1]
+    assert steps_run(monkeypatch, folder, fails_at=place) == ALL[: position + 1]
     if place == "stage2_distill":
         assert (folder / "run" / place / "metrics.jsonl").is_file()
-    assert _ran(monkeypatch, folder) == ALL[position:]
+    assert steps_run(monkeypatch, folder) == ALL[position:]
 
 
 def test_what_goes_on_is_cleared_only_for_other_inputs(
@@ -163,7 +84,7 @@ def test_what_goes_on_is_cleared_only_for_other_inputs(
 ) -> None:
     """Catches a long step that begins anew after a crash, or goes on with another's results."""
     run = folder / "run"
-    _ran(monkeypatch, folder)
+    steps_run(monkeypatch, folder)
     trained = run / "stage2_distill/hybrid/weights/__0_0.distcp"
     unfinished = run / "scores.json.partial/run.json"
     seen = []
@@ -173,15 +94,15 @@ def test_what_goes_on_is_cleared_only_for_other_inputs(
         return 3
 
     monkeypatch.setattr(transfer._Child, "run", look)
-    assert cli.main(_command(folder, "stage2_distill.trainer.max_steps=5")) == 3
+    assert cli.main(command_of(folder, "stage2_distill.trainer.max_steps=5")) == 3
     assert seen.pop() == (True, True, False), "longer: it goes on"
-    assert cli.main(_command(folder, "stage2_distill.optim.lr=5e-4")) == 3
+    assert cli.main(command_of(folder, "stage2_distill.optim.lr=5e-4")) == 3
     assert seen.pop() == (False, True, False), "another run"
     for change in ("convert.reuse=nothing", "score.probes.seed=3"):
         unfinished = run / f"{'converted' if 'reuse' in change else 'scores.json'}.partial/run.json"
         for is_kept in (False, True):
-            _write(unfinished, "{}")
-            assert cli.main(_command(folder, change)) == 3
+            write_text(unfinished, "{}")
+            assert cli.main(command_of(folder, change)) == 3
             assert seen.pop() == (False, "reuse" in change, is_kept)
 
 
@@ -190,25 +111,25 @@ def test_a_dry_run_tells_and_changes_nothing(
 ) -> None:
     def said(*more: str) -> dict[str, str]:
         capsys.readouterr()
-        assert cli.main([*_command(folder, *more), "--dry-run"]) == 0
+        assert cli.main([*command_of(folder, *more), "--dry-run"]) == 0
         lines = capsys.readouterr().out.splitlines()
         return dict(re.split(r"\s+", line, maxsplit=1) for line in lines)
 
     assert said() == dict.fromkeys(STEPS, "to run")
     assert not (folder / "run").exists()
-    _ran(monkeypatch, folder, fails_at="stage1_align")
+    steps_run(monkeypatch, folder, fails_at="stage1_align")
     before = (folder / "run/transfer.json").read_bytes()
     rest = dict.fromkeys(STEPS[5:], "to run")
     assert said() == {**dict.fromkeys(STEPS[:4], "done"), "stage1_align": "to go on", **rest}
     assert (folder / "run/transfer.json").read_bytes() == before
-    _ran(monkeypatch, folder)
+    steps_run(monkeypatch, folder)
     assert said() == dict.fromkeys(STEPS, "done")
     found = said("plan.fa_ratio=1/8")
     assert [found[name] for name in STEPS[:4]] == [
         "done", "done", "to run again, as plan.fa_ratio changed",
         "to run again if plan.json will have changed",
     ]  # fmt: skip
-    _write(folder / "run/plan.json", "edited by hand")
+    write_text(folder / "run/plan.json", "edited by hand")
     assert said()["convert"] == "to run again, as plan.json changed"
     (folder / "run/scores.json").unlink()
     assert said()["score"] == f"to run again, as {folder}/run/scores.json is missing"
@@ -221,18 +142,18 @@ def test_a_dry_run_tells_how_much_of_a_step_is_there(
 
     def said(step: str) -> str:
         capsys.readouterr()
-        assert cli.main([*_command(folder), "--dry-run"]) == 0
+        assert cli.main([*command_of(folder), "--dry-run"]) == 0
         return dict(re.findall(r"^(\w+) +(.*)$", capsys.readouterr().out, re.M))[step]
 
-    _ran(monkeypatch, folder, fails_at="scores.json")
+    steps_run(monkeypatch, folder, fails_at="scores.json")
     assert said("score") == "to go on"
     for name in ("run.json", ".lock", "clean.npy", "swaps.npy", ".more.npy.7.partial"):
-        _write(folder / "run/scores.json.partial" / name, "")
+        write_text(folder / "run/scores.json.partial" / name, "")
     assert said("score") == "to go on with 2 measurements kept"
     shutil.rmtree(folder / "run/scores.json.partial")
-    _ran(monkeypatch, folder, fails_at="stage1_align")
+    steps_run(monkeypatch, folder, fails_at="stage1_align")
     for step in (4, 10, 12):
-        _write(folder / f"run/stage1_align/checkpoints/step_{step}/weights/.metadata", "")
+        write_text(folder / f"run/stage1_align/checkpoints/step_{step}/weights/.metadata", "")
     assert said("stage1_align") == "to go on after step 12"
 
 
@@ -262,7 +183,7 @@ def test_bad_input_is_said_before_a_step_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, more: list[str],
     message: str) -> None:  # fmt: skip
     monkeypatch.setattr(transfer._Child, "run", None)
-    assert cli.main(_command(folder, *more)) == 2
+    assert cli.main(command_of(folder, *more)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"^megatron-hydra: error: {message}", line), line
 
@@ -271,12 +192,12 @@ def test_results_of_unknown_origin_are_not_replaced(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(transfer._Child, "run", None)
-    _write(folder / "run/scores.json", "of hours")
-    assert cli.main(_command(folder)) == 2
+    write_text(folder / "run/scores.json", "of hours")
+    assert cli.main(command_of(folder)) == 2
     assert "scores.json exists, but" in capsys.readouterr().err
     assert (folder / "run/scores.json").read_text() == "of hours"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert cli.main(_command(folder)) == 2
+    assert cli.main(command_of(folder)) == 2
     assert "start transfer without torchrun" in capsys.readouterr().err
 
 
@@ -311,15 +232,10 @@ with _Child.hears_signals() as child:
     print(code, child.stopped)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=_environment(),
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment(),
         # A shell has what it starts in the background ignore SIGINT.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(number)
     assert process.communicate(timeout=60)[0] == f"7 {number.name}\n"
-
-
-def _environment() -> dict[str, str]:
-    paths = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "tools"))
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}

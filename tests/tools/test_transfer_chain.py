@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from kit.generated import generated_results
-from test_transfer import ROOT, STAGES, STEPS, TEACHER, _command, _environment
+from kit.transfers import ROOT, STAGES, STEPS, TEACHER, command_of, environment
 
 from megatron_hydra.head_plan import HeadPlan
 
@@ -44,10 +44,10 @@ def test_the_whole_chain_killed_gone_on_with_and_changed(tmp_path: Path) -> None
     run = tmp_path / "run"
 
     def start(*changed: str) -> subprocess.Popen:
-        words = _command(tmp_path, *more, *changed)
+        words = command_of(tmp_path, *more, *changed)
         return subprocess.Popen(
             [sys.executable, "-m", "hydra_tools.transfer", *words[1:]], cwd=ROOT,
-            env=_environment(), stdout=subprocess.PIPE, text=True,
+            env=environment(), stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def state() -> dict[str, dict]:
