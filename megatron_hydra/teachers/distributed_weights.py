@@ -8,6 +8,7 @@ import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -308,10 +309,23 @@ class _Metadata(pickle.Unpickler):
         is_number = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
         if is_number or (module, name) in _OF_METADATA:
             return super().find_class(module, name)
-        raise UserError(
-            f"cannot load weights whose .metadata names {module}.{name}: it describes no tensor, "
-            "and would be run; no checkpoint of this program has it"
-        )
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        raise _foreign(f"{module}.{name}")
+
+
+def _member(of: Any, name: str) -> Enum:
+    """A member of an enumeration, as early releases of Python 3.11 write it: by `getattr`."""
+    if isinstance(of, EnumType) and name in of.__members__:
+        return of.__members__[name]
+    raise _foreign(f"builtins.getattr({of!r}, {name!r})")
+
+
+def _foreign(what: str) -> UserError:
+    return UserError(
+        f"cannot load weights whose .metadata names {what}: it describes no tensor, and would be "
+        "run; no checkpoint of this program has it"
+    )
 
 
 @contextmanager

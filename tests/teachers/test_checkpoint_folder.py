@@ -8,12 +8,14 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from megatron_hydra import cpu
 
@@ -316,6 +318,39 @@ def test_what_a_strangers_folder_brings_along_is_not_run(
     else:
         torch.load(file, weights_only=False)
     assert mark.exists()
+
+
+class AsPython3112(pickle.Pickler):
+    """Writes members of enumerations as early releases of Python 3.11 do, as Debian 12's."""
+
+    def reducer_override(self, it: object) -> Any:
+        return (getattr, (type(it), it.name)) if isinstance(it, Enum) else NotImplemented
+
+
+def test_weights_that_another_release_of_python_wrote_are_read(
+    hybrid: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(hybrid, tmp_path / "earlier"))
+    file = folder / "weights/.metadata"
+    metadata = pickle.loads(file.read_bytes())
+    with file.open("wb") as stream:
+        AsPython3112(stream).dump(metadata)
+    assert b"getattr" in file.read_bytes()
+    assert {*_load(folder).model.state_dict()} == {*_load(hybrid).model.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "what", [(Metadata, "__init__"), (Path, "cwd"), (_MEM_FORMAT_ENCODING, "mro")]
+)
+def test_nothing_but_a_member_is_looked_up(hybrid: Path, tmp_path: Path, what: Any) -> None:
+    class Found:
+        def __reduce__(self) -> tuple:
+            return getattr, what
+
+    folder = Path(shutil.copytree(hybrid, tmp_path / "strange"))
+    (folder / "weights/.metadata").write_bytes(pickle.dumps(Found()))
+    with pytest.raises(UserError, match=r"whose \.metadata names "):
+        _load(folder)
 
 
 def test_an_earlier_folder_is_replaced_only_when_asked_and_only_as_a_whole(
