@@ -280,7 +280,10 @@ LAYOUTS = {
     "context parallel, ring": [CONTEXT],
     "context parallel, all-to-all": [CONTEXT, "strategy.cp_comm_type=a2a"],
     "context parallel, gathered": [CONTEXT, "strategy.cp_comm_type=all_gather"],
-}
+    "data parallel, gradients sent early": [
+        "strategy.overlap_grad_reduce=true", "strategy.use_distributed_optimizer=true",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
