@@ -133,8 +133,12 @@ class StudyConfig:
         for question, budget in self._asked(asked):
             for index, replicate in enumerate(self.run.replicates):
                 for name in question.arms:
-                    arm, at = self.arms[name], self.budget_of(name, budget)
-                    if index < arm.replicates and self.is_at(arm, budget):
+                    at = self.budget_of(name, budget)
+                    if replicate.runs is None:
+                        runs = index < self.arms[name].replicates
+                    else:
+                        runs = name in replicate.runs.get(budget, ())
+                    if runs and self.is_at(self.arms[name], budget):
                         found[Run(name, at, replicate.teacher, replicate.seed)] = None
         return list(found)
 
@@ -349,7 +353,12 @@ def _names(study: StudyConfig) -> Iterator[tuple[str, str, Mapping[str, Any] | S
     """Where a name stands, the name, and what it may be."""
     yield from (("stages", name, STAGES) for name in study.stages)
     yield from (("the study needs all stages and", name, study.stages) for name in STAGES)
-    yield from (("run.replicates", each.teacher, study.teachers) for each in study.run.replicates)
+    for each in study.run.replicates:
+        yield "run.replicates", each.teacher, study.teachers
+        for budget, arms in (each.runs or {}).items():
+            yield "run.replicates", budget, study.budgets
+            at = [name for name, arm in study.arms.items() if study.is_at(arm, budget)]
+            yield from ((f"run.replicates at {budget}", name, at) for name in arms)
     known = ("retrieval", *IN_NATS, *study.evaluation.probes)
     for key, question in study.questions.items():
         yield from ((f"questions.{key}.arms", name, study.arms) for name in question.arms)

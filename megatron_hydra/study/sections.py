@@ -16,6 +16,8 @@ class Replicate:
 
     teacher: str
     seed: Annotated[int, Limits(least=0, below=1000)]
+    runs: dict[str, list[str]] | None = None
+    """Arms by budget that run on it; None: all whose `replicates` count it."""
 
 
 @dataclass
@@ -132,8 +134,8 @@ class Arm:
     """Of a stage, in times of the study's; 0 leaves the stage out."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes of a stage's settings."""
-    replicates: Count = 1
-    """It runs on the first so many."""
+    replicates: Annotated[int, Limits(least=0)] = 1
+    """It runs on the first so many, beside those that name it."""
     budgets: list[str] | None = None
     """It runs at these; None: at `run.budgets`."""
 

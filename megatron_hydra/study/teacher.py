@@ -100,6 +100,14 @@ def _dataset(place: Path, key: str) -> Path:
     return place / "data" / f"{key}.idx"
 
 
+def is_lost(study: StudyConfig, name: str) -> bool:
+    """Whether results are of a teacher that is not here: one trained anew is another network."""
+    if study.teacher_folder(name).exists():
+        return False
+    runs = (run for run in study.runs() if run.teacher == name)
+    return any((study.results / f"{run.name}.json").is_file() for run in runs)
+
+
 def is_prepared(study: StudyConfig, name: str) -> bool:
     """Whether a teacher's arms can run; of one that was carried here, some parts are lacking."""
     place = teacher_place(study, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -229,6 +230,25 @@ def test_a_teacher_that_fails_leaves_its_arms_and_says_why(config: Path, tmp_pat
     assert not (tmp_path / "results").exists(), "no arm has failed"
 
 
+def test_a_teacher_of_which_there_are_results_is_not_trained_anew(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a clean clone, which has a study's results and not its teachers' weights."""
+    head, broken = "1-4.head.made.0", "1-4.broken.made.0"
+    result = tmp_path / f"results/{head}.json"
+    ArmResult("head", "1/4", "made", 0, {}, "finished").save(result.parent)
+    before = result.read_bytes()
+    found = dry_run(config, capsys)
+    assert found[head] == "done" and found[broken] == "cannot run, as its teacher is not here"
+    assert cli.main(["study", "--config", str(config)]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"teacher made is not in {tmp_path}/study/teachers/made/hf, ")
+    assert "--bundle" in said and "run.results" in said and "started" not in said
+    assert result.read_bytes() == before and not (tmp_path / "study/teachers").exists()
+    elsewhere = dry_run(config, capsys, f"run.results={tmp_path}/others")
+    assert elsewhere == {head: "to run", broken: "to run"}
+
+
 def test_arms_spread_evenly_over_gpus() -> None:
     gpus, used = ["4", "2", "7"], list[str]()
     for _ in range(7):
@@ -244,17 +264,33 @@ job, there = sys.argv[1:]
 os.makedirs(there, exist_ok=True)
 mine = os.path.join(there, job)
 open(mine, "w").close()
-time.sleep(0.3 * ("greedy" not in job))
-full = len(os.listdir(there)) > 2 or "greedy" in job
-time.sleep(0.3)
+late = time.monotonic() + 1.5 * ("greedy" not in job)
+while not (full := len(os.listdir(there)) > 2 or "greedy" in job) and time.monotonic() < late:
+    time.sleep(0.02)
+time.sleep(0.5)
 os.remove(mine)
 sys.exit("CUDA out of memory. Tried to allocate 32.00 MiB\\nand what follows it" if full else 0)
 """
 
 
+FAULT_OF_ALL = """
+import os, sys, time
+job, there = sys.argv[1:]
+os.makedirs(there, exist_ok=True)
+time.sleep(1.5 * ("greedy" not in job))
+mine = os.path.join(there, job)
+if "arm4" in job or os.path.exists(mine):
+    sys.exit("an illegal memory access was encountered" if "greedy" in job else 0)
+open(mine, "w").close()
+sys.exit("CUDA error: an illegal memory access was encountered\\nCompile with TORCH_USE_CUDA_DSA")
+"""
+
+
 @pytest.fixture
-def room_for_two(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Arms that run out of memory where more than two are there, and one that does by itself.
+def side_by_side(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> list[int]:
+    """Five arms and a greedy one, of which a stand-in is run: a script, its job and a folder.
 
     Returns:
         How many ran side by side, at each start.
@@ -268,7 +304,7 @@ def room_for_two(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def popen(words: list[str], **options: Any) -> subprocess.Popen[bytes]:
         job = words[words.index("--only") + 1]
-        started.append(start([sys.executable, "-c", ROOM_FOR_TWO, job, f"{tmp_path}/there"],
+        started.append(start([sys.executable, "-c", request.param, job, f"{tmp_path}/there"],
                              **options))  # fmt: skip
         ran.append(sum(each.poll() is None for each in started))
         return started[-1]
@@ -279,8 +315,9 @@ def room_for_two(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return ran
 
 
+@pytest.mark.parametrize("side_by_side", [ROOM_FOR_TWO], indirect=True)
 def test_an_arm_that_memory_ends_beside_others_goes_on_with_fewer(
-    config: Path, room_for_two: list[int], capsys: pytest.CaptureFixture[str]
+    config: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = load_study(str(config))
     args = argparse.Namespace(
@@ -288,10 +325,29 @@ def test_an_arm_that_memory_ends_beside_others_goes_on_with_fewer(
     )
     assert Jobs(study, args, study.runs()).run() == 0
     said = capsys.readouterr().out
-    assert "out of memory beside others: 3 run side by side from here on" in said
+    assert re.search("out of memory beside others: [1-3] run side by side from here on", said)
     for number in range(5):
         assert f"1-4.arm{number}.made.0: finished" in said
-    assert max(room_for_two) == 4 and room_for_two[-1] < 4
+    assert max(side_by_side) == 4 and side_by_side[-1] < 4
     ((run, result),) = load_results(study).items()
     assert run.arm == "greedy" and result.status == "failed", "alone it has nobody to wait for"
     assert said.count(f"{run.name}: failed: ") == 1
+
+
+@pytest.mark.parametrize("side_by_side", [FAULT_OF_ALL], indirect=True)
+def test_an_arm_that_a_fault_ends_beside_others_goes_on_once_more(
+    config: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under CUDA's MPS, where the fault of one is that of all on the GPU."""
+    study = load_study(str(config))
+    args = argparse.Namespace(
+        config=str(config), overrides=[], workers=4, minutes=None, bundle=None
+    )
+    assert Jobs(study, args, study.runs()).run() == 0
+    said = capsys.readouterr().out
+    for number in range(5):
+        assert f"1-4.arm{number}.made.0: finished" in said
+    assert max(side_by_side) == 4 and len(side_by_side) == 6 + 5
+    ((run, result),) = load_results(study).items()
+    assert run.arm == "greedy" and result.status == "failed", "the second time it is its own"
+    assert said.count(f"{run.name}: a fault of the GPU") == 1

@@ -16,7 +16,7 @@ from megatron_hydra.files import lock
 from megatron_hydra.study.config import STAGES, Run, StudyConfig, load_study
 from megatron_hydra.study.results import ArmResult, load_results
 from megatron_hydra.study.speeds import load_speeds, timed_arms
-from megatron_hydra.study.teacher import INPUTS, all_inputs, teacher_place
+from megatron_hydra.study.teacher import INPUTS, all_inputs, is_lost, teacher_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=NO_END, help=argparse.SUPPRESS)
     parser.epilog = (
         "The same command again goes on where it was; SIGTERM and SIGINT have all arms save and "
-        f"stop. Exit codes: 0 when no arm is left to run, 2 for bad input, {stops.EXIT_CODE} when "
-        "stopped by a signal or by --minutes."
+        "stop. A teacher of which there are results is not trained anew. Exit codes: 0 when no arm "
+        "is left to run, 1 when a teacher failed or is not here, 2 for bad input, "
+        f"{stops.EXIT_CODE} when stopped by a signal or by --minutes."
     )
 
 
@@ -79,13 +80,29 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.speeds:
         return _measure_speeds(study, args)
+    lost = {name for name in study.teachers if is_lost(study, name)}
     verdicts = {run: _verdict(study, run, args.retry_failed) for run in runs}
+    for run in (run for run, said in verdicts.items() if _is_left(said) and run.teacher in lost):
+        verdicts[run] = "cannot run, as its teacher is not here"
     if args.dry_run:
         _tell(study, verdicts)
+        _tell_lost(study, verdicts)
         return 0
     with lock(study.folder / ".study.lock", f"run.folder {study.folder}"):
         jobs = Jobs(study, args, [run for run, said in verdicts.items() if _is_left(said)])
-        return jobs.run()
+        code = jobs.run()
+    lost_code = _tell_lost(study, verdicts)
+    return code or lost_code
+
+
+def _tell_lost(study: StudyConfig, verdicts: dict[Run, str]) -> int:
+    """Say which teachers runs are left of that cannot run; the exit code."""
+    left = {run.teacher for run, said in verdicts.items() if said.startswith("cannot run")}
+    for name in sorted(left):
+        print(f"teacher {name} is not in {study.teacher_folder(name)}, though {study.results} has "
+              "results of it: its other runs wait. One trained anew is another network: name the "
+              "--bundle that holds it, or another folder as run.results")  # fmt: skip
+    return 1 if left else 0
 
 
 def _run_one(study: StudyConfig, name: str, seconds: float) -> int:
@@ -162,7 +179,7 @@ def _is_left(verdict: str) -> bool:
 def _tell(study: StudyConfig, verdicts: dict[Run, str]) -> None:
     for name, teacher in study.teachers.items():
         made = teacher.folder or f"to be trained by {teacher.script}"
-        ready = "ready" if study.teacher_folder(name).exists() else "not there"
+        ready = "ready" if study.teacher_folder(name).exists() else "not here"
         print(f"teacher {name}: {made} ({ready})")
     total = steps = 0
     for run, verdict in verdicts.items():

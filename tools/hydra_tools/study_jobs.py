@@ -38,6 +38,9 @@ _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cudaErrorMemoryAllocation|Failed to CUDA calloc|"
     r"CUBLAS_STATUS_ALLOC_FAILED"
 )
+# Under CUDA's MPS a fault of one process, or its end by SIGKILL amidst a kernel, is a fault of all
+# that share the GPU (NVIDIA's documentation of MPS, on error containment).
+_GPU_FAULT = re.compile(r"illegal memory access|unspecified launch failure|CUDA_ERROR_MPS_")
 
 
 class Jobs:
@@ -54,6 +57,7 @@ class Jobs:
         self.gpu_of: dict[str, str] = {}  # of each that runs, where there are several
         self.shared = set[str]()  # of what runs, what has run beside others on its device
         self.accompanied = set[str]()  # the same on any device: they share the host's memory
+        self.faulted = set[str]()  # what a fault of the GPU has ended once, beside others
         self.log_starts: dict[str, int] = {}  # where in its log's bytes what runs now begins
         self.gpus = _gpus()
         self.failed_teachers: set[str] = set()
@@ -143,6 +147,12 @@ class Jobs:
                 self._say(f"{job}: out of memory beside others: {self.places} run side by side "
                           "from here on, and it goes on after those that wait")  # fmt: skip
                 continue
+            elif job not in self.faulted and self._ended_beside_others(job, _GPU_FAULT):
+                self.faulted.add(job)
+                self.left.sort(key=lambda run: run.name == job)
+                self._say(f"{job}: a fault of the GPU, which may be another's beside it: it goes "
+                          "on once more, after those that wait")  # fmt: skip
+                continue
             else:
                 reason = self._reason(job, code)
                 self._say(f"{job}: failed: {reason}")
@@ -154,8 +164,12 @@ class Jobs:
         """Whether others may have had what it lacked: its log, or the system's killer, says so."""
         if code == -signal.SIGKILL:
             return job in self.accompanied
+        return self._ended_beside_others(job, _NO_MEMORY)
+
+    def _ended_beside_others(self, job: str, cause: re.Pattern[str]) -> bool:
+        """Whether it ran beside others on its device, and its log names the cause."""
         said = self._log(job).read_bytes()[self.log_starts[job] :].decode(errors="replace")
-        return job in self.shared and _NO_MEMORY.search(said) is not None
+        return job in self.shared and cause.search(said) is not None
 
     def _note_failure(self, job: str, reason: str) -> None:
         if job.startswith(TEACHER):
