@@ -86,6 +86,8 @@ def _head(study: StudyConfig, results: Results, speeds: Speeds | None) -> list[s
     finished = [result for result in results.values() if result.status == "finished"]
     failed = len(results) - len(finished)
     devices = sorted({str(result.provenance["device"]) for result in finished})
+    asked_of = {result.teacher for result in finished}
+    teachers = [name for name in study.teachers if name in asked_of]
     asked = study.evaluation
     lengths = ", ".join(f"{length:,}" for length in study.lengths)
     stages = ", ".join(f"{stage} {study.stages[stage].tokens:,}" for stage in study.stages)
@@ -95,7 +97,7 @@ def _head(study: StudyConfig, results: Results, speeds: Speeds | None) -> list[s
         "is made from the JSON files of the runs by `megatron-hydra study --report`.",
         "",
         f"Every arm trains on the same data, in tokens: {stages}, where its row does not say "
-        f"otherwise. Teachers: {', '.join(study.teachers)}, at {study.data.length} tokens. "
+        f"otherwise. Teachers: {', '.join(teachers)}, at {study.data.length} tokens. "
         f"Accuracy is in % of {asked.samples} prompts per cell, answered by generated text, at "
         f"{lengths} tokens; all are asked the same. Loss is in nats on held-out text up to the "
         "training length, KL is the divergence of the next token from the teacher's there, cache "

@@ -152,7 +152,7 @@ def test_runs_come_question_by_question_and_their_first_replicates_first(study):
         for each in study.run.replicates
         if each.runs is None or "head" in each.runs.get(budget, ())
     ]
-    assert len(heads) == 4 + 6
+    assert len(heads) == 6 + 8
     assert [run.budget for run in runs if run.arm == "recipe"] == ["1"] * 3, "once for all budgets"
     firsts = ("layer_spread", "global", "window", "recipe", "fusion_none", "no_align", "fa_rope")
     seen = [[run.arm for run in runs].index(arm) for arm in firsts]
@@ -307,10 +307,10 @@ def test_the_script_takes_the_options_of_all_teachers(study, monkeypatch):
     spec.loader.exec_module(module)
     num_bytes, seeds = list[int](), set()
     for teacher in study.teachers.values():
-        words = script_arguments(teacher, Path("out"), 300.0)
+        words = script_arguments(teacher, Path("out"), 200.0)
         monkeypatch.setattr(sys, "argv", ["make_teacher", *words])
         args = module.parse_arguments()
-        assert (args.max_seconds, args.out, args.no_ablation) == (300.0, "out", True)
+        assert (args.max_seconds, args.out, args.no_ablation) == (200.0, "out", True)
         assert args.length == study.data.length
         assert args.max_positions >= max(study.lengths)
         tokenizer = SimpleNamespace(eos_token_id=0, pad_token_id=0)
@@ -320,4 +320,4 @@ def test_the_script_takes_the_options_of_all_teachers(study, monkeypatch):
         assert 10e6 < size < 12e6
         num_bytes.append(size * getattr(torch, args.dtype).itemsize)
         seeds.add(args.seed)
-    assert 2 * max(num_bytes) < 48 * 2**20 and len(seeds) == len(study.teachers) == 4
+    assert 2 * max(num_bytes) < 48 * 2**20 and len(seeds) == len(study.teachers) == 6
