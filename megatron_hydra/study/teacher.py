@@ -101,8 +101,8 @@ def _dataset(place: Path, key: str) -> Path:
 
 
 def is_lost(study: StudyConfig, name: str) -> bool:
-    """Whether results are of a teacher that is not here: one trained anew is another network."""
-    if study.teacher_folder(name).exists():
+    """Whether results are of a trained teacher that is not here: a new one is another network."""
+    if study.teachers[name].folder or study.teacher_folder(name).exists():
         return False
     runs = (run for run in study.runs() if run.teacher == name)
     return any((study.results / f"{run.name}.json").is_file() for run in runs)
