@@ -8,7 +8,6 @@ import pickle
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum, EnumType
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_hydra.errors import UserError
@@ -44,6 +44,7 @@ _OF_METADATA = {
     (f"{_DCP}.filesystem", "_StorageInfo"), ("pathlib", "PosixPath"),
     ("torch", "Size"), ("torch.serialization", "_get_layout"),
 }  # fmt: skip
+_FORMATS = frozenset(_MEM_FORMAT_ENCODING.__members__)  # a pickle may change the enumeration itself
 
 
 _OTHER_MODEL = "they are those of another model or head plan"
@@ -310,15 +311,15 @@ class _Metadata(pickle.Unpickler):
         if is_number or (module, name) in _OF_METADATA:
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
-            return _member
+            return _member_of_format
         raise _foreign(f"{module}.{name}")
 
 
-def _member(of: Any, name: str) -> Enum:
-    """A member of an enumeration, as early releases of Python 3.11 write it: by `getattr`."""
-    if isinstance(of, EnumType) and name in of.__members__:
-        return of.__members__[name]
-    raise _foreign(f"builtins.getattr({of!r}, {name!r})")
+def _member_of_format(of: Any, name: Any) -> Any:
+    """What `getattr` finds, by which early releases of Python 3.11 write a format of memory."""
+    if of is _MEM_FORMAT_ENCODING and type(name) is str and name in _FORMATS:
+        return getattr(of, name)
+    raise _foreign("builtins.getattr")
 
 
 def _foreign(what: str) -> UserError:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from megatron_hydra import cpu
 
@@ -339,17 +339,29 @@ def test_weights_that_another_release_of_python_wrote_are_read(
     assert {*_load(folder).model.state_dict()} == {*_load(hybrid).model.state_dict()}
 
 
-@pytest.mark.parametrize(
-    "what", [(Metadata, "__init__"), (Path, "cwd"), (_MEM_FORMAT_ENCODING, "mro")]
-)
-def test_nothing_but_a_member_is_looked_up(hybrid: Path, tmp_path: Path, what: Any) -> None:
-    class Found:
-        def __reduce__(self) -> tuple:
-            return getattr, what
+FORMATS = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+GETATTR, INIT = b"cbuiltins\ngetattr\n", b"X\x08\0\0\0__init__"
 
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        GETATTR + FORMATS + INIT + b"\x86R.",
+        GETATTR + b"cpathlib\nPosixPath\nX\x03\0\0\0cwd\x86R.",
+        # `__init__` becomes a member first, by which everything in Python can be reached.
+        FORMATS + b"N}X\x0c\0\0\0_member_map_}" + INIT + FORMATS + b"ss\x86b0"
+        + GETATTR + FORMATS + INIT + b"\x86R.",
+    ],
+    ids=["no member", "no format", "made a member"],
+)  # fmt: skip
+def test_nothing_but_a_member_is_looked_up(
+    hybrid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickled: bytes
+) -> None:
+    members = dict(_MEM_FORMAT_ENCODING._member_map_)
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "_member_map_", members)  # put back at the end
     folder = Path(shutil.copytree(hybrid, tmp_path / "strange"))
-    (folder / "weights/.metadata").write_bytes(pickle.dumps(Found()))
-    with pytest.raises(UserError, match=r"whose \.metadata names "):
+    (folder / "weights/.metadata").write_bytes(b"\x80\x02" + pickled)
+    with pytest.raises(UserError, match=r"whose \.metadata names builtins\.getattr"):
         _load(folder)
 
 
