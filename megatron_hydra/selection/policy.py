@@ -241,7 +241,8 @@ def _whole_layers(
     )
     if budget is None or shape is None:
         return sentence
-    # The study's hybrids with up to 14 of a layer's 16 heads FA lost nothing.
+    # The study's hybrids with up to 14 of a layer's 16 heads FA, and others in other layers, lost
+    # nothing.
     most = plan.num_heads - max(1, plan.num_heads // 8)
     try:
         budget.problem(shape, replace(constraints, max_fa_per_layer=most))

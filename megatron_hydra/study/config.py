@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -131,7 +132,9 @@ class StudyConfig:
         """
         found: dict[Run, None] = {}
         for question, budget in self._asked(asked):
-            for index, replicate in enumerate(self.run.replicates):
+            number = itertools.count()
+            for replicate in self.run.replicates:
+                index = next(number) if replicate.runs is None else 0
                 for name in question.arms:
                     at = self.budget_of(name, budget)
                     if replicate.runs is None:

@@ -135,7 +135,7 @@ class Arm:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Changes of a stage's settings."""
     replicates: Annotated[int, Limits(least=0)] = 1
-    """It runs on the first so many, beside those that name it."""
+    """It runs on the first so many of those that name no arms, and on those that name it."""
     budgets: list[str] | None = None
     """It runs at these; None: at `run.budgets`."""
 

@@ -41,13 +41,16 @@ def prepare_teacher(study: StudyConfig, name: str, watch: Watch, seconds: float)
 
     Raises:
         StoppedError: If it was asked to stop.
-        UserError: If a step cannot be done, or gives another result than it gave before.
+        UserError: If a step cannot be done, or gives another result than it gave before; if the
+            teacher is lost.
     """
     from megatron_hydra.api.convert import convert
     from megatron_hydra.api.preprocess import Retrieval, preprocess
     from megatron_hydra.api.score import score
 
     place, folder, data = teacher_place(study, name), study.teacher_folder(name), study.data
+    if is_lost(study, name):
+        raise UserError(loss_of(study, name))
     if not folder.exists():
         with watch.part("teacher"):
             _train_teacher(study, name, folder, seconds)
@@ -106,6 +109,15 @@ def is_lost(study: StudyConfig, name: str) -> bool:
         return False
     runs = (run for run in study.runs() if run.teacher == name)
     return any((study.results / f"{run.name}.json").is_file() for run in runs)
+
+
+def loss_of(study: StudyConfig, name: str) -> str:
+    """What there is to know of a lost teacher, in a sentence."""
+    return (
+        f"teacher {name} is not in {study.teacher_folder(name)}, though {study.results} has "
+        "results of it, and one trained anew is another network: name the --bundle that holds it, "
+        "or another folder as run.results"
+    )
 
 
 def is_prepared(study: StudyConfig, name: str) -> bool:

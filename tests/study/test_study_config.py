@@ -162,14 +162,17 @@ def test_runs_come_question_by_question_and_their_first_replicates_first(study):
 def test_a_replicate_that_names_its_arms_runs_these_alone_at_their_budgets():
     def runs(of_second: str) -> list[Run]:
         second = f"{{teacher: second, seed: 7, runs: {{{of_second}}}}}"
-        replicates = f"run.replicates=[{{teacher: first, seed: 0}}, {second}]"
+        replicates = f"run.replicates=[{second}, {{teacher: first, seed: 0}}]"
         return load_study(ROOT / "examples/study/study.yaml", [replicates]).runs()
 
     found = runs("1/4: [head], 1/8: [layer_but_two]")
     assert {run.name for run in found if run.seed == 7} == {
         "1-4.head.second.7", "7-64.layer_but_two.second.7",
     }  # fmt: skip
-    assert not any(run.arm == "layer_but_two" for run in found if run.seed == 0), "it counts none"
+    first = [run.arm for run in found if run.seed == 0]
+    assert "layer_but_two" not in first and first.count("head_slower") == 2, (
+        "of one it is the first"
+    )
     with pytest.raises(UserError, match="run.replicates at 1/4 names 'layer_but_two'"):
         runs("1/4: [layer_but_two]")  # which is of 1/8 alone
     with pytest.raises(UserError, match="run.replicates names '1/5'"):

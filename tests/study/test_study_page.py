@@ -239,23 +239,25 @@ def test_arms_that_differ_in_their_plan_alone_are_told_by_their_fullest_layer(tm
 
 
 def test_what_the_study_says_of_layers_of_fa_heads_alone_is_true_of_every_run():
-    """And of one layer with all FA heads: the page's notes and docs/results.md say the same."""
+    """And of layers that are limited: `leave_others`, docs/results.md and the warning of `plan`."""
     place = ROOT / "examples/study"
     study = load_study(place / "study.yaml", [f"run.results={place}/results"])
-    assert {"leave_others", "layers"} <= {*study.findings}
-    whole, one_layer, others, limited = list[float](), list[float](), list[float](), list[float]()
+    assert "leave_others" in study.findings
+    whole, nearly, others, limited = list[float](), list[float](), list[float](), list[float]()
     for run, result in load_results(study).items():
-        if study.differs_by_plan(run.arm):
-            share = ArmFigures(run.arm, [result], 512).retrieval(512)
-            numbers = [*map(len, result.fa_heads)]
-            (
-                whole if max(numbers) == 16 else one_layer if numbers.count(0) == 7 else others
-            ).append(share)
-            if max(numbers) == 12:
-                limited.append(share)
+        if not study.differs_by_plan(run.arm):
+            continue
+        share = ArmFigures(run.arm, [result], 512).retrieval(512)
+        numbers = [*map(len, result.fa_heads)]
+        if max(numbers) == 16:
+            whole.append(share)
+        elif numbers.count(0) < 7:  # FA heads in more than one layer
+            (nearly if max(numbers) == 15 else others).append(share)
+        if run.arm in ("head_beside", "global_beside"):
+            limited.append(share)
     assert len(whole) >= 15 and max(whole) < 0.31
-    assert len(one_layer) == 2 and 0.17 < min(one_layer) <= max(one_layer) < 0.185
-    assert min(others) >= 0.9 and len(limited) == 7 and min(limited) > 0.995
+    assert len(nearly) >= 4 and min(nearly) > 0.9 and len(others) > 40 and min(others) > 0.99
+    assert len(limited) >= 6 and min(limited) > 0.995
 
 
 def test_results_of_other_settings_are_not_told(study):

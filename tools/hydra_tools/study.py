@@ -16,7 +16,7 @@ from megatron_hydra.files import lock
 from megatron_hydra.study.config import STAGES, Run, StudyConfig, load_study
 from megatron_hydra.study.results import ArmResult, load_results
 from megatron_hydra.study.speeds import load_speeds, timed_arms
-from megatron_hydra.study.teacher import INPUTS, all_inputs, is_lost, teacher_place
+from megatron_hydra.study.teacher import INPUTS, all_inputs, is_lost, loss_of, teacher_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=NO_END, help=argparse.SUPPRESS)
     parser.epilog = (
         "The same command again goes on where it was; SIGTERM and SIGINT have all arms save and "
-        "stop. A teacher of which there are results is not trained anew. Exit codes: 0 when no arm "
-        "is left to run, 1 when a teacher failed or is not here, 2 for bad input, "
+        "stop. A teacher that has results is never trained again. Exit codes: 0 when no arm is "
+        "left to run, 1 when a teacher failed or is not here, 2 for bad input, "
         f"{stops.EXIT_CODE} when stopped by a signal or by --minutes."
     )
 
@@ -96,12 +96,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell_lost(study: StudyConfig, verdicts: dict[Run, str]) -> int:
-    """Say which teachers runs are left of that cannot run; the exit code."""
+    """Say of which teachers runs are left that cannot run; the exit code."""
     left = {run.teacher for run, said in verdicts.items() if said.startswith("cannot run")}
     for name in sorted(left):
-        print(f"teacher {name} is not in {study.teacher_folder(name)}, though {study.results} has "
-              "results of it: its other runs wait. One trained anew is another network: name the "
-              "--bundle that holds it, or another folder as run.results")  # fmt: skip
+        print(loss_of(study, name))
     return 1 if left else 0
 
 

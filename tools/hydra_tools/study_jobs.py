@@ -40,7 +40,9 @@ _NO_MEMORY = re.compile(
 )
 # Under CUDA's MPS a fault of one process, or its end by SIGKILL amidst a kernel, is a fault of all
 # that share the GPU (NVIDIA's documentation of MPS, on error containment).
-_GPU_FAULT = re.compile(r"illegal memory access|unspecified launch failure|CUDA_ERROR_MPS_")
+_GPU_FAULT = re.compile(
+    r"illegal memory access|unspecified launch failure|CUDA_ERROR_MPS|cudaErrorMps"
+)
 
 
 class Jobs:
@@ -57,7 +59,7 @@ class Jobs:
         self.gpu_of: dict[str, str] = {}  # of each that runs, where there are several
         self.shared = set[str]()  # of what runs, what has run beside others on its device
         self.accompanied = set[str]()  # the same on any device: they share the host's memory
-        self.faulted = set[str]()  # what a fault of the GPU has ended once, beside others
+        self.faulted = set[str]()  # what a fault of the GPU has ended beside others: alone then
         self.log_starts: dict[str, int] = {}  # where in its log's bytes what runs now begins
         self.gpus = _gpus()
         self.failed_teachers: set[str] = set()
@@ -103,7 +105,10 @@ class Jobs:
                 if not ready[teacher] and teacher not in self.failed_teachers:
                     jobs.append(TEACHER + teacher)
         jobs += [run.name for run in self.left if ready[run.teacher]]
-        yield from [job for job in jobs if job not in self.running][: max(0, free)]
+        for job in [job for job in jobs if job not in self.running][: max(0, free)]:
+            if self.running and self.faulted & {job, *self.running}:
+                break
+            yield job
 
     def _start(self, job: str) -> None:
         left = max(1.0, self.end - time.monotonic() - _SECONDS_TO_STOP)
@@ -147,11 +152,11 @@ class Jobs:
                 self._say(f"{job}: out of memory beside others: {self.places} run side by side "
                           "from here on, and it goes on after those that wait")  # fmt: skip
                 continue
-            elif job not in self.faulted and self._ended_beside_others(job, _GPU_FAULT):
+            elif self._ended_beside_others(job, _GPU_FAULT):
                 self.faulted.add(job)
                 self.left.sort(key=lambda run: run.name == job)
                 self._say(f"{job}: a fault of the GPU, which may be another's beside it: it goes "
-                          "on once more, after those that wait")  # fmt: skip
+                          "on alone, after those that wait")  # fmt: skip
                 continue
             else:
                 reason = self._reason(job, code)
