@@ -134,6 +134,11 @@ def test_layout_changes_between_lives(inputs: Path, tmp_path: Path, fusion: str)
             continue  # its norm takes the sink's effect away, and Adam follows rounding alone
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             scale = float(value.abs().max())
+            # Gradients may cancel in a first moment, a sink's of 2e-3 to 1e-6, and leave their
+            # rounding; Adam divides it by the root of the second.
+            if ".exp_avg." in name:
+                second = expected[name.replace(".exp_avg.", ".exp_avg_sq.")]
+                scale = max(scale, float(second.abs().max().sqrt()))
             torch.testing.assert_close(
                 tensors[name], value, rtol=0, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
             )

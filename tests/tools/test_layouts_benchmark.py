@@ -44,10 +44,13 @@ def test_layouts_of_eight_gpus_fit_the_ranks_and_most_the_memory(tmp_path: Path)
 def test_it_runs_on_cpu_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In two goes, of which the second asks for nothing that the first has measured."""
     words = ["layouts", "--gpus", "2", "--out", str(tmp_path), "--trial", "--steps", "3"]
-    monkeypatch.setattr(sys, "argv", [*words, "--seconds", "20"])
-    assert layouts.main() == 0
-    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*_tp*.json")}
-    assert 0 < len(first) < 12 and not (tmp_path / "chain.json").exists()
+    seconds, first = 20, dict[Path, int]()
+    while not first:  # it takes as long as the machine, which others use, to have a row
+        monkeypatch.setattr(sys, "argv", [*words, "--seconds", str(seconds)])
+        assert layouts.main() == 0
+        first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*_tp*.json")}
+        seconds *= 2
+    assert len(first) < 12 and not (tmp_path / "chain.json").exists()
     monkeypatch.setattr(sys, "argv", words)
     assert layouts.main() == 0
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
