@@ -356,9 +356,9 @@ def _names(study: StudyConfig) -> Iterator[tuple[str, str, Mapping[str, Any] | S
     """Where a name stands, the name, and what it may be."""
     yield from (("stages", name, STAGES) for name in study.stages)
     yield from (("the study needs all stages and", name, study.stages) for name in STAGES)
-    for each in study.run.replicates:
-        yield "run.replicates", each.teacher, study.teachers
-        for budget, arms in (each.runs or {}).items():
+    for replicate in study.run.replicates:
+        yield "run.replicates", replicate.teacher, study.teachers
+        for budget, arms in (replicate.runs or {}).items():
             yield "run.replicates", budget, study.budgets
             at = [name for name, arm in study.arms.items() if study.is_at(arm, budget)]
             yield from ((f"run.replicates at {budget}", name, at) for name in arms)

@@ -19,7 +19,7 @@ import yaml
 from hydra_tools import cli, study_jobs
 from hydra_tools.study_jobs import Jobs, least_used
 
-from megatron_hydra.study.config import load_study
+from megatron_hydra.study.config import StudyConfig, load_study
 from megatron_hydra.study.results import ArmResult, load_results
 
 ROOT = Path(__file__).parents[2]
@@ -325,15 +325,20 @@ def side_by_side(
     return ran
 
 
+def run_all(config: Path, workers: int) -> StudyConfig:
+    study = load_study(str(config))
+    args = argparse.Namespace(
+        config=str(config), overrides=[], workers=workers, minutes=None, bundle=None
+    )
+    assert Jobs(study, args, study.runs()).run() == 0
+    return study
+
+
 @pytest.mark.parametrize("side_by_side", [ROOM_FOR_TWO], indirect=True)
 def test_an_arm_that_memory_ends_beside_others_goes_on_with_fewer(
     config: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = load_study(str(config))
-    args = argparse.Namespace(
-        config=str(config), overrides=[], workers=4, minutes=None, bundle=None
-    )
-    assert Jobs(study, args, study.runs()).run() == 0
+    study = run_all(config, workers=4)
     said = capsys.readouterr().out
     assert re.search("out of memory beside others: [1-3] run side by side from here on", said)
     for number in range(5):
@@ -349,11 +354,7 @@ def test_arms_that_a_fault_ends_beside_others_go_on_alone(
     config: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As under CUDA's MPS, where the fault of one is that of all on the GPU, each time."""
-    study = load_study(str(config))
-    args = argparse.Namespace(
-        config=str(config), overrides=[], workers=6, minutes=None, bundle=None
-    )
-    assert Jobs(study, args, study.runs()).run() == 0
+    study = run_all(config, workers=6)
     said = capsys.readouterr().out
     for number in range(5):
         assert f"1-4.arm{number}.made.0: finished" in said
