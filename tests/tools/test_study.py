@@ -19,7 +19,7 @@ import yaml
 from hydra_tools import cli, study_jobs
 from hydra_tools.study_jobs import Jobs, least_used
 
-from megatron_hydra.study.config import StudyConfig, load_study
+from megatron_hydra.study.config import load_study
 from megatron_hydra.study.results import ArmResult, load_results
 
 ROOT = Path(__file__).parents[2]
@@ -321,28 +321,29 @@ def side_by_side(
     return ran
 
 
-def run_all(config: Path, workers: int) -> StudyConfig:
+def run_all_but_the_greedy(config: Path, workers: int, capsys: Any) -> str:
+    """What is said where five arms finish, and the greedy one fails once it is alone."""
     study = load_study(str(config))
     args = argparse.Namespace(
         config=str(config), overrides=[], workers=workers, minutes=None, bundle=None
     )
     assert Jobs(study, args, study.runs()).run() == 0
-    return study
+    said: str = capsys.readouterr().out
+    for number in range(5):
+        assert f"1-4.arm{number}.made.0: finished" in said
+    ((run, result),) = load_results(study).items()
+    assert run.arm == "greedy" and result.status == "failed", "alone it has nobody to wait for"
+    assert said.count(f"{run.name}: failed: ") == 1
+    return said
 
 
 @pytest.mark.parametrize("side_by_side", [ROOM_FOR_TWO], indirect=True)
 def test_an_arm_that_memory_ends_beside_others_goes_on_with_fewer(
     config: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = run_all(config, workers=4)
-    said = capsys.readouterr().out
+    said = run_all_but_the_greedy(config, 4, capsys)
     assert re.search("out of memory beside others: [1-3] run side by side from here on", said)
-    for number in range(5):
-        assert f"1-4.arm{number}.made.0: finished" in said
     assert max(side_by_side) == 4 and side_by_side[-1] < 4
-    ((run, result),) = load_results(study).items()
-    assert run.arm == "greedy" and result.status == "failed", "alone it has nobody to wait for"
-    assert said.count(f"{run.name}: failed: ") == 1
 
 
 @pytest.mark.parametrize("side_by_side", [FAULT_OF_ALL], indirect=True)
@@ -350,11 +351,6 @@ def test_arms_that_a_fault_ends_beside_others_go_on_alone(
     config: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As under CUDA's MPS, where the fault of one is that of all on the GPU."""
-    study = run_all(config, workers=6)
-    said = capsys.readouterr().out
-    for number in range(5):
-        assert f"1-4.arm{number}.made.0: finished" in said
+    said = run_all_but_the_greedy(config, 6, capsys)
     assert side_by_side == [1, 2, 3, 4, 5, 6] + 6 * [1]
-    ((run, result),) = load_results(study).items()
-    assert run.arm == "greedy" and result.status == "failed", "alone it is its own"
-    assert said.count(f"{run.name}: a fault of the GPU") == 1
+    assert said.count("1-4.greedy.made.0: a fault of the GPU") == 1
