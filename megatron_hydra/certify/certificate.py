@@ -188,10 +188,12 @@ class _Certifier:
         here = first.state_tensors()
         first.step()
         undisturbed = first.state_tensors()
+        del first  # no two at a time
         second = self._trainer(check.other)
         second.load(folders[0])
         there = second.state_tensors()
         second.save(folders[1])
+        del second
         third = self._trainer(check.layout)
         third.load(folders[1])
         back = third.state_tensors()

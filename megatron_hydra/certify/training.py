@@ -152,11 +152,16 @@ class Trainer:
             ),
             self.wrapped,
         )
-        self.config.finalize_model_grads_func = self._finalize
+        self.gradients: list[Piece] = []  # of the first step
+        # No method of the trainer: the model must not hold the optimizer. Where that has float32
+        # parameters, its shares of them hold the model through autograd, where Python sees no
+        # cycle, and both would stay in memory.
+        self.config.finalize_model_grads_func = partial(
+            _finalize, self.wrapped, self.chunks, self.gradients
+        )
         if layout.overlap_grad_reduce:
             each = [chunk.no_sync for chunk in self.wrapped]
             self.config.no_sync_func = each if len(each) > 1 else each[0]
-        self.gradients: list[Piece] | None = None
         self.rows = row_length(batch, layout)
         self.micro_batches = micro_batches(
             batch,
@@ -214,7 +219,6 @@ class Trainer:
             record.losses.append(loss)
             record.grad_norms.append(norm)
         scalars = torch.tensor([record.losses, record.grad_norms], dtype=torch.float64)
-        assert self.gradients is not None
         gradients = assemble(self.gradients, self.run.scratch)
         parameters = parameter_pieces(self.chunks, lambda p: p.data)
         parameters.append(Piece("losses and gradient norms", (2, num_steps), (0, 0), scalars))
@@ -299,14 +303,6 @@ class Trainer:
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
         return (total[0] / total[1]).item()
 
-    def _finalize(self, *args: Any, **kwargs: Any) -> None:
-        finalize_model_grads(*args, **kwargs)
-        if self.layout.distributed_optimizer:
-            for chunk in self.wrapped:
-                _gather_reduced_gradients(chunk)
-        if self.gradients is None:
-            self.gradients = parameter_pieces(self.chunks, _gradient)
-
     def _model_state(self) -> dict[str, Any]:
         return {f"model{i}": sharded_weights(chunk) for i, chunk in enumerate(self.chunks)}
 
@@ -365,6 +361,22 @@ def _forward(batch: MicroBatch, model: torch.nn.Module, **kwargs: Any) -> Tensor
     if batch.packed_seq_params is not None:
         kwargs["packed_seq_params"] = batch.packed_seq_params
     return model(batch.tokens.cuda(), batch.positions.cuda(), None, **kwargs)
+
+
+def _finalize(
+    wrapped: Sequence[DistributedDataParallel],
+    chunks: Sequence[GPTModel],
+    kept: list[Piece],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Megatron's `finalize_model_grads_func`, which keeps the first gradients."""
+    finalize_model_grads(*args, **kwargs)
+    for chunk in wrapped:
+        if chunk.ddp_config.use_distributed_optimizer:
+            _gather_reduced_gradients(chunk)
+    if not kept:
+        kept += parameter_pieces(chunks, _gradient)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

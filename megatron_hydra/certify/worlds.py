@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from megatron_hydra.certify.layouts import Layout
 from megatron_hydra.parallel import initialize_model_parallel
@@ -68,6 +69,7 @@ class Ranks:
     def leave(self) -> None:
         """Destroy the present world, if there is one."""
         parallel_state.destroy_model_parallel()
+        RotaryEmbedding.forward.cache_clear()  # it holds its modules, and so a process group
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron_hydra.certify.certified_model import certified_model
 from megatron_hydra.certify.checks import Limits, plan_checks, row_lengths
 from megatron_hydra.certify.comparison import bit_differences_of_tensors, differences, heads_of
+from megatron_hydra.certify.global_tensors import Piece
 from megatron_hydra.certify.layouts import Layout, local_index, micro_batches, random_batch
 from megatron_hydra.certify.tables import (
     BEGIN,
@@ -35,6 +37,7 @@ from megatron_hydra.certify.tables import (
     with_table,
 )
 from megatron_hydra.certify.training import Record, Run, Trainer, save_first_weights
+from megatron_hydra.certify.worlds import Ranks
 from megatron_hydra.errors import UserError
 from megatron_hydra.teachers.loading import megatron_fields
 
@@ -125,7 +128,7 @@ def test_what_is_recorded_leaves_the_training_alone(one_rank, dtype, tmp_path):
     save_first_weights(run)
     batch = random_batch(row_lengths(24, 1)[0], fields["vocab_size"])
     recorded, quiet = (Trainer(run, Layout(), batch) for _ in range(2))
-    quiet.gradients = []  # as if they were recorded
+    quiet.gradients.append(Piece("nothing", (), (), torch.zeros(())))  # as if they were recorded
     for trainer in (recorded, quiet):
         trainer.load_weights(run.weights)
     recorded.record(3)
@@ -266,6 +269,29 @@ def test_the_documented_layouts_are_those_of_the_certificates():
     page = ROOT / "docs/layouts.md"
     table = layouts_table([read_certificate(path) for path in paths])
     assert paths and with_table(page, table) == page.read_text(encoding="utf-8")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_layout_leaves_no_model_and_no_process_group(tmp_path):
+    """Of a matrix of layouts each would stay: in memory, and as threads that wake all the time."""
+    run_distributed(_leave_worlds, 2, tmp_path)
+
+
+def _leave_worlds(folder: Path) -> None:
+    run = Run({**tiny_fields(), **megatron_fields(torch.float32)}, tiny_plan(), folder, folder)
+    batch = random_batch(row_lengths(24, 2)[0], run.fields["vocab_size"])
+    ranks, num_threads = Ranks(), []
+    for layout in (Layout(tp=2), Layout(distributed_optimizer=True), Layout(tp=2)):
+        ranks.enter(layout)
+        trainer = Trainer(run, layout, batch)
+        trainer.step()
+        kept = [weakref.ref(module) for chunk in trainer.wrapped for module in chunk.modules()]
+        del trainer
+        ranks.leave()
+        assert not any(each() for each in kept), layout.name
+        num_threads.append(len(list(Path("/proc/self/task").iterdir())))
+    assert max(num_threads) == num_threads[0], num_threads
 
 
 @pytest.mark.dist
