@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from megatron_hydra.processes import end_with_parent
+
 _SECONDS_FOR_STACKS = 2.0
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000
 # Test processes that run side by side begin at different ones.
@@ -122,6 +124,7 @@ def _kill(processes: list[Any], stacks: Path, limit_s: float) -> str:
 def _run(
     rank: int, world_size: int, port: int, stacks: Path, function: Callable, args: tuple
 ) -> None:
+    end_with_parent(os.getppid())  # the fork server, which ends with pytest
     torch.set_num_threads(1)
     gc.freeze()  # what is imported never becomes garbage, and takes long to walk through
     crowded = torch.cuda.is_available() and torch.cuda.device_count() < world_size
