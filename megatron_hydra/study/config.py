@@ -120,6 +120,10 @@ class StudyConfig:
         arm = self.arms[name]
         return {*_said(arm)} <= _OF_THE_PLAN and {*(arm.budgets or ())} <= {*self.run.budgets}
 
+    def is_teacher(self, run: Run) -> bool:
+        """Whether a run is of the teacher as it came: all heads FA, and no step of training."""
+        return Fraction(run.budget) == 1 and not any(self.steps(run, stage) for stage in STAGES)
+
     def runs(self, asked: Sequence[str] = ()) -> list[Run]:
         """Runs in their order: a budget, its questions, of each the first replicates first.
 
@@ -300,6 +304,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     with named(str(path)):
         if empty := [key for key, listed in lists.items() if not listed]:
             raise UserError(f"{empty[0]} is empty: name one or more")
+        if study.run.least_teacher_accuracy and 1 not in study.evaluation.times:
+            raise UserError("run.least_teacher_accuracy is of 1 among evaluation.times: name it")
         for what, name, known in _names(study):
             if name not in known:
                 raise UserError(f"{what} names {name!r}; there is {', '.join(known)}")

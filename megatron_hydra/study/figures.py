@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+from megatron_hydra.study.config import Run, StudyConfig
 from megatron_hydra.study.results import ArmResult
 from megatron_hydra.study.statistics import share_right
 
@@ -80,6 +81,19 @@ class ArmFigures:
     def most_in_a_layer(self) -> str:
         """FA heads of the layer that has most of them."""
         return _one_or_range(most_in_a_layer(result) for result in self.results)
+
+
+def of_able_teachers(study: StudyConfig, results: Mapping[Run, ArmResult]) -> dict[Run, ArmResult]:
+    """The runs without those of teachers that find less than the study asks of them."""
+    least, length, unable = study.run.least_teacher_accuracy, study.data.length, set[str]()
+    for run, result in results.items():
+        if study.is_teacher(run) and result.status == "finished":
+            found = ArmFigures(run.arm, [result], length)
+            if any(
+                found.accuracy(task)[length] < least for task in study.evaluation.tasks if least
+            ):
+                unable.add(run.teacher)
+    return {run: result for run, result in results.items() if run.teacher not in unable}
 
 
 def most_in_a_layer(result: ArmResult) -> int:

@@ -14,7 +14,7 @@ from statistics import median
 from megatron_hydra.errors import UserError
 from megatron_hydra.files import write_beside
 from megatron_hydra.study.config import IN_NATS, Run, StudyConfig
-from megatron_hydra.study.figures import ArmFigures, most_in_a_layer
+from megatron_hydra.study.figures import ArmFigures, most_in_a_layer, of_able_teachers
 from megatron_hydra.study.results import ArmResult
 from megatron_hydra.study.sections import Evidence, Question
 from megatron_hydra.study.speeds import RATES, Speeds, timed_arms
@@ -27,6 +27,7 @@ from megatron_hydra.study.statistics import (
 Results = Mapping[Run, ArmResult]
 _MOST_NAMED = 6
 _HOW_FAST = "How fast?"
+_TEACHERS = "The teachers"
 _OF_A_LAYER = "How many heads of one layer?"
 _OF_A_LAYER_NOTE = (
     "All runs, at {} and at ratios of their own, of arms that differ in their plan alone, whatever "
@@ -58,6 +59,7 @@ def write_page(
     from megatron_hydra.study.charts import question_figure
 
     lines = [f"# {study.run.title}", "", *_head(study, results, speeds)]
+    everything, results = results, of_able_teachers(study, results)
     lines += _findings(study, results) + _papers_orderings(study, results)
     for key, question in study.questions.items():
         lines += ["", f"## {question.title}", *(["", question.note] if question.note else [])]
@@ -66,7 +68,7 @@ def write_page(
             lines += ["", f"### {budget} of the heads FA"]
             if not _compares(study, figures):
                 lines += ["", "Nothing to compare yet."]
-                lines += _absent(study, results, question, budget)
+                lines += _absent(study, everything, question, budget)
                 continue
             name = f"{out.stem}_{key}_{budget.replace('/', '_')}.png"
             with chart_style():
@@ -74,9 +76,9 @@ def write_page(
                 save_png(out.parent / "pictures" / name, figure, overwrite=True)
             lines += ["", *_table(study, question, figures)]
             lines += ["", f"![{question.title}](pictures/{name})"]
-            lines += _absent(study, results, question, budget)
+            lines += _absent(study, everything, question, budget)
             lines += _orderings(study, results, question, budget)
-    lines += _by_layer(study, results)
+    lines += _by_layer(study, results) + _teachers(study, everything, results)
     lines += _how_fast(study, speeds) if speeds else []
     with write_beside(out, overwrite=True) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -158,8 +160,7 @@ def _table(study: StudyConfig, question: Question, figures: Sequence[ArmFigures]
         cache, state = each.cache
         cells = [each.name, study.arms[each.name].about, each.num_fa_heads, each.most_in_a_layer]
         for task in asked.tasks:
-            shares = each.accuracy(task).values()
-            cells.append(" / ".join(f"{100 * share:.0f}" for share in shares))
+            cells.append(_shares_text(each.accuracy(task)))
         cells += [f"{100 * each.probe(name):.0f}" for name in asked.probes]
         cells += [f"{each.loss_nats:.3f}", f"{each.divergence_nats:.3f}"]
         cells += [f"{cache:,.0f}", f"{state / 1024:,.0f}", f"{each.tokens:,}"]
@@ -296,6 +297,38 @@ def _by_layer(study: StudyConfig, results: Results) -> list[str]:
     heads = ["at", "FA heads of the layer with most", "runs", "lowest", "highest", "arms"]
     note = _OF_A_LAYER_NOTE.format(" and ".join(study.run.budgets))
     return ["", f"## {_OF_A_LAYER}", "", note, "", *_markdown(heads, rows)]
+
+
+def _teachers(study: StudyConfig, everything: Results, counted: Results) -> list[str]:
+    """What each finds itself, and the runs of those that find too little."""
+    tasks, rows = study.evaluation.tasks, dict[str, list[str]]()
+    for run, result in everything.items():
+        if study.is_teacher(run) and result.status == "finished":
+            found = ArmFigures(run.arm, [result], study.data.length)
+            shares = [_shares_text(found.accuracy(task)) for task in tasks]
+            rows[run.teacher] = [run.teacher, *shares, "yes" if run in counted else "no"]
+    if not rows:
+        return []
+    heads = ["teacher", *(task.replace("niah_", "") for task in tasks), "counted"]
+    lines = ["", f"## {_TEACHERS}", "", *_markdown(heads, [*rows.values()])]
+    apart = {run: each for run, each in everything.items() if run not in counted}
+    if not apart:
+        return lines
+    names = dict.fromkeys(run.teacher for run in apart)
+    lines += ["", f"Runs of {' and '.join(names)} are in no other table, ordering, picture or "
+              f"finding: they had learnt less than {study.run.least_teacher_accuracy:.0%} of a "
+              f"task at {study.data.length:,} tokens, and what a teacher does not do its hybrids "
+              "are not tried by. These are they."]  # fmt: skip
+    asked = Question(_TEACHERS, [*study.arms])
+    for budget in study.budgets:
+        if figures := list(_figures(study, apart, asked, budget)):
+            lines += ["", f"### {budget}, {' and '.join(names)}"]
+            lines += ["", *_table(study, asked, figures)]
+    return lines
+
+
+def _shares_text(shares: Mapping[int, float]) -> str:
+    return " / ".join(f"{100 * share:.0f}" for share in shares.values())
 
 
 def _how_fast(study: StudyConfig, speeds: Speeds) -> list[str]:

@@ -29,6 +29,9 @@ class RunSection:
     budgets: list[str]
     """FA heads as a share of all: 1/8 is LA:FA 7:1. Of arms that name none of their own."""
     replicates: list[Replicate]
+    least_teacher_accuracy: Share = 0.0
+    """Of each task, at the training length, what an untrained arm that is all FA must find: runs of
+    a teacher that finds less are in a table of their own."""
     results: PathText | None = None
     """Folder of one JSON file for each finished or failed arm; None: `results` in `folder`."""
     title: str = "The study"

@@ -152,7 +152,7 @@ def test_runs_come_question_by_question_and_their_first_replicates_first(study):
         for each in study.run.replicates
         if each.runs is None or "head" in each.runs.get(budget, ())
     ]
-    assert len(heads) == 6 + 8
+    assert len(heads) == 8 + 10
     assert [run.budget for run in runs if run.arm == "recipe"] == ["1"] * 3, "once for all budgets"
     firsts = ("layer_spread", "global", "window", "recipe", "fusion_none", "no_align", "fa_rope")
     seen = [[run.arm for run in runs].index(arm) for arm in firsts]
@@ -269,6 +269,7 @@ def test_questions_are_asked_in_the_order_in_which_they_are_named(study):
         ("teachers.first.folder=here", r"teachers\.first must say one of folder and script"),
         ("evaluation.probes=[]", r"questions\.selection names 'kv_retrieval'; there is retr"),
         ("evaluation.times=[]", r"evaluation\.times is empty"),
+        ("evaluation.times=[2, 4]", r"run\.least_teacher_accuracy is of 1 among evaluation\.times"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(override, message):
@@ -323,4 +324,4 @@ def test_the_script_takes_the_options_of_all_teachers(study, monkeypatch):
         assert 10e6 < size < 12e6
         num_bytes.append(size * getattr(torch, args.dtype).itemsize)
         seeds.add(args.seed)
-    assert 2 * max(num_bytes) < 48 * 2**20 and len(seeds) == len(study.teachers) == 6
+    assert 2 * max(num_bytes) < 48 * 2**20 and len(seeds) == len(study.teachers) == 8

@@ -14,7 +14,7 @@ from megatron_hydra.evaluation.generation import Answered, GeneratedResult
 from megatron_hydra.evaluation.positions import PositionLoss
 from megatron_hydra.study.charts import question_figure
 from megatron_hydra.study.config import Run, StudyConfig, load_study
-from megatron_hydra.study.figures import ArmFigures
+from megatron_hydra.study.figures import ArmFigures, of_able_teachers
 from megatron_hydra.study.page import compare, write_page
 from megatron_hydra.study.results import ArmResult, load_results
 from megatron_hydra.study.sections import Evidence, Finding
@@ -244,7 +244,7 @@ def test_what_the_study_says_of_layers_of_fa_heads_alone_is_true_of_every_run():
     study = load_study(place / "study.yaml", [f"run.results={place}/results"])
     assert "leave_others" in study.findings
     whole, nearly, others, limited = list[float](), list[float](), list[float](), list[float]()
-    for run, result in load_results(study).items():
+    for run, result in of_able_teachers(study, load_results(study)).items():
         if not study.differs_by_plan(run.arm):
             continue
         share = ArmFigures(run.arm, [result], 512).retrieval(512)
@@ -258,6 +258,38 @@ def test_what_the_study_says_of_layers_of_fa_heads_alone_is_true_of_every_run():
     assert len(whole) >= 15 and max(whole) < 0.31
     assert len(nearly) >= 4 and min(nearly) > 0.9 and len(others) > 40 and min(others) > 0.99
     assert len(limited) >= 6 and min(limited) > 0.995
+
+
+def test_runs_of_a_teacher_that_finds_too_little_stand_apart(study, tmp_path):
+    study = load_study(ROOT / "examples/study/study.yaml", [f"run.results={tmp_path}/results"])
+    assert study.run.least_teacher_accuracy == 0.95
+    shares = {"first": 1.0, "second": 0.9}
+    results = {}
+    for run in (run for run in study.runs() if run.teacher in shares):
+        if run.arm == "teacher":  # it finds all; of the second, one task only
+            result = made(study, run, 1.0)
+            assert result.evaluation is not None
+            cells = tuple(
+                cell if cell.task == "niah_single_2" or run.teacher == "first"
+                else Answered.count(cell.cell, [1] * 189 + [0] * 11, [1] * 200)
+                for cell in result.evaluation.tasks
+            )  # fmt: skip
+            evaluation = dataclasses.replace(result.evaluation, tasks=cells)
+            results[run] = dataclasses.replace(result, evaluation=evaluation)
+        elif run.arm in ("head", "layer_spread") and run.budget == "1/8":
+            results[run] = made(study, run, shares[run.teacher])
+    write_page(study, results, tmp_path / "page.md")
+    page, apart = (tmp_path / "page.md").read_text().split("## The teachers")
+    rows = [line for line in page.splitlines() if line.startswith("| head | ")]
+    assert rows and all(" | 100, 100 |" in row for row in rows), "two runs of the first teacher"
+    assert re.search(r"\| head over layer_spread \| 1/8 .* \| 2 \| ", page)
+    assert "head (second, seed 1)" not in page, "it has run"
+    assert "| first | 100 / 100 / 100 / 100 / 100 | 100 / 100 / 100 / 100 / 100 | yes |" in apart
+    assert "| second | 100 / 100 / 100 / 100 / 100 | 94 / 94 / 94 / 94 / 94 | no |" in apart
+    (row,) = [line for line in apart.splitlines() if line.startswith("| head | ")]
+    assert re.search(r" \| (89|90|91) \|$", row)
+    study.run.least_teacher_accuracy = 0.94
+    assert of_able_teachers(study, results) == results
 
 
 def test_results_of_other_settings_are_not_told(study):

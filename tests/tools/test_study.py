@@ -222,12 +222,16 @@ def test_what_ails_every_arm_ends_the_study(config: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_teacher_that_fails_leaves_its_arms_and_says_why(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text("raise SystemExit('no teacher today')")
-    process = start(config)
-    said = process.communicate()[0]
-    assert process.returncode == 1
-    assert "teacher:made: failed: " in said and "script.py ended with code 1" in said
-    assert not (tmp_path / "results").exists(), "no arm has failed"
+    """What it wrote is too weak, and is not taken for a teacher the second time either."""
+    (tmp_path / "script.py").write_text(f"{SCRIPT}raise SystemExit('too weak')")
+    for _ in range(2):
+        process = start(config)
+        said = process.communicate()[0]
+        assert process.returncode == 1
+        assert "teacher:made: failed: " in said and "script.py ended with code 1" in said
+        assert not (tmp_path / "results").exists(), "no arm has failed"
+        made = {path.name for path in (tmp_path / "study/teachers/made").iterdir()}
+        assert "hf.unchecked" in made and "hf" not in made
 
 
 def test_a_teacher_of_which_there_are_results_is_not_trained_anew(
