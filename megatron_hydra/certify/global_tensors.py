@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -56,6 +57,31 @@ def parameter_pieces(
         with _standing_in(chunk, value):
             pieces += shard_pieces(sharded_weights(chunk))
     return pieces
+
+
+def gradient_pieces(wrapped: Sequence[DistributedDataParallel]) -> list[Piece]:
+    """What this rank holds of every gradient, once they are reduced; collective."""
+    for chunk in wrapped:
+        if chunk.ddp_config.use_distributed_optimizer:
+            _gather_reduced_gradients(chunk)
+    return parameter_pieces([chunk.module for chunk in wrapped], _gradient)
+
+
+def _gather_reduced_gradients(ddp: DistributedDataParallel) -> None:
+    """Complete the gradient buffers, of which each rank has reduced its optimizer's share."""
+    for bucket_group in ddp.bucket_groups:
+        group = bucket_group.intra_distributed_optimizer_instance_group
+        for bucket in bucket_group.buckets:
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            parts = [torch.empty_like(own) for _ in range(group.size())]
+            dist.all_gather(parts, own, group=group)
+            bucket.grad_data.copy_(torch.cat(parts))
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    if not parameter.requires_grad:
+        return torch.zeros_like(parameter.data)
+    return parameter.main_grad
 
 
 @contextmanager

@@ -26,7 +26,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_hydra.certify.global_tensors import Piece, assemble, parameter_pieces, shard_pieces
+from megatron_hydra.certify.global_tensors import (
+    Piece,
+    assemble,
+    gradient_pieces,
+    parameter_pieces,
+    shard_pieces,
+)
 from megatron_hydra.certify.layouts import Batch, Layout, MicroBatch, micro_batches, row_length
 from megatron_hydra.head_plan import HeadPlan
 from megatron_hydra.model.build import build_model
@@ -156,9 +162,7 @@ class Trainer:
         # No method of the trainer: the model must not hold the optimizer. Where that has float32
         # parameters, its shares of them hold the model through autograd, where Python sees no
         # cycle, and both would stay in memory.
-        self.config.finalize_model_grads_func = partial(
-            _finalize, self.wrapped, self.chunks, self.gradients
-        )
+        self.config.finalize_model_grads_func = partial(_finalize, self.wrapped, self.gradients)
         if layout.overlap_grad_reduce:
             each = [chunk.no_sync for chunk in self.wrapped]
             self.config.no_sync_func = each if len(each) > 1 else each[0]
@@ -364,36 +368,12 @@ def _forward(batch: MicroBatch, model: torch.nn.Module, **kwargs: Any) -> Tensor
 
 
 def _finalize(
-    wrapped: Sequence[DistributedDataParallel],
-    chunks: Sequence[GPTModel],
-    kept: list[Piece],
-    *args: Any,
-    **kwargs: Any,
+    wrapped: Sequence[DistributedDataParallel], kept: list[Piece], *args: Any, **kwargs: Any
 ) -> None:
     """Megatron's `finalize_model_grads_func`, which keeps the first gradients."""
     finalize_model_grads(*args, **kwargs)
-    for chunk in wrapped:
-        if chunk.ddp_config.use_distributed_optimizer:
-            _gather_reduced_gradients(chunk)
     if not kept:
-        kept += parameter_pieces(chunks, _gradient)
-
-
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    if not parameter.requires_grad:
-        return torch.zeros_like(parameter.data)
-    return parameter.main_grad
-
-
-def _gather_reduced_gradients(ddp: DistributedDataParallel) -> None:
-    """Complete the gradient buffers, of which each rank has reduced its optimizer's share."""
-    for bucket_group in ddp.bucket_groups:
-        group = bucket_group.intra_distributed_optimizer_instance_group
-        for bucket in bucket_group.buckets:
-            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-            parts = [torch.empty_like(own) for _ in range(group.size())]
-            dist.all_gather(parts, own, group=group)
-            bucket.grad_data.copy_(torch.cat(parts))
+        kept += gradient_pieces(wrapped)
 
 
 def _save(state: dict[str, Any], folder: Path) -> None:
