@@ -305,7 +305,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
         if empty := [key for key, listed in lists.items() if not listed]:
             raise UserError(f"{empty[0]} is empty: name one or more")
         if study.run.least_teacher_accuracy and 1 not in study.evaluation.times:
-            raise UserError("run.least_teacher_accuracy is of 1 among evaluation.times: name it")
+            raise UserError("run.least_teacher_accuracy is at 1 of evaluation.times: name it there")
         for what, name, known in _names(study):
             if name not in known:
                 raise UserError(f"{what} names {name!r}; there is {', '.join(known)}")

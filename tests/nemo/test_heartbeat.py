@@ -25,7 +25,7 @@ SECONDS = 20  # a busy machine's step is far below
 
 
 @pytest.mark.dist
-@pytest.mark.slow
+@pytest.mark.exhaustive  # two launches, and the silence between them: minutes on a busy machine
 def test_a_rank_that_hangs_is_ended_and_the_run_goes_on(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path)
     command = [

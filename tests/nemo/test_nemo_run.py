@@ -75,6 +75,7 @@ with run.Experiment("partial") as experiment:
 """
 
 
+@pytest.mark.exhaustive  # three launches
 def test_a_stage_as_a_function_takes_nemos_preemption_plugin(tmp_path: Path) -> None:
     """Its signal is in the job, and the training that gets it saves, stops and goes on."""
     write_inputs(tmp_path, PLAN)

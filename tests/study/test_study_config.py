@@ -269,7 +269,7 @@ def test_questions_are_asked_in_the_order_in_which_they_are_named(study):
         ("teachers.first.folder=here", r"teachers\.first must say one of folder and script"),
         ("evaluation.probes=[]", r"questions\.selection names 'kv_retrieval'; there is retr"),
         ("evaluation.times=[]", r"evaluation\.times is empty"),
-        ("evaluation.times=[2, 4]", r"run\.least_teacher_accuracy is of 1 among evaluation\.times"),
+        ("evaluation.times=[2, 4]", r"run\.least_teacher_accuracy is at 1 of evaluation\.times"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(override, message):
