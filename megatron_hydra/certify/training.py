@@ -223,6 +223,7 @@ class Trainer:
             record.losses.append(loss)
             record.grad_norms.append(norm)
         scalars = torch.tensor([record.losses, record.grad_norms], dtype=torch.float64)
+        assert self.gradients, "the first step keeps them"
         gradients = assemble(self.gradients, self.run.scratch)
         parameters = parameter_pieces(self.chunks, lambda p: p.data)
         parameters.append(Piece("losses and gradient norms", (2, num_steps), (0, 0), scalars))

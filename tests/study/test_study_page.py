@@ -260,7 +260,7 @@ def test_what_the_study_says_of_layers_of_fa_heads_alone_is_true_of_every_run():
     assert len(limited) >= 6 and min(limited) > 0.995
 
 
-def test_runs_of_a_teacher_that_finds_too_little_stand_apart(study, tmp_path):
+def test_runs_of_a_teacher_that_finds_too_little_stand_apart(tmp_path):
     study = load_study(ROOT / "examples/study/study.yaml", [f"run.results={tmp_path}/results"])
     assert study.run.least_teacher_accuracy == 0.95
     shares = {"first": 1.0, "second": 0.9}
