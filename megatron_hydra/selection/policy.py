@@ -236,8 +236,8 @@ def _whole_layers(
         return None
     sentence = (
         f"layer{'s' if len(whole) > 1 else ''} {', '.join(map(str, whole))} would have FA heads "
-        "alone: in this project's study (docs/study.md) hybrids with such a layer lost most of "
-        "what lies beyond the training length"
+        "alone: in this project's study (docs/study.md) almost all hybrids with such a layer "
+        "lost most of what lies beyond the training length"
     )
     if budget is None or shape is None:
         return sentence
