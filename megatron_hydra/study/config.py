@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +135,14 @@ class StudyConfig:
         Raises:
             UserError: If there is no such question, or nothing of it at that budget.
         """
+        return self._runs_of(asked) if asked else list(self._all_runs)
+
+    @cached_property
+    def _all_runs(self) -> list[Run]:
+        """The page asks for them with every figure, and nothing that they come of changes."""
+        return self._runs_of(())
+
+    def _runs_of(self, asked: Sequence[str]) -> list[Run]:
         found: dict[Run, None] = {}
         for question, budget in self._asked(asked):
             number = itertools.count()
@@ -324,7 +333,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
             find_sub_probe(name)
         nowhere = Path("nowhere")
         scoring = study.scoring(nowhere, nowhere)
-        for name in dict.fromkeys(run.arm for run in study.runs()):
+        for name, run in {run.arm: run for run in study.runs()}.items():
             arm = study.arms[name]
             with named(f"arms.{name}"):
                 check_plan(
@@ -333,8 +342,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
                     Fraction(arm.window_ratio),
                     is_random=arm.random,
                 )
-        for run in study.runs():
-            for stage in STAGES:
+            for stage in STAGES:  # any run's, as all its runs have the same settings
                 study.stage_config(run, stage, nowhere, nowhere, nowhere, nowhere)
     return study
 
