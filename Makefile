@@ -56,11 +56,10 @@ quickstart: $(INSTALLED)
 
 # In the order of testpaths, which has the long files first: else one is left to the end. The test in
 # the newest transformers runs beside it, which by itself would leave a core idle.
-test: $(INSTALLED) $(NEWEST)/.installed $(OPTIONAL)/.installed $(LM_EVAL)/.installed
-	$(NEWEST)/bin/python -m pytest -q -p no:cacheprovider \
-		tests/export/test_decoding.py tests/export/test_equal_to_megatron.py tests/export/test_trained_in_transformers.py \
-		tests/export/test_four_commands.py tests/export/test_flash_attention.py tests/export/test_calls.py \
-		> $(NEWEST)/test.log 2>&1 & newest=$$!; \
+IN_NEWEST := $(NEWEST)/bin/python -m pytest -q -p no:cacheprovider $(patsubst %,tests/export/test_%.py,\
+	decoding equal_to_megatron trained_in_transformers four_commands flash_attention calls)
+test: $(INSTALLED) $(NEWEST)/.installed
+	$(IN_NEWEST) -m "not gpu and not exhaustive" > $(NEWEST)/test.log 2>&1 & newest=$$!; \
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder \
 		-m "not gpu and not exhaustive"; code=$$?; \
 	wait $$newest || code=1; cat $(NEWEST)/test.log; exit $$code
@@ -72,8 +71,9 @@ test-cluster: $(INSTALLED)
 		buildah debootstrap
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest -q --show-capture=no tests/cluster
 
-test-slow: $(INSTALLED) $(LM_EVAL)/.installed
-	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"
+test-slow: $(INSTALLED) $(NEWEST)/.installed $(OPTIONAL)/.installed $(LM_EVAL)/.installed
+	$(VENV)/bin/python -m pytest -q -m "exhaustive and not gpu"; code=$$?; \
+	$(IN_NEWEST) -m "exhaustive and not gpu" || code=1; exit $$code
 
 CERTIFY := OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node
 CERTIFIED := -m hydra_tools.certify --config examples/quickstart/certify.yaml --overwrite

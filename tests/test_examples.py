@@ -223,6 +223,7 @@ if "IN_CONTAINER" not in os.environ:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # four launches
 def test_every_step_of_a_transfer_is_in_the_container(tmp_path: Path) -> None:
     """Two real steps by a stand-in for srun, which alone finds PyTorch, as far as the ranks'.
 

@@ -84,6 +84,7 @@ sys.stdout.write("LOADED " + " ".join({name.partition(".")[0] for name in sys.mo
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # imports all of NeMo anew
 def test_the_nemo_extra_asks_for_all_that_training_imports(wheel: zipfile.ZipFile) -> None:
     """An environment made by pip alone has no more than what somebody asks for."""
     paths = os.pathsep.join(str(ROOT / folder) for folder in PACKAGES.values())

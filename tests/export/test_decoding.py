@@ -305,8 +305,11 @@ def test_bad_calls_are_named(hybrid, options, message):
 
 @pytest.mark.parametrize(
     ("batch", "mask"),
-    [(1, None), (2, None), (2, HOLES[:2])],
-    ids=["one", "whole", "padded"],
+    [
+        pytest.param(1, None, id="one", marks=pytest.mark.exhaustive),
+        pytest.param(2, None, id="whole", marks=pytest.mark.exhaustive),
+        pytest.param(2, HOLES[:2], id="padded"),
+    ],
 )
 def test_steps_of_a_static_cache_are_compiled_once(hybrid, batch, mask):
     """In one graph, as CUDA graphs ask, that is right for every later step."""

@@ -119,7 +119,12 @@ def _load(folder: Path, **options):
 
 
 @pytest.mark.parametrize(
-    ("python", "name"), [(sys.executable, "hf"), (sys.executable, "sharded"), (NEWEST, "hf")]
+    ("python", "name"),
+    [
+        (sys.executable, "hf"),
+        (NEWEST, "hf"),
+        pytest.param(sys.executable, "sharded", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_stranger_loads_it_and_generates(models, tmp_path, python, name):
     if not Path(python).is_file():
@@ -137,9 +142,14 @@ def test_a_stranger_loads_it_and_generates(models, tmp_path, python, name):
 
 @pytest.mark.parametrize(
     "device_map",
-    ["auto", {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
-              "model.norm": "cpu", "lm_head": "cpu"}],
-    ids=["auto", "a layer on the disk"],
+    [
+        pytest.param("auto", id="auto", marks=pytest.mark.exhaustive),
+        pytest.param(
+            {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+             "model.norm": "cpu", "lm_head": "cpu"},
+            id="a layer on the disk",
+        ),
+    ],
 )  # fmt: skip
 def test_accelerate_spreads_its_layers(models, tmp_path, device_map):
     if not Path(NEWEST).is_file():

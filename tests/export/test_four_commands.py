@@ -97,10 +97,11 @@ def test_the_way_back_is_bit_equal(folder: Path) -> None:
     assert all(first[name].equal(second[name]) for name in first)
 
 
+@pytest.mark.exhaustive  # a launch of the harness takes a minute
 def test_the_harness_asks_what_evaluate_asks(folder: Path) -> None:
     """And counts as many answers."""
     if not LM_EVAL.is_file():
-        pytest.skip("no environment of lm-eval: make test makes it")
+        pytest.skip("no environment of lm-eval: make test-slow makes it")
     ask = ["evaluate", "--hf", f"h={folder}/hf", "--tasks", "niah_single_2", "--lengths", "256"]
     ask += ["--num-samples", "4", "--wording", "short", "--dump", f"{folder}/prompts.jsonl"]
     assert cli.main([*ask, "--out", f"{folder}/found.json"]) == 0

@@ -88,6 +88,7 @@ def _commands(folder: Path) -> list[list[str]]:
     ]
 
 
+@pytest.mark.exhaustive  # five commands on 400 MB each, in a process of its own
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
 def test_a_model_larger_than_the_memory_is_converted(tmp_path: Path) -> None:
     _teacher(tmp_path / "large")

@@ -13,5 +13,5 @@ _BIN = Path(sys.prefix) / "optional/bin"
 def optional_program(name: str) -> str:
     """A program there; the test is skipped where nobody has made the environment."""
     if not (_BIN / name).exists():
-        pytest.skip("no environment of optional packages: make test makes it")
+        pytest.skip("no environment of optional packages: make test-slow makes it")
     return str(_BIN / name)

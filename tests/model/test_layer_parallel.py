@@ -74,8 +74,10 @@ COVERING_ON_FOUR = {
 
 
 def test_a_covering_part_of_the_matrix_on_two_ranks(tmp_path):
-    """Four layers, of which pipeline stages and checkpoints need several."""
-    rows = _certify(tmp_path, 2, {}, PLAN, (2, 2, 2), COVERING_ON_TWO, num_steps=2)
+    """Four layers, as pipeline stages and checkpoints need several, and four kinds of head."""
+    kinds = {0: OTHER_KINDS[0], 3: OTHER_KINDS[1]}
+    window = dict(sliding_window_tokens=40)
+    rows = _certify(tmp_path, 2, window, PLAN, (2, 2, 2), COVERING_ON_TWO, kinds, num_steps=2)
     assert _names(rows) == COVERING_ON_TWO
 
 
@@ -93,6 +95,7 @@ def test_a_covering_part_of_the_matrix_on_four_ranks(tmp_path):
     assert _names(rows) == COVERING_ON_FOUR
 
 
+@pytest.mark.exhaustive  # five layouts on four ranks
 def test_the_optimizer_is_shared_out_over_replicas_of_unlike_ranks(tmp_path):
     """Norms' gradients are summed over tensor-parallel ranks that own other parts of them."""
     wanted = {
@@ -118,6 +121,7 @@ def test_the_optimizer_is_shared_out_beside_context_and_pipeline_parallelism(var
     assert _names(rows) == wanted
 
 
+@pytest.mark.exhaustive  # two ranks have the same kinds above
 def test_four_kinds_in_a_layer_on_four_ranks(tmp_path):
     """Full attention, Gated DeltaNet, Kimi Delta Attention and sliding windows."""
     wanted = {

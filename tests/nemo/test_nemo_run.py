@@ -19,7 +19,8 @@ from kit.optional import optional_program
 from kit.tiny_models import PLAN
 from test_training import write_inputs
 
-pytestmark = pytest.mark.slow
+# Each test launches NeMo anew two to six times, which takes minutes on a busy machine.
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,7 +76,6 @@ with run.Experiment("partial") as experiment:
 """
 
 
-@pytest.mark.exhaustive  # three launches
 def test_a_stage_as_a_function_takes_nemos_preemption_plugin(tmp_path: Path) -> None:
     """Its signal is in the job, and the training that gets it saves, stops and goes on."""
     write_inputs(tmp_path, PLAN)

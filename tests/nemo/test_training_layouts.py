@@ -86,7 +86,7 @@ def _layout(tied: str, world_size: int, *sizes: str, fast: bool = False) -> Any:
     ("shape", "world_size", "sizes"),
     [
         _layout("tied", 2, f"{PIPELINE}=2", fast=True),
-        _layout("tied", 2, f"{CONTEXT}=2", f"{SHARED}=true", f"{OVERLAP}=true", fast=True),
+        _layout("tied", 2, f"{CONTEXT}=2", f"{SHARED}=true", f"{OVERLAP}=true"),
         _layout("tied", 4, f"{PIPELINE}=2", f"{TENSOR}=2", f"{SEQUENCE}=true"),
         _layout("untied", 2, f"{CONTEXT}=2"),
         _layout("untied", 2, f"{PIPELINE}=2"),

@@ -218,7 +218,7 @@ def one_rank(inputs: Path) -> Path:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param([], id="two_replicas"),
+        pytest.param([], id="two_replicas", marks=pytest.mark.exhaustive),
         pytest.param([f"{PIPELINE}=2"], id="pipeline"),
         pytest.param(
             [f"{TENSOR}=2", "strategy.sequence_parallel=true"],

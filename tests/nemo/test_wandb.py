@@ -182,6 +182,7 @@ while at + 7 <= len(data):
 """
 
 
+@pytest.mark.exhaustive  # two launches; the stand-in has the same scalars above
 def test_the_package_itself_writes_into_the_run_folder_offline(
     inputs: Path, tmp_path: Path
 ) -> None:

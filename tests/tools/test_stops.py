@@ -162,7 +162,9 @@ def _state(pid: int) -> str:
         return "Z"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive)]
+)
 def test_a_verb_that_a_signal_ends_leaves_no_half_output(
     tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def dry_run(config: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dic
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # trains an arm through all stages, in five processes
 def test_stopped_gone_on_with_failed_carried_and_told(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,20 +209,6 @@ def test_a_teacher_that_is_trained_and_not_yet_scored_is_carried(
 
 
 @pytest.mark.slow
-def test_what_ails_every_arm_ends_the_study(config: Path, tmp_path: Path) -> None:
-    arms = {f"arm{i}": {"about": "", "constraints": {"per_layer": 9}} for i in range(5)}
-    study = yaml.safe_load(config.read_text()) | {"arms": arms}
-    study["questions"] = {"which": {"title": "Which?", "arms": [*arms]}}
-    config.write_text(yaml.safe_dump(study))
-    process = start(config)
-    said = process.communicate()[0]
-    assert process.returncode == 75 and said.count(": failed: ") == 3, said
-    assert "none has finished, and too many have failed: 2 runs are left" in said
-    again = start(config, "--retry-failed", "arms.arm4.constraints.per_layer=9")
-    assert "arm0.made.0: started" in again.communicate()[0]
-
-
-@pytest.mark.slow
 def test_a_teacher_that_fails_leaves_its_arms_and_says_why(config: Path, tmp_path: Path) -> None:
     """What it wrote is too weak, and is not taken for a teacher the second time either."""
     (tmp_path / "script.py").write_text(f"{SCRIPT}raise SystemExit('too weak')")
@@ -339,6 +327,20 @@ def run_all_but_the_greedy(config: Path, workers: int, capsys: Any) -> str:
     assert run.arm == "greedy" and result.status == "failed", "alone it has nobody to wait for"
     assert said.count(f"{run.name}: failed: ") == 1
     return said
+
+
+@pytest.mark.parametrize("side_by_side", ["raise SystemExit('no such kernel')"], indirect=True)
+def test_what_ails_every_arm_ends_the_study(
+    config: Path, tmp_path: Path, side_by_side: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "examples/quickstart/teacher", tmp_path / "study/teachers/made/hf")
+    words = ["study", "--config", str(config)]
+    for more in ([], ["--retry-failed"]):
+        assert cli.main([*words, *more]) == 75
+        said = capsys.readouterr().out
+        assert "1-4.arm0.made.0: started" in said and said.count(": failed: ") == 3, said
+        assert "none has finished, and too many have failed: 3 runs are left" in said
+    assert len(side_by_side) == 6
 
 
 @pytest.mark.parametrize("side_by_side", [ROOM_FOR_TWO], indirect=True)

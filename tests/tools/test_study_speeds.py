@@ -42,6 +42,7 @@ def run(tmp_path: Path) -> Run:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # converts and trains four times
 def test_measured_once_kept_and_gone_on_with(run, tmp_path, capfd) -> None:
     out = tmp_path / "speeds.json"
     assert run("speeds.arms=[teacher]") == 0
