@@ -101,7 +101,7 @@ def _scored_by_text(patch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(("folder", "has_code"), [("hf", True), ("qwen3", False)])
-@pytest.mark.parametrize("most", [300, 5])
+@pytest.mark.parametrize("most", [pytest.param(300, marks=pytest.mark.exhaustive), 5])
 def test_prompts_that_are_read_in_pieces_are_answered_alike(
     models: Path, folder: str, has_code: bool, most: int
 ) -> None:
@@ -232,7 +232,10 @@ def _ask_teacher_on_ranks(models: Path, folder: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("tensor", [2, 1], ids=["tensor", "replicas"])
+@pytest.mark.parametrize(
+    "tensor",
+    [pytest.param(2, id="tensor"), pytest.param(1, id="replicas", marks=pytest.mark.exhaustive)],
+)
 def test_two_ranks_go_on_where_one_was_killed(models, tmp_path, tensor):
     """The first two cells are one rank's, of which the third was killed.
 

@@ -121,7 +121,11 @@ def _points(folder: Path, tag: str = TASK) -> dict[int, float]:
     return {point.step: point.value for point in events.Scalars(tag)}
 
 
-@pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("world_size", "tensor"),
+    [(2, 2), *(pytest.param(*sizes, marks=pytest.mark.exhaustive) for sizes in ((1, 1), (2, 1)))],
+    ids=str,
+)
 def test_right_answers_are_counted(tmp_path: Path, world_size: int, tensor: int) -> None:
     """Right are those that the model gives by whole forward passes, one row after the other."""
     inputs = write_inputs(tmp_path, PLAN_OF_KINDS)

@@ -215,19 +215,14 @@ def one_rank(inputs: Path) -> Path:
     return inputs / "one"
 
 
+@pytest.mark.exhaustive  # four runs on one rank, and four per layout
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param([], id="two_replicas", marks=pytest.mark.exhaustive),
+        pytest.param([], id="two_replicas"),
         pytest.param([f"{PIPELINE}=2"], id="pipeline"),
-        pytest.param(
-            [f"{TENSOR}=2", "strategy.sequence_parallel=true"],
-            id="tensor",
-            marks=pytest.mark.exhaustive,
-        ),
-        pytest.param(
-            ["strategy.context_parallel_size=2"], id="context", marks=pytest.mark.exhaustive
-        ),
+        pytest.param([f"{TENSOR}=2", "strategy.sequence_parallel=true"], id="tensor"),
+        pytest.param(["strategy.context_parallel_size=2"], id="context"),
     ],
 )
 def test_layouts_find_the_same_loss(
