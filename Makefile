@@ -1,7 +1,7 @@
 # The commands of this repository; each makes the environment it needs.
 #   make quickstart   the main job, from the shipped teacher to a report (about 9 minutes)
-#   make test         all tests that need no GPU, but for the long matrix
-#   make test-slow    the long matrix of parallel layouts, and what else takes minutes (about 80 minutes)
+#   make test         all tests that need no GPU, but for those that take minutes
+#   make test-slow    the long matrix of parallel layouts, and what else takes minutes (about 90 minutes)
 #   make test-cluster on Debian, as root: launch scripts on a real Slurm over two hosts, the CPU image (27 minutes)
 #   make certificates certify the quickstart's model anew, and the table of docs/layouts.md from it
 #   make lint         formatter and linter, in a second; they run before the tests in CI
