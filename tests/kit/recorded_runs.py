@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from kit.faults import Fault
 from torch import Tensor
@@ -85,6 +86,27 @@ def recorded_run(
         seen.findings = [json.loads(line) for line in lines]
     unset_num_microbatches_calculator()  # NeMo keeps the first run's
     return seen
+
+
+@contextmanager
+def without_watch() -> Iterator[None]:
+    """Runs have no hook, no look at gradients, no flag; the gradient norm is handed on."""
+    from megatron_hydra.nemo.bad_numbers import NumberWatch
+
+    def finds_bad(self: NumberWatch, grad_norm: float) -> bool:
+        self.grad_norm = grad_norm
+        return False
+
+    replaced = {
+        "attach": lambda self, chunks: None,
+        "look_at_gradients": lambda self: None,
+        "finds_bad": finds_bad,
+        "spike": lambda self, loss: None,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in replaced.items():
+            patch.setattr(NumberWatch, name, function)
+        yield
 
 
 @contextmanager

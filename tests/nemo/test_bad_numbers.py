@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from kit import forks
 from kit.distributed import run_distributed
 from kit.faults import gradient_fault, head_fault, hidden_states_fault
 from kit.lives import paths
-from kit.recorded_runs import RecordedRun, is_bit_equal, recorded_run
+from kit.recorded_runs import RecordedRun, is_bit_equal, recorded_run, without_watch
 from kit.tiny_models import write_models
 from torch import nn
 
@@ -95,7 +93,7 @@ def _check_heads_on_tensor_parallel_ranks(inputs: Path, folder: Path) -> None:
 
 def _check_gradients_on_tensor_parallel_ranks(inputs: Path, folder: Path) -> None:
     clean = _run(inputs, folder / "clean", [])
-    with _without_watch():
+    with without_watch():
         _check_equal(_run(inputs, folder / "unwatched", []), clean)
 
     in_proj, norm = "self_attention.in_proj.weight", "pre_mlp_layernorm.weight"
@@ -283,27 +281,6 @@ def _write_bad_hybrid(inputs: Path, folder: Path) -> None:
         attention.in_proj.weight[attention.layout.rows("la_value", 1)] = torch.nan
     plan = HeadPlan.load(inputs / "plan.json")
     save_checkpoint(folder, loaded.model, loaded.config, plan, inputs / "hybrid/tokenizer", {})
-
-
-@contextmanager
-def _without_watch() -> Iterator[None]:
-    """No hook, no look at gradients, no flag; the gradient norm is handed on."""
-    from megatron_hydra.nemo.bad_numbers import NumberWatch
-
-    def finds_bad(self: NumberWatch, grad_norm: float) -> bool:
-        self.grad_norm = grad_norm
-        return False
-
-    replaced = {
-        "attach": lambda self, chunks: None,
-        "look_at_gradients": lambda self: None,
-        "finds_bad": finds_bad,
-        "spike": lambda self, loss: None,
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, function in replaced.items():
-            patch.setattr(NumberWatch, name, function)
-        yield
 
 
 def _rank_of(model: nn.Module, layer: int, head: int) -> int:
