@@ -49,9 +49,9 @@ VARIANTS = {
     ),
 }
 # What `make test` keeps: each kind of split once, in the combination that has most to go wrong.
-# Tensor beside context or pipeline parallelism, on four ranks, is in test_padding.py, a checkpoint's
-# way to data and context parallel in test_optimizer_checkpoint.py. Two steps show what Adam makes of
-# the first one's gradients.
+# Tensor beside context or pipeline parallelism, on four ranks, is in test_padding.py, and a way of
+# checkpoints to data and context parallel in test_optimizer_checkpoint.py. Two steps show what Adam
+# makes of the first one's gradients.
 COVERING_ON_TWO = {
     "tensor parallel, ranks of one kind: tp2 balanced",
     "sequence parallel, ranks of one kind: tp2 sp by_type",
